@@ -1,0 +1,207 @@
+"""One slab of host memory per worker, split into leases with a byte budget.
+
+The memory tier is this arena: an object there is a lease that the tier keeps. What a disk reads, a
+socket receives or a kernel gathers lands in the place it is served from, so promotion copies nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .errors import ArenaFull
+from .object import PAGE, aligned
+from .space import Space
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HUGE = 2 << 20
+
+
+class Lease:
+    """A piece of the arena, counted. The memory is good until the last `release()`.
+
+    A device copy that reads or writes it must have been waited for before that.
+    """
+
+    __slots__ = ("arena", "kept", "nbytes", "offset", "refs")
+
+    def __init__(self, arena: Arena, offset: int, nbytes: int) -> None:
+        self.arena, self.offset, self.nbytes = arena, offset, nbytes
+        self.refs = 1
+        self.kept = False
+
+    @property
+    def address(self) -> int:
+        return self.arena.address + self.offset
+
+    @property
+    def view(self) -> memoryview:
+        """Writable bytes of the lease; do not keep it beyond `release()`."""
+        return self.arena.view[self.offset : self.offset + self.nbytes]
+
+    def retain(self) -> Lease:
+        with self.arena.lock:
+            if self.refs <= 0:
+                raise RuntimeError("a lease was retained after its last release")
+            self.refs += 1
+        return self
+
+    def release(self) -> None:
+        self.arena._release(self)
+
+    def trim(self, nbytes: int) -> None:
+        """Give back all but the first `nbytes`, once an encoder knows how little it needed."""
+        self.arena._trim(self, aligned(nbytes))
+
+
+class Arena:
+    """`kept` bytes belong to memory tiers; `flight` bytes to requests under way.
+
+    `flight` never exceeds `working`. Thread-safe. Pages are touched only when first used, and huge
+    pages are asked for, since first touches of small ones cost more than the copy into them.
+    """
+
+    def __init__(self, working: int, kept: int = 0, *, huge_pages: bool = True) -> None:
+        """`working`: bytes for requests under way. `kept`: bytes that memory tiers may hold."""
+        self.working = aligned(working)
+        self.total = self.working + aligned(kept)
+        # One huge page more, so that the slab can begin on a huge page's boundary.
+        self._map = mmap.mmap(-1, self.total + HUGE)
+        if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        skip = -start % HUGE
+        self.address = start + skip
+        self.view = memoryview(self._map)[skip : skip + self.total]
+        self.lock = threading.Lock()
+        self.leases = 0
+        self.reclaim: list[Callable[[], bool]] = []
+        """Asked in turn to give up one object when no hole is long enough; False: nothing left."""
+        self._space = Space(self.total)
+        self._kept = 0
+        self._waiters: deque[Callable[[], None]] = deque()
+        self._pinned = False
+
+    @property
+    def used(self) -> int:
+        return self._space.used
+
+    @property
+    def flight(self) -> int:
+        """Bytes leased and kept by no tier."""
+        return self._space.used - self._kept
+
+    def lease(self, nbytes: int) -> Lease:
+        """Take page-aligned bytes, uninitialised. Waits for nobody: raises ArenaFull."""
+        need = aligned(nbytes)
+        while True:
+            with self.lock:
+                if self.flight + need > self.working:
+                    raise ArenaFull(
+                        f"{need} bytes asked, {self.flight} of {self.working} in flight: "
+                        "raise budget.arena, or send less at once"
+                    )
+                offset = self._space.take(need)
+                if offset is not None:
+                    self.leases += 1
+                    return Lease(self, offset, need)
+            # The lock is free here: a tier that gives up an object releases its lease.
+            if not any(give_up() for give_up in self.reclaim):
+                raise ArenaFull(f"no hole of {need} bytes left between leases in use")
+
+    async def room(self, nbytes: int) -> None:
+        """Wait until `nbytes` more may be in flight. Bound it with a cancel scope.
+
+        Raises ArenaFull when they never could be.
+        """
+        if aligned(nbytes) > self.working:
+            raise ArenaFull(f"{nbytes} bytes can never fit in {self.working}: raise budget.arena")
+        loop = asyncio.get_running_loop()
+        while True:
+            with self.lock:
+                if self.flight + aligned(nbytes) <= self.working:
+                    return
+                freed = asyncio.Event()
+
+                def wake(freed: asyncio.Event = freed) -> None:
+                    loop.call_soon_threadsafe(freed.set)
+
+                self._waiters.append(wake)
+            try:
+                await freed.wait()
+            finally:
+                with self.lock:
+                    if wake in self._waiters:
+                        self._waiters.remove(wake)
+
+    def keep(self, lease: Lease) -> None:
+        """A memory tier takes the lease: it counts against the tier, no longer as in flight."""
+        lease.retain()
+        with self.lock:
+            lease.kept = True
+            self._kept += lease.nbytes
+            woken = self._wake()
+        for wake in woken:
+            wake()
+
+    def unkeep(self, lease: Lease) -> None:
+        """The tier gives it up; readers who still hold it keep the bytes alive."""
+        with self.lock:
+            lease.kept = False
+            self._kept -= lease.nbytes
+        lease.release()
+
+    def pin(self) -> None:
+        """Page-lock the slab for a CUDA device (`cudaHostRegister`), once."""
+        import torch
+
+        if self._pinned:
+            return
+        code = torch.cuda.cudart().cudaHostRegister(self.address, self.total, 0)  # type: ignore[attr-defined, unused-ignore]
+        if int(code):
+            raise RuntimeError(f"cudaHostRegister refused {self.total} bytes with code {int(code)}")
+        self._pinned = True
+
+    def close(self) -> None:
+        """Unmap. Every lease must have been released."""
+        if self.leases:
+            raise RuntimeError(f"arena closed with {self.leases} leases still out")
+        if self._pinned:
+            import torch
+
+            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[attr-defined, unused-ignore]
+        self.view.release()
+        # The mapping itself goes with its last view; a view kept by mistake must not crash us.
+        self._space = Space(0)
+
+    def _release(self, lease: Lease) -> None:
+        with self.lock:
+            if lease.refs <= 0:
+                raise RuntimeError("a lease was released twice")
+            lease.refs -= 1
+            if lease.refs:
+                return
+            self._space.give(lease.offset, lease.nbytes)
+            self.leases -= 1
+            woken = self._wake()
+        for wake in woken:
+            wake()
+
+    def _trim(self, lease: Lease, nbytes: int) -> None:
+        with self.lock:
+            if not PAGE <= nbytes <= lease.nbytes:
+                raise ValueError(f"cannot trim a lease of {lease.nbytes} bytes to {nbytes}")
+            if nbytes < lease.nbytes:
+                self._space.give(lease.offset + nbytes, lease.nbytes - nbytes)
+                lease.nbytes = nbytes
+
+    def _wake(self) -> list[Callable[[], None]]:
+        woken = list(self._waiters)
+        self._waiters.clear()
+        return woken

@@ -1,0 +1,227 @@
+"""TLM1: how one chunk's KV is written, in memory, on disk and on a wire.
+
+A header (4 KiB, or the next multiple when a model has very many layers), then one frame per layer
+group, each aligned to 4 KiB. Little-endian; parsed with `struct`; nothing is ever unpickled. The
+header carries its own checksum and one for every frame, so no byte is believed unverified.
+
+    offset size field
+         0    4 magic "TLM1"
+         4    2 version (1)
+         6    2 flags (bit 0: native order)
+         8    8 header_bytes
+        16    8 xxh3-64 of the header, with this field zero
+        24    8 object_bytes, header and padding included
+        32   32 key
+        64   32 namespace digest
+        96   32 parent link (the prefix under which this KV was captured)
+       128   32 sha256 of the tokens as little-endian int32
+       160   40 tokens, grain, group, kv, layers, heads, dim, block_tokens, dtype, frames, links
+       200   .. frames x 40: offset, stored bytes, raw bytes, xxh3-64 of the stored bytes, codec chain
+        ..   .. links x 32: the chain's grain links inside the chunk, the last of which is the key
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from .errors import BadObject
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .arena import Lease
+    from .layout import Geometry
+
+PAGE = 4096
+LINK = 32
+"""Bytes of a link, of a key and of every digest here."""
+DTYPES = {
+    "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8,
+    "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+"""Element types that can be kept, and their bytes. Their order is part of the format (from 1)."""
+
+_MAGIC, _VERSION, _NATIVE = b"TLM1", 1, 1
+_NAMES = ("", *DTYPES)
+_FIXED = struct.Struct("<4sHHQQQ32s32s32s32sIIHHHHIIHHHH8x")
+_FRAME = struct.Struct("<QQQQ8s")
+_CHECK_AT = 16
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to a page."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One layer group's bytes inside an object."""
+
+    offset: int
+    """From the object's start; a multiple of 4096."""
+    stored: int
+    """Bytes as written, padding not counted."""
+    raw: int
+    """Bytes once decoded."""
+    checksum: int = 0
+    """xxh3-64 of the stored bytes."""
+    codecs: bytes = b""
+    """Codec ids in the order they were applied, at most eight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an object says of itself. `frames` in layer order, `group` layers each."""
+
+    key: bytes
+    namespace: bytes
+    parent: bytes
+    token_digest: bytes
+    tokens: int
+    grain: int
+    group: int
+    geometry: Geometry
+    frames: tuple[Frame, ...]
+    links: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """The object's length: a multiple of 4096."""
+        last = self.frames[-1]
+        return last.offset + aligned(last.stored)
+
+    @property
+    def header_bytes(self) -> int:
+        return aligned(_FIXED.size + len(self.frames) * _FRAME.size + len(self.links))
+
+    def pack(self) -> bytes:
+        """The header as bytes, zero padded to `header_bytes`."""
+        g = self.geometry
+        fixed = _FIXED.pack(
+            _MAGIC, _VERSION, _NATIVE if g.native else 0, self.header_bytes, 0, self.nbytes,
+            self.key, self.namespace, self.parent, self.token_digest,
+            self.tokens, self.grain, self.group, g.kv, g.layers, g.heads, g.dim, g.block_tokens,
+            _NAMES.index(g.dtype), len(self.frames), len(self.links) // LINK, 0,
+        )  # fmt: skip
+        table = b"".join(
+            _FRAME.pack(f.offset, f.stored, f.raw, f.checksum, f.codecs) for f in self.frames
+        )
+        page = bytearray((fixed + table + self.links).ljust(self.header_bytes, b"\0"))
+        struct.pack_into("<Q", page, _CHECK_AT, xxhash.xxh3_64_intdigest(page))
+        return bytes(page)
+
+    @staticmethod
+    def length(page: bytes | memoryview) -> int:
+        """`header_bytes` as the first page claims it, so that a reader knows how much to fetch.
+
+        Raises BadObject when the page cannot begin an object.
+        """
+        magic, version, _, size = struct.unpack_from("<4sHHQ", page)
+        if magic != _MAGIC:
+            raise BadObject(f"not an object: magic is {magic!r}, not {_MAGIC!r}")
+        if version != _VERSION:
+            raise BadObject(f"object version {version} is not {_VERSION}: written by another tierloom")
+        if not PAGE <= size <= 64 * PAGE or size % PAGE:
+            raise BadObject(f"header length {size} is impossible")
+        return int(size)
+
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview, *, key: bytes = b"", namespace: bytes = b"") -> Header:
+        """Parse and check a header. Raises BadObject on any doubt.
+
+        `key` and `namespace`, when given, are what the reader asked for: an object that is whole
+        but another one (two objects swapped on disk) is as bad as a torn one.
+        """
+        from .layout import Geometry
+
+        if len(raw) < PAGE:
+            raise BadObject(f"header cut short: {len(raw)} bytes")
+        size = cls.length(raw)
+        if len(raw) < size:
+            raise BadObject(f"header cut short: {len(raw)} of {size} bytes")
+        page = bytearray(raw[:size])
+        (check,) = struct.unpack_from("<Q", page, _CHECK_AT)
+        struct.pack_into("<Q", page, _CHECK_AT, 0)
+        if xxhash.xxh3_64_intdigest(page) != check:
+            raise BadObject("header checksum does not match")
+        (
+            _, _, flags, _, _, nbytes, own, space, parent, digest,
+            tokens, grain, group, kv, layers, heads, dim, block, dtype, nframes, nlinks, _,
+        ) = _FIXED.unpack_from(page)  # fmt: skip
+        if key and own != key:
+            raise BadObject(f"holds object {own.hex()[:16]}, not {key.hex()[:16]}")
+        if namespace and space != namespace:
+            raise BadObject("belongs to another namespace")
+        at = _FIXED.size
+        if dtype >= len(_NAMES) or not dtype or at + nframes * _FRAME.size + nlinks * LINK > size:
+            raise BadObject("header fields contradict each other")
+        frames = []
+        for i in range(nframes):
+            offset, stored, plain, xxh, codecs = _FRAME.unpack_from(page, at + i * _FRAME.size)
+            frames.append(Frame(offset, stored, plain, xxh, codecs.rstrip(b"\0")))
+        at += nframes * _FRAME.size
+        header = cls(
+            key=own, namespace=space, parent=parent, token_digest=digest,
+            tokens=tokens, grain=grain, group=group, frames=tuple(frames),
+            geometry=Geometry(
+                kv=kv, layers=layers, heads=heads, dim=dim, dtype=_NAMES[dtype],
+                block_tokens=block, native=bool(flags & _NATIVE),
+            ),
+            links=bytes(page[at : at + nlinks * LINK]),
+        )  # fmt: skip
+        header._check_frames(nbytes, size)
+        return header
+
+    def _check_frames(self, nbytes: int, header_bytes: int) -> None:
+        """Raise BadObject unless frames lie in order, apart, inside the object, one per group."""
+        if not self.group or len(self.frames) != -(-self.geometry.layers // self.group):
+            raise BadObject("frame count does not match the layers")
+        if not self.tokens or not self.links or self.links[-LINK:] != self.key:
+            raise BadObject("links do not end in the key")
+        end = header_bytes
+        for i, f in enumerate(self.frames):
+            layers = min(self.group, self.geometry.layers - i * self.group)
+            if f.offset != end or not f.stored or f.raw != self.geometry.frame_bytes(layers, self.tokens):
+                raise BadObject(f"frame {i} contradicts the geometry")
+            if not f.codecs and f.stored != f.raw:
+                raise BadObject(f"frame {i} is plain but {f.stored} of {f.raw} bytes long")
+            end = f.offset + aligned(f.stored)
+        if end != nbytes:
+            raise BadObject(f"object length {nbytes} does not match its frames ({end})")
+
+
+def plan_frames(header_bytes: int, raw: Sequence[int], stored: Sequence[int]) -> tuple[Frame, ...]:
+    """Lay frames one after another behind a header, each on a page."""
+    frames, at = [], header_bytes
+    for plain, size in zip(raw, stored, strict=True):
+        frames.append(Frame(at, size, plain))
+        at += aligned(size)
+    return tuple(frames)
+
+
+@dataclass(slots=True)
+class Object:
+    """A header and the lease that holds (or will hold) the bytes it describes.
+
+    The lease is counted: whoever keeps an Object keeps a reference (`lease.retain()`) and gives
+    it back. `loaded` counts the frames whose bytes have arrived, from the first one on.
+    """
+
+    header: Header
+    lease: Lease
+    loaded: int = 0
+    sealed: bool = field(default=False)
+
+    def seal(self, checksums: Sequence[int]) -> None:
+        """Write the header in front of the frames. The bytes are then a whole object."""
+        frames = tuple(
+            replace(f, checksum=int(c)) for f, c in zip(self.header.frames, checksums, strict=True)
+        )
+        self.header = replace(self.header, frames=frames)
+        page = self.header.pack()
+        self.lease.view[: len(page)] = page
+        self.loaded, self.sealed = len(frames), True

@@ -1,0 +1,65 @@
+"""One way to declare options: a frozen, keyword-only dataclass with one doc line per field.
+
+The YAML checker, `tierloom explain`, the JSON schema and the docs all read these classes. Sizes
+and times are written with units (`64 GiB`, `150 ms`) and typed `Size` and `Seconds`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from typing import Annotated, Any
+
+_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+_TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
+
+
+def parse_size(text: str | int) -> int:
+    """'64 GiB' -> bytes. A bare number is bytes. Raises ValueError."""
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    m = _NUMBER.match(text) if isinstance(text, str) else None
+    unit = (m[2].upper() or "B") if m else ""
+    if m is None or unit not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write one as in '64 GiB' or '500 MB'")
+    return int(float(m[1]) * _UNITS[unit])
+
+
+def parse_seconds(text: str | float) -> float:
+    """'150 ms' -> seconds. A bare number is seconds. Raises ValueError."""
+    if isinstance(text, (int, float)) and not isinstance(text, bool) and text >= 0:
+        return float(text)
+    m = _NUMBER.match(text) if isinstance(text, str) else None
+    unit = (m[2].lower() or "s") if m else ""
+    if m is None or unit not in _TIMES:
+        raise ValueError(f"{text!r} is not a time; write one as in '150 ms' or '24 h'")
+    return float(m[1]) * _TIMES[unit]
+
+
+Size = Annotated[int, parse_size]
+"""Bytes, written with a unit."""
+Seconds = Annotated[float, parse_seconds]
+"""Seconds, written with a unit."""
+
+
+def field_docs(options: type[Any]) -> dict[str, str]:
+    """The doc line under each field of an options class, read from its source."""
+    docs: dict[str, str] = {}
+    for cls in reversed(options.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for node, after in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                docs[node.target.id] = str(after.value.value)
+    return docs

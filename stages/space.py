@@ -1,0 +1,102 @@
+"""Who gets which bytes of a slab: best fit over holes binned by exact size, neighbours merged.
+
+One allocator serves the arena (bytes of memory) and the disk tier (bytes of its segments). Sizes are
+whole pages, so the slots of equal objects are recycled exactly, and what differs in size (a prompt's
+short tail) is merged again when it goes: nothing calcifies in a class that nobody asks for any more.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from .object import PAGE, aligned
+
+
+class Space:
+    """Offsets 0 .. `total`, handed out in pages. Not thread-safe; owns no memory."""
+
+    def __init__(self, total: int, *, wall: int = 0, grow: bool = False) -> None:
+        """`wall`: no piece crosses a multiple of it (a segment's end).
+
+        `grow`: begin with nothing and take segments of `wall` bytes by `add_segment()`.
+        """
+        self.total = 0 if grow else total // PAGE * PAGE
+        self.wall = wall
+        self.free_bytes = 0
+        self._by_size: list[tuple[int, int]] = []  # (size, offset), sorted
+        self._at: dict[int, int] = {}  # offset -> size
+        self._ends: dict[int, int] = {}  # end -> offset
+        if not grow:
+            step = wall or self.total
+            for start in range(0, self.total, step or 1):
+                self._insert(start, min(step, self.total - start))
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free_bytes
+
+    @property
+    def largest(self) -> int:
+        """The longest piece that could be taken now."""
+        return self._by_size[-1][0] if self._by_size else 0
+
+    def add_segment(self, nbytes: int) -> int:
+        """Append `nbytes` (at most `wall`) of fresh space; returns where it starts."""
+        start = -(-self.total // self.wall) * self.wall if self.wall else self.total
+        self.total = start + nbytes
+        self._insert(start, nbytes)
+        return start
+
+    def take(self, nbytes: int) -> int | None:
+        """An offset for `nbytes`, rounded up to pages; None when no hole is long enough."""
+        need = aligned(nbytes)
+        i = bisect_left(self._by_size, (need, -1))
+        if i == len(self._by_size):
+            return None
+        size, offset = self._by_size[i]
+        self._remove(offset, size)
+        if size > need:
+            self._insert(offset + need, size - need)
+        return offset
+
+    def take_at(self, offset: int, nbytes: int) -> bool:
+        """Take exactly this piece, as an index replayed from disk says. False when not free."""
+        need = aligned(nbytes)
+        for start, size in self._at.items():
+            if start <= offset and offset + need <= start + size:
+                self._remove(start, size)
+                if offset > start:
+                    self._insert(start, offset - start)
+                if start + size > offset + need:
+                    self._insert(offset + need, start + size - offset - need)
+                return True
+        return False
+
+    def give(self, offset: int, nbytes: int) -> None:
+        """Give a piece back; it merges with free neighbours on the same side of a wall."""
+        size = aligned(nbytes)
+        after = self._at.get(offset + size)
+        if after is not None and not self._walled(offset + size):
+            self._remove(offset + size, after)
+            size += after
+        before = self._ends.get(offset)
+        if before is not None and not self._walled(offset):
+            length = self._at[before]
+            self._remove(before, length)
+            offset, size = before, size + length
+        self._insert(offset, size)
+
+    def _walled(self, offset: int) -> bool:
+        return bool(self.wall) and offset % self.wall == 0
+
+    def _insert(self, offset: int, size: int) -> None:
+        insort(self._by_size, (size, offset))
+        self._at[offset] = size
+        self._ends[offset + size] = offset
+        self.free_bytes += size
+
+    def _remove(self, offset: int, size: int) -> None:
+        del self._by_size[bisect_left(self._by_size, (size, offset))]
+        del self._at[offset]
+        del self._ends[offset + size]
+        self.free_bytes -= size
