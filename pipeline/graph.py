@@ -1,0 +1,158 @@
+"""A checked pipeline as frozen data: what `check` makes, `lower` cuts and `explain` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from ..stages.base import ChunkOptions
+from ..stages.options import Seconds, Size, parse_seconds, parse_size
+
+if TYPE_CHECKING:
+    from ..stages.base import PortType, Stage
+    from ..stages.tiers.base import Tier
+
+WhenFull = Literal["block", "drop", "spill"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """How much may be under way at once."""
+
+    arena: Annotated[int, parse_size] = 1 << 30
+    """Bytes of host memory for requests under way; memory tiers have theirs on top."""
+    inflight: int = 512
+    """Requests under way; more are refused, as misses and skipped stores."""
+    threads: int = 4
+    """Threads for copies, codecs and disk I/O."""
+
+    def __post_init__(self) -> None:
+        if self.arena < 1 << 20:
+            raise ValueError("arena must be at least 1 MiB")
+        if min(self.inflight, self.threads) < 1:
+            raise ValueError("inflight and threads must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """Whether a graph follows the model layer by layer."""
+
+    by: Literal["layer", "request"] = "request"
+    """`layer`: frames travel in model order and each has a gate; `request`: all at once."""
+    window: int = 2
+    """Layer groups in flight beyond the one that the model is at."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError("window must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wire:
+    """Options of the wire into a stage; they may stand on any stage."""
+
+    when_full: WhenFull = "block"
+    """What a full wire does to its sender: `block` waits, `drop` counts the batch as lost,
+    `spill` lets the wire grow, bounded by the arena alone."""
+    depth: int = 64
+    """Batches that the wire holds."""
+    width: int = 4
+    """Batches that the stage works on at once."""
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.width) < 1:
+            raise ValueError("depth and width must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphOptions:
+    """What may be said of a graph besides its stages."""
+
+    pace: Pace = Pace()
+    """Whether frames travel layer by layer."""
+    deadline: Annotated[float, parse_seconds] = 5.0
+    """Time a request may take, from the call on; then it is a miss or a skipped store."""
+    on_error: Literal["skip", "partial"] = "partial"
+    """`skip`: one lost chunk gives up the rest of its request; `partial`: the others go on."""
+
+    def __post_init__(self) -> None:
+        if self.deadline <= 0:
+            raise ValueError("deadline must be longer than nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One stage of a graph."""
+
+    id: str
+    use: str
+    cls: type[Stage]
+    options: Any
+    source: str | None
+    """Id of the stage whose output it reads; None: the graph's input."""
+    takes: PortType
+    gives: PortType
+    wire: Wire
+    place: str
+    """`file:line:col`, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Nodes in an order in which every source stands before its readers."""
+
+    name: str
+    options: GraphOptions
+    nodes: tuple[Node, ...]
+
+    def readers(self, id: str | None) -> tuple[Node, ...]:
+        return tuple(n for n in self.nodes if n.source == id)
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpec:
+    """One tier, named as the YAML names it."""
+
+    name: str
+    use: str
+    cls: type[Tier]
+    options: Any
+    breaker: Breaker
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Breaker:
+    """When a failing tier is left alone; may stand on any tier."""
+
+    timeout: Annotated[float, parse_seconds] = 2.0
+    """Longest wait for one call to the tier; its request's deadline may be sooner."""
+    fails: int = 3
+    """Failures in a row that open the breaker."""
+    probe: Annotated[float, parse_seconds] = 1.0
+    """How long an open breaker waits before it lets one call through."""
+
+    def __post_init__(self) -> None:
+        if self.fails < 1 or self.timeout <= 0 or self.probe <= 0:
+            raise ValueError("fails, timeout and probe must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineSpec:
+    """A whole YAML file, checked."""
+
+    name: str
+    source: str
+    """The file it was read from."""
+    order: Literal["auto", "canonical", "native"]
+    verify: Literal["always", "remote"]
+    chunk: ChunkOptions
+    budget: Budget
+    tiers: dict[str, TierSpec]
+    graphs: dict[str, Graph]
+
+
+__all__ = [
+    "Breaker", "Budget", "ChunkOptions", "Graph", "GraphOptions", "Node", "Pace", "PipelineSpec",
+    "Seconds", "Size", "TierSpec", "WhenFull", "Wire",
+]  # fmt: skip

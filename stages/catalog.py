@@ -1,0 +1,51 @@
+"""The one registry: names in YAML to classes, imported only when a graph uses them.
+
+A third party adds a stage or tier with an entry point in the group `tierloom.stages` or
+`tierloom.tiers`, or names it in place as `module:Class`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+Kind = Literal["stage", "tier"]
+
+STAGES = {
+    "decode": "tierloom.stages.decode:Decode",
+    "gather": "tierloom.stages.gather:Gather",
+    "get": "tierloom.stages.get:Get",
+    "hash": "tierloom.stages.hash:Hash",
+    "lookup": "tierloom.stages.lookup:Lookup",
+    "lz4": "tierloom.stages.codecs.lz4:Lz4",
+    "put": "tierloom.stages.put:Put",
+    "scatter": "tierloom.stages.scatter:Scatter",
+    "to_device": "tierloom.stages.move:ToDevice",
+    "to_host": "tierloom.stages.move:ToHost",
+    "zstd": "tierloom.stages.codecs.zstd:Zstd",
+}
+
+TIERS = {
+    "disk": "tierloom.stages.tiers.disk:Disk",
+    "files": "tierloom.stages.tiers.files:Files",
+    "flaky": "tierloom.stages.tiers.faults:Flaky",
+    "full": "tierloom.stages.tiers.faults:Full",
+    "memory": "tierloom.stages.tiers.memory:Memory",
+    "slow": "tierloom.stages.tiers.faults:Slow",
+    "stuck": "tierloom.stages.tiers.faults:Stuck",
+}
+
+
+def names(kind: Kind) -> dict[str, str]:
+    """Every known name and where its class is, entry points included; ours cannot be replaced."""
+    found = {e.name: e.value for e in entry_points(group=f"tierloom.{kind}s")}
+    return found | (STAGES if kind == "stage" else TIERS)
+
+
+def load(kind: Kind, name: str) -> type[Any]:
+    """The class behind `name` or `module:Class`. Raises KeyError (unknown) or ImportError."""
+    target = name if ":" in name else names(kind)[name]
+    module, _, attribute = target.partition(":")
+    found: type[Any] = getattr(import_module(module), attribute)
+    return found
