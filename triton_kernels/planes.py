@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 PENDING, PLACED, CORRUPT = 0, 1, 2
@@ -39,6 +40,14 @@ class PlaneTable:
     """Channels per head, counted in elements of `itemsize` bytes."""
     itemsize: int
     """Bytes per element: 1, 2, 4 or 8."""
+
+    @classmethod
+    def of_blocks(
+        cls, base: npt.NDArray[np.int64], step: int, block_bytes: int, kv: int
+    ) -> PlaneTable:
+        """Blocks as opaque rows, `step` bytes apart: slots are then block ids (native order)."""
+        stride = np.tile(np.array([step, 0, block_bytes, 1], np.int64), (len(base), 1))
+        return cls(base, stride, kv, block_tokens=1, heads=1, dim=block_bytes, itemsize=1)
 
     @property
     def layers(self) -> int:

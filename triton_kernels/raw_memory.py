@@ -6,11 +6,19 @@ everywhere in tierloom. These are LLVM intrinsics, so they are inlined and hold 
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba.extending
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.core import cgutils
 
-_I1, _I8, _I64 = ir.IntType(1), ir.IntType(8), ir.IntType(64)
+intrinsic: Any = numba.extending.intrinsic
+"""numba's, without its type, by which nothing could call an intrinsic."""
+
+_I1, _I8, _I32, _I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_LINE = 64
+_LINE_VECTOR = ir.VectorType(_I64, _LINE // 8)
 
 
 @intrinsic
@@ -68,6 +76,53 @@ def copy_bytes(typing, to, source, nbytes):
         return context.get_dummy_value()
 
     return types.void(types.uint64, types.uint64, types.int64), generate
+
+
+@intrinsic
+def stream_lines(typing, to, source, nbytes):
+    """memcpy past the caches; `to` and `nbytes` are multiples of 64, `source` is anything.
+
+    A plain store first reads the line that it will overwrite, a third of the copy's memory
+    traffic, and evicts what the engine was using. Other threads may see these stores late:
+    call `publish` before telling them.
+    """
+
+    def generate(context, builder, signature, args):
+        to, source, nbytes = args
+        for unroll in (4, 1):
+            step = _I64(unroll * _LINE)
+            done = builder.mul(builder.sdiv(nbytes, step), step)
+            with cgutils.for_range_slice(builder, _I64(0), done, step) as (offset, _):
+                offsets = [builder.add(offset, _I64(i * _LINE)) for i in range(unroll)]
+                lines = [_line(builder, source, at, None) for at in offsets]
+                for at, line in zip(offsets, lines, strict=True):
+                    _line(builder, to, at, line)
+            to, source = builder.add(to, done), builder.add(source, done)
+            nbytes = builder.sub(nbytes, done)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.int64), generate
+
+
+def _line(builder, base, offset, value):
+    """Load a line, or store `value` there without caching it."""
+    pointer = builder.inttoptr(builder.add(base, offset), _LINE_VECTOR.as_pointer())
+    if value is None:
+        return builder.load(pointer, align=1)
+    store = builder.store(value, pointer, align=_LINE)
+    store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+    return store
+
+
+@intrinsic
+def publish(typing):
+    """Let every store before this call be seen before any after it."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic
