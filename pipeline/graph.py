@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import (
+    TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints,
+)  # fmt: skip
 
 from ..stages.base import ChunkOptions
 from ..stages.options import Seconds, Size, parse_seconds, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..stages.base import PortType, Stage
     from ..stages.tiers.base import Tier
 
@@ -51,9 +55,9 @@ class Pace:
 class Wire:
     """Options of the wire into a stage; they may stand on any stage."""
 
-    when_full: WhenFull = "block"
-    """What a full wire does to its sender: `block` waits, `drop` counts the batch as lost,
-    `spill` lets the wire grow, bounded by the arena alone."""
+    when_full: WhenFull | None = None
+    """What a full wire does to its sender: `block` waits, `drop` counts the batch as lost, `spill` lets the
+    wire grow, bounded by the arena alone. Not said: `block`, and `drop` on all but a fork's first branch."""
     depth: int = 64
     """Batches that the wire holds."""
     width: int = 4
@@ -95,6 +99,18 @@ class Node:
     wire: Wire
     place: str
     """`file:line:col`, for messages."""
+
+    def keeps_in(self) -> tuple[str, ...]:
+        """Tiers that it puts into: those that an option names singly."""
+        values = (getattr(self.options, name) for name in self.cls.tier_options)
+        return tuple(v for v in values if isinstance(v, str))
+
+    def reads(self, tiers: Iterable[str]) -> tuple[str, ...]:
+        """Which of `tiers` it reads: those that an option lists, or all when it may and does not."""
+        kinds = get_type_hints(self.cls.Options)
+        lists = [o for o in self.cls.tier_options if list in map(get_origin, (kinds[o], *get_args(kinds[o])))]
+        wanted = [getattr(self.options, name) for name in lists]
+        return tuple(t for t in tiers if any(w is None or t in w for w in wanted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,21 +154,33 @@ class Breaker:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineSpec:
+class PipelineOptions:
+    """What may be said of a pipeline besides its tiers and graphs."""
+
+    name: str = ""
+    """Its name, for logs and metrics; the file's name when not said."""
+    order: Literal["auto", "canonical", "native"] = "auto"
+    """How KV is kept: as the engine has it (`native`), in the one order that engines can share
+    (`canonical`), or whichever costs less (`auto`)."""
+    verify: Literal["always", "remote"] = "always"
+    """`always`: every frame is checked before it is placed; `remote`: memory is trusted."""
+    chunk: ChunkOptions = ChunkOptions()
+    """How prompts are cut."""
+    budget: Budget = Budget()
+    """How much may be under way at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineSpec(PipelineOptions):
     """A whole YAML file, checked."""
 
-    name: str
     source: str
     """The file it was read from."""
-    order: Literal["auto", "canonical", "native"]
-    verify: Literal["always", "remote"]
-    chunk: ChunkOptions
-    budget: Budget
     tiers: dict[str, TierSpec]
     graphs: dict[str, Graph]
 
 
 __all__ = [
-    "Breaker", "Budget", "ChunkOptions", "Graph", "GraphOptions", "Node", "Pace", "PipelineSpec",
-    "Seconds", "Size", "TierSpec", "WhenFull", "Wire",
+    "Breaker", "Budget", "ChunkOptions", "Graph", "GraphOptions", "Node", "Pace", "PipelineOptions",
+    "PipelineSpec",     "Seconds", "Size", "TierSpec", "WhenFull", "Wire",
 ]  # fmt: skip

@@ -34,7 +34,8 @@ class Lease:
     def __init__(self, arena: Arena, offset: int, nbytes: int) -> None:
         self.arena, self.offset, self.nbytes = arena, offset, nbytes
         self.refs = 1
-        self.kept = False
+        self.kept = 0
+        """Memory tiers that hold it."""
 
     @property
     def address(self) -> int:
@@ -144,8 +145,9 @@ class Arena:
         """A memory tier takes the lease: it counts against the tier, no longer as in flight."""
         lease.retain()
         with self.lock:
-            lease.kept = True
-            self._kept += lease.nbytes
+            lease.kept += 1
+            if lease.kept == 1:
+                self._kept += lease.nbytes
             woken = self._wake()
         for wake in woken:
             wake()
@@ -153,8 +155,9 @@ class Arena:
     def unkeep(self, lease: Lease) -> None:
         """The tier gives it up; readers who still hold it keep the bytes alive."""
         with self.lock:
-            lease.kept = False
-            self._kept -= lease.nbytes
+            lease.kept -= 1
+            if not lease.kept:
+                self._kept -= lease.nbytes
         lease.release()
 
     def pin(self) -> None:

@@ -7,7 +7,7 @@ takes (leases above all) it hands to `batch.defer`, so that it goes home by the 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -44,16 +44,20 @@ class PortType(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> PortType:
+        if text == "same":
+            return cls("same", "same", "same")
         kind, _, rest = text.partition("@")
         place, _, grain = rest.partition("/")
         return cls(kind, place, grain)
 
-    def clash(self, wanted: PortType) -> str | None:
-        """The word in which this does not fit `wanted`, or None."""
-        for name, a, b in zip(self._fields, self, wanted, strict=True):
-            if a != b and "any" not in (a, b):
-                return name
-        return None
+    def clashes(self, wanted: PortType) -> tuple[str, ...]:
+        """The words in which this does not fit `wanted`."""
+        words = zip(self._fields, self, wanted, strict=True)
+        return tuple(word for word, a, b in words if a != b and "any" not in (a, b))
+
+    def after(self, comes: PortType) -> PortType:
+        """This output with each word `same` replaced by that of the input."""
+        return PortType(*(b if a == "same" else a for a, b in zip(self, comes, strict=True)))
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.place}/{self.grain}"
@@ -88,8 +92,12 @@ class Context:
     geometry: Geometry
     device: str
     """'cpu' or 'cuda': where the engine's cache lives."""
-    verify: str
-    """'always': every frame is checked before it is placed; 'remote': memory is trusted."""
+    namespace: bytes
+    """Digest that every object of this pipeline carries."""
+    memory: frozenset[str]
+    """Tiers that keep their objects in the arena."""
+    trusted: frozenset[str]
+    """Tiers whose frames need no check: none, unless `verify: remote` trusts the arena."""
     arena: Arena
     tiers: Mapping[str, Tier]
     pool: Callable[..., Awaitable[Any]]
@@ -107,7 +115,12 @@ class Stage(ABC):
     """Port type of the output; `same` passes the input's kind, place and grain on."""
     lane: ClassVar[Lane]
     tier_options: ClassVar[tuple[str, ...]] = ()
-    """Options that name tiers, so that the checker can look them up."""
+    """Options that name tiers, so that the checker can look them up. A list says where to read
+    (None: everywhere), one name where to keep."""
+    arena_options: ClassVar[tuple[str, ...]] = ()
+    """Those of `tier_options` that must name a tier which keeps its objects in the arena."""
+    touches_engine: ClassVar[bool] = False
+    """Reads or writes the engine's cache: behind it, a batch's gates open."""
 
     def __init__(self, options: Any, ctx: Context) -> None:
         self.options, self.ctx = options, ctx
@@ -115,6 +128,9 @@ class Stage(ABC):
     def plan(self, ticket: Ticket) -> None:
         """Stages of grain `request`, lane POOL: work on the whole request."""
         raise NotImplementedError
+
+    async def prepare(self, batch: Batch) -> None:
+        """On the loop, before `apply`: take the leases it will need."""
 
     def apply(self, batch: Batch) -> Batch:
         """Stages of grain `frame`, lane POOL: work on a batch in a thread of the pool."""
@@ -134,5 +150,3 @@ class LoopStage(Stage):
         """Stages of grain `frame`."""
         raise NotImplementedError
 
-
-__all__ = ["ABC", "ChunkOptions", "Context", "Lane", "LoopStage", "PortType", "Stage", "abstractmethod"]

@@ -60,5 +60,7 @@ class Lost(IntEnum):
     """The request was cancelled."""
     FULL = 8
     """A wire was full and its stage says `when_full: drop`."""
-    BROKEN = 9
+    BEHIND = 9
+    """A chunk before it was lost, so it is of no use."""
+    BROKEN = 10
     """A stage raised what it should not have; the log has the trace once."""

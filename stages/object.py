@@ -23,8 +23,8 @@ header carries its own checksum and one for every frame, so no byte is believed 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -57,8 +57,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One layer group's bytes inside an object."""
 
     offset: int
@@ -96,7 +95,7 @@ class Header:
 
     @property
     def header_bytes(self) -> int:
-        return aligned(_FIXED.size + len(self.frames) * _FRAME.size + len(self.links))
+        return header_size(len(self.frames), len(self.links) // LINK)
 
     def pack(self) -> bytes:
         """The header as bytes, zero padded to `header_bytes`."""
@@ -194,6 +193,11 @@ class Header:
             raise BadObject(f"object length {nbytes} does not match its frames ({end})")
 
 
+def header_size(frames: int, links: int) -> int:
+    """Bytes of a header with so many frames and links: one page, unless they are very many."""
+    return aligned(_FIXED.size + frames * _FRAME.size + links * LINK)
+
+
 def plan_frames(header_bytes: int, raw: Sequence[int], stored: Sequence[int]) -> tuple[Frame, ...]:
     """Lay frames one after another behind a header, each on a page."""
     frames, at = [], header_bytes
@@ -214,12 +218,13 @@ class Object:
     header: Header
     lease: Lease
     loaded: int = 0
-    sealed: bool = field(default=False)
+    sealed: bool = False
 
     def seal(self, checksums: Sequence[int]) -> None:
         """Write the header in front of the frames. The bytes are then a whole object."""
         frames = tuple(
-            replace(f, checksum=int(c)) for f, c in zip(self.header.frames, checksums, strict=True)
+            Frame(f.offset, f.stored, f.raw, c, f.codecs)
+            for f, c in zip(self.header.frames, checksums, strict=True)
         )
         self.header = replace(self.header, frames=frames)
         page = self.header.pack()

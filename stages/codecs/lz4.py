@@ -1,0 +1,35 @@
+"""lz4: lossless and light, behind byte planes (without them KV hardly shrinks).
+
+    shrink: {use: lz4, planes: true}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .encode import PlanesThen
+from .table import LZ4
+
+if TYPE_CHECKING:
+    from .table import Bytes
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lz4Options:
+    """How to compress."""
+
+    planes: bool = True
+    """Split elements into byte planes first."""
+
+
+class Lz4(PlanesThen):
+    """LZ4 block format, by the `lz4` package."""
+
+    Options = Lz4Options
+    codec = LZ4
+
+    def compress(self, data: Bytes) -> bytes:
+        import lz4.block
+
+        packed: bytes = lz4.block.compress(data, store_size=False)
+        return packed

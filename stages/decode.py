@@ -1,0 +1,76 @@
+"""decode: encoded frames back to plain KV, by what each frame's header names.
+
+    grow: {use: decode}
+
+A frame is verified before it is decoded. Plain frames pass untouched: scatter verifies those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from .base import Lane, Stage
+from .codecs.table import decode_frame
+from .errors import ArenaFull, BadObject, Lost
+from .object import Object, plan_frames
+
+if TYPE_CHECKING:
+    from .payload import Batch, Piece
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeOptions:
+    """None: frames say how they were encoded."""
+
+
+class Decode(Stage):
+    """Decodes into a second lease, so that what was read can still be promoted as it is."""
+
+    Options = DecodeOptions
+    takes = "any@any/frame"
+    gives = "kv@host/frame"
+    lane = Lane.POOL
+
+    async def prepare(self, batch: Batch) -> None:
+        for piece in batch.live:
+            if piece.object is None or piece.plain is not None:
+                continue
+            header = piece.object.header
+            if not any(f.codecs for f in header.frames):
+                continue
+            raw = [f.raw for f in header.frames]
+            plain = replace(header, frames=plan_frames(header.header_bytes, raw, raw))
+            try:
+                await self.ctx.arena.room(plain.nbytes)
+                lease = self.ctx.arena.lease(plain.nbytes)
+            except ArenaFull:
+                batch.lose(piece, Lost.NO_ROOM)
+                continue
+            batch.defer(lease.release)
+            piece.plain = Object(plain, lease)
+
+    def apply(self, batch: Batch) -> Batch:
+        for piece in batch.live:
+            if piece.plain is None or batch.ticket.stop[0]:
+                continue
+            try:
+                for i in batch.frames:
+                    _decode(piece, i)
+            except BadObject:
+                batch.lose(piece, Lost.CORRUPT)
+        return batch
+
+
+def _decode(piece: Piece, i: int) -> None:
+    """Verify and decode one frame into the plain object. Raises BadObject."""
+    assert piece.object is not None and piece.plain is not None
+    stored, plain = piece.object.header.frames[i], piece.plain.header.frames[i]
+    data = piece.object.lease.view[stored.offset : stored.offset + stored.stored]
+    if xxhash.xxh3_64_intdigest(data) != stored.checksum:
+        raise BadObject(f"frame {i} checksum does not match")
+    itemsize = piece.object.header.geometry.itemsize
+    out = decode_frame(data, stored.raw, itemsize, stored.codecs)
+    piece.plain.lease.view[plain.offset : plain.offset + plain.stored] = out

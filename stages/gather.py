@@ -1,0 +1,109 @@
+"""gather: the engine's cache into frames, checksummed while they are hot.
+
+    pack: {use: gather}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import copy
+from .base import Lane, Stage
+from .errors import ArenaFull, Lost
+from .object import LINK, PAGE, Header, Object, aligned, header_size, plan_frames
+
+if TYPE_CHECKING:
+    from .arena import Lease
+    from .base import Context
+    from .payload import Batch, Piece, Ticket
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatherOptions:
+    """None: the layout settles it."""
+
+
+class Gather(Stage):
+    """Copies the chunks of a batch, layer group by layer group, into one lease per chunk."""
+
+    Options = GatherOptions
+    takes = "plan@host/request"
+    gives = "kv@device/frame"
+    lane = Lane.POOL
+    touches_engine = True
+
+    def __init__(self, options: GatherOptions, ctx: Context) -> None:
+        super().__init__(options, ctx)
+        g, group = ctx.geometry, ctx.chunk.group
+        self.layers = [min(group, g.layers - at) for at in range(0, g.layers, group)]
+
+    async def prepare(self, batch: Batch) -> None:
+        """Lease memory for whole objects when their first frames come."""
+        fresh = [p for p in batch.live if p.object is None]
+        if not fresh:
+            return
+        headers = [self._header(batch.ticket, p) for p in fresh]
+        total = sum(h.nbytes for h in headers)
+        for piece, header in zip(fresh, headers, strict=True):
+            try:
+                await self.ctx.arena.room(total)
+                lease = self.ctx.arena.lease(header.nbytes)
+            except ArenaFull:
+                batch.lose(piece, Lost.NO_ROOM)
+                continue
+            total -= header.nbytes
+            batch.defer(lease.release)
+            _blank_padding(header, lease)
+            piece.object = Object(header, lease)
+            piece.nbytes = sum(f.raw for f in header.frames)
+            piece.checksums = np.zeros(len(self.layers), np.uint64)
+            piece.done = np.zeros(len(self.layers), np.uint8)
+
+    def apply(self, batch: Batch) -> Batch:
+        live = [p for p in batch.live if p.object is not None]
+        jobs = [
+            (p, o.header, o.lease.address, batch.frames, p.tokens)
+            for p in live
+            if (o := p.object) is not None
+        ]
+        if not jobs:
+            return batch
+        frames = copy.frame_table(self.ctx.geometry, jobs)
+        if not copy.gather(batch.ticket, frames, self.ctx.device):
+            for piece in live:
+                batch.lose(piece, batch.ticket.cancelled or Lost.CANCELLED)
+            return batch
+        part, n = slice(batch.frames.start, batch.frames.stop), len(batch.frames)
+        for i, piece in enumerate(live):
+            assert piece.checksums is not None and piece.done is not None and piece.object is not None
+            piece.checksums[part] = frames.checksum[i * n : (i + 1) * n]
+            with batch.ticket.guard:  # two waves may end at once: one of them seals
+                piece.done[part] = 1
+                whole = bool(piece.done.all()) and not piece.object.sealed
+                if whole:
+                    piece.object.seal(piece.checksums.tolist())
+        return batch
+
+    def _header(self, ticket: Ticket, piece: Piece) -> Header:
+        g, c = self.ctx.geometry, self.ctx.chunk
+        raw = [g.frame_bytes(n, piece.tokens) for n in self.layers]
+        return Header(
+            key=piece.key, namespace=self.ctx.namespace, parent=piece.parent,
+            token_digest=sha256(ticket.tokens[piece.start : piece.start + piece.tokens]).digest(),
+            tokens=piece.tokens, grain=c.grain, group=c.group, geometry=g,
+            frames=plan_frames(header_size(len(raw), len(piece.links) // LINK), raw, raw),
+            links=piece.links,
+        )  # fmt: skip
+
+
+def _blank_padding(header: Header, lease: Lease) -> None:
+    """Zero what lies between frames, so that nobody's old bytes travel with this object."""
+    for f in header.frames:
+        if f.stored % PAGE:
+            lease.view[f.offset + f.stored : f.offset + aligned(f.stored)] = bytes(
+                aligned(f.stored) - f.stored
+            )

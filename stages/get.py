@@ -1,0 +1,154 @@
+"""get: planned objects out of their tiers.
+
+    fetch: {use: get, promote: hot, hedge: 20 ms}
+
+Each object comes from the first tier of its plan that delivers it; what comes from a colder tier and proves
+whole is promoted, in place: the lease it was read into becomes the memory tier's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import anyio
+
+from .base import LoopStage
+from .errors import ArenaFull, Lost
+from .options import parse_seconds
+from .tiers.base import Read
+
+if TYPE_CHECKING:
+    from .base import Context
+    from .layout import Geometry
+    from .payload import Batch, Piece, Scope
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GetOptions:
+    """How to fetch."""
+
+    promote: str | None = None
+    """Memory tier that takes what a colder tier delivered."""
+    hedge: Annotated[float, parse_seconds] | None = None
+    """Ask the next tier that has an object when the first has not answered for this long."""
+
+
+class Get(LoopStage):
+    """Reads the wanted frames of each chunk of a batch, tier by tier."""
+
+    Options = GetOptions
+    takes = "plan@host/request"
+    gives = "bytes@host/frame"
+    tier_options = ("promote",)
+
+    def __init__(self, options: GetOptions, ctx: Context) -> None:
+        super().__init__(options, ctx)
+        self._turns: dict[int, anyio.Lock] = {}
+
+    async def apply_async(self, batch: Batch) -> Batch:
+        # Waves of the same chunks read into the same leases: one at a time, in order.
+        lock = self._turns.get(id(batch.scope))
+        if lock is None:
+            lock = self._turns[id(batch.scope)] = anyio.Lock()
+            batch.defer(partial(self._done, batch.scope))
+        async with lock:
+            known = [p for p in batch.live if p.object is not None]
+            if known:
+                await self._go_on(batch, known)
+            fresh = [p for p in batch.live if p.object is None]
+            while fresh:
+                fresh = await self._fetch(batch, fresh)
+        return batch
+
+    async def _go_on(self, batch: Batch, pieces: list[Piece]) -> None:
+        """Further frames of objects whose first ones have come, from the same tier."""
+        by_tier: dict[str, list[Piece]] = {}
+        for piece in pieces:
+            assert piece.object is not None
+            if piece.object.loaded < batch.frames.stop:
+                by_tier.setdefault(next(iter(piece.took)), []).append(piece)
+        for name, group in by_tier.items():
+            reads = [Read(p.source, batch.frames.stop, p.object) for p in group]
+            await self.ctx.tiers[name].read(reads)
+            for piece, read in zip(group, reads, strict=True):
+                if read.lost is not None:
+                    batch.lose(piece, read.lost)
+
+    async def _fetch(self, batch: Batch, pieces: list[Piece]) -> list[Piece]:
+        """Ask each piece's next tier; returns those that still have a tier to try."""
+        by_tier: dict[str, list[Piece]] = {}
+        for piece in pieces:
+            by_tier.setdefault(piece.tiers[0], []).append(piece)
+        again: list[Piece] = []
+        async with anyio.create_task_group() as tg:
+            for name, group in by_tier.items():
+                tg.start_soon(self._from_tier, batch, name, group, again)
+        return again
+
+    async def _from_tier(
+        self, batch: Batch, name: str, group: list[Piece], again: list[Piece]
+    ) -> None:
+        """Read a group from one tier; put what it lost, and another may have, on `again`."""
+        g = self.ctx.geometry
+        if name not in self.ctx.memory:
+            try:
+                await self.ctx.arena.room(len(group) * g.frame_bytes(g.layers, self.ctx.chunk.tokens))
+            except ArenaFull:
+                for piece in group:
+                    batch.lose(piece, Lost.NO_ROOM)
+                return
+        reads = [Read(p.source, batch.frames.stop) for p in group]
+        patience = self.options.hedge if all(len(p.tiers) > 1 for p in group) else None
+        try:
+            with anyio.move_on_after(patience):
+                await self.ctx.tiers[name].read(reads)
+            for piece, read in zip(group, reads, strict=True):
+                code = _judge(read, batch.frames.stop, g)
+                if code is None:
+                    piece.object, read.object = read.object, None  # the piece has the lease now
+                    piece.took = {name}
+                    batch.ticket.deliver(name)
+                    continue
+                piece.tiers = piece.tiers[1:]
+                if piece.tiers:
+                    again.append(piece)
+                else:
+                    batch.lose(piece, code)
+        finally:
+            for read in reads:
+                if read.object is not None:
+                    read.object.lease.release()
+
+    async def _done(self, scope: Scope) -> None:
+        """The last frame has been placed, or given up: promote, quarantine, release."""
+        del self._turns[id(scope)]
+        promote, bad = [], []
+        for piece in scope.pieces:
+            if piece.object is None:
+                continue
+            tier = next(iter(piece.took))
+            if piece.lost is Lost.CORRUPT:
+                bad.append((tier, piece.source))
+            elif tier != self.options.promote and piece.done is not None and piece.done.all():
+                piece.object.sealed = True
+                promote.append(piece.object)
+        try:
+            for tier, key in bad:
+                await self.ctx.tiers[tier].drop([key])
+            if promote and self.options.promote:
+                await self.ctx.tiers[self.options.promote].put(promote)
+        finally:
+            for piece in scope.pieces:
+                if piece.object is not None:
+                    piece.object.lease.release()
+
+
+def _judge(read: Read, upto: int, geometry: Geometry) -> Lost | None:
+    """Whether a tier delivered what was asked; None: it did."""
+    if read.lost is not None:
+        return read.lost
+    if read.object is None or read.object.loaded < min(upto, len(read.object.header.frames)):
+        return Lost.LATE
+    return None if read.object.header.geometry == geometry else Lost.BAD_LAYOUT

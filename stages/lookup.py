@@ -1,0 +1,172 @@
+"""lookup: which chunks of a prompt are kept, and in which tier.
+
+    plan:  {use: lookup, tiers: [hot, warm], want: prefix, worth: auto}
+    fresh: {use: lookup, want: absent}
+
+`prefix` plans the longest kept prefix, down to the grain at which the prompt leaves what is kept.
+`absent` keeps the chunks that at least one tier lacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+
+from .base import LoopStage
+from .errors import Lost
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .base import Context
+    from .payload import Piece, Ticket
+    from .tiers.base import Tier
+    from .tiers.breaker import Guarded
+
+_SLICE = 32
+"""Chunks looked up between two turns of the loop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LookupOptions:
+    """What to look for, and where."""
+
+    want: Literal["prefix", "absent"] = "prefix"
+    """`prefix`: chunks to load; `absent`: chunks to store."""
+    tiers: list[str] | None = None
+    """Tiers to ask, best first; all of them when not said."""
+    worth: Literal["auto", "always", "never"] = "auto"
+    """Load only what is quicker to load than to compute: `auto` decides once both are measured."""
+
+
+class Lookup(LoopStage):
+    """Plans a request against the tiers' indexes; remote tiers are asked once, in one batch."""
+
+    Options = LookupOptions
+    takes = "keys@host/request"
+    gives = "plan@host/request"
+    tier_options = ("tiers",)
+
+    def __init__(self, options: LookupOptions, ctx: Context) -> None:
+        super().__init__(options, ctx)
+        self.names = options.tiers or list(ctx.tiers)
+
+    async def plan_async(self, ticket: Ticket) -> None:
+        tiers = {n: self.ctx.tiers[n] for n in self.names if self._available(n)}
+        known = await self._ask_remote(tiers, ticket.pieces)
+        if self.options.want == "absent":
+            await self._absent(ticket, tiers, known)
+        elif self.options.worth == "never":
+            ticket.pieces = []
+        else:
+            await self._prefix(ticket, tiers, known)
+
+    def peek(self, pieces: Sequence[Piece]) -> int:
+        """Tokens of the longest prefix that the local tiers keep; any thread, no I/O."""
+        tiers = {n: t for n, t in self.ctx.tiers.items() if n in self.names and t.local and self._available(n)}
+        tokens = 0
+        for piece in pieces:
+            self._serve(piece, tiers, {})
+            tokens += piece.take
+            if piece.take < piece.tokens:
+                break
+        return tokens
+
+    def _available(self, name: str) -> bool:
+        tier: Guarded = self.ctx.tiers[name]  # type: ignore[assignment]
+        return tier.available
+
+    async def _ask_remote(self, tiers: dict[str, Tier], pieces: list[Piece]) -> dict[str, list[bool]]:
+        keys = [p.key for p in pieces]
+        known: dict[str, list[bool]] = {}
+
+        async def ask(name: str, tier: Tier) -> None:
+            known[name] = await tier.has(keys)
+
+        remote = {n: t for n, t in tiers.items() if not t.local}
+        if remote and keys:
+            async with anyio.create_task_group() as tg:
+                for name, tier in remote.items():
+                    tg.start_soon(ask, name, tier)
+        return known
+
+    async def _absent(
+        self, ticket: Ticket, tiers: dict[str, Tier], known: dict[str, list[bool]]
+    ) -> None:
+        missing = []
+        for piece in ticket.pieces:
+            for name, tier in tiers.items():
+                if tier.local:
+                    found = tier.find(piece.links)
+                    kept = found is not None and found.key == piece.key
+                else:
+                    kept = known[name][piece.index]
+                if not kept:
+                    piece.tiers.append(name)
+            if piece.tiers:
+                missing.append(piece)
+            else:
+                ticket.kept_already += piece.tokens
+            if piece.index % _SLICE == _SLICE - 1:
+                await anyio.lowlevel.checkpoint()
+        if not tiers:
+            ticket.tally(Lost.TIER_DOWN, len(ticket.pieces))
+            missing = []
+        ticket.pieces = missing
+
+    async def _prefix(
+        self, ticket: Ticket, tiers: dict[str, Tier], known: dict[str, list[bool]]
+    ) -> None:
+        plan = []
+        for piece in ticket.pieces:
+            self._serve(piece, tiers, known)
+            if piece.take:
+                plan.append(piece)
+            if piece.take < piece.tokens:
+                break
+            if piece.index % _SLICE == _SLICE - 1:
+                await anyio.lowlevel.checkpoint()
+        plan = self._worth(ticket, plan)
+        for tier in tiers.values():
+            if tier.local:
+                tier.touch([p.source for p in plan])
+        ticket.pieces = plan
+
+    def _serve(self, piece: Piece, tiers: dict[str, Tier], known: dict[str, list[bool]]) -> None:
+        """Set `source`, `take` and `tiers` to what serves most of this piece, first tier first."""
+        best = 0
+        for name, tier in tiers.items():
+            if tier.local:
+                found = tier.find(piece.links)
+                if found is None:
+                    continue
+                key = found.key
+                tokens = piece.tokens if key == piece.key else found.grains * self.ctx.chunk.grain
+            elif known and known[name][piece.index]:
+                key, tokens = piece.key, piece.tokens
+            else:
+                continue
+            if self.ctx.geometry.native:
+                tokens -= tokens % self.ctx.geometry.block_tokens
+            if tokens > best:
+                best, piece.source, piece.take, piece.tiers = tokens, key, tokens, [name]
+            elif tokens == best and key == piece.source:
+                piece.tiers.append(name)
+
+    def _worth(self, ticket: Ticket, plan: list[Piece]) -> list[Piece]:
+        """The prefix of `plan` whose loading plus the computing of the rest ends soonest."""
+        if self.options.worth == "always" or not ticket.prefill_rate:
+            return plan
+        total = len(ticket.tokens)
+        best, cut, spent, tokens = total / ticket.prefill_rate, 0, 0.0, 0
+        for n, piece in enumerate(plan, start=1):
+            tier: Guarded = self.ctx.tiers[piece.tiers[0]]  # type: ignore[assignment]
+            cost = tier.cost(self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take))
+            spent += cost or 0.0
+            tokens += piece.take
+            ends = spent + (total - tokens) / ticket.prefill_rate
+            if ends <= best:
+                best, cut = ends, n
+        return plan[:cut]

@@ -1,0 +1,115 @@
+"""put: whole objects into a tier.
+
+    warm: {use: put, tier: warm, when_full: drop}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from .base import LoopStage
+from .errors import ArenaFull, Lost
+from .object import Object, plan_frames
+
+if TYPE_CHECKING:
+    from .payload import Batch, Encoded, EncodedFrame, Piece
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PutOptions:
+    """Where to."""
+
+    tier: str
+    """Name of the tier."""
+
+
+class Put(LoopStage):
+    """Puts each chunk once its last frame is there; skips what the tier has."""
+
+    Options = PutOptions
+    takes = "any@any/frame"
+    gives = "receipt@host/request"
+    tier_options = ("tier",)
+
+    async def apply_async(self, batch: Batch) -> Batch:
+        name = self.options.tier
+        whole: list[Piece] = []
+        objects: list[Object] = []
+        for piece in batch.live:
+            if name not in piece.tiers or name in piece.put or not _is_whole(batch, piece):
+                continue
+            piece.put.add(name)  # before the first await: another wave must not put it again
+            try:
+                objects.append(await self._object(batch, piece))
+                whole.append(piece)
+            except ArenaFull:
+                batch.lose(piece, Lost.NO_ROOM)
+        if not objects:
+            return batch
+        outcome = await self.ctx.tiers[name].put(objects)
+        for piece, code in zip(whole, outcome, strict=True):
+            if code is None:
+                piece.took.add(name)
+                batch.ticket.deliver(name)
+            else:
+                batch.lose(piece, code)
+        return batch
+
+    async def _object(self, batch: Batch, piece: Piece) -> Object:
+        """The sealed object that this branch carries; put together first when it was encoded."""
+        assert piece.object is not None
+        if batch.encoder is None:
+            return piece.object
+        encoded = piece.encoded[batch.encoder]
+        async with encoded.lock:
+            if encoded.object is None:
+                encoded.object = await self._assemble(batch, piece.object, encoded)
+        return encoded.object
+
+    async def _assemble(self, batch: Batch, plain: Object, encoded: Encoded) -> Object:
+        frames = [f for f in encoded.frames if f is not None]
+        header = replace(
+            plain.header,
+            frames=tuple(
+                f._replace(codecs=e.codecs)
+                for f, e in zip(
+                    plan_frames(
+                        plain.header.header_bytes, [f.raw for f in frames], [len(f.data) for f in frames]
+                    ),
+                    frames,
+                    strict=True,
+                )
+            ),
+        )
+        await self.ctx.arena.room(header.nbytes)
+        lease = self.ctx.arena.lease(header.nbytes)
+        batch.defer(lease.release)
+        made = Object(header, lease)
+        await self.ctx.pool(_fill, made, frames)
+        encoded.frames = [None] * len(frames)  # their bytes are in the lease now
+        return made
+
+
+def _is_whole(batch: Batch, piece: Piece) -> bool:
+    if piece.object is None or not piece.object.sealed:
+        return False
+    if batch.encoder is None:
+        return True
+    encoded = piece.encoded.get(batch.encoder)
+    return encoded is not None and (encoded.object is not None or encoded.whole)
+
+
+def _fill(made: Object, frames: list[EncodedFrame]) -> None:
+    """Copy encoded frames into their lease, zero what lies between, write the header."""
+    view = made.lease.view
+    checksums = []
+    for at, frame in zip(made.header.frames, frames, strict=True):
+        end = at.offset + at.stored
+        view[at.offset : end] = frame.data
+        pad = -end % 4096
+        view[end : end + pad] = bytes(pad)
+        checksums.append(xxhash.xxh3_64_intdigest(frame.data))
+    made.seal(checksums)

@@ -1,0 +1,72 @@
+"""scatter: verified frames into the engine's cache.
+
+    place: {use: scatter}
+
+A frame is checked and placed in one go, and a bad one is never placed: its chunk and those after it are
+reported, and the engine computes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..triton_kernels.planes import CORRUPT, PLACED
+from . import copy
+from .base import Lane, Stage
+from .errors import Lost
+
+if TYPE_CHECKING:
+    from .base import Context
+    from .payload import Batch, Piece
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScatterOptions:
+    """None: the layout settles it."""
+
+
+class Scatter(Stage):
+    """Places the wanted rows of each frame; opens the gates of layer groups by passing."""
+
+    Options = ScatterOptions
+    takes = "kv@any/frame"
+    gives = "receipt@host/request"
+    lane = Lane.POOL
+    touches_engine = True
+
+    def apply(self, batch: Batch) -> Batch:
+        for trusted in (False, True):
+            live = [p for p in batch.live if p.object is not None and self._trusted(p) == trusted]
+            if live:
+                self._place(batch, live, verify=not trusted)
+        return batch
+
+    def _trusted(self, piece: Piece) -> bool:
+        """Decoded frames were verified before decoding; memory is trusted when told to."""
+        return piece.plain is not None or piece.took <= self.ctx.trusted
+
+    def _place(self, batch: Batch, live: list[Piece], *, verify: bool) -> None:
+        jobs = [
+            (p, o.header, o.lease.address, batch.frames, p.take)
+            for p in live
+            if (o := p.plain or p.object) is not None
+        ]
+        frames = copy.frame_table(self.ctx.geometry, jobs)
+        copy.scatter(batch.ticket, frames, self.ctx.device, verify=verify)
+        n = len(batch.frames)
+        for i, piece in enumerate(live):
+            state = frames.status[i * n : (i + 1) * n]
+            if piece.done is None:
+                piece.done = np.zeros(batch.ticket.groups, np.uint8)
+            piece.done[batch.frames.start : batch.frames.stop] = state == PLACED
+            if (state == CORRUPT).any():
+                batch.lose(piece, Lost.CORRUPT)
+            elif not (state == PLACED).all():
+                batch.lose(piece, batch.ticket.cancelled or Lost.CANCELLED)
+            elif piece.done.all():
+                piece.nbytes = self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take)
+
+
