@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import (
-    TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints,
-)  # fmt: skip
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..stages.base import ChunkOptions
 from ..stages.options import Seconds, Size, parse_seconds, parse_size
@@ -56,8 +54,9 @@ class Wire:
     """Options of the wire into a stage; they may stand on any stage."""
 
     when_full: WhenFull | None = None
-    """What a full wire does to its sender: `block` waits, `drop` counts the batch as lost, `spill` lets the
-    wire grow, bounded by the arena alone. Not said: `block`, and `drop` on all but a fork's first branch."""
+    """What a full wire does to its sender: `block` waits, `drop` counts the batch as lost, `spill`
+    lets the wire grow, bounded by the arena alone. Not said: `block`, and `drop` on all but a
+    fork's first branch."""
     depth: int = 64
     """Batches that the wire holds."""
     width: int = 4
@@ -106,9 +105,9 @@ class Node:
         return tuple(v for v in values if isinstance(v, str))
 
     def reads(self, tiers: Iterable[str]) -> tuple[str, ...]:
-        """Which of `tiers` it reads: those that an option lists, or all when it may and does not."""
+        """Which of `tiers` it reads: those that an option lists, or all where it lists none."""
         kinds = get_type_hints(self.cls.Options)
-        lists = [o for o in self.cls.tier_options if list in map(get_origin, (kinds[o], *get_args(kinds[o])))]
+        lists = [o for o in self.cls.tier_options if _is_list(kinds[o])]
         wanted = [getattr(self.options, name) for name in lists]
         return tuple(t for t in tiers if any(w is None or t in w for w in wanted))
 
@@ -164,9 +163,9 @@ class PipelineOptions:
     (`canonical`), or whichever costs less (`auto`)."""
     verify: Literal["always", "remote"] = "always"
     """`always`: every frame is checked before it is placed; `remote`: memory is trusted."""
-    chunk: ChunkOptions = ChunkOptions()
+    chunk: ChunkOptions = field(default_factory=ChunkOptions)
     """How prompts are cut."""
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     """How much may be under way at once."""
 
 
@@ -180,7 +179,11 @@ class PipelineSpec(PipelineOptions):
     graphs: dict[str, Graph]
 
 
+def _is_list(kind: Any) -> bool:
+    return list in {get_origin(k) for k in (kind, *get_args(kind))}
+
+
 __all__ = [
     "Breaker", "Budget", "ChunkOptions", "Graph", "GraphOptions", "Node", "Pace", "PipelineOptions",
-    "PipelineSpec",     "Seconds", "Size", "TierSpec", "WhenFull", "Wire",
+    "PipelineSpec", "Seconds", "Size", "TierSpec", "WhenFull", "Wire",
 ]  # fmt: skip

@@ -41,7 +41,7 @@ class Get(LoopStage):
     Options = GetOptions
     takes = "plan@host/request"
     gives = "bytes@host/frame"
-    tier_options = ("promote",)
+    tier_options = arena_options = ("promote",)
 
     def __init__(self, options: GetOptions, ctx: Context) -> None:
         super().__init__(options, ctx)

@@ -1,0 +1,155 @@
+"""A tree's values as Python values, checked against the types of an options dataclass."""
+
+from __future__ import annotations
+
+import math
+import types
+from dataclasses import MISSING, fields, is_dataclass
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)  # fmt: skip
+
+from ..stages.options import field_docs
+from .problems import Findings, nearest
+from .tree import Leaf, Row, Table, Tree, dotted
+
+if TYPE_CHECKING:
+    from collections.abc import Set
+
+BAD: Any = object()
+"""What `convert` gives for a value that cannot be used; its problem has been noted."""
+
+_WANTS: dict[Any, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text",
+}  # fmt: skip
+
+
+def fill(
+    cls: Any, table: Table, path: str, found: Findings, also: Set[str] = frozenset()
+) -> Any | None:
+    """An object of options class `cls`; None where there is a problem, which has been noted.
+
+    `also` are keys that may stand in the mapping but are somebody else's.
+    """
+    kinds = get_type_hints(cls, include_extras=True)
+    known = {f.name: f for f in fields(cls) if f.name not in also}
+    before = len(found)
+    values: dict[str, Any] = {}
+    for key, tree in table.items.items():
+        if key in known:
+            values[key] = convert(kinds[key], tree, dotted(path, key), found)
+        elif key not in also:
+            found.add(table.keys[key], path, f"unknown key {key!r}", nearest(key, {*known, *also}))
+    for name, field in known.items():
+        if field.default is MISSING and field.default_factory is MISSING and name not in values:
+            doc = field_docs(cls).get(name, "")
+            found.add(table.at, path, f"option {name!r} is missing", doc)
+    if len(found) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as e:
+        found.add(table.at, path, str(e))
+        return None
+
+
+def names_of(cls: Any) -> frozenset[str]:
+    """The options that a class has."""
+    return frozenset(f.name for f in fields(cls))
+
+
+def convert(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
+    """The value as type `kind`, or BAD."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        parse = next((a for a in args[1:] if callable(a)), None)
+        if parse is None:
+            return convert(args[0], tree, path, found)
+        return _parsed(parse, tree, path, found)
+    if origin in (Union, types.UnionType):
+        return _either(args, tree, path, found)
+    if origin in (list, tuple):
+        return _sequence(origin, args[0], tree, path, found)
+    if origin is dict:
+        return _mapping(args[1], tree, path, found)
+    if is_dataclass(kind):
+        if isinstance(tree, Table):
+            made = fill(kind, tree, path, found)
+            return BAD if made is None else made
+        return _refuse(tree, path, found, "a mapping")
+    if origin is Literal:
+        if isinstance(tree, Leaf) and tree.value in args and not isinstance(tree.value, bool):
+            return tree.value
+        hint = nearest(str(tree.value) if isinstance(tree, Leaf) else "", map(str, args))
+        return _refuse(tree, path, found, f"one of {', '.join(map(str, args))}", hint)
+    return _plain(kind, tree, path, found)
+
+
+def _plain(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
+    if isinstance(tree, Leaf):
+        value = tree.value
+        if kind is str and tree.text is not None:
+            return tree.text
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is kind and not (kind is float and not math.isfinite(value)):  # type: ignore[arg-type]
+            return value
+    hint = "put it in quotes" if kind is str and isinstance(tree, Leaf) and tree.value else ""
+    return _refuse(tree, path, found, _WANTS[kind], hint)
+
+
+def _parsed(parse: Any, tree: Tree, path: str, found: Findings) -> Any:
+    if not isinstance(tree, Leaf):
+        return _refuse(tree, path, found, "one value")
+    try:
+        return parse(tree.value)
+    except (ValueError, TypeError, OverflowError) as e:
+        found.add(tree.at, path, str(e))
+        return BAD
+
+
+def _either(kinds: tuple[Any, ...], tree: Tree, path: str, found: Findings) -> Any:
+    """The first type that the value fits; the problems are those of the first."""
+    if isinstance(tree, Leaf) and tree.value is None and type(None) in kinds:
+        return None
+    others = [k for k in kinds if k is not type(None)]
+    for kind in others[1:]:
+        if (value := convert(kind, tree, path, Findings())) is not BAD:
+            return value
+    return convert(others[0], tree, path, found)
+
+
+def _sequence(origin: Any, kind: Any, tree: Tree, path: str, found: Findings) -> Any:
+    if not isinstance(tree, Row):
+        return _refuse(tree, path, found, "a list", "write it in brackets: [a, b]")
+    values = [convert(kind, item, f"{path}[{i}]", found) for i, item in enumerate(tree.items)]
+    return BAD if BAD in values else origin(values)
+
+
+def _mapping(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
+    if not isinstance(tree, Table):
+        return _refuse(tree, path, found, "a mapping")
+    values = {k: convert(kind, v, dotted(path, k), found) for k, v in tree.items.items()}
+    return BAD if BAD in values.values() else values
+
+
+def _refuse(tree: Tree, path: str, found: Findings, wants: str, hint: str = "") -> Any:
+    found.add(tree.at, path, f"wants {wants}, got {shown(tree)}", hint)
+    return BAD
+
+
+def shown(tree: Tree) -> str:
+    """A value for a message, short."""
+    if isinstance(tree, Leaf):
+        if tree.value is None or isinstance(tree.value, bool):
+            return {None: "nothing", True: "true", False: "false"}[tree.value]
+        text = repr(tree.value)
+        return text if len(text) < 60 else f"{text[:56]}..."
+    return "a list" if isinstance(tree, Row) else "a mapping"
