@@ -1,0 +1,117 @@
+"""The ahead-of-time gate: every kernel compiles for every target, within its budget.
+
+After a change that means to alter the machine code:
+    TIERLOOM_REWRITE_BASELINE=1 python -m pytest tests/kernels/test_aot.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from aot import TARGETS, Kernel, compile_for
+
+from tierloom.triton_kernels.checksum import positional_sums
+from tierloom.triton_kernels.launch import tile_for
+from tierloom.triton_kernels.paged_copy import paged_copy
+
+BASELINE = Path(__file__).with_name("aot_baseline.json")
+REWRITE = os.environ.get("TIERLOOM_REWRITE_BASELINE") == "1"
+MOST_REGISTERS = 128
+GROWTH = 1.25
+
+
+def copy_of(
+    heads: int, head_bytes: int, *, gather: bool,
+    block_tokens: int = 16, wide: bool = True, narrow: bool = False,
+) -> Kernel:  # fmt: skip
+    """As `launch_paged_copy` would have it compiled."""
+    tile = tile_for("cuda", heads * head_bytes, narrow=narrow)
+    assert tile == tile_for("hip", heads * head_bytes, narrow=narrow)
+    return Kernel(
+        paged_copy,
+        {"planes": "*i64", "frames": "*i64", "slots": "*i64", "layers": "i32"},
+        {
+            "KV": 2,
+            "BLOCK_TOKENS": block_tokens,
+            "HEADS": heads,
+            "HEAD_BYTES": head_bytes,
+            "ITEMSIZE": 2,
+            "HAS_WIDE": wide,
+            "HAS_NARROW": narrow,
+            "GATHER": gather,
+            "TILE_ROWS": tile.rows,
+            "TILE_BYTES": tile.nbytes,
+        },
+        warps=tile.warps,
+    )
+
+
+def both(name: str, heads: int, head_bytes: int, **kwargs: Any) -> dict[str, Kernel]:
+    return {
+        f"{name} {way}": copy_of(heads, head_bytes, gather=way == "gather", **kwargs)
+        for way in ("gather", "scatter")
+    }
+
+
+WIDE = {
+    **both("NHD 8x128", 1, 2048),
+    **both("NHD 3x64", 1, 384),
+    **both("HND 8x128", 8, 256),
+    **both("MLA 576", 1, 1152),
+    **both("blocks of 32 KiB", 1, 32768, block_tokens=1),
+    **both("K transposed", 8, 256, narrow=True),
+}
+OTHERS = {
+    **both("all transposed", 8, 256, wide=False, narrow=True),
+    "positional sums": Kernel(
+        positional_sums,
+        {"address": "*i64", "nbytes": "*i64", "sums": "*i64"},
+        {"QUADS": 256, "STEPS": 8},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    """What the last accepted compilation gave; rewritten on request when the module is done."""
+    kept = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"triton": None}
+    if not REWRITE:
+        yield kept
+        return
+    fresh: dict[str, object] = {"triton": triton.__version__}
+    yield fresh
+    BASELINE.write_text(json.dumps(fresh, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [*WIDE, *OTHERS])
+def test_gate(name: str, target: str, baseline: dict) -> None:
+    report = compile_for((WIDE | OTHERS)[name], target)
+    assert report.spills == 0, report
+    assert report.registers <= MOST_REGISTERS, report
+    if name in WIDE:
+        assert 128 in report.load_bits, report
+        assert 128 in report.store_bits, report
+    if name == "positional sums":
+        assert 128 in report.load_bits, report
+
+    cost = {"registers": report.registers, "instructions": report.instructions}
+    if REWRITE:
+        baseline.setdefault(name, {})[target] = cost
+        return
+    if baseline["triton"] != triton.__version__:
+        pytest.skip(f"baseline is of triton {baseline['triton']}: only the budget was checked")
+    for what, value in cost.items():
+        assert value <= baseline[name][target][what] * GROWTH, (what, report)
+
+
+def test_gate_sees_lost_vectors() -> None:
+    """The same copy, told that nothing is a multiple of 16 bytes, has no 128-bit access."""
+    narrow = compile_for(copy_of(1, 2048, gather=True, wide=False, narrow=True), "sm_90")
+    assert 128 not in narrow.load_bits
