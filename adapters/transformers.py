@@ -1,0 +1,234 @@
+"""transformers: `generate` that remembers, for causal LMs of Hugging Face on CPU or GPU.
+
+    kept = Kept(model, config="tiered")
+    out = kept.generate(input_ids, max_new_tokens=64)    # retrieves before prefill, then stores
+    kept.last.hit_tokens
+
+Loading overlaps the forward pass layer by layer, and so does storing. Whatever goes wrong under
+way, the prompt is computed as if there were no cache.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import tierloom
+
+from ..stages.errors import InputError
+from .transformers_cache import SPARE, Abandoned, KeptLayer, TierloomCache, layout_of
+from .transformers_model import KVShape, fingerprint, inspect, rope
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy.typing as npt
+
+    from ..stages.payload import Receipt
+
+__all__ = ["Abandoned", "KVShape", "Kept", "KeptLayer", "Request", "TierloomCache"]
+
+DEADLINES = {"graphs.store.deadline": "10 min", "graphs.retrieve.deadline": "60 s"}
+"""Both graphs go at the model's pace here, and on a CPU a prefill takes many seconds."""
+
+_REFUSED = {
+    "past_key_values": "the cache is this class's own: kept.cache() gives it out",
+    "inputs_embeds": "KV is named by token ids",
+    "position_ids": "KV is kept for positions 0, 1, 2, ...",
+    "assistant_model": "assisted decoding is not supported",
+    "prompt_lookup_num_tokens": "assisted decoding is not supported",
+    "negative_prompt_ids": "guidance runs two sequences",
+    "token_type_ids": "KV is named by token ids alone",
+    "cache_implementation": "the cache is this class's own",
+}
+
+
+@dataclass(slots=True)
+class Request:
+    """What became of one `generate`."""
+
+    prompt_tokens: int
+    hit_tokens: int = 0
+    """Tokens of the prompt that were loaded, not computed."""
+    abandoned: str = ""
+    """Why kept KV was planned for and then not used; empty when it was used."""
+    ttft_s: float = 0.0
+    """From the call to the first new token, lookup and load included."""
+    seconds: float = 0.0
+    """The whole call."""
+    loaded: Receipt | None = None
+    storing: tuple[Any, ...] = ()
+    """Tickets of what is being stored; `wait()` on each gives its receipt."""
+
+
+class Kept:
+    """A causal LM whose KV outlives the request. One call at a time; owns its pipeline.
+
+    Raises LayoutError for models whose KV cannot be kept and InputError for calls that cannot be
+    served, each naming the reason.
+    """
+
+    def __init__(
+        self, model: Any, *, config: str = "tiered", name: str = "", weights: str = "",
+        salt: str = "", overrides: Mapping[str, Any] | None = None, store_decode: bool = False,
+    ) -> None:  # fmt: skip
+        """Open `config` for `model`, which must be in eval mode and whose weights must not change.
+
+        `name`: defaults to the config's. `weights`: a content id, instead of hashing the weights.
+        `salt`: the tenant's secret. `store_decode`: keep the answer's KV too, so that the next turn
+        of a chat hits all of this one.
+        """
+        self.model, self.shape = model, inspect(model)
+        self.store_decode, self._salt = store_decode, salt
+        self.last = Request(0)
+        rows = torch.empty(1, self.shape.heads, self.shape.dim, dtype=self.shape.dtype)
+        rows = rows.to(self.shape.device)
+        self.pipe = tierloom.open(
+            config, layout=layout_of([(rows, rows)] * self.shape.layers),
+            model=name or getattr(model.config, "name_or_path", "") or model.config.model_type,
+            weights=weights or fingerprint(model), rope=rope(model),
+            overrides=DEADLINES | dict(overrides or {}),
+        )  # fmt: skip
+
+    def cache(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        room: int = SPARE,
+        retrieve: bool = True,
+        store: bool = True,
+    ) -> TierloomCache:
+        """A `past_key_values` for this prompt `[1, tokens]`, with what is kept on its way into it.
+
+        For those who call the model themselves; they handle Abandoned. Raises InputError.
+        """
+        return TierloomCache(
+            self.pipe, self.shape, _prompt(input_ids), room=room, retrieve=retrieve, store=store,
+            salt=self._salt,
+        )  # fmt: skip
+
+    def generate(
+        self, input_ids: torch.Tensor, *, streamer: Any = None,
+        attention_mask: torch.Tensor | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """`model.generate` for one prompt `[1, tokens]`, with its options and its result.
+
+        `self.last` says what happened. Does not wait for what is being stored: see `flush`.
+        """
+        started = time.perf_counter()
+        self._check(input_ids, attention_mask, options)
+        self.last = Request(input_ids.shape[1])
+        watch = Watch(streamer)
+        room = self._room(input_ids.shape[1], options)
+        cache = self.cache(input_ids, room=room)
+        try:
+            out = self._generate(cache, input_ids, watch, options)
+        except Abandoned as e:
+            self.last.abandoned = str(e)
+            watch.skip_prompt()
+            cache = self.cache(input_ids, room=room, retrieve=False)
+            out = self._generate(cache, input_ids, watch, options)
+        self.last.hit_tokens = cache.planned
+        self._close(cache, out)
+        self.last.ttft_s = watch.first - started
+        self.last.seconds = time.perf_counter() - started
+        return out
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until what the last call stores is kept, or given up."""
+        for ticket in self.last.storing:
+            ticket.wait(timeout)
+
+    def close(self) -> None:
+        self.flush()
+        self.pipe.close()
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _generate(
+        self, cache: TierloomCache, ids: torch.Tensor, watch: Watch, options: dict[str, Any]
+    ) -> Any:
+        try:
+            return self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=watch,
+                **options,
+            )  # fmt: skip
+        except BaseException:
+            cache.abandon()
+            raise
+
+    def _close(self, cache: TierloomCache, out: Any) -> None:
+        """Free the cache's memory of everything under way, and keep the answer if asked."""
+        if cache.loading is not None:
+            self.last.loaded = cache.loading.wait()
+        cache.storing.captured()
+        self.last.storing = (cache.storing,)
+        if self.store_decode:
+            whole = out if isinstance(out, torch.Tensor) else out.sequences
+            cache.storing.wait()
+            answer = cache.store_all(whole[0].cpu().numpy())
+            answer.captured()
+            self.last.storing += (answer,)
+
+    def _check(self, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+        for key, why in _REFUSED.items():
+            if options.get(key) is not None:
+                raise InputError(f"{key}= cannot be combined with kept KV: {why}")
+        config = options.get("generation_config") or self.model.generation_config
+        for key in ("num_beams", "num_return_sequences"):
+            if (options.get(key) or getattr(config, key, None) or 1) != 1:
+                raise InputError(f"{key} must be 1: kept KV is served to one sequence at a time")
+        if options.get("use_cache") is False:
+            raise InputError("use_cache=False leaves nothing to keep: call model.generate")
+        _prompt(ids)
+        if mask is not None and (mask.shape != ids.shape or not bool(mask.bool().all())):
+            raise InputError("attention_mask must be all ones: padded prompts are not kept")
+
+    def _room(self, prompt: int, options: dict[str, Any]) -> int:
+        """Tokens to make room for; more are made room for when they come."""
+        config = options.get("generation_config") or self.model.generation_config
+        new = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+        total = options.get("max_length") or getattr(config, "max_length", None)
+        return int(new or max((total or 0) - prompt, SPARE))
+
+
+class Watch:
+    """A streamer that notes when the first new token comes, and passes all on to another."""
+
+    def __init__(self, inner: Any = None) -> None:
+        self.inner, self.first = inner, 0.0
+        self._puts, self._skip = 0, False
+
+    def skip_prompt(self) -> None:
+        """A second run begins: its prompt, which transformers puts first, was passed on already."""
+        self._puts, self._skip = 0, True
+
+    def put(self, value: torch.Tensor) -> None:
+        self._puts += 1
+        if self._puts == 2 and not self.first:
+            self.first = time.perf_counter()
+        if self.inner is not None and not (self._skip and self._puts == 1):
+            self.inner.put(value)
+
+    def end(self) -> None:
+        if self.inner is not None:
+            self.inner.end()
+
+
+def _prompt(ids: torch.Tensor) -> npt.NDArray[np.int64]:
+    """The token ids of the one prompt in `[1, tokens]`. Raises InputError."""
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise InputError("input_ids must be a [1, tokens] tensor of integers")
+    if ids.shape[0] != 1:
+        raise InputError(f"a batch of {ids.shape[0]}: kept KV is served to one prompt at a time")
+    if not ids.shape[1]:
+        raise InputError("an empty prompt")
+    return ids[0].detach().cpu().numpy().astype(np.int64)

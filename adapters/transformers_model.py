@@ -1,0 +1,175 @@
+"""What a Hugging Face model is, to a cache: whether its KV can be kept, its shape, its identity.
+
+Nothing is guessed from the config alone: one token is run through the model, and what its own cache
+holds afterwards is what is described.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..stages.errors import InputError, LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WHOLE = 1 << 30
+"""Bytes of weights that are hashed whole; of larger models each large tensor is sampled."""
+STRIP = 16 << 10
+STRIPS = 64
+
+_NOT_THE_MODEL = {
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "label2id", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+"""Keys of a config that change no KV; nor do those that begin with `_` or `output_`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVShape:
+    """Shape of a model's KV: `[1, heads, tokens, dim]` for K and for V of every layer."""
+
+    layers: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def inspect(model: Any) -> KVShape:
+    """The shape of `model`'s KV, learned by running one token through it.
+
+    Raises LayoutError when its KV cannot be kept (and says why), InputError when the model is in a
+    state in which it should not be (training, with adapters loaded).
+    """
+    config = model.config
+    kind = getattr(config, "model_type", type(model).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise LayoutError(f"{kind} is an encoder-decoder model: only causal LMs are kept")
+    if config.get_text_config(decoder=True) is not config:
+        raise LayoutError(f"{kind} takes more than text: its KV is not named by token ids alone")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise LayoutError(f"{kind} attends to later tokens: its KV is not named by a prefix")
+    for rope in _rope_types(config):
+        if rope in ("dynamic", "longrope"):
+            raise LayoutError(
+                f"{kind} has rope_type {rope}: the K of a prefix changes with the prompt's length"
+            )
+    if model.training:
+        raise InputError(
+            "the model is in training mode, where dropout changes KV: call model.eval()"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
+        raise InputError("the model has PEFT adapters that can be switched under way: merge them")
+    cache = DynamicCache(config=config)
+    _full_attention(kind, cache)
+    _run_one_token(model, cache)
+    _full_attention(kind, cache)
+    return _shape(kind, cache)
+
+
+def fingerprint(model: Any) -> str:
+    """sha256 over what the weights and the config are, as hex; the same in every process.
+
+    Up to 1 GiB of weights are hashed whole (about 1 s/GiB). Of larger models each tensor over 1 MiB
+    gives 64 strips of 16 KiB, evenly spaced: a retrained or merged model is told apart, a change
+    of single weights between the strips is not (pass `weights=` where that matters).
+    """
+    h = hashlib.sha256(_config_text(model.config).encode())
+    tensors = dict(_weights(model))
+    whole = sum(t.nbytes for t in tensors.values()) <= WHOLE
+    for name, t in sorted(tensors.items()):
+        if t.device.type == "meta":
+            raise InputError(f"{name} is offloaded and cannot be read: pass weights=, a content id")
+        h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        raw = t.detach().contiguous().view(-1).view(torch.uint8)
+        strips = [raw] if whole or raw.numel() <= STRIPS * STRIP else _strips(raw)
+        for strip in strips:
+            h.update(strip.cpu().numpy().data)
+    return h.hexdigest()
+
+
+def rope(model: Any) -> str:
+    """RoPE parameters as canonical JSON; '' for a model that has none."""
+    found = getattr(model.config, "rope_parameters", None)
+    return json.dumps(found, sort_keys=True, default=str) if found else ""
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    found = getattr(config, "rope_parameters", None) or {}
+    for part in (found, *found.values()):
+        if isinstance(part, dict) and "rope_type" in part:
+            yield part["rope_type"]
+
+
+def _full_attention(kind: str, cache: DynamicCache) -> None:
+    """transformers' own choice of cache says what each layer keeps."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            name = type(layer).__name__.removeprefix("Dynamic")
+            raise LayoutError(
+                f"layer {i} of {kind} keeps a {name}: only full attention in every layer is kept "
+                "(no sliding window, no hybrid or linear attention, no shared KV)"
+            )
+
+
+def _run_one_token(model: Any, cache: DynamicCache) -> None:
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+
+
+def _shape(kind: str, cache: DynamicCache) -> KVShape:
+    seen: set[tuple[Any, ...]] = set()
+    for i, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer)
+        k, v = layer.keys, layer.values
+        if k is None or v is None or k.dim() != 4 or k.shape[2] != 1:
+            raise LayoutError(
+                f"layer {i} of {kind} kept nothing of a token that was run through it"
+            )
+        if k.shape != v.shape or k.dtype != v.dtype:
+            raise LayoutError(
+                f"layer {i} of {kind}: K is {tuple(k.shape)}, V is {tuple(v.shape)}; "
+                "only models whose K and V are alike are kept here"
+            )
+        seen.add((k.shape[1], k.shape[3], k.dtype, k.device))
+    if len(seen) != 1:
+        raise LayoutError(
+            f"the layers of {kind} differ in heads, head size, dtype or device: "
+            f"one layout must serve them all, not {len(seen)}"
+        )
+    heads, dim, dtype, device = seen.pop()
+    return KVShape(layers=len(cache.layers), heads=heads, dim=dim, dtype=dtype, device=device)
+
+
+def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers; a tensor that two names share comes once."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, t in sorted(model.state_dict().items()):
+        if isinstance(t, torch.Tensor) and (mark := (t.data_ptr(), tuple(t.shape))) not in seen:
+            seen.add(mark)
+            yield name, t
+
+
+def _strips(raw: torch.Tensor) -> Iterator[torch.Tensor]:
+    step = (raw.numel() - STRIP) // (STRIPS - 1)
+    for i in range(STRIPS):
+        yield raw[i * step : i * step + STRIP]
+
+
+def _config_text(config: Any) -> str:
+    kept = {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in _NOT_THE_MODEL and not k.startswith(("_", "output_"))
+    }
+    return json.dumps(kept, sort_keys=True, default=str)
