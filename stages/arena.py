@@ -10,7 +10,6 @@ import asyncio
 import ctypes
 import mmap
 import threading
-from collections import deque
 from typing import TYPE_CHECKING
 
 from .errors import ArenaFull
@@ -86,7 +85,8 @@ class Arena:
         """Asked in turn to give up one object when no hole is long enough; False: nothing left."""
         self._space = Space(self.total)
         self._kept = 0
-        self._waiters: deque[Callable[[], None]] = deque()
+        self._reserved = 0
+        self._waiters: list[asyncio.Event] = []
         self._pinned = False
 
     @property
@@ -116,30 +116,30 @@ class Arena:
             if not any(give_up() for give_up in self.reclaim):
                 raise ArenaFull(f"no hole of {need} bytes left between leases in use")
 
-    async def room(self, nbytes: int) -> None:
-        """Wait until `nbytes` more may be in flight. Bound it with a cancel scope.
+    async def reserve(self, nbytes: int) -> None:
+        """Wait until `nbytes` of `working` are promised to nobody, and take the promise.
 
-        Raises ArenaFull when they never could be.
+        Whoever means to lease reserves first, for all it will need, so that no two requests each hold
+        half of what both wait for. Bound it with a cancel scope. Raises ArenaFull when it never could.
         """
-        if aligned(nbytes) > self.working:
-            raise ArenaFull(f"{nbytes} bytes can never fit in {self.working}: raise budget.arena")
-        loop = asyncio.get_running_loop()
-        while True:
-            with self.lock:
-                if self.flight + aligned(nbytes) <= self.working:
-                    return
-                freed = asyncio.Event()
-
-                def wake(freed: asyncio.Event = freed) -> None:
-                    loop.call_soon_threadsafe(freed.set)
-
-                self._waiters.append(wake)
+        if nbytes > self.working:
+            raise ArenaFull(f"{nbytes} bytes never fit in {self.working}: raise budget.arena")
+        while self._reserved + nbytes > self.working:
+            freed = asyncio.Event()
+            self._waiters.append(freed)
             try:
                 await freed.wait()
             finally:
-                with self.lock:
-                    if wake in self._waiters:
-                        self._waiters.remove(wake)
+                if freed in self._waiters:
+                    self._waiters.remove(freed)
+        self._reserved += nbytes
+
+    def unreserve(self, nbytes: int) -> None:
+        """Give a promise back (on the loop, like `reserve`)."""
+        self._reserved -= nbytes
+        for freed in self._waiters:
+            freed.set()
+        self._waiters.clear()
 
     def keep(self, lease: Lease) -> None:
         """A memory tier takes the lease: it counts against the tier, no longer as in flight."""
@@ -192,9 +192,6 @@ class Arena:
                 return
             self._space.give(lease.offset, lease.nbytes)
             self.leases -= 1
-            woken = self._wake()
-        for wake in woken:
-            wake()
 
     def _trim(self, lease: Lease, nbytes: int) -> None:
         with self.lock:
@@ -203,8 +200,3 @@ class Arena:
             if nbytes < lease.nbytes:
                 self._space.give(lease.offset + nbytes, lease.nbytes - nbytes)
                 lease.nbytes = nbytes
-
-    def _wake(self) -> list[Callable[[], None]]:
-        woken = list(self._waiters)
-        self._waiters.clear()
-        return woken

@@ -1,8 +1,9 @@
 """Who gets which bytes of a slab: best fit over holes binned by exact size, neighbours merged.
 
-One allocator serves the arena (bytes of memory) and the disk tier (bytes of its segments). Sizes are
-whole pages, so the slots of equal objects are recycled exactly, and what differs in size (a prompt's
-short tail) is merged again when it goes: nothing calcifies in a class that nobody asks for any more.
+One allocator serves the arena (bytes of memory) and the disk tier (bytes of its segments). Sizes
+are whole pages, so the slots of equal objects are recycled exactly, and what differs in size (a
+prompt's short tail) is merged again when it goes: nothing calcifies in a class that nobody asks for
+any more.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from .object import PAGE, aligned
 class Space:
     """Offsets 0 .. `total`, handed out in pages. Not thread-safe; owns no memory."""
 
-    def __init__(self, total: int, *, wall: int = 0, grow: bool = False) -> None:
+    def __init__(self, total: int, *, wall: int = 0, empty: bool = False) -> None:
         """`wall`: no piece crosses a multiple of it (a segment's end).
 
-        `grow`: begin with nothing and take segments of `wall` bytes by `add_segment()`.
+        `empty`: begin with nothing free; what there is comes by `give`.
         """
-        self.total = 0 if grow else total // PAGE * PAGE
+        self.total = total // PAGE * PAGE
         self.wall = wall
         self.free_bytes = 0
         self._by_size: list[tuple[int, int]] = []  # (size, offset), sorted
         self._at: dict[int, int] = {}  # offset -> size
         self._ends: dict[int, int] = {}  # end -> offset
-        if not grow:
+        if not empty:
             step = wall or self.total
             for start in range(0, self.total, step or 1):
                 self._insert(start, min(step, self.total - start))
@@ -40,13 +41,6 @@ class Space:
         """The longest piece that could be taken now."""
         return self._by_size[-1][0] if self._by_size else 0
 
-    def add_segment(self, nbytes: int) -> int:
-        """Append `nbytes` (at most `wall`) of fresh space; returns where it starts."""
-        start = -(-self.total // self.wall) * self.wall if self.wall else self.total
-        self.total = start + nbytes
-        self._insert(start, nbytes)
-        return start
-
     def take(self, nbytes: int) -> int | None:
         """An offset for `nbytes`, rounded up to pages; None when no hole is long enough."""
         need = aligned(nbytes)
@@ -59,18 +53,22 @@ class Space:
             self._insert(offset + need, size - need)
         return offset
 
-    def take_at(self, offset: int, nbytes: int) -> bool:
-        """Take exactly this piece, as an index replayed from disk says. False when not free."""
-        need = aligned(nbytes)
-        for start, size in self._at.items():
-            if start <= offset and offset + need <= start + size:
-                self._remove(start, size)
-                if offset > start:
-                    self._insert(start, offset - start)
-                if start + size > offset + need:
-                    self._insert(offset + need, start + size - offset - need)
-                return True
-        return False
+    def take_split(self, nbytes: int, pieces: int) -> list[tuple[int, int]] | None:
+        """(offset, bytes) of one hole, or of up to `pieces` holes where no single one is enough."""
+        whole = self.take(nbytes)
+        if whole is not None:
+            return [(whole, aligned(nbytes))]
+        left = aligned(nbytes)
+        if sum(size for size, _ in self._by_size[-pieces:]) < left:
+            return None
+        taken = []
+        while left:
+            size = min(left, self.largest)
+            offset = self.take(size)
+            assert offset is not None
+            taken.append((offset, size))
+            left -= size
+        return taken
 
     def give(self, offset: int, nbytes: int) -> None:
         """Give a piece back; it merges with free neighbours on the same side of a wall."""

@@ -1,16 +1,16 @@
 """What a tier is: a place where whole objects are kept.
 
 Batch forms only. A tier never shows an object before its last byte is there, never returns bytes
-whose header does not name the key that was asked for, and never raises for a single bad object: that
-is a `Lost`. What it raises (TierDown, OSError, a timeout) is about the tier, and opens its breaker.
-`tests/contracts.py` turns each of these promises into a test.
+whose header does not name the key that was asked for, and never raises for a single bad object:
+that is a `Lost`. What it raises (TierDown, OSError, a timeout) is about the tier, and opens its
+breaker. `tests/contracts.py` turns each of these promises into a test.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -32,8 +32,9 @@ class Found(NamedTuple):
 class Read:
     """One object wanted, and how much of it. Filled in by the tier.
 
-    `frames` are wanted from the first not yet loaded up to `upto`. The first read of an object
-    makes `object` (its lease then belongs to the reader, who releases it); later ones go on with it.
+    Frames are wanted from the first not yet loaded up to `upto`. The first read of an object makes
+    `object` (its lease then belongs to the reader, who releases it, also when the call raised);
+    later ones go on with it.
     """
 
     key: bytes
@@ -81,17 +82,19 @@ class TierCounts:
 class Tier(ABC):
     """Subclasses are built from their options and a context, then opened once."""
 
-    local: ClassVar[bool] = False
+    local: bool = False
     """Has an index in this process, so that `find` answers at once and knows inner links."""
+    in_arena: bool = False
+    """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
 
     def __init__(self, ctx: TierContext) -> None:
         self.ctx = ctx
         self.counts = TierCounts()
 
-    async def open(self) -> None:
+    async def open(self) -> None:  # noqa: B027 (nothing to do is fine)
         """Connect, or read the index. Raises ConfigError or TierDown."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Give everything back. Called once, also after a failed `open`."""
 
     def find(self, links: bytes) -> Found | None:
@@ -101,8 +104,8 @@ class Tier(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no index in this process")
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """These objects, head of the prompt first, were wanted: the tail is to be evicted first."""
+    def touch(self, keys: Sequence[bytes]) -> None:  # noqa: B027
+        """These objects, head of the prompt first, were wanted: the tail is to go first."""
 
     @abstractmethod
     async def has(self, keys: Sequence[bytes]) -> list[bool]:

@@ -1,0 +1,70 @@
+"""One process per folder: a lock that dies with its holder, and a marker that names the format."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MARKER = "tierloom.json"
+_FORMAT = {"format": "tierloom disk tier", "version": 1}
+
+
+class Claim:
+    """A folder that is ours until `release`."""
+
+    def __init__(self, folder: Path, *, segment: int) -> None:
+        """Make, lock and check the folder. Raises ConfigError, with a cure.
+
+        `segment` is written down the first time; afterwards the folder's own is in force.
+        """
+        self._fd = -1
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.segment = self._check(folder / _MARKER, segment)
+        except BlockingIOError:
+            self.release()
+            raise ConfigError(
+                f"{folder}: in use by another disk tier; give each process a path of its own"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise ConfigError(f"{folder}: {error.strerror}; choose one we may write") from error
+        except ConfigError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let go of the lock; twice does no harm."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @staticmethod
+    def _check(marker: Path, segment: int) -> int:
+        """The folder's segment size; writes the marker of a new folder."""
+        if not marker.exists():
+            fresh = marker.with_suffix(".tmp")
+            fresh.write_text(json.dumps(_FORMAT | {"segment": segment}) + "\n")
+            fresh.replace(marker)
+            return segment
+        try:
+            found = json.loads(marker.read_text())
+            known = found | _FORMAT == found
+            size = int(found["segment"])
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise ConfigError(
+                f"{marker} is not of version {_FORMAT['version']}: "
+                "empty the folder, or choose another path"
+            )
+        return size

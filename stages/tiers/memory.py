@@ -1,0 +1,165 @@
+"""memory: objects stay where they were gathered, read or received: in the arena. Nothing is copied.
+
+    hot: {use: memory, capacity: 64 GiB, evict: s3-fifo}
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import Lost
+from ..object import Object
+from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
+from .base import Found, Read, Tier, TierContext, TierStat
+from .evict import POLICIES, Policy
+from .index import Entry, Index
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryOptions:
+    """How much is kept, and what goes first."""
+
+    capacity: Size
+    """Bytes kept at most; the arena grows by as much."""
+    evict: Policy = "lru"
+    """What goes first when room is needed."""
+    ttl: Seconds = 0.0
+    """How long an object lives; 0: until it is evicted."""
+
+    def __post_init__(self) -> None:
+        if self.capacity <= 0:
+            raise ValueError(f"capacity must be positive, got {self.capacity}")
+        if self.evict not in POLICIES:
+            raise ValueError(f"evict is {self.evict!r}; known: {', '.join(POLICIES)}")
+        if self.ttl < 0:
+            raise ValueError(f"ttl must not be negative, got {self.ttl}")
+
+
+class Memory(Tier):
+    """Keeps leases. Objects that a reader still holds are not evicted: that would free nothing."""
+
+    Options = MemoryOptions
+    local = True
+    in_arena = True
+
+    def __init__(
+        self,
+        options: MemoryOptions,
+        ctx: TierContext,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(ctx)
+        self.options = options
+        self._index: Index[Object] = Index(
+            options.evict,
+            options.capacity,
+            ttl=options.ttl,
+            clock=clock,
+            in_use=lambda kept: kept.lease.refs > 1,
+        )
+
+    async def open(self) -> None:
+        self.ctx.arena.reclaim.append(self._reclaim)
+
+    async def close(self) -> None:
+        if self._reclaim in self.ctx.arena.reclaim:
+            self.ctx.arena.reclaim.remove(self._reclaim)
+        await self.clear()
+
+    def find(self, links: bytes) -> Found | None:
+        return self._index.find(links)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        self._index.touch(keys)
+
+    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+        return [self._index.get(key) is not None for key in keys]
+
+    async def read(self, reads: Sequence[Read]) -> None:
+        self._expire()
+        for read in reads:
+            if read.object is not None:  # came whole the first time
+                continue
+            with self._index.lock:  # between finding and holding it, it must not be evicted
+                entry = self._index.get(read.key)
+                if entry is not None:
+                    entry.place.lease.retain()
+            if entry is None:
+                read.lost = Lost.ABSENT
+                self.counts.misses += 1
+                continue
+            header = entry.place.header
+            loaded = len(header.frames)
+            read.object = Object(header, entry.place.lease, loaded=loaded, sealed=True)
+            self.counts.hits += 1
+            self.counts.bytes_out += header.nbytes
+
+    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
+        self._expire()
+        lost = [self._keep(obj) for obj in reversed(objects)]  # so that the prompt's head goes last
+        return lost[::-1]
+
+    async def drop(self, keys: Sequence[bytes]) -> int:
+        entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
+        return sum(self._let_go(entry) for entry in entries)
+
+    async def clear(self) -> int:
+        return sum(self._let_go(entry) for entry in list(self._index))
+
+    def stat(self) -> TierStat:
+        return TierStat(len(self._index), self._index.nbytes, self.options.capacity)
+
+    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
+        return sum(self._index.pin(key, pinned=pinned) for key in keys)
+
+    def _keep(self, obj: Object) -> Lost | None:
+        if not obj.sealed:
+            raise ValueError("an object must be sealed before it is put")
+        key, size = obj.header.key, obj.lease.nbytes
+        with self._index.lock:
+            if key in self._index:
+                return None
+            if size > self.options.capacity or not self._make_room(key, size):
+                self.counts.refused += 1
+                return Lost.NO_ROOM
+            self.ctx.arena.keep(obj.lease)
+            kept = Object(obj.header, obj.lease, loaded=obj.loaded, sealed=True)
+            self._index.add(Entry(key, obj.header.links, size, kept, self._index.expiry()))
+        self.counts.puts += 1
+        self.counts.bytes_in += size
+        return None
+
+    def _make_room(self, key: bytes, size: int) -> bool:
+        self._index.expect(key, size)
+        while self._index.nbytes + size > self.options.capacity:
+            if not self._evict(key):
+                return False
+        return True
+
+    def _evict(self, incoming: bytes = b"") -> bool:
+        entry = self._index.evict(incoming)
+        if entry is None:
+            return False
+        self.ctx.arena.unkeep(entry.place.lease)
+        self.counts.evicted += 1
+        return True
+
+    def _reclaim(self) -> bool:
+        """Give up one object, as the arena has no hole long enough. From any thread."""
+        return self._evict()
+
+    def _expire(self) -> None:
+        for entry in self._index.expire():
+            self.ctx.arena.unkeep(entry.place.lease)
+
+    def _let_go(self, entry: Entry[Object]) -> bool:
+        if not self._index.remove(entry):
+            return False
+        self.ctx.arena.unkeep(entry.place.lease)
+        return True
