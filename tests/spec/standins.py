@@ -1,0 +1,76 @@
+"""Stages and tiers that only have contracts: what the checker may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tierloom.stages.base import Lane, Stage
+from tierloom.stages.options import Seconds, Size  # noqa: TC001 (read at run time)
+from tierloom.stages.tiers.base import Tier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nothing:
+    """None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SortsOptions:
+    """One option of every type."""
+
+    must: int
+    """This one has no default."""
+    number: float = 1.0
+    """A number."""
+    word: str = "a"
+    """Text."""
+    flag: bool = False
+    """A flag."""
+    mode: Literal["fast", "small"] = "fast"
+    """A choice."""
+    size: Size = 0
+    """A size."""
+    wait: Seconds | None = None
+    """A time, or none."""
+    names: list[str] | None = None
+    """A list."""
+
+    def __post_init__(self) -> None:
+        if self.must > 9:
+            raise ValueError(f"must may be 9 at most, got {self.must}")
+
+
+class Sorts(Stage):
+    Options = SortsOptions
+    takes = "keys@host/request"
+    gives = "same"
+    lane = Lane.POOL
+
+
+class ToRemote(Stage):
+    """Wants what only a device can give."""
+
+    Options = Nothing
+    takes = "bytes@device/frame"
+    gives = "receipt@host/request"
+    lane = Lane.POOL
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoxOptions:
+    """A tier."""
+
+    capacity: Size = 0
+    """Bytes kept."""
+
+
+class Box(Tier):
+    Options = BoxOptions
+
+
+class ArenaBox(Box):
+    in_arena = True
+
+
+NO_STAGE = 5
