@@ -138,7 +138,7 @@ def _override(tree: Table, path: str, value: Any, found: Findings) -> Table:
         names = here.items if isinstance(here, Table) else {}
         if _holds_ids(tuple(parents[:i])) and name not in names:
             where = ".".join(parents[:i])
-            found.add(at, path, f"there is no {name!r} in {where}", nearest(name, names))
+            found.add(at, path, f"no {name!r} in {where}", nearest(name, names))
             return tree
         here = names.get(name)
     layer = Table({last: from_python(value, at, path, found)}, {last: at}, at)

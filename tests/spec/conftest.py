@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+
 from tierloom.pipeline.check import load
 from tierloom.pipeline.problems import ConfigProblems, Problem
 

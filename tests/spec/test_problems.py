@@ -18,8 +18,6 @@ graphs:
 """
 """Lines 6 to 10 are stages; the case stands in line 7, from column 7 on."""
 
-KNOWN_TIERS = "known: disk, files, flaky, full, memory, slow, stuck"
-
 STAGES = {
     "an unknown stage": (
         "x: {use: lokup}", "7:16", "graphs.store.stages.x", "there is no stage 'lokup'",
@@ -45,8 +43,8 @@ STAGES = {
     ),
     "a class that is not there": (
         "x: {use: 'standins:X'}", "7:16", "graphs.store.stages.x",
-        "stage 'standins:X' cannot be loaded: AttributeError: module 'standins' has no attribute 'X'",
-        "",
+        ("stage 'standins:X' cannot be loaded: "
+         "AttributeError: module 'standins' has no attribute 'X'"), "",
     ),
     "not a stage": (
         "x: {use: 'standins:NO_STAGE'}", "7:16", "graphs.store.stages.x",
@@ -130,8 +128,8 @@ STAGES = {
     ),
     "a port in which two words differ": (
         "x: {use: 'standins:ToRemote', from: keys}", "7:7", "graphs.store.stages.x",
-        "keys gives keys@host/request but standins:ToRemote takes bytes@device/frame "
-        "(kind and place and grain differ)", "",
+        ("keys gives keys@host/request but standins:ToRemote takes bytes@device/frame "
+         "(kind and place and grain differ)"), "",
     ),
     "a tier that is not there": (
         "x: {use: lookup, tiers: [hot, cold]}", "7:37", "graphs.store.stages.x.tiers",

@@ -7,6 +7,7 @@ from textwrap import dedent
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tierloom.pipeline import check
 from tierloom.pipeline.check import load
 from tierloom.pipeline.problems import ConfigProblems
@@ -29,7 +30,9 @@ FILES = {
         "version: 2", "1:10", "version", "is not 1",
         "this tierloom reads 'version: 1'; a newer file needs a newer tierloom",
     ),
-    "no graphs": ("version: 1", "1:1", "graphs", "is missing", "describe store or retrieve, or both"),
+    "no graphs": (
+        "version: 1", "1:1", "graphs", "is missing", "describe store or retrieve, or both",
+    ),
     "another graph": (
         HEAD + "  stroe: {stages: {}}", "4:3", "graphs.stroe", "there is no graph 'stroe'",
         "did you mean 'store'?",
@@ -44,8 +47,8 @@ FILES = {
         "did you mean 'tokens'?",
     ),
     "grain": (
-        "version: 1\nchunk: {tokens: 5, grain: 2}", "2:1", "chunk", "grain 2 does not divide tokens 5",
-        "",
+        "version: 1\nchunk: {tokens: 5, grain: 2}", "2:1", "chunk",
+        "grain 2 does not divide tokens 5", "",
     ),
     "a tier": (
         "version: 1\ntiers: {hot: {use: memroy}}", "2:20", "tiers.hot", "there is no tier 'memroy'",
@@ -85,7 +88,8 @@ FILES = {
     ),
     "a first stage that does not take tokens": (
         HEAD + "  store: {stages: {pack: {use: gather}}}", "4:20", "graphs.store.stages.pack",
-        "the request gives tokens@host/request but gather takes plan@host/request (kind differs)", "",
+        "the request gives tokens@host/request but gather takes plan@host/request (kind differs)",
+        "",
     ),
     "a missing bridge": (
         HEAD + "  store: {stages: {fresh: {use: lookup}}}", "4:20", "graphs.store.stages.fresh",
@@ -116,18 +120,20 @@ FILES = {
         "put 'decode' between them",
     ),
     "an anchor that contains itself": (
-        "version: 1\nchunk: &a {tokens: *a}", "2:8", "chunk.tokens", "an anchor contains itself", "",
+        "version: 1\nchunk: &a {tokens: *a}", "2:8", "chunk.tokens",
+        "an anchor contains itself", "",
     ),
     "an unknown base": (
         "version: 1\nextends: teired", "2:10", "", "no preset is called 'teired'",
         "did you mean 'tiered'?; a file is named with its folder or ending, as in ./teired",
     ),
     "a base that is not there": (
-        "version: 1\nextends: ./b.yaml", "2:10", "", "cannot read b.yaml: No such file or directory",
-        "",
+        "version: 1\nextends: ./b.yaml", "2:10", "",
+        "cannot read b.yaml: No such file or directory", "",
     ),
     "a base that is itself": (
-        "version: 1\nextends: ./p.yaml", "2:10", "extends", "goes in a circle: p.yaml -> p.yaml", "",
+        "version: 1\nextends: ./p.yaml", "2:10", "extends",
+        "goes in a circle: p.yaml -> p.yaml", "",
     ),
     "a base that is no word": (
         "version: 1\nextends: [a]", "2:10", "extends", "wants a preset's name or a path",
@@ -186,7 +192,7 @@ def test_memory_tiers_must_fit_into_memory(checker, monkeypatch) -> None:
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(ConfigProblems, match=r"nowhere.yaml:0:0: cannot read nowhere.yaml: No such"):
+    with pytest.raises(ConfigProblems, match=r"^nowhere.yaml:0:0: cannot read nowhere.yaml: No"):
         load("nowhere.yaml")
 
 
@@ -196,9 +202,11 @@ def test_a_preset_that_is_not_there() -> None:
 
 
 WORDS = st.sampled_from(
-    ["version", "extends", "tiers", "graphs", "store", "retrieve", "stages", "use", "from", "hash"]
-    + ["lookup", "gather", "put", "tier", "hot", "memory", "capacity", "chunk", "tokens", "a", "1 MiB"]
-    + ["minimal", "./p.yaml", "${A:-b}", "${", "os:getcwd", ":", "", "~", "a\0.b"],
+    [
+        "version", "extends", "tiers", "graphs", "store", "retrieve", "stages", "use", "from", "hash",
+        "lookup", "gather", "put", "tier", "hot", "memory", "capacity", "chunk", "tokens", "minimal",
+        "./p.yaml", "${A:-b}", "${", "os:getcwd", ":", "", "~", "a\0.b",
+    ]  # fmt: skip
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=4)
 TREES = st.recursive(
@@ -207,9 +215,11 @@ TREES = st.recursive(
     max_leaves=20,
 )
 
+OVERRIDES = st.dictionaries(st.text(max_size=9) | WORDS, TREES, max_size=2)
+
 
 @settings(deadline=None, max_examples=300)
-@given(st.dictionaries(WORDS, TREES, max_size=6), st.dictionaries(st.text(max_size=9), TREES, max_size=2))
+@given(mapping=st.dictionaries(WORDS, TREES, max_size=6), overrides=OVERRIDES)
 def test_nothing_but_config_errors(mapping, overrides) -> None:
     with pytest.raises(ConfigError):
         load({**mapping, "graphs": {"store": mapping}}, overrides)
