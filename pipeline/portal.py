@@ -42,9 +42,13 @@ class Portal:
             except RuntimeError:  # the loop has closed: `close()` finished every request before
                 self._inbox.clear()
 
+    def begin(self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Future[Any]:
+        """Start a coroutine on the loop."""
+        return asyncio.run_coroutine_threadsafe(fn(*args), self._loop)
+
     def call(self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any, timeout: float = 30.0) -> Any:
         """Run a coroutine on the loop and wait for its result: for rare calls, not for the hot path."""
-        return asyncio.run_coroutine_threadsafe(fn(*args), self._loop).result(timeout)
+        return self.begin(fn, *args).result(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
         """Ask `main` to end and wait for the thread."""

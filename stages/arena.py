@@ -148,9 +148,6 @@ class Arena:
             lease.kept += 1
             if lease.kept == 1:
                 self._kept += lease.nbytes
-            woken = self._wake()
-        for wake in woken:
-            wake()
 
     def unkeep(self, lease: Lease) -> None:
         """The tier gives it up; readers who still hold it keep the bytes alive."""

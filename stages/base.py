@@ -122,6 +122,9 @@ class Stage(ABC):
     touches_engine: ClassVar[bool] = False
     """Reads or writes the engine's cache: behind it, a batch's gates open."""
 
+    leases: ClassVar[int] = 0
+    """Objects' worth of arena that a chunk needs while it passes here; reserved beforehand."""
+
     def __init__(self, options: Any, ctx: Context) -> None:
         self.options, self.ctx = options, ctx
 
@@ -144,6 +147,10 @@ class LoopStage(Stage):
 
     async def plan_async(self, ticket: Ticket) -> None:
         """Stages of grain `request`."""
+        raise NotImplementedError
+
+    def peek(self, ticket: Ticket) -> None:
+        """`plan_async` by what this process knows alone: any thread, no I/O, nothing changed."""
         raise NotImplementedError
 
     async def apply_async(self, batch: Batch) -> Batch:

@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..triton_kernels.planes import PLACED, FrameTable
+from ..triton_kernels.planes import CORRUPT, PLACED, FrameTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
+    from ..triton_kernels.planes import PlaneTable
     from .layout import Geometry
     from .object import Header
     from .payload import Piece, Ticket
+
+    Slots = npt.NDArray[np.int64]
+    Stop = npt.NDArray[np.uint8]
 
 
 def frame_table(
@@ -48,34 +54,70 @@ def frame_table(
 
 
 def gather(ticket: Ticket, frames: FrameTable, device: str) -> bool:
-    """Fill frames from the engine's cache and write their checksums; False: stopped half way.
+    """Fill frames from the ticket's cache and write their checksums; False: stopped half way.
 
     Holds the ticket's guard, so that a caller who gave up never shares its memory with us.
     """
     with ticket.guard:
-        if ticket.stop[0] or ticket.table is None:
-            return False
-        if device == "cpu":
-            from ..triton_kernels.paged_copy_cpu import gather_frames
-
-            gather_frames(ticket.table, frames, ticket.slots, ticket.stop)
-        else:
-            from ..triton_kernels.paged_copy import gather_frames_cuda
-
-            gather_frames_cuda(ticket.table, frames, ticket.slots)
+        if not ticket.stop[0] and ticket.table is not None:
+            gather_now(ticket.table, frames, ticket.slots, ticket.stop, device)
     return bool((frames.status == PLACED).all())
 
 
 def scatter(ticket: Ticket, frames: FrameTable, device: str, *, verify: bool) -> None:
     """Verify frames and place their rows; `frames.status` says how far it came."""
     with ticket.guard:
-        if ticket.stop[0] or ticket.table is None:
-            return
-        if device == "cpu":
-            from ..triton_kernels.paged_copy_cpu import scatter_frames
+        if not ticket.stop[0] and ticket.table is not None:
+            scatter_now(ticket.table, frames, ticket.slots, ticket.stop, device, verify=verify)
 
-            scatter_frames(ticket.table, frames, ticket.slots, ticket.stop, verify)
-        else:
-            from ..triton_kernels.paged_copy import scatter_frames_cuda
 
-            scatter_frames_cuda(ticket.table, frames, ticket.slots, verify)
+def gather_now(
+    table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str
+) -> None:
+    """The device's gather and the checksums, finished when it returns. Nothing is validated."""
+    if device == "cpu":
+        from ..triton_kernels.paged_copy_cpu import gather_frames
+
+        gather_frames(table, frames, slots, stop)
+        return
+    from ..triton_kernels.xxh3 import xxh3_64
+
+    _launch(table, frames, slots, gather=True)
+    for i in range(len(frames)):
+        frames.checksum[i] = xxh3_64(frames.address[i], frames.nbytes[i])
+    frames.status[:] = PLACED
+
+
+def scatter_now(
+    table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str, *, verify: bool
+) -> None:
+    """The device's scatter of frames that are what their checksums say, finished when it returns."""
+    if device == "cpu":
+        from ..triton_kernels.paged_copy_cpu import scatter_frames
+
+        scatter_frames(table, frames, slots, stop, verify=verify)
+        return
+    from ..triton_kernels.xxh3 import xxh3_64
+
+    good = np.ones(len(frames), bool)
+    for i in range(len(frames) if verify else 0):
+        good[i] = xxh3_64(frames.address[i], frames.nbytes[i]) == frames.checksum[i]
+    frames.take[~good] = 0  # nothing of a bad frame is placed
+    _launch(table, frames, slots, gather=False)
+    frames.status[:] = np.where(good, PLACED, CORRUPT)
+
+
+def _launch(table: PlaneTable, frames: FrameTable, slots: Slots, *, gather: bool) -> None:
+    """One Triton launch on a side stream, behind what the engine's stream has been given; waits."""
+    import torch
+
+    from ..triton_kernels.paged_copy import DeviceFrames, DevicePlanes, launch_paged_copy
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    with torch.cuda.stream(stream):
+        launch_paged_copy(
+            DevicePlanes.of(table, "cuda"), DeviceFrames.of(frames, "cuda"),
+            torch.from_numpy(slots).to("cuda"), gather=gather,
+        )  # fmt: skip
+    stream.synchronize()

@@ -33,6 +33,7 @@ class Decode(Stage):
     takes = "any@any/frame"
     gives = "kv@host/frame"
     lane = Lane.POOL
+    leases = 1
 
     async def prepare(self, batch: Batch) -> None:
         for piece in batch.live:
@@ -44,7 +45,6 @@ class Decode(Stage):
             raw = [f.raw for f in header.frames]
             plain = replace(header, frames=plan_frames(header.header_bytes, raw, raw))
             try:
-                await self.ctx.arena.room(plain.nbytes)
                 lease = self.ctx.arena.lease(plain.nbytes)
             except ArenaFull:
                 batch.lose(piece, Lost.NO_ROOM)

@@ -35,6 +35,7 @@ class Gather(Stage):
     gives = "kv@device/frame"
     lane = Lane.POOL
     touches_engine = True
+    leases = 1
 
     def __init__(self, options: GatherOptions, ctx: Context) -> None:
         super().__init__(options, ctx)
@@ -43,19 +44,15 @@ class Gather(Stage):
 
     async def prepare(self, batch: Batch) -> None:
         """Lease memory for whole objects when their first frames come."""
-        fresh = [p for p in batch.live if p.object is None]
-        if not fresh:
-            return
-        headers = [self._header(batch.ticket, p) for p in fresh]
-        total = sum(h.nbytes for h in headers)
-        for piece, header in zip(fresh, headers, strict=True):
+        for piece in batch.live:
+            if piece.object is not None:
+                continue
+            header = self._header(batch.ticket, piece)
             try:
-                await self.ctx.arena.room(total)
                 lease = self.ctx.arena.lease(header.nbytes)
             except ArenaFull:
                 batch.lose(piece, Lost.NO_ROOM)
                 continue
-            total -= header.nbytes
             batch.defer(lease.release)
             _blank_padding(header, lease)
             piece.object = Object(header, lease)
@@ -93,7 +90,7 @@ class Gather(Stage):
         raw = [g.frame_bytes(n, piece.tokens) for n in self.layers]
         return Header(
             key=piece.key, namespace=self.ctx.namespace, parent=piece.parent,
-            token_digest=sha256(ticket.tokens[piece.start : piece.start + piece.tokens]).digest(),
+            token_digest=sha256(ticket.tokens[piece.start : piece.start + piece.tokens].tobytes()).digest(),
             tokens=piece.tokens, grain=c.grain, group=c.group, geometry=g,
             frames=plan_frames(header_size(len(raw), len(piece.links) // LINK), raw, raw),
             links=piece.links,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import anyio
 
 from .base import LoopStage
-from .errors import ArenaFull, Lost
+from .errors import Lost
 from .options import parse_seconds
 from .tiers.base import Read
 
@@ -91,21 +91,13 @@ class Get(LoopStage):
         self, batch: Batch, name: str, group: list[Piece], again: list[Piece]
     ) -> None:
         """Read a group from one tier; put what it lost, and another may have, on `again`."""
-        g = self.ctx.geometry
-        if name not in self.ctx.memory:
-            try:
-                await self.ctx.arena.room(len(group) * g.frame_bytes(g.layers, self.ctx.chunk.tokens))
-            except ArenaFull:
-                for piece in group:
-                    batch.lose(piece, Lost.NO_ROOM)
-                return
         reads = [Read(p.source, batch.frames.stop) for p in group]
         patience = self.options.hedge if all(len(p.tiers) > 1 for p in group) else None
         try:
             with anyio.move_on_after(patience):
                 await self.ctx.tiers[name].read(reads)
             for piece, read in zip(group, reads, strict=True):
-                code = _judge(read, batch.frames.stop, g)
+                code = _judge(read, batch.frames.stop, self.ctx.geometry)
                 if code is None:
                     piece.object, read.object = read.object, None  # the piece has the lease now
                     piece.took = {name}

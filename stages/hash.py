@@ -12,36 +12,22 @@ import sys
 import time
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .base import Lane, Stage
-from .errors import InputError
 from .payload import Piece
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from .payload import Ticket
 
 _SLICE = 128
 """Grains hashed between two chances for another thread to take the GIL."""
 
 
-def tokens_array(tokens: Any) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Token ids as a contiguous int32 array. Raises InputError naming what is wrong."""
-    raw = tokens.detach().cpu().numpy() if hasattr(tokens, "detach") else np.asarray(tokens)
-    if raw.ndim != 1:
-        raise InputError(f"tokens must be 1-D, got shape {raw.shape}")
-    if raw.size == 0:
-        return np.empty(0, np.int32)
-    if raw.dtype.kind not in "iu":
-        raise InputError(f"tokens must be integers, got {raw.dtype}")
-    if raw.dtype != np.int32 and (int(raw.min()) < -(2**31) or int(raw.max()) >= 2**31):
-        raise InputError("token ids must fit in 32 bits")
-    return np.ascontiguousarray(raw, dtype=np.int32)
-
-
-def grain_links(seed: bytes, tokens: np.ndarray[Any, np.dtype[np.int32]], grain: int) -> list[bytes]:
+def grain_links(seed: bytes, tokens: npt.NDArray[np.int32], grain: int) -> list[bytes]:
     """The links (32 bytes each) of `tokens`, grain by grain; the last grain may be short."""
     data = tokens if sys.byteorder == "little" else tokens.astype("<i4")
     raw, step, link = data.tobytes(), 4 * grain, seed
@@ -57,7 +43,7 @@ def grain_links(seed: bytes, tokens: np.ndarray[Any, np.dtype[np.int32]], grain:
 
 
 def chunks(
-    seed: bytes, tokens: np.ndarray[Any, np.dtype[np.int32]], *, chunk: int, grain: int, partial: bool
+    seed: bytes, tokens: npt.NDArray[np.int32], *, chunk: int, grain: int, partial: bool
 ) -> list[Piece]:
     """Cut a prompt into named chunks; the short last one only when `partial`."""
     if not partial:

@@ -26,6 +26,7 @@ from .object import DTYPES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
     import torch
 
 ORDERS = (
@@ -153,6 +154,15 @@ class KVLayout:
         return Geometry(kv, self.layers, 1, words, self.dtype, self.block_tokens, native=True)
 
     @property
+    def dense_blocks(self) -> bool:
+        """A block is one run of memory, so that it can be kept in native order."""
+        try:
+            self._block()
+        except LayoutError:
+            return False
+        return True
+
+    @property
     def fingerprint(self) -> bytes:
         """Names everything native bytes depend on; part of the namespace in native order."""
         inner = tuple(s for c, s in zip(self.order, self.stride, strict=False) if c not in "2B")
@@ -204,7 +214,7 @@ class KVLayout:
         stride = [rows[k] for k in range(self.kv) for _ in pointers]
         return _table(base, stride, self.kv, self.block_tokens, self.heads, self.dim, item)
 
-    def check_slots(self, slots: Any, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def check_slots(self, slots: Any, tokens: int) -> npt.NDArray[np.int64]:
         """`slots` as int64, one per token, each inside the cache. Raises InputError."""
         raw = slots.detach().cpu().numpy() if hasattr(slots, "detach") else np.asarray(slots)
         if raw.ndim != 1 or raw.dtype.kind not in "iu":
@@ -217,13 +227,28 @@ class KVLayout:
             raise InputError(f"slots[{bad}] is {int(out[bad])}, outside 0..{self.slots - 1}")
         return out
 
-    def slots_of_blocks(self, blocks: Any, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def slots_of_blocks(self, blocks: Any, tokens: int) -> npt.NDArray[np.int64]:
         """Token slots of a block table. Raises InputError when it is too short or out of range."""
         raw = blocks.detach().cpu().numpy() if hasattr(blocks, "detach") else np.asarray(blocks)
         if raw.ndim != 1 or raw.dtype.kind not in "iu":
             raise InputError(f"blocks must be a 1-D array of integers, got {raw.ndim}-D {raw.dtype}")
         slots = raw.astype(np.int64)[:, None] * self.block_tokens + np.arange(self.block_tokens)
         return self.check_slots(slots.reshape(-1), tokens)
+
+    def block_rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Blocks behind token slots that fill whole blocks, the last one perhaps not; for native order.
+
+        Raises InputError where the slots jump inside a block.
+        """
+        size = self.block_tokens
+        rows = slots[::size] // size
+        offsets = slots - np.repeat(rows, size)[: len(slots)] * size
+        wrong = np.flatnonzero(offsets != np.arange(len(slots)) % size)
+        if len(wrong):
+            raise InputError(
+                f"slots[{int(wrong[0])}] breaks a block of {size}: native order keeps whole blocks"
+            )
+        return np.ascontiguousarray(rows)
 
     def _block(self) -> tuple[int, int]:
         """(planes per layer, elements) of a native block; a block must be one run of memory."""

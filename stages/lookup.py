@@ -18,8 +18,6 @@ from .base import LoopStage
 from .errors import Lost
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .base import Context
     from .payload import Piece, Ticket
     from .tiers.base import Tier
@@ -63,16 +61,18 @@ class Lookup(LoopStage):
         else:
             await self._prefix(ticket, tiers, known)
 
-    def peek(self, pieces: Sequence[Piece]) -> int:
-        """Tokens of the longest prefix that the local tiers keep; any thread, no I/O."""
-        tiers = {n: t for n, t in self.ctx.tiers.items() if n in self.names and t.local and self._available(n)}
-        tokens = 0
-        for piece in pieces:
+    def peek(self, ticket: Ticket) -> None:
+        tiers = {
+            n: t for n in self.names if (t := self.ctx.tiers[n]).local and self._available(n)
+        }
+        plan = []
+        for piece in ticket.pieces:
             self._serve(piece, tiers, {})
-            tokens += piece.take
+            if piece.take:
+                plan.append(piece)
             if piece.take < piece.tokens:
                 break
-        return tokens
+        ticket.pieces = plan
 
     def _available(self, name: str) -> bool:
         tier: Guarded = self.ctx.tiers[name]  # type: ignore[assignment]

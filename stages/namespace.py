@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 def tlv(*named: tuple[str, bytes]) -> bytes:
@@ -60,6 +60,10 @@ class Namespace:
                 value = tlv(*((str(i), v.encode()) for i, v in enumerate(flat)))
             named.append((f.name, value if isinstance(value, bytes) else value.encode()))
         return tlv(*named)
+
+    def of(self, *, salt: str, adapter: str, tags: tuple[tuple[str, str], ...]) -> Namespace:
+        """The same cache for one tenant."""
+        return replace(self, salt=salt, adapter=adapter, tags=tags)
 
     @property
     def digest(self) -> bytes:

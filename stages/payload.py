@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 import numpy as np
 
-from .object import LINK
+from .object import LINK, Object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from ..triton_kernels.planes import PlaneTable
     from .errors import Lost
-    from .object import Object
 
 
 class Receipt(NamedTuple):
@@ -191,11 +190,18 @@ class Ticket:
         self.allowed = groups
         """Layer groups that may be under way; the rest wait for the model."""
         self.emitted = 0
+        self.admitted = False
+        """Waves may go: memory is promised to all of the request."""
+        self.layered = False
+        """Frames travel in waves of one layer group."""
+        self.window = 0
+        """Retrieve in waves: layer groups in flight beyond the one that the model is at."""
         self.head_done = threading.Event()
         self.gates = [threading.Event() for _ in range(groups)]
         self._behind = [0] * groups
         self._post = post
         self.future: Future[Receipt] = Future()
+        self.future.set_running_or_notify_cancel()  # given up by `cancel()`, never by the future
 
     # -- the caller's side ---------------------------------------------------------------------
 
@@ -325,6 +331,3 @@ class Ticket:
         if groups + (self.window if window else 0) > self.allowed:
             self.allowed = min(self.groups, groups + (self.window if window else 0))
             self._post(self)
-
-    window = 0
-    """Layer groups ahead of the model; set by a graph that is paced by layer."""

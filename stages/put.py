@@ -84,7 +84,6 @@ class Put(LoopStage):
                 )
             ),
         )
-        await self.ctx.arena.room(header.nbytes)
         lease = self.ctx.arena.lease(header.nbytes)
         batch.defer(lease.release)
         made = Object(header, lease)

@@ -1,3 +1,71 @@
-"""tierloom keeps the KV cache of large language models and gives it back when the same text comes again."""
+"""tierloom keeps the KV cache of large language models and gives it back when the same text comes again.
+
+    import tierloom
+    from tierloom import KVLayout
+
+    layout = KVLayout.from_tensors(caches, order="NHD")
+    with tierloom.open("tiered", layout=layout, model="my-model") as pipe:
+        pipe.store(tokens, caches, slots).wait()
+        pipe.retrieve(tokens, caches, slots).wait()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from .pipeline.pipeline import Pipeline
+    from .stages.errors import (
+        ArenaFull,
+        BadObject,
+        Closed,
+        ConfigError,
+        InputError,
+        LayoutError,
+        Lost,
+        TierDown,
+        TierloomError,
+    )
+    from .stages.layout import KVLayout
+    from .stages.payload import Receipt, Ticket
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "KVLayout": "stages.layout", "Pipeline": "pipeline.pipeline",
+    "Receipt": "stages.payload", "Ticket": "stages.payload",
+} | dict.fromkeys(
+    ("ArenaFull", "BadObject", "Closed", "ConfigError", "InputError", "LayoutError", "Lost",
+     "TierDown", "TierloomError"), "stages.errors",
+)  # fmt: skip
+
+__all__ = [
+    "ArenaFull", "BadObject", "Closed", "ConfigError", "InputError", "KVLayout", "LayoutError", "Lost",
+    "Pipeline", "Receipt", "Ticket", "TierDown", "TierloomError", "open",
+]  # fmt: skip
+
+
+def open(
+    config: str | Path | Mapping[str, Any], *, layout: KVLayout, model: str,
+    overrides: Mapping[str, Any] | None = None, **identity: Any,
+) -> Pipeline:  # fmt: skip
+    """Open a pipeline: a preset's name, a YAML file or a mapping, for caches laid out as `layout`.
+
+    `overrides` replaces single values by their path, `{"tiers.warm.path": "/data/kv"}`. `model`, and where
+    known `weights=`, `rope=`, `layers=` and `heads=`, say whose KV this is: nothing is shared across
+    different ones. Raises ConfigError with every problem of the configuration.
+    """
+    from .pipeline.check import load
+    from .pipeline.pipeline import Pipeline
+
+    return Pipeline(load(config, overrides), layout, model=model, **identity)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tierloom' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -20,6 +20,7 @@ class Encode(Stage):
     takes = "any@host/frame"
     gives = "bytes@host/frame"
     lane = Lane.POOL
+    leases = 1
 
     @abstractmethod
     def squeeze(self, data: Bytes, itemsize: int) -> tuple[bytes, bytes]:

@@ -1,0 +1,346 @@
+"""One lowered graph, running: wires between segments, a few workers each, and the road home.
+
+Requests are tickets in batches, not tasks. Whatever happens to a batch (lost, late, cancelled, a broken
+stage), it travels on to the end, so that gates open, leases go home and the request is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ..stages.base import LoopStage, Stage
+from ..stages.errors import ArenaFull, Lost
+from ..stages.payload import Batch, Scope, Ticket
+from .meter import Meter, metered
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from anyio.abc import TaskGroup
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+    from ..stages.arena import Arena
+    from .graph import Graph
+    from .lower import Segment
+    from .pool import Pool
+
+    Step = Callable[[Any], Awaitable[Any]]
+
+log = logging.getLogger("tierloom")
+
+BATCH_CHUNKS = 16
+BATCH_BYTES = 128 << 20
+"""What goes through the graph together: enough to make Python's part small, little enough that two
+threads share the work of one request."""
+_BROKEN_LIMIT, _BROKEN_WINDOW = 5, 60.0
+
+
+class Flow:
+    """Runs one graph's requests until its task group is cancelled. Everything here is on the loop."""
+
+    def __init__(
+        self, graph: Graph, segments: tuple[Segment, ...], stages: Mapping[str, Stage], *,
+        pool: Pool, arena: Arena, object_bytes: int, inflight: int,
+    ) -> None:  # fmt: skip
+        self.graph, self.segments = graph, segments
+        self.meters = {n.id: Meter() for n in graph.nodes}
+        self.open: dict[Ticket, set[anyio.CancelScope]] = {}
+        self.dropped = 0
+        self._pool, self._inflight = pool, inflight
+        self._arena = arena
+        self._piece_bytes = object_bytes * max(1, sum(n.cls.leases for n in graph.nodes))
+        """What a chunk may need of the arena on its whole way."""
+        self._head = [stages[n.id] for s in segments if s.head for n in s.nodes]
+        self._steps = [self._build(s, stages) for s in segments]
+        self._touching = [any(n.cls.touches_engine for n in s.nodes) for s in segments]
+        self._body = tuple(
+            i for i, s in enumerate(segments)
+            if not s.head and (s.source is None or segments[s.source].head)
+        )  # fmt: skip
+        self._wires: list[MemoryObjectSendStream[Any]] = []
+        self._timers: dict[Ticket, asyncio.TimerHandle] = {}
+        self._broken_at: deque[float] = deque(maxlen=_BROKEN_LIMIT)
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def start(self, tasks: TaskGroup) -> None:
+        """Open the wires and set the workers to work."""
+        for i, segment in enumerate(self.segments):
+            # A head is bounded by `inflight`, counted in submit(); a spilling wire by the arena.
+            free = segment.head or segment.when_full == "spill"
+            send, receive = anyio.create_memory_object_stream[Any](math.inf if free else segment.depth)
+            self._wires.append(send)
+            for n in range(segment.width):
+                work = self._plan if segment.head else self._pass
+                name = f"tierloom:{self.graph.name}:{segment.id}:{n}"
+                tasks.start_soon(_work, work, i, receive.clone(), name=name)
+            receive.close()
+        self._pokes, receive = anyio.create_memory_object_stream[Ticket](math.inf)
+        tasks.start_soon(_work, self._emit, 0, receive, name=f"tierloom:{self.graph.name}:emit")
+        self._admissions, receive = anyio.create_memory_object_stream[Ticket](math.inf)
+        tasks.start_soon(_work, self._admit, 0, receive, name=f"tierloom:{self.graph.name}:admit")
+
+    def close(self) -> None:
+        """Close the wires; workers end when they have emptied them."""
+        for wire in [*self._wires, self._pokes, self._admissions]:
+            wire.close()
+
+    @property
+    def degraded(self) -> bool:
+        """Stages broke so often of late that this graph stands aside."""
+        full = len(self._broken_at) == _BROKEN_LIMIT
+        return full and time.monotonic() - self._broken_at[0] < _BROKEN_WINDOW
+
+    def submit(self, ticket: Ticket) -> None:
+        """Take a request on; it is answered by its deadline, whatever happens."""
+        if len(self.open) >= self._inflight or self.degraded or ticket.cancelled is not None:
+            ticket.tally(Lost.BROKEN if self.degraded else ticket.cancelled or Lost.FULL)
+            ticket.expire(Lost.FULL)
+            ticket.finish()
+            return
+        self.open[ticket] = set()
+        loop = asyncio.get_running_loop()
+        self._timers[ticket] = loop.call_at(ticket.deadline, self._give_up, ticket, Lost.LATE)
+        self._wires[0].send_nowait(ticket)
+
+    def poke(self, ticket: Ticket) -> None:
+        """The engine went on a layer group, or gave the request up."""
+        if ticket in self.open:
+            if ticket.cancelled is not None:
+                self._give_up(ticket, ticket.cancelled)
+            else:
+                self._pokes.send_nowait(ticket)
+
+    def _give_up(self, ticket: Ticket, code: Lost) -> None:
+        ticket.expire(code)
+        for scope in self.open.get(ticket, ()):
+            scope.cancel()
+        ticket.allowed = ticket.groups  # what was not sent yet must still pass, to be counted
+        self._pokes.send_nowait(ticket)
+
+    def peek(self, ticket: Ticket) -> None:
+        """Plan a request from what this process knows: any thread, no I/O, nothing changed."""
+        for stage in self._head:
+            if isinstance(stage, LoopStage):
+                stage.peek(ticket)
+            else:
+                stage.plan(ticket)
+
+    async def plan(self, ticket: Ticket) -> int:
+        """Plan a request without running it; tokens that it would bring."""
+        with anyio.move_on_at(ticket.deadline):
+            for i, segment in enumerate(self.segments):
+                for step in self._steps[i] if segment.head else ():
+                    await step(ticket)
+        return sum(p.take for p in ticket.pieces)
+
+    # -- the head: whole requests ----------------------------------------------------------------
+
+    async def _plan(self, i: int, ticket: Ticket) -> None:
+        readers = self.segments[i].readers
+        if not await self._guarded(i, ticket, ticket):
+            ticket.tally(ticket.cancelled or Lost.BROKEN, max(1, len(ticket.pieces)))
+            ticket.pieces = []
+        elif readers and self.segments[readers[0]].head:
+            await self._wires[readers[0]].send(ticket)
+            return
+        ticket.expect(self._cut(ticket))
+        if ticket.scopes:
+            self._admissions.send_nowait(ticket)
+        else:
+            self._finish(ticket)
+
+    def _cut(self, ticket: Ticket) -> list[Scope]:
+        """The plan in batches of bounded bytes, whose memory is given back as each one ends."""
+        size = self._piece_bytes
+        if ticket.layered and len(ticket.pieces) * size > self._arena.working // 2:
+            if ticket.graph == "store":  # all of it would have to be held until the last layer
+                fits = self._arena.working // 2 // size
+                for piece in ticket.pieces[fits:]:
+                    piece.lost = Lost.NO_ROOM
+                    ticket.tally(Lost.NO_ROOM)
+                ticket.pieces = ticket.pieces[:fits]
+            else:
+                ticket.layered, ticket.allowed = False, ticket.groups
+        step = max(1, min(BATCH_CHUNKS, BATCH_BYTES // size, self._arena.working // 4 // size))
+        scopes = [Scope(ticket.pieces[k : k + step]) for k in range(0, len(ticket.pieces), step)]
+        for scope in scopes:
+            scope.open = ticket.groups if ticket.layered else 1
+        return scopes
+
+    async def _admit(self, _: int, ticket: Ticket) -> None:
+        """Promise memory to the request's batches, in order, and let each one go as it has it."""
+        for scope in ticket.scopes:
+            need = len(scope.pieces) * self._piece_bytes
+            with anyio.CancelScope(deadline=ticket.deadline) as waiting:
+                self.open[ticket].add(waiting)
+                try:
+                    await self._arena.reserve(need)
+                    scope.defer(partial(self._arena.unreserve, need))
+                except ArenaFull:
+                    for piece in scope.pieces:
+                        piece.lost = Lost.NO_ROOM
+                        ticket.tally(Lost.NO_ROOM)
+            self.open[ticket].discard(waiting)
+            if waiting.cancelled_caught:
+                ticket.expire(Lost.LATE)
+            if not ticket.layered and ticket.allowed == ticket.groups:
+                await self._send(self._body, Batch(ticket, scope, range(ticket.groups)))
+        if ticket.layered or ticket.allowed < ticket.groups:
+            ticket.admitted = True
+            self._pokes.send_nowait(ticket)
+
+    async def _emit(self, _: int, ticket: Ticket) -> None:
+        """Send the waves that the engine's position allows, once memory is promised."""
+        while ticket.admitted and ticket.emitted < ticket.allowed:
+            if not ticket.layered and ticket.allowed < ticket.groups:
+                return
+            upto = ticket.emitted + 1 if ticket.layered else ticket.groups
+            frames = range(ticket.emitted, upto)
+            ticket.emitted = upto
+            for scope in ticket.scopes:
+                await self._send(self._body, Batch(ticket, scope, frames))
+
+    # -- the body: batches of chunks -------------------------------------------------------------
+
+    async def _pass(self, i: int, batch: Batch) -> None:
+        segment, ticket = self.segments[i], batch.ticket
+        if batch.live and not await self._guarded(i, ticket, batch):
+            for piece in batch.live:
+                batch.lose(piece, ticket.cancelled or Lost.BROKEN)
+        if ticket.graph == "retrieve" or self.graph.options.on_error == "skip":
+            _lose_behind(batch)
+        if self._touching[i]:
+            ticket.passed(batch)
+        if segment.readers:
+            await self._send(segment.readers, batch)
+        else:
+            await self._leave(batch)
+
+    async def _guarded(self, i: int, ticket: Ticket, item: Ticket | Batch) -> bool:
+        """Run a segment's stages inside the request's deadline. False: cut short, or broken."""
+        if ticket.cancelled is not None:
+            return False
+        scope = anyio.CancelScope(deadline=ticket.deadline)
+        self.open[ticket].add(scope)
+        try:
+            with scope:
+                for step in self._steps[i]:
+                    await step(item)
+        except Exception as error:  # noqa: BLE001 - a stage's bug must not reach the engine
+            self._broken(i, error)
+            return False
+        finally:
+            self.open[ticket].discard(scope)
+        if scope.cancelled_caught:
+            ticket.expire(Lost.LATE)
+        return not scope.cancelled_caught
+
+    def _broken(self, i: int, error: Exception) -> None:
+        segment = self.segments[i]
+        meter = self.meters[segment.nodes[0].id]
+        meter.broken += 1
+        if meter.broken == 1:
+            log.error("stage broke: graph=%s segment=%s", self.graph.name, segment.id, exc_info=error)
+        self._broken_at.append(time.monotonic())
+
+    async def _send(self, readers: tuple[int, ...], batch: Batch) -> None:
+        """On to the next segments; a branch that may drop is served before one that may block."""
+        parts = [batch] if len(readers) == 1 else [batch.fork() for _ in readers]
+        batch.scope.open += len(parts) - 1
+        blocking = []
+        for reader, part in zip(readers, parts, strict=True):
+            try:
+                self._wires[reader].send_nowait(part)
+            except anyio.WouldBlock:
+                if self.segments[reader].when_full == "drop":
+                    await self._drop(part)
+                else:
+                    blocking.append((reader, part))
+        for reader, part in blocking:
+            await self._wires[reader].send(part)
+
+    async def _drop(self, batch: Batch) -> None:
+        self.dropped += len(batch.live)
+        for piece in batch.live:
+            batch.lose(piece, Lost.FULL)
+        await self._leave(batch)
+
+    async def _leave(self, batch: Batch) -> None:
+        """A branch has ended; behind the last one of a scope, everything goes home."""
+        batch.ticket.passed(batch)
+        scope = batch.scope
+        scope.open -= 1
+        if scope.open:
+            return
+        with anyio.CancelScope(shield=True):
+            while (give_back := scope.pop()) is not None:
+                try:
+                    waits = give_back()
+                    if waits is not None:
+                        await waits
+                except Exception:
+                    log.exception("giving back failed: graph=%s", self.graph.name)
+        ticket = batch.ticket
+        ticket.scopes_open -= 1
+        if not ticket.scopes_open:
+            self._finish(ticket)
+
+    def _finish(self, ticket: Ticket) -> None:
+        self.open.pop(ticket, None)
+        timer = self._timers.pop(ticket, None)
+        if timer is not None:
+            timer.cancel()
+        ticket.finish()
+
+    def _build(self, segment: Segment, stages: Mapping[str, Stage]) -> list[Step]:
+        """The segment's stages as coroutines, each with its meter."""
+        steps: list[Step] = []
+        for node in segment.nodes:
+            stage, meter = stages[node.id], self.meters[node.id]
+            if segment.head:
+                run = stage.plan_async if isinstance(stage, LoopStage) else self._pooled(stage.plan)
+                steps.append(metered(run, meter, lambda ticket: len(ticket.pieces)))
+                continue
+            if isinstance(stage, LoopStage):
+                run = stage.apply_async
+            else:
+                steps.append(stage.prepare)
+                run = self._pooled(stage.apply)
+            steps.append(metered(run, meter, lambda batch: len(batch.scope.pieces)))
+        return steps
+
+    def _pooled(self, fn: Callable[[Any], Any]) -> Step:
+        """`fn` in a thread. It is waited for even when cancelled: it works on leases and on the
+        engine's memory, and the ticket's `stop` ends it soon."""
+
+        async def run(item: Any) -> Any:
+            with anyio.CancelScope(shield=True):
+                return await self._pool(fn, item)
+
+        return run
+
+
+async def _work(
+    handle: Callable[[int, Any], Awaitable[None]], i: int, inbox: MemoryObjectReceiveStream[Any]
+) -> None:
+    async with inbox:
+        async for item in inbox:
+            await handle(i, item)
+
+
+def _lose_behind(batch: Batch) -> None:
+    """Once a chunk is lost, those behind it are of no use: spare the work."""
+    first = min((p.index for p in batch.scope.pieces if p.lost is not None), default=None)
+    if first is not None:
+        for piece in batch.ticket.pieces:
+            if piece.index > first and piece.lost is None:
+                piece.lost = Lost.BEHIND
