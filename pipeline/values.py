@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 BAD: Any = object()
 """What `convert` gives for a value that cannot be used; its problem has been noted."""
 
-_WANTS: dict[Any, str] = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "text",
-}  # fmt: skip
-
-
 def fill(
     cls: Any, table: Table, path: str, found: Findings, also: Set[str] = frozenset()
 ) -> Any | None:
@@ -88,7 +83,7 @@ def convert(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
         if isinstance(tree, Leaf) and tree.value in args and not isinstance(tree.value, bool):
             return tree.value
         hint = nearest(str(tree.value) if isinstance(tree, Leaf) else "", map(str, args))
-        return _refuse(tree, path, found, f"one of {', '.join(map(str, args))}", hint)
+        return _refuse(tree, path, found, _wants(kind), hint)
     return _plain(kind, tree, path, found)
 
 
@@ -102,7 +97,7 @@ def _plain(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
         if type(value) is kind and not (kind is float and not math.isfinite(value)):  # type: ignore[arg-type]
             return value
     hint = "put it in quotes" if kind is str and isinstance(tree, Leaf) and tree.value else ""
-    return _refuse(tree, path, found, _WANTS[kind], hint)
+    return _refuse(tree, path, found, _wants(kind), hint)
 
 
 def _parsed(parse: Any, tree: Tree, path: str, found: Findings) -> Any:
@@ -116,14 +111,16 @@ def _parsed(parse: Any, tree: Tree, path: str, found: Findings) -> Any:
 
 
 def _either(kinds: tuple[Any, ...], tree: Tree, path: str, found: Findings) -> Any:
-    """The first type that the value fits; the problems are those of the first."""
+    """The value as the first type that it fits."""
     if isinstance(tree, Leaf) and tree.value is None and type(None) in kinds:
         return None
     others = [k for k in kinds if k is not type(None)]
-    for kind in others[1:]:
+    if len(others) == 1:
+        return convert(others[0], tree, path, found)
+    for kind in others:
         if (value := convert(kind, tree, path, Findings())) is not BAD:
             return value
-    return convert(others[0], tree, path, found)
+    return _refuse(tree, path, found, " or ".join(map(_wants, others)))
 
 
 def _sequence(origin: Any, kind: Any, tree: Tree, path: str, found: Findings) -> Any:
@@ -138,6 +135,15 @@ def _mapping(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
         return _refuse(tree, path, found, "a mapping")
     values = {k: convert(kind, v, dotted(path, k), found) for k, v in tree.items.items()}
     return BAD if BAD in values.values() else values
+
+
+def _wants(kind: Any) -> str:
+    """What a type wants, in words."""
+    if get_origin(kind) is Literal:
+        args = get_args(kind)
+        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else str(args[0])
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(kind, "a list")
 
 
 def _refuse(tree: Tree, path: str, found: Findings, wants: str, hint: str = "") -> Any:

@@ -31,6 +31,8 @@ class SortsOptions:
     """A choice."""
     size: Size = 0
     """A size."""
+    direct: bool | Literal["auto"] = "auto"
+    """Two types."""
     wait: Seconds | None = None
     """A time, or none."""
     names: list[str] | None = None

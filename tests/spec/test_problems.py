@@ -82,6 +82,10 @@ STAGES = {
         "x: {use: 'standins:Sorts', must: 1, mode: smal}", "7:49", "graphs.store.stages.x.mode",
         "wants one of fast, small, got 'smal'", "did you mean 'small'?",
     ),
+    "one of two types": (
+        "x: {use: 'standins:Sorts', must: 1, direct: yes}", "7:51", "graphs.store.stages.x.direct",
+        "wants true or false or auto, got 'yes'", "",
+    ),
     "size": (
         "x: {use: 'standins:Sorts', must: 1, size: 3 GiBs}", "7:49", "graphs.store.stages.x.size",
         "'3 GiBs' is not a size; write one as in '64 GiB' or '500 MB'", "",

@@ -201,13 +201,12 @@ def test_a_preset_that_is_not_there() -> None:
         load("teired")
 
 
-WORDS = st.sampled_from(
-    [
-        "version", "extends", "tiers", "graphs", "store", "retrieve", "stages", "use", "from", "hash",
-        "lookup", "gather", "put", "tier", "hot", "memory", "capacity", "chunk", "tokens", "minimal",
-        "./p.yaml", "${A:-b}", "${", "os:getcwd", ":", "", "~", "a\0.b",
-    ]  # fmt: skip
-)
+KEYS = [
+    "version", "extends", "tiers", "graphs", "store", "retrieve", "stages", "use", "from", "tier",
+    "hash", "lookup", "gather", "put", "hot", "memory", "capacity", "chunk", "tokens", "minimal",
+    "./p.yaml", "${A:-b}", "${", "os:getcwd", ":", "", "~", "a\0.b",
+]  # fmt: skip
+WORDS = st.sampled_from(KEYS)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=4)
 TREES = st.recursive(
     SCALARS | st.binary(max_size=2),
