@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ..object import LINK
@@ -128,18 +129,11 @@ class Index(Generic[P]):
             self._forget(entry)
             return entry
 
-    def expire(self) -> list[Entry[P]]:
-        """Forget entries whose time is over, pinned ones too, the oldest first."""
-        gone = []
+    def expired(self) -> list[Entry[P]]:
+        """Entries whose time is over, pinned ones too, the oldest first. Changes nothing."""
         now = self._clock()
         with self.lock:
-            while self._entries:
-                entry = next(iter(self._entries.values()))
-                if entry.expires > now:
-                    break
-                self.remove(entry)
-                gone.append(entry)
-        return gone
+            return list(takewhile(lambda entry: entry.expires <= now, self))
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Wanted again, head of the prompt first: the tail is marked first, so it goes first."""

@@ -155,8 +155,8 @@ class Memory(Tier):
         return self._evict()
 
     def _expire(self) -> None:
-        for entry in self._index.expire():
-            self.ctx.arena.unkeep(entry.place.lease)
+        for entry in self._index.expired():
+            self._let_go(entry)
 
     def _let_go(self, entry: Entry[Object]) -> bool:
         if not self._index.remove(entry):

@@ -1,0 +1,171 @@
+"""disk: whole objects in preallocated segment files, with an index in memory and a log of it.
+
+    warm: {use: disk, path: /data/kv, capacity: 1 TiB}
+
+`disk_store.py` does the work in threads of the pool; here stands what is awaited. An object is read
+into the lease that it is served from.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import ArenaFull, Lost
+from ..object import PAGE, Header, Object
+from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
+from .base import Found, Read, Tier, TierContext, TierStat
+from .disk_store import Store, cuts_of
+from .evict import POLICIES, Policy
+from .fan import fan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskOptions:
+    """Where, how much, and what goes first."""
+
+    path: str
+    """A folder of this process's own; `~` is the home folder."""
+    capacity: Size
+    """Bytes of objects, and of segment files, at most."""
+    evict: Policy = "lru"
+    """What goes first when room is needed."""
+    ttl: Seconds = 0.0
+    """How long an object lives, restarts included; 0: until it is evicted."""
+    segment: Size = 1 << 30
+    """Bytes of a segment file; a folder keeps the size that it was begun with."""
+    direct: bool | Literal["auto"] = "auto"
+    """Go round the page cache (O_DIRECT): true, false, or auto: where the file system can."""
+    keep_free: Size = 1 << 30
+    """Bytes of the file system that are left to others."""
+    depth: int = 4
+    """Objects of one call that are read or written at once."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty")
+        if min(self.capacity, self.segment) < PAGE:
+            raise ValueError(f"capacity and segment must be at least {PAGE} bytes")
+        if self.evict not in POLICIES:
+            raise ValueError(f"evict is {self.evict!r}; known: {', '.join(POLICIES)}")
+        if self.direct not in (True, False, "auto"):
+            raise ValueError(f"direct is {self.direct!r}; known: true, false, auto")
+        if self.ttl < 0 or self.keep_free < 0:
+            raise ValueError("ttl and keep_free must not be negative")
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
+
+
+class Disk(Tier):
+    """One process per folder; everything survives a restart but which was used last."""
+
+    Options = DiskOptions
+    local = True
+
+    def __init__(
+        self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__(ctx)
+        self.options = options
+        self._store = Store(
+            Path(options.path).expanduser(),
+            options.capacity // PAGE * PAGE,
+            segment=options.segment // PAGE * PAGE,
+            policy=options.evict,
+            ttl=options.ttl,
+            direct=options.direct,
+            keep_free=options.keep_free,
+            namespace=ctx.namespace,
+            counts=self.counts,
+            clock=clock,
+        )
+        self._index = self._store.index
+
+    async def open(self) -> None:
+        await self.ctx.pool(self._store.open)
+
+    async def close(self) -> None:
+        await self.ctx.pool(self._store.close)
+
+    def find(self, links: bytes) -> Found | None:
+        return self._index.find(links)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        self._index.touch(keys)
+
+    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+        return [self._index.get(key) is not None for key in keys]
+
+    async def read(self, reads: Sequence[Read]) -> None:
+        await fan(self._read, reads, self.options.depth)
+
+    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
+        tail_first = await fan(self._put, objects[::-1], self.options.depth)
+        return tail_first[::-1]
+
+    async def drop(self, keys: Sequence[bytes]) -> int:
+        return int(await self.ctx.pool(self._store.drop, list(keys)))
+
+    async def clear(self) -> int:
+        return int(await self.ctx.pool(self._store.clear))
+
+    def stat(self) -> TierStat:
+        return TierStat(len(self._index), self._index.nbytes, self._store.capacity)
+
+    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
+        return self._store.pin(keys, pinned=pinned)
+
+    async def _read(self, read: Read) -> None:
+        entry, held = self._index.get(read.key), read.object
+        # Between two reads of one object it may have been evicted, and even been put again.
+        if entry is None or (held is not None and cuts_of(held.header) != entry.place.cuts):
+            read.lost = Lost.ABSENT
+            self.counts.misses += 1
+            return
+        cuts = entry.place.cuts
+        upto = min(read.upto, len(cuts) - 1)
+        if held is not None:
+            begin, lease = cuts[held.loaded], held.lease
+            if upto <= held.loaded:
+                return
+        else:
+            try:
+                begin, lease = 0, self.ctx.arena.lease(entry.nbytes)
+            except ArenaFull:
+                read.lost = Lost.NO_ROOM
+                return
+        got: Header | Lost | None = None
+        try:
+            got = await self.ctx.pool(self._store.load, entry, lease, begin, cuts[upto])
+        finally:
+            if held is None and not isinstance(got, Header):
+                lease.release()
+        if not isinstance(got, Header):
+            read.lost = got
+            self.counts.misses += got is Lost.ABSENT
+            self.counts.corrupt += got is Lost.CORRUPT
+            return
+        if held is None:
+            self.counts.hits += 1
+            held = read.object = Object(got, lease)
+        held.loaded = upto
+        held.sealed = upto == len(cuts) - 1
+        self.counts.bytes_out += cuts[upto] - begin
+
+    async def _put(self, obj: Object) -> Lost | None:
+        if not obj.sealed:
+            raise ValueError("an object must be sealed before it is put")
+        if self._index.get(obj.header.key) is not None:
+            return None
+        lost: Lost | None = await self.ctx.pool(self._store.save, obj)
+        if lost is None:
+            self.counts.puts += 1
+            self.counts.bytes_in += obj.header.nbytes
+        else:
+            self.counts.refused += 1
+        return lost
