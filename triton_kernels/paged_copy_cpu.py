@@ -24,13 +24,16 @@ from .raw_memory import (
     stream_lines,
     zero_bytes,
 )
-from .xxh3 import xxh3_64
+from .xxh3 import XXH3_START, xxh3_64, xxh3_absorb, xxh3_end
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from .planes import FrameTable, PlaneTable
+
+_RUN = 16384
+"""Bytes after which a run is cut, so that its checksum finds it in the nearest cache."""
 
 
 def gather_frames(
@@ -48,7 +51,8 @@ def gather_frames(
     `stop` (uint8 [1]) is read before each frame: once it is not 0 the call returns, and the
     frames it has not reached keep their `status`.
 
-    Nothing is validated: a wrong address, stride or slot reads and writes foreign memory.
+    Arrays are contiguous and writable; for any other kind numba would compile anew. Nothing is
+    validated: a wrong address, stride or slot reads and writes foreign memory.
     The caller owns all memory and keeps it alive; frames must not overlap the cache.
     """
     _gather(
@@ -86,16 +90,23 @@ def _gather(
     base, stride, kv, block_tokens, heads, dim, itemsize,
     address, nbytes, layer, rows, take, slot0, checksum, status, slots, stop, with_checksum,
 ):  # fmt: skip
+    row_bytes = heads * dim * itemsize
+    in_passing = with_checksum and row_bytes % 64 == 0
+    in_passing &= (stride[:, 2] == dim * itemsize).all() and (stride[:, 3] == itemsize).all()
     for f in range(len(address)):
         if stop[0]:
             return
-        _copy_frame(
+        copied = kv * (layer[f, 1] - layer[f, 0]) * rows[f] * row_bytes
+        total = copied if in_passing and nbytes[f] == copied > 240 else 0
+        lanes = _copy_frame(
             base, stride, kv, block_tokens, heads, dim, itemsize,
-            address[f], layer[f], rows[f], slots[slot0[f] : slot0[f] + take[f]], True,
+            address[f], layer[f], rows[f], slots[slot0[f] : slot0[f] + take[f]], True, total,
         )  # fmt: skip
-        if with_checksum:
-            checksum[f] = xxh3_64(address[f], nbytes[f])
         publish()
+        if total:
+            checksum[f] = xxh3_end(lanes, address[f] + total - 64, total)
+        elif with_checksum:
+            checksum[f] = xxh3_64(address[f], nbytes[f])
         status[f] = PLACED
 
 
@@ -112,7 +123,7 @@ def _scatter(
             continue
         _copy_frame(
             base, stride, kv, block_tokens, heads, dim, itemsize,
-            address[f], layer[f], rows[f], slots[slot0[f] : slot0[f] + take[f]], False,
+            address[f], layer[f], rows[f], slots[slot0[f] : slot0[f] + take[f]], False, 0,
         )  # fmt: skip
         publish()
         status[f] = PLACED
@@ -120,17 +131,25 @@ def _scatter(
 
 @njit(nogil=True)
 def _copy_frame(
-    base, stride, kv, block_tokens, heads, dim, itemsize, frame, layer, rows, slots, gather
+    base, stride, kv, block_tokens, heads, dim, itemsize, start, layer, rows, slots, gather, total
 ):
+    """Copy one frame; with `total`, return the XXH3 lanes of its `total` bytes as well.
+
+    They are taken from each run while it is in the nearest cache: the frame itself is written
+    past the caches, and would have to be read back. Wants whole rows of 64-byte multiples.
+    """
     row_bytes = heads * dim * itemsize
     layers = len(base) // kv
+    lanes = XXH3_START
+    frame = start
     for half in range(kv):
         for plane in range(half * layers + layer[0], half * layers + layer[1]):
             steps = stride[plane]
             if steps[3] == itemsize:
-                _copy_rows(
-                    base[plane], steps, block_tokens, heads, dim * itemsize, frame, slots, gather
-                )
+                lanes = _copy_rows(
+                    base[plane], steps, block_tokens, heads, dim * itemsize,
+                    frame, slots, gather, lanes, frame - start, total,
+                )  # fmt: skip
             elif itemsize == 1:
                 _copy8(base[plane], steps, block_tokens, heads, dim, frame, slots, gather)
             elif itemsize == 2:
@@ -140,31 +159,35 @@ def _copy_frame(
             else:
                 _copy64(base[plane], steps, block_tokens, heads, dim, frame, slots, gather)
             if gather and rows > len(slots):
-                zero_bytes(frame + len(slots) * row_bytes, (rows - len(slots)) * row_bytes)
+                end, missing = frame + len(slots) * row_bytes, (rows - len(slots)) * row_bytes
+                lanes = _zero(end, missing, lanes, end - start, total)
             frame += rows * row_bytes
+    return lanes
 
 
 @njit(nogil=True)
-def _copy_rows(base, steps, block_tokens, heads, head_bytes, frame, slots, gather):
+def _copy_rows(
+    base, steps, block_tokens, heads, head_bytes, frame, slots, gather, lanes, before, total
+):
     row_bytes = heads * head_bytes
     whole = steps[2] == head_bytes
     t = 0
     while t < len(slots):
         slot = slots[t]
-        row = frame + t * row_bytes
+        at = t * row_bytes
         t += 1
         if slot < 0:
             if gather:
-                zero_bytes(row, row_bytes)
+                lanes = _zero(frame + at, row_bytes, lanes, before + at, total)
             continue
         block, token = slot // block_tokens, slot % block_tokens
         cache = base + block * steps[0] + token * steps[1]
         if not whole:
             for head in range(heads):
-                _move(cache + head * steps[2], row + head * head_bytes, head_bytes, gather)
+                _move(cache + head * steps[2], frame + at + head * head_bytes, head_bytes, gather)
             continue
         run = row_bytes
-        while t < len(slots) and slots[t] == slot + 1:
+        while run < _RUN and t < len(slots) and slots[t] == slot + 1:
             slot += 1
             token += 1
             if token == block_tokens:
@@ -173,7 +196,16 @@ def _copy_rows(base, steps, block_tokens, heads, head_bytes, frame, slots, gathe
                 break
             run += row_bytes
             t += 1
-        _move(cache, row, run, gather)
+        _move(cache, frame + at, run, gather)
+        if total:
+            lanes = xxh3_absorb(lanes, cache, before + at, run, total)
+    return lanes
+
+
+@njit(nogil=True)
+def _zero(at, nbytes, lanes, before, total):
+    zero_bytes(at, nbytes)
+    return xxh3_absorb(lanes, at, before, nbytes, total) if total else lanes
 
 
 @njit(nogil=True)

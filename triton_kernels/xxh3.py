@@ -36,7 +36,7 @@ _P64_4 = np.uint64(0x85EBCA77C2B2AE63)
 _P64_5 = np.uint64(0x27D4EB2F165667C5)
 _MX1 = np.uint64(0x165667919E3779F9)
 _MX2 = np.uint64(0x9FB21C651E98DF25)
-_START = (_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1)
+XXH3_START = (_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1)
 
 _U64 = types.uint64
 _LANES = types.UniTuple(types.uint64, 8)
@@ -54,7 +54,8 @@ def xxh3_64(address, nbytes):
     size = np.uint64(nbytes)
     secret = _secret()
     if nbytes > 240:
-        return _long(at, nbytes, secret)
+        lanes = xxh3_absorb(XXH3_START, at, 0, nbytes, nbytes)
+        return xxh3_end(lanes, at + size - _u(_STRIPE), nbytes)
     if nbytes > 128:
         return _129_to_240(at, nbytes, secret)
     if nbytes > 16:
@@ -78,16 +79,36 @@ def xxh3_64(address, nbytes):
     return _avalanche_xxh64(load64(secret + _u(56)) ^ load64(secret + _u(64)))
 
 
-@njit(inline="always")
-def _long(at, nbytes, secret):
-    blocks = (nbytes - 1) // _BLOCK
-    stripes = (nbytes - 1 - blocks * _BLOCK) // _STRIPE
-    lanes = _absorb_blocks(_START, at, blocks)
-    rest = at + _u(blocks * _BLOCK)
-    for i in range(stripes):
-        lanes = _absorb_stripe(lanes, rest + _u(i * _STRIPE), secret + _u(8 * i))
-    lanes = _absorb_stripe(lanes, at + _u(nbytes - _STRIPE), secret + _u(len(_SECRET) - 71))
-    h = _u(nbytes) * _P64_1
+@njit(nogil=True)
+def xxh3_absorb(lanes, at, start, nbytes, total):
+    """Take bytes [start, start + nbytes), found at `at`, of a message of `total` > 240 bytes.
+
+    For numba code that sees a message in pieces, in order, each a multiple of 64 bytes long:
+    begin with lanes `XXH3_START`, hand each result to the next call, the last to `xxh3_end`.
+    """
+    at, secret = np.uint64(at), _secret()
+    stripe, end = start // _STRIPE, min(start + nbytes, total - 1) // _STRIPE
+    while stripe < end:
+        if stripe % _STRIPES == 0 and end - stripe >= _STRIPES:
+            blocks = (end - stripe) // _STRIPES
+            lanes = _absorb_blocks(lanes, at, blocks)
+            at += _u(blocks * _BLOCK)
+            stripe += blocks * _STRIPES
+            continue
+        lanes = _absorb_stripe(lanes, at, secret + _u(stripe % _STRIPES * 8))
+        at += _u(_STRIPE)
+        stripe += 1
+        if stripe % _STRIPES == 0:
+            lanes = _scramble(lanes)
+    return lanes
+
+
+@njit(nogil=True)
+def xxh3_end(lanes, last, total):
+    """The hash of a message of `total` > 240 bytes, whose last 64 bytes are at `last`."""
+    secret = _secret()
+    lanes = _absorb_stripe(lanes, np.uint64(last), secret + _u(len(_SECRET) - 71))
+    h = _u(total) * _P64_1
     for i in range(4):
         key = secret + _u(11 + 16 * i)
         h += _fold(lanes[2 * i] ^ load64(key), lanes[2 * i + 1] ^ load64(key + _u(8)))
@@ -191,6 +212,16 @@ def _absorb_stripe(typing, lanes, at, key):
 
 
 @intrinsic
+def _scramble(typing, lanes):
+    """End a block of 16 stripes."""
+
+    def generate(context, builder, signature, args):
+        return _array(builder, _scrambled(builder, _vector(builder, args[0])))
+
+    return _LANES(_LANES), generate
+
+
+@intrinsic
 def _absorb_blocks(typing, lanes, at, blocks):
     """Take `blocks` blocks of 16 stripes, scrambling after each.
 
@@ -210,9 +241,7 @@ def _absorb_blocks(typing, lanes, at, blocks):
                 products = builder.add(products, _products(builder, data, key))
                 words = builder.add(words, data)
             mixed = builder.add(products, _swap_lanes(builder, words))
-            mixed = builder.xor(mixed, builder.lshr(mixed, _splat(47)))
-            mixed = builder.xor(mixed, _secret_vector(len(_SECRET) - _STRIPE))
-            builder.store(builder.mul(mixed, _splat(int(_P32_1))), state)
+            builder.store(_scrambled(builder, mixed), state)
         return _array(builder, builder.load(state))
 
     return _LANES(_LANES, _U64, types.int64), generate
@@ -222,6 +251,12 @@ def _products(builder, data, key):
     mixed = builder.xor(data, key)
     low = builder.and_(mixed, _splat(0xFFFFFFFF))
     return builder.mul(low, builder.lshr(mixed, _splat(32)))
+
+
+def _scrambled(builder, lanes):
+    mixed = builder.xor(lanes, builder.lshr(lanes, _splat(47)))
+    mixed = builder.xor(mixed, _secret_vector(len(_SECRET) - _STRIPE))
+    return builder.mul(mixed, _splat(int(_P32_1)))
 
 
 def _swap_lanes(builder, vector):

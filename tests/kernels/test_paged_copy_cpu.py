@@ -122,6 +122,16 @@ def test_checksum_can_be_left_out() -> None:
     assert frames.table.status.tolist() == [PLACED]
 
 
+@pytest.mark.parametrize("layout", ["pairs NHD", "pairs HND"])
+@pytest.mark.parametrize("nbytes", [100, 1000, 3072])
+def test_checksum_covers_the_stored_bytes(layout: str, nbytes: int) -> None:
+    cache = make_cache(layout, **SMALL, dtype=torch.bfloat16, seed=1)
+    frames = make_frames(cache.table, [(0, 3)], [8], [8])
+    frames.table.nbytes[0] = nbytes
+    gather_frames(cache.table, frames.table, np.arange(8), GO)
+    assert int(frames.table.checksum[0]) == xxhash.xxh3_64_intdigest(frames.content(0))
+
+
 def test_corrupt_frame_leaves_the_cache_untouched() -> None:
     source = make_cache("pairs NHD", **SMALL, dtype=torch.bfloat16, seed=1)
     frames = make_frames(source.table, [(0, 1), (1, 2), (2, 3)], [4] * 3, [4] * 3)

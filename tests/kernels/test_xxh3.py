@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.triton_kernels.xxh3 import xxh3_64
+from tierloom.triton_kernels.xxh3 import XXH3_START, xxh3_64, xxh3_absorb, xxh3_end
 
 DATA = np.random.default_rng(3).integers(0, 256, 1 << 20, dtype=np.uint8)
 
@@ -36,6 +36,24 @@ def test_long(n: int) -> None:
 def test_any_length_at_any_alignment(start: int, n: int) -> None:
     data = DATA[start : start + n]
     assert ours(data) == xxhash.xxh3_64_intdigest(data.tobytes())
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    total=st.one_of(st.integers(241, 9000), st.integers(4, 140).map(lambda n: n * 64)),
+    cuts=st.lists(st.integers(0, 140)),
+)
+def test_in_pieces(total: int, cuts: list[int]) -> None:
+    ends = sorted({min(cut * 64, total) for cut in cuts} | {total})
+    lanes, start = XXH3_START, 0
+    for end in ends:
+        piece = DATA[start:end].copy()
+        lanes = xxh3_absorb(lanes, piece.ctypes.data, start, len(piece), total)
+        lanes = tuple(np.uint64(lane) for lane in lanes)  # Python's ints would come back as int64
+        start = end
+    last = DATA[total - 64 : total]
+    expected = xxhash.xxh3_64_intdigest(DATA[:total].tobytes())
+    assert int(xxh3_end(lanes, last.ctypes.data, total)) == expected
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 16, 100, 200, 1024, 5000])

@@ -1,0 +1,127 @@
+"""Copies and checksums on a CPU, beside a flat memcpy of the same bytes in the same run.
+
+    python -m pytest benchmarks/bench_kernels.py -o python_functions='bench_*'
+
+`extra_info` of each row: GB/s, CPU seconds per GB, and the share of the memcpy's speed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
+from tierloom.triton_kernels.planes import FrameTable, PlaneTable
+from tierloom.triton_kernels.xxh3 import xxh3_64
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+BLOCK, CHUNK, ITEMSIZE = 16, 256, 2
+GO = np.zeros(1, np.uint8)
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """Some prompt's KV, in shuffled blocks of a paged cache, and as many bytes of frames."""
+
+    caches: list[torch.Tensor]
+    planes: PlaneTable
+    frames: FrameTable
+    slots: np.ndarray
+    stored: np.ndarray
+    other: np.ndarray
+
+
+SHAPES = {"8B": (32, 8, 128, 2048, 4), "SmolLM2": (30, 3, 64, 8192, 5)}
+"""Layers, KV heads, head dim, tokens, layers per frame; bf16, 256 and 180 MiB."""
+
+
+@pytest.fixture(scope="module", params=["8B NHD", "8B HND", "SmolLM2 NHD"])
+def work(request: pytest.FixtureRequest) -> Work:
+    model, order = request.param.split()
+    layers, heads, dim, tokens, group = SHAPES[model]
+    blocks = tokens // BLOCK + 8
+    shape = (blocks, BLOCK, heads, dim) if order == "NHD" else (blocks, heads, BLOCK, dim)
+    caches = [torch.randint(0, 999, shape, dtype=torch.int16) for _ in range(2 * layers)]
+    views = caches if order == "NHD" else [cache.transpose(1, 2) for cache in caches]
+    planes = PlaneTable(
+        base=np.array([cache.data_ptr() for cache in caches], np.int64),
+        stride=np.array([view.stride() for view in views], np.int64) * ITEMSIZE,
+        kv=2,
+        block_tokens=BLOCK,
+        heads=heads,
+        dim=dim,
+        itemsize=ITEMSIZE,
+    )
+    shuffled = np.random.default_rng(0).permutation(blocks)[: tokens // BLOCK]
+    starts = range(0, layers, group)
+    count = tokens // CHUNK * len(starts)
+    frame = 2 * group * CHUNK * planes.row_bytes
+    arena = np.zeros(count * frame + 4096, np.uint8)
+    stored = arena[-arena.ctypes.data % 4096 :][: count * frame]
+    spans = [(layer, layer + group) for layer in starts]
+    frames = FrameTable(
+        address=stored.ctypes.data + np.arange(count, dtype=np.int64) * frame,
+        nbytes=np.full(count, frame, np.int64),
+        layer=np.array(spans * (tokens // CHUNK), np.int32),
+        rows=np.full(count, CHUNK, np.int32),
+        take=np.full(count, CHUNK, np.int32),
+        slot0=np.arange(count, dtype=np.int64) // len(starts) * CHUNK,
+        checksum=np.zeros(count, np.uint64),
+        status=np.zeros(count, np.uint8),
+    )
+    slots = (shuffled[:, None] * BLOCK + np.arange(BLOCK)).ravel().astype(np.int64)
+    return Work(caches, planes, frames, slots, stored, np.ones_like(stored))
+
+
+def gather(work: Work, checksum: bool) -> None:
+    gather_frames(work.planes, work.frames, work.slots, GO, checksum=checksum)
+
+
+def scatter(work: Work, verify: bool) -> None:
+    scatter_frames(work.planes, work.frames, work.slots, GO, verify=verify)
+
+
+OPS = {
+    "gather": partial(gather, checksum=False),
+    "gather, checksum": partial(gather, checksum=True),
+    "scatter": partial(scatter, verify=False),
+    "scatter, verify": partial(scatter, verify=True),
+    "xxh3": lambda work: xxh3_64(work.stored.ctypes.data, work.stored.nbytes),
+    "xxh3 of the library": lambda work: xxhash.xxh3_64_intdigest(work.stored),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def bench_cpu(op: str, work: Work, benchmark: BenchmarkFixture) -> None:
+    gather(work, checksum=True)  # compiles, and gives scatter its checksums
+    measured = partial(OPS[op], work)
+    memcpy = min(seconds(partial(np.copyto, work.other, work.stored)) for _ in range(ROUNDS))
+    cpu = time.process_time()
+    benchmark.pedantic(measured, rounds=ROUNDS, iterations=1, warmup_rounds=0)
+    cpu = (time.process_time() - cpu) / ROUNDS
+    best = benchmark.stats.stats.min
+    gigabytes = work.stored.nbytes / 1e9
+    benchmark.group = str(benchmark.params["work"])
+    benchmark.extra_info.update(
+        gb_per_s=round(gigabytes / best, 2),
+        cpu_s_per_gb=round(cpu / gigabytes, 4),
+        share_of_memcpy=round(memcpy / best, 3),
+    )
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
