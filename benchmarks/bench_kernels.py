@@ -1,6 +1,6 @@
 """Copies and checksums on a CPU, beside a flat memcpy of the same bytes in the same run.
 
-    python -m pytest benchmarks/bench_kernels.py -o python_functions='bench_*'
+    python -m pytest benchmarks/bench_kernels.py
 
 `extra_info` of each row: GB/s, CPU seconds per GB, and the share of the memcpy's speed.
 """
@@ -104,7 +104,7 @@ OPS = {
 
 
 @pytest.mark.parametrize("op", OPS)
-def bench_cpu(op: str, work: Work, benchmark: BenchmarkFixture) -> None:
+def test_cpu(op: str, work: Work, benchmark: BenchmarkFixture) -> None:
     gather(work, checksum=True)  # compiles, and gives scatter its checksums
     measured = partial(OPS[op], work)
     memcpy = min(seconds(partial(np.copyto, work.other, work.stored)) for _ in range(ROUNDS))

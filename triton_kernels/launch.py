@@ -1,14 +1,20 @@
-"""Block and warp choices of the Triton kernels: a table by vendor and row, never an autotuner.
+"""What a launch needs besides its kernel: tables on the device, tile and warp choices.
 
-Autotuning would compile and time several variants on the engine's GPU at its first request.
+The choices are a table by vendor and row, never an autotuner: that would compile and time
+several variants on the engine's GPU at its first request.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +54,11 @@ def vendor_of(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     return "hip" if torch.version.hip else "cuda"
+
+
+def on_device(table: npt.NDArray[np.int64], device: torch.device | str) -> torch.Tensor:
+    """A copy of `table` on the device, ordered on the current stream; nothing waits for it."""
+    host = torch.from_numpy(table)
+    if torch.device(device).type != "cuda":
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)  # pageable memory would be waited for

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 
-from .launch import Tile, tile_for, vendor_of
+from .launch import Tile, on_device, tile_for, vendor_of
 
 if TYPE_CHECKING:
+    import torch
+
     from .planes import FrameTable, PlaneTable
 
 
@@ -50,7 +51,7 @@ class DevicePlanes:
         wide &= dim * size % 16 == 0
         table = np.column_stack([table, wide]).astype(np.int64)
         return cls(
-            table=torch.from_numpy(table).to(device),
+            table=on_device(table, device),
             kv=planes.kv,
             block_tokens=planes.block_tokens,
             heads=heads,
@@ -85,7 +86,7 @@ class DeviceFrames:
         ).astype(np.int64)
         span = int((frames.layer[:, 1] - frames.layer[:, 0]).max(initial=0))
         rows = int(frames.rows.max(initial=0))
-        return cls(torch.from_numpy(table).to(device), span, rows)
+        return cls(on_device(table, device), span, rows)
 
 
 def launch_paged_copy(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +16,10 @@ from paged_cases import LAYOUTS, Cache, make_cache, make_frames, make_slots
 
 from tierloom.triton_kernels import reference
 from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
-from tierloom.triton_kernels.planes import CORRUPT, PENDING, PLACED, PlaneTable
+from tierloom.triton_kernels.planes import CORRUPT, PENDING, PLACED, FrameTable, PlaneTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GO = np.zeros(1, np.uint8)
 SMALL = {"layers": 3, "blocks": 7, "block_tokens": 4, "heads": 2, "dim": 16}
@@ -155,7 +162,7 @@ def test_corrupt_frame_leaves_the_cache_untouched() -> None:
 
 
 @pytest.mark.parametrize("direction", [gather_frames, scatter_frames])
-def test_stop_before_the_first_frame(direction) -> None:
+def test_stop_before_the_first_frame(direction: Callable[..., None]) -> None:
     cache = make_cache("pairs NHD", **SMALL, dtype=torch.bfloat16, seed=1)
     frames = make_frames(cache.table, [(0, 3)], [4], [4])
     before = cache.bytes
@@ -177,6 +184,28 @@ def test_stop_between_frames() -> None:
     gather_frames(cache.table, frames.table, np.arange(8), flag)
     assert frames.table.status.tolist() == [PLACED, PENDING]
     assert set(frames.content(1)) == {0xA5}
+
+
+@pytest.mark.parametrize("direction", [gather_frames, scatter_frames])
+def test_another_thread_can_stop_a_batch(direction: Callable[..., None]) -> None:
+    """So the call holds no GIL: else the flag would rise when everything was done."""
+    cache = make_cache("pairs NHD", **{**SMALL, "dim": 1024}, dtype=torch.bfloat16, seed=1)
+    one = make_frames(cache.table, [(0, 3)], [28], [28])
+    gather_frames(cache.table, one.table, np.arange(28), GO)
+    copies = 100_000
+    names = FrameTable.__slots__
+    columns = {name: getattr(one.table, name).repeat(copies, axis=0) for name in names}
+    columns["status"][:] = PENDING
+    frames = FrameTable(**columns)
+    stop = np.zeros(1, np.uint8)
+    args = (cache.table, frames, np.arange(28), stop)
+    thread = threading.Thread(target=direction, args=args)
+    thread.start()
+    while frames.status[0] == PENDING:
+        time.sleep(0)
+    stop[0] = 1
+    thread.join()
+    assert frames.status[-1] == PENDING
 
 
 def test_no_frames() -> None:
