@@ -1,0 +1,160 @@
+"""TLM1: golden bytes, round trips, and every kind of damage."""
+
+import hashlib
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierloom.stages.arena import Arena
+from tierloom.stages.errors import BadObject
+from tierloom.stages.layout import Geometry
+from tierloom.stages.object import PAGE, Frame, Header, Object, header_size, plan_frames
+
+GEOMETRY = Geometry(kv=2, layers=5, heads=3, dim=8, dtype="bfloat16", block_tokens=1)
+
+
+def header(tokens: int = 50, group: int = 2) -> Header:
+    links = bytes(range(64))
+    layers = [min(group, GEOMETRY.layers - at) for at in range(0, GEOMETRY.layers, group)]
+    raw = [GEOMETRY.frame_bytes(n, tokens) for n in layers]
+    return Header(
+        key=links[-32:], namespace=b"n" * 32, parent=b"p" * 32, token_digest=b"t" * 32, tokens=tokens,
+        grain=32, group=group, geometry=GEOMETRY, links=links,
+        frames=plan_frames(header_size(len(raw), 2), raw, raw),
+    )  # fmt: skip
+
+
+def whole() -> bytes:
+    """A sealed object as bytes, its frames filled with a counter."""
+    h, arena = header(), Arena(1 << 20, huge_pages=False)
+    lease = arena.lease(h.nbytes)
+    lease.view[:] = bytes(h.nbytes)
+    checksums = []
+    for i, f in enumerate(h.frames):
+        data = bytes((i + j) % 251 for j in range(f.stored))
+        lease.view[f.offset : f.offset + f.stored] = data
+        checksums.append(xxhash.xxh3_64_intdigest(data))
+    Object(h, lease).seal(checksums)
+    out = bytes(lease.view)
+    lease.release()
+    arena.close()
+    return out
+
+
+def verified(raw: bytes) -> Header:
+    """Read an object as a reader would: header first, then every frame. Raises BadObject."""
+    h = Header.unpack(raw, key=header().key, namespace=b"n" * 32)
+    if len(raw) < h.nbytes:
+        raise BadObject("cut short")
+    for f in h.frames:
+        if xxhash.xxh3_64_intdigest(raw[f.offset : f.offset + f.stored]) != f.checksum:
+            raise BadObject("frame")
+    return h
+
+
+def test_golden_object() -> None:
+    assert hashlib.sha256(whole()).hexdigest() == "5122ed938c5d3a3d8da16ca865903f08eb20a59bec2e887d2f6acb91ab6c8a07"
+
+
+def test_fields_lie_where_the_docs_say() -> None:
+    raw = whole()
+    assert raw[:4] == b"TLM1"
+    assert struct.unpack_from("<HHQ", raw, 4) == (1, 0, PAGE)
+    assert struct.unpack_from("<Q", raw, 24) == (len(raw),)
+    assert raw[32:64] == header().key
+    assert raw[64:96] == b"n" * 32
+    assert raw[96:128] == b"p" * 32
+    assert struct.unpack_from("<IIHHHHI", raw, 160) == (50, 32, 2, 2, 5, 3, 8)
+    offset, stored, plain, _, codecs = struct.unpack_from("<QQQQ8s", raw, 200)
+    assert (offset, stored, plain, codecs) == (PAGE, 2 * 2 * 50 * 3 * 8 * 2, 2 * 2 * 50 * 3 * 8 * 2, bytes(8))
+
+
+def test_a_header_says_what_was_said() -> None:
+    h = verified(whole())
+    plain = header()
+    assert replace(h, frames=plain.frames) == plain
+    assert [f._replace(checksum=0) for f in h.frames] == list(plain.frames)
+
+
+@given(st.integers(0, len(whole()) * 8 - 1))
+def test_no_flipped_bit_is_believed(bit: int) -> None:
+    raw = bytearray(whole())
+    raw[bit // 8] ^= 1 << bit % 8
+    h = header()
+    padding = any(f.offset + f.stored <= bit // 8 < f.offset + -(-f.stored // PAGE) * PAGE for f in h.frames)
+    if padding:  # carries nothing
+        verified(bytes(raw))
+        return
+    with pytest.raises(BadObject):
+        verified(bytes(raw))
+
+
+@given(st.integers(0, len(whole()) - 1))
+def test_no_truncated_object_is_believed(length: int) -> None:
+    with pytest.raises(BadObject):
+        verified(whole()[:length])
+
+
+@given(st.integers(0, len(whole()) // PAGE - 1))
+def test_no_zeroed_page_is_believed(page: int) -> None:
+    raw = bytearray(whole())
+    raw[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
+    with pytest.raises(BadObject):
+        verified(bytes(raw))
+
+
+def test_another_object_is_not_taken_for_this_one() -> None:
+    with pytest.raises(BadObject, match="holds object"):
+        Header.unpack(whole(), key=b"x" * 32)
+    with pytest.raises(BadObject, match="namespace"):
+        Header.unpack(whole(), key=header().key, namespace=b"x" * 32)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"frames": (Frame(PAGE, 1 << 40, 1 << 40), *header().frames[1:])},
+        {"frames": header().frames[:-1]},
+        {"frames": tuple(f._replace(offset=f.offset + PAGE) for f in header().frames)},
+        {"frames": (header().frames[0]._replace(stored=8), *header().frames[1:])},
+        {"tokens": 51},
+        {"tokens": 0},
+        {"links": b""},
+        {"links": b"x" * 64},
+        {"group": 3},
+    ],
+    ids=str,
+)
+def test_a_well_sealed_lie_is_still_refused(lie: dict) -> None:
+    """The checksum only proves what was written; the fields must agree with one another too."""
+    with pytest.raises(BadObject):
+        Header.unpack(replace(header(), **lie).pack())
+
+
+@given(st.binary(max_size=2 * PAGE))
+def test_noise_is_not_an_object(noise: bytes) -> None:
+    for raw in (noise, b"TLM1" + noise, b"TLM1\x01\x00\x00\x00" + struct.pack("<Q", PAGE) + noise):
+        with pytest.raises(BadObject):
+            Header.unpack(raw)
+
+
+def test_a_header_grows_by_whole_pages() -> None:
+    geometry = replace(GEOMETRY, layers=400)
+    raw = [geometry.frame_bytes(1, 32)] * 400
+    h = replace(
+        header(), geometry=geometry, group=1, tokens=32, links=bytes(32), key=bytes(32),
+        frames=plan_frames(header_size(400, 1), raw, raw),
+    )  # fmt: skip
+    assert h.header_bytes == 4 * PAGE == h.frames[0].offset
+    assert Header.unpack(h.pack()) == h
+    assert Header.length(h.pack()[:PAGE]) == 4 * PAGE
+
+
+def test_memory_is_not_read_beyond_what_is_given() -> None:
+    raw = np.frombuffer(whole(), np.uint8)
+    assert verified(raw.tobytes()).tokens == 50
