@@ -1,0 +1,239 @@
+"""Guarded: a tier whose failures are data, and which is left alone while it fails.
+
+Wraps every tier. Each call has a time limit; `fails` failures in a row open the breaker, and from
+then on nothing waits for the tier, but for one call every `probe` seconds. The first that succeeds
+closes it. Reads are timed as they pass, so that a plan can say what a load will cost.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import anyio
+
+from ..errors import ConfigError, Lost, TierDown
+from .base import Found, Read, Tier, TierStat
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from ..object import Object
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PATIENCE = 10  # opening and closing may take so many times the limit of a call
+
+
+class Limits(Protocol):
+    """When a tier is given up."""
+
+    @property
+    def timeout(self) -> float:
+        """Seconds one call may take."""
+
+    @property
+    def fails(self) -> int:
+        """Failures in a row that open the breaker."""
+
+    @property
+    def probe(self) -> float:
+        """Seconds an open breaker waits before it lets one call through."""
+
+
+class Cost:
+    """Seconds of a read as latency + bytes / bandwidth, fitted to what was seen of late.
+
+    Least squares over exponentially weighted means; a plain ratio while all reads are of one size.
+    """
+
+    __slots__ = ("_n", "_nn", "_nt", "_t", "reads")
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self._n = self._t = self._nn = self._nt = 0.0
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        self.reads += 1
+        weight = max(0.1, 1 / self.reads)
+        self._n += weight * (nbytes - self._n)
+        self._t += weight * (seconds - self._t)
+        self._nn += weight * (nbytes * nbytes - self._nn)
+        self._nt += weight * (nbytes * seconds - self._nt)
+
+    @property
+    def _line(self) -> tuple[float, float]:
+        """(seconds of an empty read, seconds per byte), neither negative."""
+        spread = self._nn - self._n * self._n
+        slope = (self._nt - self._n * self._t) / spread if spread > 0.01 * self._nn else -1.0
+        if slope <= 0 or slope * self._n > self._t:
+            return 0.0, self._t / self._n
+        return self._t - slope * self._n, slope
+
+    @property
+    def latency(self) -> float:
+        """Seconds before the first byte; 0 when not known."""
+        return self._line[0] if self.reads else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second; 0 when not known."""
+        slope = self._line[1] if self.reads else 0.0
+        return 1 / slope if slope else 0.0
+
+    def of(self, nbytes: int) -> float | None:
+        """Seconds that a read of so many bytes should take; None when nothing was read yet."""
+        if not self.reads:
+            return None
+        latency, slope = self._line
+        return latency + nbytes * slope
+
+
+class Guarded(Tier):
+    """Never raises but ConfigError at the first `open`; a caller's cancellation passes through."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        name: str,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`name` is what the log calls it. `clock` must not go back."""
+        super().__init__(tier.ctx)
+        self.tier, self.name = tier, name
+        self.counts = tier.counts
+        self.local, self.in_arena = tier.local, tier.in_arena
+        self.reads = Cost()
+        self._limits, self._clock = limits, clock
+        self._opened = self._probing = self._puzzled = False
+        self._failures = 0
+        self._retry = 0.0
+
+    @property
+    def available(self) -> bool:
+        """A call would be let through: the breaker is closed, or a probe is due."""
+        if self._failures < self._limits.fails:
+            return True
+        return not self._probing and self._clock() >= self._retry
+
+    def cost(self, nbytes: int) -> float | None:
+        """Seconds that reading so many bytes should take; None before the first read."""
+        return self.reads.of(nbytes)
+
+    async def open(self) -> None:
+        """Raises ConfigError; a tier that is down is opened later, by a probe."""
+        try:
+            await self._within(_PATIENCE * self._limits.timeout, self._open)
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._failed(error)
+            self._trip()
+
+    async def close(self) -> None:
+        try:
+            await self._within(_PATIENCE * self._limits.timeout, self.tier.close)
+        except Exception as error:
+            log.warning("tier did not close", extra={"tier": self.name, "cause": repr(error)})
+
+    def find(self, links: bytes) -> Found | None:
+        return self.tier.find(links)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        self.tier.touch(keys)
+
+    def stat(self) -> TierStat:
+        return self.tier.stat()
+
+    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
+        return self.tier.pin(keys, pinned=pinned)
+
+    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+        found = await self._call(lambda: self.tier.has(keys))
+        return [False] * len(keys) if isinstance(found, Lost) else found
+
+    async def read(self, reads: Sequence[Read]) -> None:
+        fresh = [read for read in reads if read.object is None]
+        before = sum(_loaded(read) for read in reads)
+        began = self._clock()
+        failed = await self._call(lambda: self.tier.read(reads))
+        if failed is None:
+            nbytes = sum(_loaded(read) for read in reads) - before
+            if nbytes:
+                self.reads.add(nbytes, self._clock() - began)
+            return
+        for read in reads:
+            read.lost = failed
+        for read in fresh:
+            if read.object is not None:
+                read.object.lease.release()
+                read.object = None
+
+    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
+        lost = await self._call(lambda: self.tier.put(objects))
+        return [lost] * len(objects) if isinstance(lost, Lost) else lost
+
+    async def drop(self, keys: Sequence[bytes]) -> int:
+        dropped = await self._call(lambda: self.tier.drop(keys))
+        return 0 if isinstance(dropped, Lost) else dropped
+
+    async def clear(self) -> int:
+        cleared = await self._call(self.tier.clear)
+        return 0 if isinstance(cleared, Lost) else cleared
+
+    async def _call(self, work: Callable[[], Awaitable[T]]) -> T | Lost:
+        """The tier's answer; LATE or TIER_DOWN when it has none."""
+        if not self.available:
+            return Lost.TIER_DOWN
+        probing = self._failures >= self._limits.fails
+        self._probing = self._probing or probing
+        try:
+            if not self._opened:
+                await self._within(_PATIENCE * self._limits.timeout, self._open)
+            result = await self._within(self._limits.timeout, work)
+        except Exception as error:
+            self._failed(error)
+            return Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
+        else:
+            if probing:
+                log.info("tier is back", extra={"tier": self.name})
+            self._failures = 0
+            return result
+        finally:
+            if probing:
+                self._probing = False
+
+    async def _open(self) -> None:
+        await self.tier.open()
+        self._opened = True
+
+    async def _within(self, seconds: float, work: Callable[[], Awaitable[T]]) -> T:
+        with anyio.fail_after(seconds):
+            return await work()
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        if not isinstance(error, (OSError, TierDown)) and not self._puzzled:
+            self._puzzled = True
+            log.error("tier raised what it should not", extra={"tier": self.name}, exc_info=error)
+        if self._failures >= self._limits.fails:
+            if self._failures == self._limits.fails:
+                log.warning("tier is down", extra={"tier": self.name, "cause": repr(error)})
+            self._trip()
+
+    def _trip(self) -> None:
+        self._failures = max(self._failures, self._limits.fails)
+        self._retry = self._clock() + self._limits.probe
+
+
+def _loaded(read: Read) -> int:
+    """Bytes that have come, header included."""
+    if read.object is None or not read.object.loaded:
+        return 0
+    last = read.object.header.frames[read.object.loaded - 1]
+    return last.offset + last.stored
