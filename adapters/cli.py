@@ -1,0 +1,146 @@
+"""The command line. A user's mistake is told in words and exits with 2; never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..stages.errors import ConfigError, TierloomError
+
+app = typer.Typer(
+    name="tierloom",
+    help="Keep the KV cache of language models and give it back when the same text comes again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[str, typer.Argument(help="A preset's name (tiered) or a YAML file (./my.yaml).")]
+
+
+def main() -> None:
+    """Entry point of the `tierloom` command."""
+    try:
+        app()
+    except ConfigError as e:
+        typer.echo(e, err=True)
+        sys.exit(2)
+    except TierloomError as e:
+        typer.echo(f"tierloom: {e}", err=True)
+        sys.exit(1)
+    except OSError as e:
+        typer.echo(f"tierloom: {e}", err=True)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tierloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(config: Config) -> None:
+    """Check a pipeline file and tell every problem at once.
+
+    Exits with 0 if it can run (warnings are printed), with 2 if it cannot.
+    """
+    from ..pipeline.check import load, warnings
+
+    spec = load(config)
+    for problem in warnings(spec):
+        typer.echo(f"warning: {problem}", err=True)
+    parts = f"tiers: {', '.join(spec.tiers) or 'none'}; graphs: {', '.join(spec.graphs)}"
+    typer.echo(f"{spec.source}: ok ({parts})")
+
+
+@app.command()
+def explain(
+    config: Config,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
+) -> None:
+    """Show what a pipeline does: its tiers, its graphs, and how they are cut into segments."""
+    from ..pipeline import explain as words
+    from ..pipeline.check import load
+
+    spec = load(config)
+    typer.echo(words.mermaid(spec) if mermaid else words.explain(spec))
+
+
+@app.command()
+def schema(
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="PATH", help="Write it to a file.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of pipeline files, for editors."""
+    from ..pipeline.schema import written
+
+    if write is None:
+        typer.echo(written(), nl=False)
+    else:
+        write.write_text(written())
+
+
+@app.command()
+def inspect(
+    object: Annotated[str, typer.Argument(help="A file of a `files` tier.", metavar="OBJECT")],
+) -> None:
+    """Show what a kept object says of itself, and verify every byte of it.
+
+    Exits with 0 if it is whole, with 1 if it is damaged, with 2 if it is no object.
+    """
+    from .inspect import inspect_file
+
+    raise typer.Exit(inspect_file(Path(object)))
+
+
+@app.command()
+def doctor() -> None:
+    """Look at this machine: what tierloom can use here, what is missing, and how to get it."""
+    from .doctor import report
+
+    report()
+
+
+@app.command()
+def demo(
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to a file.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="The pipeline to run.")] = "tiered",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's folder.")] = False,
+) -> None:
+    """Run a real model with and without tierloom, and compare time and text."""
+    from .demo import run_demo
+
+    raise typer.Exit(run_demo(json, config, keep))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure store and retrieve on this machine.
+
+    In a checkout this runs `pytest benchmarks`, and what follows goes to pytest.
+    """
+    from .bench import run_bench
+
+    raise typer.Exit(run_bench(list(context.args)))
+
+
+if __name__ == "__main__":
+    main()

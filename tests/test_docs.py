@@ -1,0 +1,65 @@
+"""What the documentation shows is what runs."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tierloom.pipeline import check
+from tierloom.pipeline.graph import Breaker, Wire
+from tierloom.pipeline.problems import Findings, Place
+from tierloom.pipeline.tree import from_python
+from tierloom.pipeline.values import fill, names_of
+from tierloom.stages import catalog
+from tierloom.stages.options import field_docs
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [("stage", n) for n in catalog.STAGES] + [("tier", n) for n in catalog.TIERS]
+LINE = re.compile(r"^ +([A-Za-z_][\w-]*): +(\{use: .*\})$", re.MULTILINE)
+SHARED = {"stage": names_of(Wire) | {"use", "from"}, "tier": names_of(Breaker) | {"use"}}
+
+
+@pytest.fixture(params=NAMES, ids=[n for _, n in NAMES])
+def component(request):
+    kind, name = request.param
+    return kind, name, catalog.load(kind, name)
+
+
+def test_the_yaml_in_a_docstring_is_right(component) -> None:
+    kind, _, cls = component
+    lines = [m[2] for m in LINE.finditer(import_module(cls.__module__).__doc__ or "")]
+    assert lines, f"{cls.__module__} shows no line of YAML"
+    for line in lines:
+        entry = from_python(yaml.safe_load(line), Place(line), "", found := Findings())
+        shown = catalog.load(kind, entry.items["use"].value)
+        assert shown.__module__ == cls.__module__
+        fill(shown.Options, entry, "", found, also=SHARED[kind])
+        assert not found.sorted()
+
+
+def test_every_option_has_a_doc_line(component) -> None:
+    _, _, cls = component
+    docs = field_docs(cls.Options)
+    assert set(names_of(cls.Options)) <= set(docs)
+    assert all(d.rstrip().endswith(".") for d in docs.values()), docs
+
+
+def test_names_in_the_code_are_names_in_yaml(component) -> None:
+    _, name, cls = component
+    assert name.replace("_", "") == cls.__name__.lower()
+
+
+@pytest.mark.parametrize("readme", [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))])
+def test_yaml_blocks_of_a_readme_load(readme: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(check, "memory_here", lambda: 1 << 40)
+    for i, block in enumerate(re.findall(r"```yaml\n(.*?)```", readme.read_text(), re.DOTALL)):
+        file = tmp_path / f"{i}.yaml"
+        file.write_text(block)
+        if "version:" in block:
+            check.load(file)
+        else:
+            yaml.safe_load(block)
