@@ -163,7 +163,7 @@ def _class(
     try:
         cls = catalog.load(kind, name)
     except KeyError:
-        found.add(use.at, path, f"there is no {kind} {name!r}", nearest(name, catalog.names(kind)))
+        found.add(use.at, path, f"no {kind} is called {name!r}", nearest(name, catalog.names(kind)))
     except ImportError as e:
         missing = (e.name or "tierloom").split(".")[0]
         hint = "" if missing == "tierloom" else f"pip install {missing}"

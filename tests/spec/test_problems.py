@@ -20,7 +20,7 @@ graphs:
 
 STAGES = {
     "an unknown stage": (
-        "x: {use: lokup}", "7:16", "graphs.store.stages.x", "there is no stage 'lokup'",
+        "x: {use: lokup}", "7:16", "graphs.store.stages.x", "no stage is called 'lokup'",
         "did you mean 'lookup'?",
     ),
     "an unknown key": (

@@ -51,7 +51,7 @@ FILES = {
         "grain 2 does not divide tokens 5", "",
     ),
     "a tier": (
-        "version: 1\ntiers: {hot: {use: memroy}}", "2:20", "tiers.hot", "there is no tier 'memroy'",
+        "version: 1\ntiers: {hot: {use: memroy}}", "2:20", "tiers.hot", "no tier is called 'memroy'",
         "did you mean 'memory'?",
     ),
     "a tier that is a stage": (
