@@ -1,0 +1,132 @@
+"""memory: the contract, and what is its own."""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+import pytest
+from contracts import FRAMES, NAMESPACE, SIZE, TierContract, key_of, make_object
+
+from tierloom.stages.arena import Arena
+from tierloom.stages.object import PAGE
+from tierloom.stages.tiers.base import Read, TierContext
+from tierloom.stages.tiers.memory import Memory, MemoryOptions
+
+
+class TestMemory(TierContract):
+    local = True
+
+    def make(self, ctx, folder, clock, *, capacity=32 * SIZE, **options):
+        return Memory(MemoryOptions(capacity=capacity, **options), ctx, clock=clock)
+
+    def damage(self, tier, key, change):
+        entry = tier._index.get(key)
+        raw = bytearray(entry.place.lease.view)
+        change(raw)
+        entry.place.lease.view[: len(raw)] = raw
+        entry.place.lease.view[len(raw) :] = bytes(entry.nbytes - len(raw))
+
+    @pytest.mark.anyio
+    async def test_nothing_is_copied(self, tier, arena):
+        obj = make_object(arena, 1)
+        await tier.put([obj])
+        read = Read(key_of(1), 1)
+        await tier.read([read])
+        assert read.object.lease is obj.lease
+        assert read.object.loaded == FRAMES
+        read.object.lease.release()
+        obj.lease.release()
+        assert arena.leases == 1
+        assert arena.flight == 0
+
+    @pytest.mark.anyio
+    async def test_what_is_read_is_not_evicted(self, ctx, tmp_path, clock):
+        async with self.opened(ctx, tmp_path, clock, capacity=2 * SIZE) as tier:
+            await self.put(tier, 1, 2)
+            reads = [Read(key_of(1), 1)]
+            await tier.read(reads)
+            await self.put(tier, 3)
+            assert await tier.has([key_of(s) for s in (1, 2, 3)]) == [True, False, True]
+            reads[0].object.lease.release()
+
+    @pytest.mark.anyio
+    async def test_head_of_the_prompt_stays_longest(self, ctx, tmp_path, clock):
+        async with self.opened(ctx, tmp_path, clock, capacity=4 * SIZE) as tier:
+            await self.put(tier, 1, 2, 3, 4)
+            await self.put(tier, 5, 6)
+            assert await tier.has([key_of(s) for s in (1, 2, 3, 4)]) == [True, True, False, False]
+            tier.touch([key_of(2), key_of(1)])
+            await self.put(tier, 7, 8)
+            assert await tier.has([key_of(s) for s in (1, 2, 5, 6)]) == [True, True, False, False]
+
+    @pytest.mark.anyio
+    async def test_two_memory_tiers_share_a_lease(self, ctx, tmp_path, clock, arena):
+        async with (
+            self.opened(ctx, tmp_path, clock) as one,
+            self.opened(ctx, tmp_path, clock) as two,
+        ):
+            obj = make_object(arena, 1)
+            await one.put([obj])
+            await two.put([obj])
+            obj.lease.release()
+            assert arena.flight == 0
+            await one.drop([key_of(1)])
+            assert arena.flight == 0
+            assert arena.leases == 1
+
+
+@pytest.mark.parametrize("options", [{"capacity": 0}, {"evict": "best"}, {"ttl": -1.0}])
+def test_bad_options(options):
+    with pytest.raises(ValueError):
+        MemoryOptions(**({"capacity": 1} | options))
+
+
+@pytest.mark.parametrize("evict", ["lru", "s3-fifo"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["equal", "mixed"])
+def test_the_capacity_is_used(evict, mixed):
+    """Full chunks and random tails through a nearly full arena: 97 % of the capacity hold objects.
+
+    Once the arena is full every lease needs a hole, which `reclaim` may have to make.
+    """
+    pages, chunks = 33, 256
+
+    class Named:
+        def __init__(self, number, nbytes):
+            self.key = self.links = number.to_bytes(32, "big")
+            self.nbytes, self.frames = nbytes, ()
+
+    async def fill():
+        capacity = chunks * pages * PAGE
+        arena = Arena(8 * pages * PAGE, capacity, huge_pages=False)
+        tier = Memory(
+            MemoryOptions(capacity=capacity, evict=evict), TierContext(arena, NAMESPACE, None)
+        )
+        await tier.open()
+        rng, number, shares = random.Random(1), 0, []
+        for turn in range(1200):
+            objects = []
+            for size in [pages] * rng.randint(0, 5) + [rng.randrange(1, pages) if mixed else pages]:
+                number += 1
+                lease = arena.lease(size * PAGE)
+                header = Named(number, size * PAGE)
+                obj = make_named(header, lease)
+                objects.append(obj)
+            assert await tier.put(objects) == [None] * len(objects)
+            for obj in objects:
+                obj.lease.release()
+            assert tier.stat().nbytes <= capacity
+            if turn >= 600:
+                shares.append(tier.stat().nbytes / capacity)
+        await tier.close()
+        assert arena.leases == 0
+        return sum(shares) / len(shares)
+
+    def make_named(header, lease):
+        from tierloom.stages.object import Object
+
+        return Object(header, lease, sealed=True)
+
+    share = anyio.run(fill)
+    assert share >= 0.97
+    print(f"resident share, {evict}, {'mixed' if mixed else 'equal'} sizes: {share:.4f}")
