@@ -51,8 +51,8 @@ FILES = {
         "grain 2 does not divide tokens 5", "",
     ),
     "a tier": (
-        "version: 1\ntiers: {hot: {use: memroy}}", "2:20", "tiers.hot", "no tier is called 'memroy'",
-        "did you mean 'memory'?",
+        "version: 1\ntiers: {hot: {use: memroy}}", "2:20", "tiers.hot",
+        "no tier is called 'memroy'", "did you mean 'memory'?",
     ),
     "a tier that is a stage": (
         "version: 1\ntiers: {hot: {use: 'standins:Sorts'}}", "2:20", "tiers.hot",
