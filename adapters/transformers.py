@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Abandoned", "KVShape", "Kept", "KeptLayer", "Request", "TierloomCache"]
 
-DEADLINES = {"graphs.store.deadline": "10 min", "graphs.retrieve.deadline": "60 s"}
-"""Both graphs go at the model's pace here, and on a CPU a prefill takes many seconds."""
+PACE = {"graphs.store.pace.by": "layer", "graphs.retrieve.pace.by": "layer"}
+"""Both graphs go at the model's pace here, whatever the configuration says."""
 
 _REFUSED = {
     "past_key_values": "the cache is this class's own: kept.cache() gives it out",
@@ -91,7 +91,7 @@ class Kept:
             config, layout=layout_of([(rows, rows)] * self.shape.layers),
             model=name or getattr(model.config, "name_or_path", "") or model.config.model_type,
             weights=weights or fingerprint(model), rope=rope(model),
-            overrides=DEADLINES | dict(overrides or {}),
+            overrides=PACE | dict(overrides or {}),
         )  # fmt: skip
 
     def cache(
@@ -135,6 +135,8 @@ class Kept:
         self.last.hit_tokens = cache.planned
         self._close(cache, out)
         self.last.ttft_s = watch.first - started
+        if not cache.planned:
+            self.pipe.note_prefill(self.last.prompt_tokens, self.last.ttft_s)
         self.last.seconds = time.perf_counter() - started
         return out
 

@@ -26,6 +26,10 @@ SPARE = 64
 """Token slots added when a request outgrows its memory by one."""
 
 
+DEADLINES = {"begin_retrieve": 60.0, "begin_store": 600.0, "store": 60.0}
+"""Seconds for a whole request, which goes at the model's pace: a prefill on a CPU takes long."""
+
+
 class Abandoned(TierloomError):
     """Kept KV that was planned for did not all arrive; what the model computed on it is void.
 
@@ -161,7 +165,9 @@ class TierloomCache(Cache):
         """Layer `index` holds `length` tokens; once that is the prompt, it may be stored."""
         if self.storing is not None and index == self._stored and length >= len(self.prompt):
             self._stored += 1
-            self.storing.layer_done(index)
+            # a started group is not told of: see the ticket, which takes its first layer for all
+            if self._stored % self.storing.group == 0 or self._stored == len(self.layers):
+                self.storing.layer_done(index)
 
     def abandon(self) -> None:
         """Give up what is under way. Nothing touches this cache's memory once it has returned."""
@@ -190,7 +196,7 @@ class TierloomCache(Cache):
         caches = [(layer.rows_k, layer.rows_v) for layer in self._rows]
         return getattr(self.pipe, what)(
             tokens, caches, np.arange(len(tokens), dtype=np.int64), layout=layout_of(caches),
-            **({"salt": self._salt} if self._salt else {}),
+            salt=self._salt, deadline=DEADLINES[what],
         )  # fmt: skip
 
 

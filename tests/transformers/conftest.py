@@ -1,0 +1,63 @@
+"""A tiny random Llama, made from a config: no files, no hub, the same weights in every process."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tierloom.adapters.transformers import Kept
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+VOCAB = 300
+
+
+def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**config | options)).eval()
+
+
+def tokens(n: int, seed: int = 1) -> torch.Tensor:
+    """A prompt `[1, n]`."""
+    return torch.randint(2, VOCAB, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: Any, ids: torch.Tensor, new: int = 12, **options: Any) -> torch.Tensor:
+    """What the model says without any cache of ours."""
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **options
+    )
+
+
+@pytest.fixture(scope="session")
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
+    """`keep(model)` opens a pipeline on this test's own disk folder; the same one every time."""
+    opened: list[Kept] = []
+
+    def open_(model: Any, **options: Any) -> Kept:
+        overrides = {"tiers.warm.path": str(tmp_path / "kv")} | options.pop("overrides", {})
+        opened.append(Kept(model, overrides=overrides, **options))
+        return opened[-1]
+
+    yield open_
+    for kept in opened:
+        kept.close()
