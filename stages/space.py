@@ -16,21 +16,15 @@ from .object import PAGE, aligned
 class Space:
     """Offsets 0 .. `total`, handed out in pages. Not thread-safe; owns no memory."""
 
-    def __init__(self, total: int, *, wall: int = 0, empty: bool = False) -> None:
-        """`wall`: no piece crosses a multiple of it (a segment's end).
-
-        `empty`: begin with nothing free; what there is comes by `give`.
-        """
+    def __init__(self, total: int, *, empty: bool = False) -> None:
+        """`empty`: begin with nothing free; what there is comes by `give`."""
         self.total = total // PAGE * PAGE
-        self.wall = wall
         self.free_bytes = 0
         self._by_size: list[tuple[int, int]] = []  # (size, offset), sorted
         self._at: dict[int, int] = {}  # offset -> size
         self._ends: dict[int, int] = {}  # end -> offset
-        if not empty:
-            step = wall or self.total
-            for start in range(0, self.total, step or 1):
-                self._insert(start, min(step, self.total - start))
+        if self.total and not empty:
+            self._insert(0, self.total)
 
     @property
     def used(self) -> int:
@@ -71,21 +65,18 @@ class Space:
         return taken
 
     def give(self, offset: int, nbytes: int) -> None:
-        """Give a piece back; it merges with free neighbours on the same side of a wall."""
+        """Give a piece back; it merges with free neighbours."""
         size = aligned(nbytes)
         after = self._at.get(offset + size)
-        if after is not None and not self._walled(offset + size):
+        if after is not None:
             self._remove(offset + size, after)
             size += after
         before = self._ends.get(offset)
-        if before is not None and not self._walled(offset):
+        if before is not None:
             length = self._at[before]
             self._remove(before, length)
             offset, size = before, size + length
         self._insert(offset, size)
-
-    def _walled(self, offset: int) -> bool:
-        return bool(self.wall) and offset % self.wall == 0
 
     def _insert(self, offset: int, size: int) -> None:
         insort(self._by_size, (size, offset))

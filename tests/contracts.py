@@ -44,12 +44,12 @@ def key_of(seed: int, tokens: int = 64) -> bytes:
     return links_of(seed, tokens)[-32:]
 
 
-def make_object(arena: Arena, seed: int, *, tokens: int = 64, namespace: bytes = NAMESPACE) -> Object:
+def make_object(arena: Arena, seed: int, *, tokens: int = 64) -> Object:
     """A sealed object of random bytes, always the same for one seed. The caller has its lease."""
     raw = [GEOMETRY.frame_bytes(GROUP, tokens)] * FRAMES
     links = links_of(seed, tokens)
     header = Header(
-        key=links[-32:], namespace=namespace, parent=b"p" * 32, token_digest=b"t" * 32,
+        key=links[-32:], namespace=NAMESPACE, parent=b"p" * 32, token_digest=b"t" * 32,
         tokens=tokens, grain=GRAIN, group=GROUP, geometry=GEOMETRY,
         frames=plan_frames(4096, raw, raw), links=links,
     )  # fmt: skip
@@ -99,14 +99,8 @@ class Pool:
         return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
 
 
-class TierContract:
-    """`make` builds a tier in `folder`; the attributes say which promises it makes."""
-
-    local = False
-    ttl = True
-    bounded = True
-    damage: Any = None
-    """`damage(tier, key, change)` calls `change(bytearray)` on what is kept; `change` may cut it."""
+class TierBench:
+    """Fixtures and steps for tests of tiers: an arena that must be empty in the end, a pool."""
 
     def make(self, ctx: TierContext, folder: Path, clock: Clock, **options: Any) -> Tier:
         raise NotImplementedError
@@ -189,6 +183,16 @@ class TierContract:
             return bytes(obj.lease.view[: obj.header.nbytes])
         finally:
             obj.lease.release()
+
+
+class TierContract(TierBench):
+    """`make` builds a tier in `folder`; the attributes say which promises it makes."""
+
+    local = False
+    ttl = True
+    bounded = True
+    damage: Any = None
+    """`damage(tier, key, change)` calls `change(bytearray)` on what is kept; it may be cut."""
 
     @pytest.mark.anyio
     async def test_what_was_put_comes_back(self, tier: Tier, arena: Arena) -> None:
@@ -471,7 +475,7 @@ class TierContract:
         for seed in (1, 2):
             try:
                 assert await self.get(tier, seed) is Lost.CORRUPT
-            except BadObject:
+            except BadObject:  # noqa: PERF203
                 assert tier.in_arena  # whoever reads memory checks its header himself
 
 

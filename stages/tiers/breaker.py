@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
@@ -124,6 +125,16 @@ class Guarded(Tier):
     def cost(self, nbytes: int) -> float | None:
         """Seconds that reading so many bytes should take; None before the first read."""
         return self.reads.of(nbytes)
+
+    def figures(self) -> dict[str, float]:
+        """Counters and holdings as plain numbers."""
+        counts = asdict(self.counts)
+        counts |= counts.pop("extra") | self.stat()._asdict()
+        return counts | {
+            "available": self.available,
+            "latency": self.reads.latency,
+            "bandwidth": self.reads.bandwidth,
+        }
 
     async def open(self) -> None:
         """Raises ConfigError; a tier that is down is opened later, by a probe."""

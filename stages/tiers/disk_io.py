@@ -1,7 +1,7 @@
 """Segment files: preallocated, addressed as one range of bytes, read and written without copies.
 
-An object lies in a few *pieces*, (offset, bytes) each, none of which crosses the end of a segment.
-I/O is direct where the file system can, so that the page cache is left to others; elsewhere it is
+An object lies in a few *pieces*, (offset, bytes) each, which may cross the ends of segments. I/O is
+direct where the file system can, so that the page cache is left to others; elsewhere it is
 buffered, and the kernel is told that the pages are not wanted again. Nothing here is thread-safe
 but `read` and `write`, which block and free the GIL.
 """
@@ -102,12 +102,11 @@ class Segments:
         Leaves `keep_free` bytes of the file system to others, and adds no less than 1 MiB or
         `nbytes`, except at the very end.
         """
-        for number, size in enumerate(self.sizes):
-            missing = self._wanted(number) - size
-            if missing:
-                break
-        else:
+        gaps = self.missing()
+        if not gaps:
             return None
+        offset, missing = gaps[0]
+        number, size = divmod(offset, self._segment)
         stat = os.statvfs(self._folder)
         spare = (stat.f_bavail * stat.f_frsize - keep_free) // PAGE * PAGE
         if spare < min(missing, max(nbytes, _MINIMUM)):
@@ -122,12 +121,15 @@ class Segments:
             os.ftruncate(fd, size)
             return None
         self.sizes[number] = size + added
-        return number * self._segment + size, added
+        return offset, added
 
-    def holds(self, offset: int, nbytes: int) -> bool:
-        """Whether a piece lies inside one segment's file."""
-        number, at = divmod(offset, self._segment)
-        return 0 <= number < len(self.sizes) and nbytes > 0 and at + nbytes <= self.sizes[number]
+    def missing(self) -> list[tuple[int, int]]:
+        """What of the range is not there yet, as (offset, bytes) in order."""
+        return [
+            (number * self._segment + size, self._wanted(number) - size)
+            for number, size in enumerate(self.sizes)
+            if size < self._wanted(number)
+        ]
 
     def read(self, pieces: Sequence[Piece], view: memoryview, start: int, end: int) -> None:
         """Bytes `start` to `end` of the object in `pieces`, to the same place in `view`."""
@@ -154,10 +156,12 @@ class Segments:
         """(file, place in it, begin and end in the object) of the pieces between start and end."""
         low = 0
         for offset, nbytes in pieces:
-            begin, stop = max(start, low), min(end, low + nbytes)
-            if begin < stop:
+            begin, last = max(start, low), min(end, low + nbytes)
+            while begin < last:
                 number, at = divmod(offset + begin - low, self._segment)
+                stop = min(last, begin + self._segment - at)
                 yield self._fds[number], at, begin, stop
+                begin = stop
             low += nbytes
 
     def _forget(self, fd: int, at: int, nbytes: int) -> None:

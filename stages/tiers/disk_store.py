@@ -86,11 +86,12 @@ class Store:
                 return
             self._claim = Claim(self._folder, segment=self._segment)
             direct = want_direct(self._folder, self._direct)
-            segment = self._claim.segment
-            self._segments = Segments(self._folder, segment, self.capacity, direct=direct)
+            self._segments = Segments(
+                self._folder, self._claim.segment, self.capacity, direct=direct
+            )
             self._journal = Journal(self._folder)
-            self._space = Space(self.capacity, wall=segment, empty=True)
-            self._restore(self._journal.load(), segment)
+            self._space = Space(self.capacity, empty=True)
+            self._restore(self._journal.load())
             self._open = True
 
     def close(self) -> None:
@@ -177,40 +178,35 @@ class Store:
             raise BadObject("its frames lie elsewhere than the index says")
         return header
 
-    def _restore(self, entries: list[Entry[Extent]], segment: int) -> None:
+    def _restore(self, entries: list[Entry[Extent]]) -> None:
         """Fill the index with what can be true, and find the free space between."""
-        taken: list[tuple[int, int, int]] = []  # offset, bytes, number of the entry
+        nobody = len(entries)
+        taken = [(*piece, n) for n, entry in enumerate(entries) for piece in entry.place.pieces]
+        taken += [(*piece, nobody) for piece in self._segments.missing()]
+        taken.append((self.capacity, 1 << 62, nobody))
+        # Where two overlap a record is missing: which of them is there now, nobody knows.
         wrong = set()
-        for number, entry in enumerate(entries):
-            for offset, nbytes in entry.place.pieces:
-                taken.append((offset, nbytes, number))
-                if not self._segments.holds(offset, nbytes):
-                    wrong.add(number)
-        taken.sort()
         end = last = 0
-        for offset, nbytes, number in taken:
-            if offset < end:  # a record is missing: which of the two is there now, nobody knows
-                wrong |= {last, number}
+        for offset, nbytes, n in sorted(taken):
+            if offset < end:
+                wrong |= {last, n}
             if offset + nbytes > end:
-                end, last = offset + nbytes, number
+                end, last = offset + nbytes, n
+        wrong.discard(nobody)
         if wrong:
             log.warning("index entries forgotten", extra={"entries": len(wrong)})
+        at = 0
+        for offset, nbytes, n in sorted(taken):
+            if n not in wrong:
+                if offset > at:
+                    self._space.give(at, offset - at)
+                at = offset + nbytes
+        right = [entry for n, entry in enumerate(entries) if n not in wrong]
         limit = self.index.expiry()
-        right = [entry for number, entry in enumerate(entries) if number not in wrong]
         for entry in right:
             entry.expires = min(entry.expires, limit)
         for entry in sorted(right, key=lambda entry: entry.expires):
             self.index.add(entry)
-        held: list[list[tuple[int, int]]] = [[] for _ in self._segments.sizes]
-        for offset, nbytes, number in taken:
-            if number not in wrong:
-                held[offset // segment].append((offset, nbytes))
-        for number, size in enumerate(self._segments.sizes):
-            at = number * segment
-            for offset, nbytes in [*held[number], (at + size, 0)]:
-                if offset > at:
-                    self._space.give(at, offset - at)
-                at = offset + nbytes
 
     def _room(self, key: bytes, nbytes: int) -> list[tuple[int, int]] | None:
         """Space for an object: what is free, else what can be added, else what can be evicted."""
