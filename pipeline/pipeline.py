@@ -12,6 +12,7 @@ import numpy as np
 
 from ..stages.arena import Arena
 from ..stages.base import Context
+from ..stages.copy import warm_up
 from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost
 from ..stages.inputs import tokens_array
 from ..stages.namespace import Namespace
@@ -22,7 +23,7 @@ from ..stages.tiers.breaker import Guarded
 from .flow import Flow
 from .lower import lower
 from .pool import Pool
-from .portal import Portal
+from .portal import Portal, awaited, finished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,7 @@ class Pipeline:
         )
         if layout.device == "cuda":
             self.arena.pin()
+        warm_up(layout.device)
         self.tiers: dict[str, Guarded] = {}
         self._flows: dict[str, Flow] = {}
         self._pools = (Pool(spec.budget.threads, "work"), Pool(spec.budget.threads, "io"))
@@ -112,11 +114,11 @@ class Pipeline:
 
     async def astore(self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any) -> Receipt:
         """`store(...).wait()`, for a coroutine of any loop."""
-        return await _finished(self.store(tokens, caches, slots, **names))
+        return await finished(self.store(tokens, caches, slots, **names))
 
     async def aretrieve(self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any) -> Receipt:
         """`retrieve(...).wait()`, for a coroutine of any loop."""
-        return await _finished(self.retrieve(tokens, caches, slots, **names))
+        return await finished(self.retrieve(tokens, caches, slots, **names))
 
     async def alookup(self, tokens: Any, **names: Any) -> int:
         """`lookup`, remote tiers included."""
@@ -124,7 +126,7 @@ class Pipeline:
         ticket = self._question(tokens, **names)
         if self.off or "retrieve" not in self._flows:
             return 0
-        tokens = await _awaited(self._portal.begin(self._flows["retrieve"].plan, ticket))
+        tokens = await awaited(self._portal.begin(self._flows["retrieve"].plan, ticket))
         return int(tokens)
 
     # -- around them ---------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ class Pipeline:
                 g: {"open": len(f.open), "dropped": f.dropped, "degraded": f.degraded}
                 for g, f in self._flows.items()
             },
-            "tiers": {name: tier.read_counts() for name, tier in self.tiers.items()},
+            "tiers": {name: tier.figures() for name, tier in self.tiers.items()},
             "arena": {
                 "used": self.arena.used, "flight": self.arena.flight,
                 "total": self.arena.total, "leases": self.arena.leases,
@@ -220,9 +222,9 @@ class Pipeline:
         if self.native:
             rows = layout.block_rows(rows)
         table = layout.planes(caches, native=self.native)
-        ticket = self._ticket(graph, array, rows, table, (caches, rows), **names)
         if self.off is None:
             self._prove(layout, caches)
+        ticket = self._ticket(graph, array, rows, table, (caches, rows), **names)
         if self.off is not None:
             ticket.tally(Lost.BAD_LAYOUT)
             ticket.finish()
@@ -289,13 +291,15 @@ class Pipeline:
         async with AsyncExitStack() as home:
             for name, t in self.spec.tiers.items():
                 ctx = TierContext(self.arena, self._base.digest, self._pools[1])
-                tier = Guarded(t.cls(t.options, ctx), name, t.breaker)
+                made: Any = t.cls  # every tier takes (options, context)
+                tier = Guarded(made(t.options, ctx), name, t.breaker)
                 home.push_async_callback(tier.close)
                 await tier.open()
                 self.tiers[name] = tier
             async with anyio.create_task_group() as tasks:
                 for graph in self.spec.graphs.values():
                     flow = self._flow(graph)
+                    home.callback(flow.close)
                     flow.start(tasks)
                     self._flows[graph.name] = flow
                 ready()
@@ -346,21 +350,3 @@ def _native(spec: PipelineSpec, layout: KVLayout) -> bool:
     if spec.order == "auto":
         return fits and not layout.rows_contiguous and layout.dense_blocks
     return spec.order == "native"
-
-
-async def _finished(ticket: Ticket) -> Receipt:
-    try:
-        receipt: Receipt = await _awaited(ticket.future)
-    except BaseException:
-        ticket.cancel()
-        raise
-    return receipt
-
-
-async def _awaited(future: Any) -> Any:
-    """A concurrent future's result, on whatever loop this is."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:  # trio
-        return await anyio.to_thread.run_sync(future.result, abandon_on_cancel=True)
-    return await asyncio.wrap_future(future)

@@ -12,8 +12,12 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    from ..stages.payload import Receipt, Ticket
 
 
 class Portal:
@@ -82,3 +86,22 @@ class Portal:
 
     def _is_ready(self) -> None:
         self._ready.set_result(None)
+
+
+async def finished(ticket: Ticket) -> Receipt:
+    """A ticket's receipt, on whatever loop this is; a cancelled caller gives the request up."""
+    try:
+        receipt: Receipt = await awaited(ticket.future)
+    except BaseException:
+        ticket.cancel()
+        raise
+    return receipt
+
+
+async def awaited(future: Future[Any]) -> Any:
+    """A concurrent future's result, on whatever loop this is."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # trio
+        return await anyio.to_thread.run_sync(future.result, abandon_on_cancel=True)
+    return await asyncio.wrap_future(future)

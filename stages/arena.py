@@ -163,7 +163,7 @@ class Arena:
 
         if self._pinned:
             return
-        code = torch.cuda.cudart().cudaHostRegister(self.address, self.total, 0)  # type: ignore[attr-defined, unused-ignore]
+        code = torch.cuda.cudart().cudaHostRegister(self.address, self.total, 0)
         if int(code):
             raise RuntimeError(f"cudaHostRegister refused {self.total} bytes with code {int(code)}")
         self._pinned = True
@@ -175,7 +175,7 @@ class Arena:
         if self._pinned:
             import torch
 
-            torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[attr-defined, unused-ignore]
+            torch.cuda.cudart().cudaHostUnregister(self.address)
         self.view.release()
         # The mapping itself goes with its last view; a view kept by mistake must not crash us.
         self._space = Space(0)

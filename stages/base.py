@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .arena import Arena
     from .layout import Geometry
     from .payload import Batch, Ticket
-    from .tiers.base import Tier
+    from .tiers.breaker import Guarded
 
 
 class Lane(Enum):
@@ -99,7 +99,7 @@ class Context:
     trusted: frozenset[str]
     """Tiers whose frames need no check: none, unless `verify: remote` trusts the arena."""
     arena: Arena
-    tiers: Mapping[str, Tier]
+    tiers: Mapping[str, Guarded]
     pool: Callable[..., Awaitable[Any]]
     """Runs a blocking call; see TierContext.pool."""
 

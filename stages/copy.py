@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..triton_kernels.planes import CORRUPT, PLACED, FrameTable
+from ..triton_kernels.planes import CORRUPT, PLACED, FrameTable, PlaneTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from ..triton_kernels.planes import PlaneTable
     from .layout import Geometry
     from .object import Header
     from .payload import Piece, Ticket
@@ -105,6 +104,18 @@ def scatter_now(
     frames.take[~good] = 0  # nothing of a bad frame is placed
     _launch(table, frames, slots, gather=False)
     frames.status[:] = np.where(good, PLACED, CORRUPT)
+
+
+def warm_up(device: str) -> None:
+    """Compile the CPU kernels, or load them from numba's cache, before a request waits for it."""
+    if device == "cpu":
+        n = np.zeros(0, np.int64)
+        table = PlaneTable(n, np.zeros((0, 4), np.int64), 1, 1, 1, 1, 1)
+        i, layer = np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
+        frames = FrameTable(n, n, layer, i, i, n, np.zeros(0, np.uint64), np.zeros(0, np.uint8))
+        stop = np.zeros(1, np.uint8)
+        gather_now(table, frames, n, stop, device)
+        scatter_now(table, frames, n, stop, device, verify=True)
 
 
 def _launch(table: PlaneTable, frames: FrameTable, slots: Slots, *, gather: bool) -> None:

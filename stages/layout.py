@@ -217,7 +217,7 @@ class KVLayout:
     def check_slots(self, slots: Any, tokens: int) -> npt.NDArray[np.int64]:
         """`slots` as int64, one per token, each inside the cache. Raises InputError."""
         raw = slots.detach().cpu().numpy() if hasattr(slots, "detach") else np.asarray(slots)
-        if raw.ndim != 1 or raw.dtype.kind not in "iu":
+        if raw.ndim != 1 or (raw.size and raw.dtype.kind not in "iu"):
             raise InputError(f"slots must be a 1-D array of integers, got {raw.ndim}-D {raw.dtype}")
         if len(raw) < tokens:
             raise InputError(f"{len(raw)} slots for {tokens} tokens: one is needed per token")

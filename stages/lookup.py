@@ -20,7 +20,6 @@ from .errors import Lost
 if TYPE_CHECKING:
     from .base import Context
     from .payload import Piece, Ticket
-    from .tiers.base import Tier
     from .tiers.breaker import Guarded
 
 _SLICE = 32
@@ -52,7 +51,7 @@ class Lookup(LoopStage):
         self.names = options.tiers or list(ctx.tiers)
 
     async def plan_async(self, ticket: Ticket) -> None:
-        tiers = {n: self.ctx.tiers[n] for n in self.names if self._available(n)}
+        tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).available}
         known = await self._ask_remote(tiers, ticket.pieces)
         if self.options.want == "absent":
             await self._absent(ticket, tiers, known)
@@ -63,7 +62,7 @@ class Lookup(LoopStage):
 
     def peek(self, ticket: Ticket) -> None:
         tiers = {
-            n: t for n in self.names if (t := self.ctx.tiers[n]).local and self._available(n)
+            n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available
         }
         plan = []
         for piece in ticket.pieces:
@@ -74,15 +73,11 @@ class Lookup(LoopStage):
                 break
         ticket.pieces = plan
 
-    def _available(self, name: str) -> bool:
-        tier: Guarded = self.ctx.tiers[name]  # type: ignore[assignment]
-        return tier.available
-
-    async def _ask_remote(self, tiers: dict[str, Tier], pieces: list[Piece]) -> dict[str, list[bool]]:
+    async def _ask_remote(self, tiers: dict[str, Guarded], pieces: list[Piece]) -> dict[str, list[bool]]:
         keys = [p.key for p in pieces]
         known: dict[str, list[bool]] = {}
 
-        async def ask(name: str, tier: Tier) -> None:
+        async def ask(name: str, tier: Guarded) -> None:
             known[name] = await tier.has(keys)
 
         remote = {n: t for n, t in tiers.items() if not t.local}
@@ -93,7 +88,7 @@ class Lookup(LoopStage):
         return known
 
     async def _absent(
-        self, ticket: Ticket, tiers: dict[str, Tier], known: dict[str, list[bool]]
+        self, ticket: Ticket, tiers: dict[str, Guarded], known: dict[str, list[bool]]
     ) -> None:
         missing = []
         for piece in ticket.pieces:
@@ -117,7 +112,7 @@ class Lookup(LoopStage):
         ticket.pieces = missing
 
     async def _prefix(
-        self, ticket: Ticket, tiers: dict[str, Tier], known: dict[str, list[bool]]
+        self, ticket: Ticket, tiers: dict[str, Guarded], known: dict[str, list[bool]]
     ) -> None:
         plan = []
         for piece in ticket.pieces:
@@ -134,7 +129,7 @@ class Lookup(LoopStage):
                 tier.touch([p.source for p in plan])
         ticket.pieces = plan
 
-    def _serve(self, piece: Piece, tiers: dict[str, Tier], known: dict[str, list[bool]]) -> None:
+    def _serve(self, piece: Piece, tiers: dict[str, Guarded], known: dict[str, list[bool]]) -> None:
         """Set `source`, `take` and `tiers` to what serves most of this piece, first tier first."""
         best = 0
         for name, tier in tiers.items():
@@ -162,8 +157,7 @@ class Lookup(LoopStage):
         total = len(ticket.tokens)
         best, cut, spent, tokens = total / ticket.prefill_rate, 0, 0.0, 0
         for n, piece in enumerate(plan, start=1):
-            tier: Guarded = self.ctx.tiers[piece.tiers[0]]  # type: ignore[assignment]
-            cost = tier.cost(self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take))
+            cost = self.ctx.tiers[piece.tiers[0]].cost(self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take))
             spent += cost or 0.0
             tokens += piece.take
             ends = spent + (total - tokens) / ticket.prefill_rate

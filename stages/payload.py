@@ -67,7 +67,7 @@ class Piece:
     checksums: npt.NDArray[np.uint64] | None = None
     done: npt.NDArray[np.uint8] | None = None
     """Per frame: gathered, or placed."""
-    encoded: dict[object, Encoded] = field(default_factory=dict)
+    encoded: dict[Any, Encoded] = field(default_factory=dict)
     """Store: what each encoding stage made of it, by stage."""
     put: set[str] = field(default_factory=set)
     """Store: tiers that it was offered to."""

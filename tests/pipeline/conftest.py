@@ -1,0 +1,174 @@
+"""An engine of plain tensors, and pipelines over it whose leases are counted at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tierloom
+from tierloom import KVLayout, Pipeline
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+SHAPES = {
+    "2BNHD": lambda b, n, h, d: (2, b, n, h, d), "B2NHD": lambda b, n, h, d: (b, 2, n, h, d),
+    "2BHND": lambda b, n, h, d: (2, b, h, n, d), "B2HND": lambda b, n, h, d: (b, 2, h, n, d),
+    "BNHD": lambda b, n, h, d: (b, n, h, d), "BHND": lambda b, n, h, d: (b, h, n, d),
+    "SHD": lambda b, n, h, d: (b * n, h, d), "BND": lambda b, n, h, d: (b, n, h * d),
+    "BHNC": lambda b, n, h, d: (b, h, n, 2 * d), "BHNC-KT": lambda b, n, h, d: (b, h, n, 2 * d),
+}  # fmt: skip
+
+
+class Engine:
+    """Caches of one order, filled with noise, and the blocks of requests."""
+
+    def __init__(
+        self, order: str = "2BNHD", *, layers: int = 6, blocks: int = 40, block: int = 16, heads: int = 2,
+        dim: int = 8, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.order, self.block, self.blocks = order, block, blocks
+        self.heads, self.dim, self.layers = heads, dim, layers
+        self._rng = np.random.default_rng(seed)
+        self._make = torch.Generator().manual_seed(seed)
+        shape = SHAPES[order](blocks, block, heads, dim)
+        pair = order in ("BNHD", "BHND", "SHD")
+
+        def one() -> torch.Tensor:
+            return torch.randn(shape, generator=self._make).to(dtype)
+
+        self.caches: list[Any] = [(one(), one()) if pair else one() for _ in range(layers)]
+        self.layout = KVLayout.from_tensors(
+            self.caches, order=order, block_tokens=block if order == "SHD" else None
+        )
+
+    def slots(self, tokens: int) -> np.ndarray:
+        """Token slots of shuffled blocks."""
+        blocks = self._rng.permutation(self.blocks)[: -(-tokens // self.block)]
+        return (blocks[:, None] * self.block + np.arange(self.block)).reshape(-1)[:tokens]
+
+    def blank(self) -> Engine:
+        """The same engine with 0xA5 in every byte."""
+        other = Engine(
+            self.order, layers=self.layers, blocks=self.blocks, block=self.block, heads=self.heads,
+            dim=self.dim, dtype=self.flat[0].dtype, seed=1,
+        )  # fmt: skip
+        for t in other.flat:
+            t.view(torch.uint8).fill_(0xA5)
+        return other
+
+    @property
+    def flat(self) -> list[torch.Tensor]:
+        return [t for c in self.caches for t in (c if isinstance(c, tuple) else (c,))]
+
+    def rows(self, slots: np.ndarray) -> torch.Tensor:
+        """[kv, layers, tokens, heads, dim] as bytes, by plain indexing."""
+        from tierloom.stages.selftest import token
+
+        return torch.stack([
+            torch.stack([
+                torch.stack([token(self.layout, c, kv, int(s)).contiguous() for s in slots])
+                for c in self.caches
+            ])
+            for kv in range(self.layout.kv)
+        ]).view(torch.uint8)  # fmt: skip
+
+    def untouched(self, slots: np.ndarray) -> bool:
+        """Nothing but `slots` was written (of a `blank` engine)."""
+        mine = np.setdiff1d(np.arange(self.blocks * self.block), slots)
+        return bool((self.rows(mine) == 0xA5).all()) if len(mine) else True
+
+
+def tokens(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 50_000, n).astype(np.int32)
+
+
+MEMORY = {
+    "version": 1,
+    "name": "test",
+    "chunk": {"tokens": 64, "grain": 16, "group": 2},
+    "budget": {"arena": "4 MiB"},
+    "tiers": {"hot": {"use": "memory", "capacity": "16 MiB"}},
+    "graphs": {
+        "store": {
+            "stages": {
+                "keys": {"use": "hash"}, "fresh": {"use": "lookup", "want": "absent"},
+                "pack": {"use": "gather"}, "hot": {"use": "put", "tier": "hot"},
+            },
+        },
+        "retrieve": {
+            "stages": {
+                "keys": {"use": "hash"}, "plan": {"use": "lookup"}, "fetch": {"use": "get"},
+                "grow": {"use": "decode"}, "place": {"use": "scatter"},
+            },
+        },
+    },
+}  # fmt: skip
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """MEMORY with values replaced by dotted path, '__' standing for the dot."""
+    import copy
+
+    made = copy.deepcopy(MEMORY)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        at: Any = made
+        for name in parents:
+            at = at.setdefault(name, {})
+        at[last] = value
+    return made
+
+
+def with_disk(path: Path, **changes: Any) -> dict[str, Any]:
+    """Memory over disk, written through."""
+    made = config(
+        tiers__warm={"use": "disk", "path": str(path), "capacity": "64 MiB", "segment": "16 MiB", "keep_free": "1 MiB"},
+        **changes,
+    )
+    made["graphs"]["store"]["stages"]["warm"] = {"use": "put", "tier": "warm", "when_full": "block"}
+    made["graphs"]["retrieve"]["stages"]["fetch"]["promote"] = "hot"
+    return made
+
+
+Open = Callable[..., Pipeline]
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """Open pipelines; afterwards every lease is home, no request open, and no thread left."""
+    pipes: list[Pipeline] = []
+
+    def make(source: Any, engine: Engine, *, model: str = "test", **options: Any) -> Pipeline:
+        pipe = tierloom.open(source, layout=engine.layout, model=model, **options)
+        pipes.append(pipe)
+        return pipe
+
+    yield make
+    for pipe in pipes:
+        if not pipe._closed:
+            settle(pipe)
+            pipe.close()
+        assert pipe.arena.leases == 0, "a lease did not come home"
+        assert not pipe._portal.alive, "the portal is still running"
+
+
+def settle(pipe: Pipeline, seconds: float = 5.0) -> None:
+    """Wait until nothing is under way; then only the memory tiers hold leases, and nobody waits."""
+    import time
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        s = pipe.stats()
+        if not any(g["open"] for g in s["graphs"].values()) and s["arena"]["flight"] == 0:
+            break
+        time.sleep(0.005)
+    s = pipe.stats()
+    assert not any(g["open"] for g in s["graphs"].values()), s["graphs"]
+    assert s["arena"]["flight"] == 0, s["arena"]
+    assert pipe.arena._reserved == 0

@@ -1,0 +1,405 @@
+"""What is stored comes back, byte for byte, and nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPES, Engine, config, settle, tokens, with_disk
+
+from tierloom import Closed, ConfigError, InputError, LayoutError, Lost
+
+if TYPE_CHECKING:
+    from conftest import Open
+
+
+def same(a: Engine, sa: np.ndarray, b: Engine, sb: np.ndarray) -> bool:
+    return not len(sa) or torch.equal(a.rows(sa), b.rows(sb))
+
+
+@pytest.mark.parametrize("order", list(SHAPES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
+def test_every_layout_comes_back(opened: Open, order: str, dtype: torch.dtype) -> None:
+    engine = Engine(order, dtype=dtype)
+    pipe, target, ids = opened(config(), engine), engine.blank(), tokens(200)
+    if pipe.native:
+        ids = ids[:192]
+    at, to = engine.slots(len(ids)), target.slots(len(ids))
+    stored = pipe.store(ids, engine.caches, at).wait()
+    assert (stored.tokens, stored.lost, stored.tiers) == (len(ids), {}, {"hot": -(-len(ids) // 64)})
+    assert pipe.lookup(ids) == len(ids)
+    got = pipe.retrieve(ids, target.caches, to).wait()
+    assert (got.tokens, got.lost) == (len(ids), {})
+    assert same(engine, at, target, to)
+    assert target.untouched(to)
+
+
+@pytest.mark.parametrize("order", ["2BHND", "BHND", "BHNC", "BHNC-KT", "2BNHD"])
+@pytest.mark.parametrize("kept", ["native", "canonical"])
+def test_native_and_canonical_order(opened: Open, order: str, kept: str) -> None:
+    engine = Engine(order)
+    pipe, target, ids = opened(config(order=kept), engine), engine.blank(), tokens(200)
+    assert pipe.native == (kept == "native")
+    at, to = engine.slots(200), target.slots(200)
+    whole = 192 if kept == "native" else 200  # a started block cannot be kept as a block
+    assert pipe.store(ids, engine.caches, at).wait().tokens == whole
+    assert pipe.retrieve(ids, target.caches, to).wait().tokens == whole
+    assert same(engine, at[:whole], target, to[:whole])
+    assert target.untouched(to[:whole])
+
+
+def test_canonical_bytes_are_shared_by_engines_of_different_layout(opened: Open, tmp_path: Path) -> None:
+    one, other = Engine("2BNHD", block=16), Engine("BHND", block=32, blocks=20).blank()
+    source = with_disk(tmp_path, order="canonical")
+    ids, at, to = tokens(150), one.slots(150), other.slots(150)
+    first = opened(source, one)
+    first.store(ids, one.caches, at).wait()
+    settle(first)
+    first.close()
+    second = opened(source, other)
+    assert second.retrieve(ids, other.caches, to).wait().tokens == 150
+    assert same(one, at, other, to)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "restart"])
+@pytest.mark.parametrize(("leaves", "common"), [(0, 0), (10, 0), (16, 16), (100, 96), (129, 128), (199, 192)])
+def test_a_prompt_that_leaves_a_kept_one_hits_up_to_the_last_common_grain(
+    opened: Open, tmp_path: Path, where: str, leaves: int, common: int
+) -> None:
+    engine = Engine()
+    target = engine.blank()
+    source = with_disk(tmp_path)
+    ids = tokens(200)
+    at, to = engine.slots(200), target.slots(220)
+    pipe = opened(source, engine)
+    pipe.store(ids, engine.caches, at).wait()
+    if where != "memory":
+        settle(pipe)
+        if where == "disk":
+            pipe._portal.call(pipe.tiers["hot"].clear)
+        else:
+            pipe.close()
+            pipe = opened(source, engine)
+    fork = np.concatenate([ids[:leaves], tokens(220 - leaves, seed=9)]).astype(np.int32)
+    assert pipe.lookup(fork) == common
+    got = pipe.retrieve(fork, target.caches, to).wait()
+    assert (got.tokens, got.lost) == (common, {})
+    assert same(engine, at[:common], target, to[:common])
+    assert target.untouched(to[:common])
+
+
+def test_a_longer_prompt_goes_on_from_the_kept_tail(opened: Open) -> None:
+    engine = Engine()
+    pipe, ids = opened(config(), engine), tokens(300)
+    at = engine.slots(300)
+    pipe.store(ids[:150], engine.caches, at[:150]).wait()
+    assert [pipe.lookup(ids[:n]) for n in (150, 149, 144, 300)] == [150, 144, 144, 144]
+    assert pipe.store(ids, engine.caches, at).wait().tokens == 300
+    assert pipe.lookup(ids) == 300
+    assert pipe.lookup(ids[:150]) >= 144
+
+
+def test_without_partial_only_whole_chunks_are_kept(opened: Open) -> None:
+    engine = Engine()
+    pipe, ids = opened(config(chunk__partial=False), engine), tokens(100)
+    pipe.store(ids, engine.caches, engine.slots(100)).wait()
+    assert pipe.lookup(ids) == 64
+
+
+@pytest.mark.parametrize("use", ["zstd", "lz4"])
+@pytest.mark.parametrize("layered", [False, True])
+def test_encoded_branches(opened: Open, tmp_path: Path, use: str, layered: bool) -> None:
+    """Plain in memory, encoded on disk; any config reads it; promotion keeps it as it was read."""
+    engine = Engine(dim=64)
+    for t in engine.flat:  # something that compresses
+        t.copy_(t.round())
+    source = with_disk(tmp_path, graphs__store__pace={"by": "layer"}, graphs__retrieve__pace={"by": "layer"})
+    stages = source["graphs"]["store"]["stages"]
+    del stages["warm"]
+    stages |= {
+        "host": {"use": "to_host", "from": "pack"}, "shrink": {"use": use},
+        "warm": {"use": "put", "tier": "warm", "when_full": "block"},
+    }  # fmt: skip
+    pipe, target, ids = opened(source, engine), engine.blank(), tokens(200)
+    at, to = engine.slots(200), target.slots(200)
+    if layered:
+        ticket = pipe.begin_store(ids, engine.caches, at)
+        for i in range(engine.layers):
+            ticket.layer_done(i)
+    else:
+        ticket = pipe.store(ids, engine.caches, at)
+    assert ticket.wait().tiers == {"hot": 4, "warm": 4}
+    settle(pipe)
+    tiers = pipe.stats()["tiers"]
+    assert tiers["warm"]["bytes_in"] < 0.8 * tiers["hot"]["bytes_in"]
+    pipe._portal.call(pipe.tiers["hot"].clear)
+    for delivered in ({"warm": 4}, {"hot": 4}):
+        target = engine.blank()
+        if layered:
+            ticket = pipe.begin_retrieve(ids, target.caches, to)
+            assert [ticket.wait_layer(i) for i in range(engine.layers)] == [200] * engine.layers
+        else:
+            ticket = pipe.retrieve(ids, target.caches, to)
+        got = ticket.wait()
+        assert (got.tokens, got.tiers) == (200, delivered)
+        assert same(engine, at, target, to)
+        settle(pipe)
+
+
+def test_tenants_do_not_meet(opened: Open) -> None:
+    engine = Engine()
+    pipe, ids = opened(config(), engine), tokens(64)
+    pipe.store(ids, engine.caches, engine.slots(64), salt="a", adapter="l", tags={"t": "1"}).wait()
+    assert pipe.lookup(ids, salt="a", adapter="l", tags={"t": "1"}) == 64
+    for names in ({}, {"salt": "a"}, {"salt": "b", "adapter": "l", "tags": {"t": "1"}}, {"salt": "a", "adapter": "l"}):
+        assert pipe.lookup(ids, **names) == 0
+        assert pipe.retrieve(ids, engine.caches, engine.slots(64), **names).wait().tokens == 0
+
+
+@pytest.mark.parametrize("other", [{"model": "b"}, {"weights": "w"}, {"rope": "r"}, {"heads": (2, 4)}, {"layers": (6, 12)}])
+def test_models_do_not_meet(opened: Open, tmp_path: Path, other: dict[str, Any]) -> None:
+    engine, ids = Engine(), tokens(64)
+    pipe = opened(with_disk(tmp_path), engine)
+    pipe.store(ids, engine.caches, engine.slots(64)).wait()
+    settle(pipe)
+    pipe.close()
+    assert opened(with_disk(tmp_path), engine, **other).lookup(ids) == 0
+
+
+def test_layer_by_layer(opened: Open) -> None:
+    engine = Engine(layers=7)
+    pace = {"by": "layer", "window": 1}
+    pipe = opened(config(graphs__store__pace=pace, graphs__retrieve__pace=pace), engine)
+    target, ids = engine.blank(), tokens(200)
+    at, to = engine.slots(200), target.slots(200)
+    wave = pipe.begin_store(ids, engine.caches, at)
+    for i in range(engine.layers):
+        assert pipe.lookup(ids) == 0, "visible before it was whole"
+        wave.layer_done(i)
+    assert wave.captured()
+    assert wave.wait().tokens == 200
+    wave = pipe.begin_retrieve(ids, target.caches, to)
+    assert wave.planned() == 200
+    for i in range(engine.layers):
+        assert wave.wait_layer(i) == 200
+        here = target.rows(to)[:, : i + 1]
+        assert torch.equal(here, engine.rows(at)[:, : i + 1])
+    assert wave.wait().tokens == 200
+    assert target.untouched(to)
+
+
+def test_a_wave_stays_within_its_window(opened: Open) -> None:
+    """Nothing is placed further ahead of the model than the graph says."""
+    engine = Engine(layers=12)
+    pipe = opened(config(graphs__retrieve__pace={"by": "layer", "window": 2}), engine)
+    target, ids = engine.blank(), tokens(64)
+    at, to = engine.slots(64), target.slots(64)
+    pipe.store(ids, engine.caches, at).wait()
+    wave = pipe.begin_retrieve(ids, target.caches, to)
+    assert wave.gates[1].wait(5)  # two groups of two layers are ahead of a model that has not begun
+    assert not wave.gates[2].wait(0.05)
+    assert (target.rows(to)[:, 4:] == 0xA5).all()
+    wave.wait_layer(0)
+    assert wave.gates[2].wait(5)
+    assert not wave.gates[3].wait(0.05)
+    for i in range(12):
+        wave.wait_layer(i)
+    assert wave.wait().tokens == 64
+
+
+def test_a_store_in_layers_that_is_too_large_keeps_its_head(opened: Open) -> None:
+    engine = Engine(layers=6, blocks=600, heads=8, dim=64)
+    pace = {"by": "layer"}
+    source = config(
+        tiers__hot__capacity="64 MiB", graphs__store__pace=pace, graphs__retrieve__pace=pace
+    )
+    pipe = opened(source, engine)
+    ids, at = tokens(3000), engine.slots(3000)
+    wave = pipe.begin_store(ids, engine.caches, at)
+    for i in range(engine.layers):
+        wave.layer_done(i)
+    got = wave.wait()
+    assert 0 < got.tokens < 3000
+    assert got.tokens % 64 == 0
+    assert got.lost[Lost.NO_ROOM] == -(-3000 // 64) - got.tokens // 64
+    assert pipe.lookup(ids) == got.tokens
+    # A retrieve that does not fit at once goes in batches, and its gates open at the end.
+    assert pipe.store(ids[:2500], engine.caches, at[:2500]).wait().tokens == 2500
+    target = engine.blank()
+    wave = pipe.begin_retrieve(ids[:2500], target.caches, at[:2500])
+    assert wave.wait_layer(0) == 2500
+    assert same(engine, at[:2500], target, at[:2500])
+
+
+def test_requests_of_any_size_share_a_small_arena(opened: Open) -> None:
+    engine = Engine(layers=6, blocks=600, heads=8, dim=64)
+    pipe = opened(config(tiers__hot__capacity="256 MiB"), engine)
+    ids = [tokens(2000, seed=s) for s in range(4)]
+    at = engine.slots(2000)
+    receipts = [t.wait(20) for t in [pipe.store(i, engine.caches, at) for i in ids]]
+    assert [r.tokens for r in receipts] == [2000] * 4
+
+
+def test_async_twins(opened: Open) -> None:
+    engine = Engine()
+    pipe, target, ids = opened(config(), engine), engine.blank(), tokens(150)
+    at, to = engine.slots(150), target.slots(150)
+
+    async def life() -> None:
+        assert (await pipe.astore(ids, engine.caches, at)).tokens == 150
+        assert await pipe.alookup(ids) == 150
+        assert (await pipe.aretrieve(ids, target.caches, to)).tokens == 150
+
+    asyncio.run(life())
+    assert same(engine, at, target, to)
+
+
+def test_async_twins_on_trio(opened: Open) -> None:
+    trio = pytest.importorskip("trio")
+    engine = Engine()
+    pipe, ids = opened(config(), engine), tokens(64)
+    assert trio.run(lambda: pipe.astore(ids, engine.caches, engine.slots(64))).tokens == 64
+    assert trio.run(lambda: pipe.alookup(ids)) == 64
+
+
+def test_a_cancelled_coroutine_gives_its_request_up(opened: Open) -> None:
+    engine = Engine(layers=4)
+    slow = {"use": "slow", "capacity": "8 MiB", "delay": "2 s"}
+    pipe = opened(config(tiers__hot=slow), engine)
+
+    async def life() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(pipe.astore(tokens(64), engine.caches, engine.slots(64)), 0.05)
+
+    asyncio.run(life())
+    settle(pipe)
+
+
+def test_blocks_instead_of_slots(opened: Open) -> None:
+    engine = Engine()
+    pipe, ids = opened(config(), engine), tokens(40)
+    assert pipe.store(ids, engine.caches, blocks=torch.tensor([3, 0, 7])).wait().tokens == 40
+    target = engine.blank()
+    assert pipe.retrieve(ids, target.caches, blocks=[1, 2, 5]).wait().tokens == 40
+    at = [*range(48, 64), *range(16), *range(112, 120)]
+    assert torch.equal(engine.rows(np.array(at)), target.rows(np.array([*range(16, 48), *range(80, 88)])))
+
+
+def test_an_empty_prompt_is_nobodys_business(opened: Open) -> None:
+    engine = Engine()
+    pipe = opened(config(), engine)
+    assert pipe.store([], engine.caches, []).wait().tokens == 0
+    assert pipe.retrieve([], engine.caches, []).wait().tokens == 0
+    assert pipe.lookup([]) == 0
+
+
+def test_wrong_input_is_named_before_memory_is_touched(opened: Open) -> None:
+    engine = Engine()
+    pipe, blank, ids = opened(config(), engine), engine.blank(), tokens(32)
+    good = engine.slots(32)
+    pipe.store(ids, engine.caches, good).wait()
+    wrong = [
+        (lambda: pipe.retrieve(ids, blank.caches, good[:31]), InputError, "31 slots for 32"),
+        (lambda: pipe.retrieve(ids, blank.caches, good + 10_000), InputError, "outside"),
+        (lambda: pipe.retrieve(ids, blank.caches, -good), InputError, "outside"),
+        (lambda: pipe.retrieve(ids, blank.caches), InputError, "slots= or blocks="),
+        (lambda: pipe.retrieve(ids, blank.caches, good, blocks=[1]), InputError, "slots= or blocks="),
+        (lambda: pipe.retrieve(ids.astype(float), blank.caches, good), InputError, "integers"),
+        (lambda: pipe.retrieve(ids[None], blank.caches, good), InputError, "1-D"),
+        (lambda: pipe.retrieve(ids, blank.caches[:-1], good), LayoutError, "5 layers given"),
+        (lambda: pipe.retrieve(ids, [c.float() for c in blank.caches], good), LayoutError, "layer 0"),
+        (lambda: pipe.retrieve(ids, [c[:, :-1] for c in blank.caches], good), LayoutError, "layer 0"),
+        (
+            lambda: pipe.retrieve(ids, (e := Engine(heads=3)).caches, good, layout=e.layout),
+            LayoutError, "this pipeline keeps",
+        ),
+    ]  # fmt: skip
+    for call, kind, says in wrong:
+        with pytest.raises(kind, match=says):
+            call()
+    assert blank.untouched(np.array([], int))
+    assert pipe.stats()["graphs"]["retrieve"]["open"] == 0
+
+
+def test_another_layout_of_the_same_geometry_may_be_given(opened: Open) -> None:
+    engine, other = Engine("2BNHD"), Engine("BHND", block=200, blocks=1).blank()
+    pipe, ids = opened(config(), engine), tokens(150)
+    at, to = engine.slots(150), np.arange(150)
+    pipe.store(ids, engine.caches, at).wait()
+    assert pipe.retrieve(ids, other.caches, to, layout=other.layout).wait().tokens == 150
+    assert same(engine, at, other, to)
+
+
+def test_a_layout_that_fails_its_self_test_turns_caching_off(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tierloom.stages.layout import KVLayout as Layout
+
+    engine = Engine()
+    real = Layout.planes
+
+    def swapped(self: Layout, caches: list, *, native: bool = False) -> Any:
+        table = real(self, caches, native=native)
+        table.base[:] = table.base[::-1].copy()
+        table.stride[:, 1] += 16
+        return table
+
+    monkeypatch.setattr(Layout, "planes", swapped)
+    pipe = opened(config(), engine)
+    got = pipe.store(tokens(64), engine.caches, engine.slots(64)).wait()
+    assert (got.tokens, got.lost) == (0, {Lost.BAD_LAYOUT: 1})
+    assert pipe.retrieve(tokens(64), engine.caches, engine.slots(64)).wait().tokens == 0
+    assert pipe.lookup(tokens(64)) == 0
+    assert len([r for r in caplog.records if "caching is off" in r.getMessage()]) == 1
+
+
+def test_native_order_needs_chunks_of_whole_blocks(opened: Open) -> None:
+    with pytest.raises(ConfigError, match="multiple of the"):
+        opened(config(order="native"), Engine("BHND", block=48, blocks=4))
+
+
+def test_pins_clear_and_stats(opened: Open) -> None:
+    engine = Engine(layers=6, heads=8, dim=64)
+    pipe = opened(config(tiers__hot__capacity="6 MiB", tiers__hot__evict="lru"), engine)
+    ids = [tokens(64, seed=s) for s in range(20)]
+    at = engine.slots(64)
+    pipe.store(ids[0], engine.caches, at).wait()
+    assert pipe.pin(ids[0]) == 1
+    for i in ids[1:]:
+        pipe.store(i, engine.caches, at).wait()
+    assert pipe.lookup(ids[0]) == 64
+    assert pipe.lookup(ids[1]) == 0
+    hot = pipe.stats()["tiers"]["hot"]
+    assert hot["evicted"] > 0
+    assert hot["nbytes"] <= 6 << 20
+    assert pipe.pin(ids[0], pinned=False) == 1
+    assert pipe.clear() == hot["objects"]
+    assert pipe.lookup(ids[0]) == 0
+
+
+def test_closed_is_closed(opened: Open) -> None:
+    engine = Engine()
+    pipe = opened(config(), engine)
+    pipe.close()
+    pipe.close()
+    for call in (lambda: pipe.lookup([1]), lambda: pipe.store([1], engine.caches, [0]), pipe.clear):
+        with pytest.raises(Closed):
+            call()
+
+
+def test_worth_decides_by_what_was_measured(opened: Open, tmp_path: Path) -> None:
+    engine = Engine()
+    slow = {"use": "slow", "capacity": "8 MiB", "delay": "50 ms"}
+    pipe, ids = opened(config(tiers__hot=slow), engine), tokens(128)
+    at = engine.slots(128)
+    pipe.store(ids, engine.caches, at).wait()
+    assert pipe.retrieve(ids, engine.caches, at).wait().tokens == 128  # nothing measured yet: load
+    pipe.note_prefill(1_000_000, 1.0)  # computing 128 tokens would take 0.1 ms
+    assert pipe.retrieve(ids, engine.caches, at).wait().tokens == 0
+    pipe.prefill_rate = 0.0
+    pipe.note_prefill(100, 1.0)
+    assert pipe.retrieve(ids, engine.caches, at).wait().tokens == 128
