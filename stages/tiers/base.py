@@ -107,6 +107,10 @@ class Tier(ABC):
     def touch(self, keys: Sequence[bytes]) -> None:  # noqa: B027
         """These objects, head of the prompt first, were wanted: the tail is to go first."""
 
+    def settle(self, keys: Sequence[bytes]) -> None:  # noqa: B027
+        """These objects, head of the prompt first, were put for one request, in several calls: the
+        tail is to be evicted first. Not a use of them."""
+
     @abstractmethod
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         """Which whole objects are kept under exactly these keys."""

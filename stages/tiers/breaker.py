@@ -164,6 +164,9 @@ class Guarded(Tier):
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         return self.tier.pin(keys, pinned=pinned)
 
+    def settle(self, keys: Sequence[bytes]) -> None:
+        self.tier.settle(keys)
+
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         found = await self._call(lambda: self.tier.has(keys))
         return [False] * len(keys) if isinstance(found, Lost) else found

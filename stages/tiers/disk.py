@@ -98,6 +98,9 @@ class Disk(Tier):
     def touch(self, keys: Sequence[bytes]) -> None:
         self._index.touch(keys)
 
+    def settle(self, keys: Sequence[bytes]) -> None:
+        self._index.settle(keys)
+
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         return [self._index.get(key) is not None for key in keys]
 

@@ -74,6 +74,9 @@ class Evict(ABC):
     def touch(self, key: bytes) -> None:
         """A key was wanted again. Unknown keys are passed over."""
 
+    def settle(self, key: bytes) -> None:  # noqa: B027 (a policy of uses alone does not mind)
+        """A key that just came is to go later than those settled before it. Not a use."""
+
     @abstractmethod
     def remove(self, key: bytes) -> None:
         """A key went for another reason than `victim`. Unknown keys are passed over."""
@@ -96,6 +99,10 @@ class Fifo(Evict):
     def touch(self, key: bytes) -> None:
         """Being wanted changes nothing."""
 
+    def settle(self, key: bytes) -> None:
+        if key in self._queue:
+            self._queue.sizes.move_to_end(key)
+
     def remove(self, key: bytes) -> None:
         self._queue.pop(key)
 
@@ -113,12 +120,17 @@ class Lru(Fifo):
     """Least recently used."""
 
     def touch(self, key: bytes) -> None:
-        if key in self._queue:
-            self._queue.sizes.move_to_end(key)
+        self.settle(key)
 
 
 class Mru(Lru):
     """Most recently used: for endless scans, where the newest is wanted last."""
+
+    def touch(self, key: bytes) -> None:
+        super().settle(key)
+
+    def settle(self, key: bytes) -> None:
+        """The newest goes first, whatever came beside it."""
 
     def _choose(self, skip: Skip) -> bytes | None:
         return _first(reversed(self._queue.sizes), skip)
@@ -192,6 +204,10 @@ class S3Fifo(Evict):
         if uses is not None and uses < 3:
             self._uses[key] = uses + 1
 
+    def settle(self, key: bytes) -> None:
+        if key in self._small:
+            self._small.sizes.move_to_end(key)
+
     def remove(self, key: bytes) -> None:
         if self._uses.pop(key, None) is not None:
             (self._small if key in self._small else self._main).pop(key)
@@ -248,6 +264,10 @@ class Arc(Evict):
             self._t2.sizes.move_to_end(key)
         elif key in self._t1:
             self._t2.push(key, self._t1.pop(key))
+
+    def settle(self, key: bytes) -> None:
+        if key in self._t1:
+            self._t1.sizes.move_to_end(key)
 
     def remove(self, key: bytes) -> None:
         (self._t1 if key in self._t1 else self._t2).pop(key)

@@ -236,6 +236,7 @@ class Files(Tier):
         try:
             if self._size(path):
                 return 0
+            self._drop([path])  # one whose time is over
             if not self._reserve(nbytes):
                 return Lost.NO_ROOM
             try:
@@ -259,6 +260,8 @@ class Files(Tier):
         try:
             with temp.open("xb", buffering=0) as file:
                 write_all(file.fileno(), view, 0)
+                now = self._clock()  # by one clock with what `ttl` is measured by
+                os.utime(file.fileno(), (now, now))
                 if self.options.fsync:
                     os.fsync(file.fileno())
             temp.replace(path)

@@ -1,0 +1,131 @@
+"""files: the contract, and a folder that others write to as well."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import anyio
+import pytest
+from contracts import ALL, SIZE, TierContract, key_of
+
+from tierloom.stages.errors import ConfigError, Lost
+from tierloom.stages.tiers.base import Read, TierContext
+from tierloom.stages.tiers.files import Files, FilesOptions
+
+
+class TestFiles(TierContract):
+    def make(self, ctx, folder, clock, **options):
+        return Files(FilesOptions(path=str(folder / "kv"), **options), ctx, clock=clock)
+
+    def damage(self, tier, key, change):
+        raw = bytearray(tier._path(key).read_bytes())
+        change(raw)
+        tier._path(key).write_bytes(raw)
+
+    @pytest.mark.anyio
+    async def test_two_hosts(self, ctx, tmp_path, clock, arena):
+        async with (
+            self.opened(ctx, tmp_path, clock) as one,
+            self.opened(ctx, tmp_path, clock, fsync=True) as two,
+        ):
+            async with anyio.create_task_group() as group:
+                for tier in (one, two):
+                    group.start_soon(self.put, tier, *range(8))
+            for seed in range(8):
+                assert await self.get(one, seed) == self.bytes_of(arena, seed)
+                assert await self.get(two, seed) == self.bytes_of(arena, seed)
+            assert await two.drop([key_of(1)]) == 1
+            assert await one.has([key_of(1)]) == [False]
+            assert not list(tmp_path.glob("**/*.tmp"))
+
+    @pytest.mark.anyio
+    async def test_namespaces_are_apart(self, ctx, tmp_path, clock):
+        other = TierContext(ctx.arena, b"o" * 32, ctx.pool)
+        async with (
+            self.opened(ctx, tmp_path, clock) as one,
+            self.opened(other, tmp_path, clock) as two,
+        ):
+            await self.put(one, 1)
+            assert await two.has([key_of(1)]) == [False]
+            assert await two.clear() == 0
+            two._path(key_of(1)).parent.mkdir()
+            two._path(key_of(1)).write_bytes(one._path(key_of(1)).read_bytes())
+            assert await self.get(two, 1) is Lost.CORRUPT
+            assert await self.get(two, 1) is Lost.ABSENT
+
+    @pytest.mark.anyio
+    async def test_what_was_used_longest_ago_is_pruned(self, ctx, tmp_path, clock):
+        clock.now -= 1000
+        async with self.opened(ctx, tmp_path, clock, capacity=4 * SIZE) as tier:
+            for seed in range(4):
+                await self.put(tier, seed)
+                os.utime(tier._path(key_of(seed)), (clock.now, clock.now))
+                clock.now += 10
+            assert isinstance(await self.get(tier, 0), bytes)
+            await self.put(tier, 9)
+            assert (await tier.has([key_of(s) for s in (0, 1, 9)])) == [True, False, True]
+
+    @pytest.mark.anyio
+    async def test_others_fill_the_folder_too(self, ctx, tmp_path, clock):
+        async with self.opened(ctx, tmp_path, clock) as other:
+            await self.put(other, *range(6))
+        async with self.opened(ctx, tmp_path, clock, capacity=3 * SIZE) as tier:
+            assert tier.stat().nbytes <= 3 * SIZE
+
+    @pytest.mark.anyio
+    async def test_half_written_files_are_swept_when_old(self, ctx, tmp_path, clock):
+        async with self.opened(ctx, tmp_path, clock) as tier:
+            await self.put(tier, 1)
+            folder = tier._path(key_of(1)).parent
+        for name, age in (("old", 7200), ("new", 60)):
+            (folder / f"{name}.tmp").write_bytes(b"half")
+            os.utime(folder / f"{name}.tmp", (time.time() - age,) * 2)
+        async with self.opened(ctx, tmp_path, clock):
+            assert [path.name for path in folder.glob("*.tmp")] == ["new.tmp"]
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("content", [b"", b"short", b"x" * 4096, b"TLM1" + b"\0" * 8188])
+    async def test_foreign_files(self, ctx, tmp_path, clock, content):
+        async with self.opened(ctx, tmp_path, clock) as tier:
+            path = tier._path(key_of(1))
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+            assert await self.get(tier, 1) is Lost.CORRUPT
+            assert not path.exists()
+
+    @pytest.mark.anyio
+    async def test_another_object_took_the_place(self, tier, arena):
+        """Between two layers a file was replaced by one of another length."""
+        await self.put(tier, 1)
+        read = Read(key_of(1), 1)
+        await tier.read([read])
+        path = tier._path(key_of(1))
+        path.write_bytes(bytes(2 * SIZE + 4096 - 2 * SIZE % 4096))
+        again = Read(key_of(1), ALL, read.object)
+        await tier.read([again])
+        assert again.lost is Lost.ABSENT
+        assert path.exists()
+        read.object.lease.release()
+
+    @pytest.mark.anyio
+    async def test_no_space(self, tier, arena, monkeypatch):
+        def full(*_):
+            raise OSError(28, "no space left")
+
+        monkeypatch.setattr(os, "pwritev", full)
+        assert await self.put(tier, 1) == [Lost.NO_ROOM]
+        assert tier.stat()[:2] == (0, 0)
+        assert await tier.has([key_of(1)]) == [False]
+
+    @pytest.mark.anyio
+    async def test_a_folder_we_may_not_write(self, ctx, tmp_path, clock):
+        (tmp_path / "kv").write_text("a file")
+        with pytest.raises(ConfigError, match="choose a folder we may write"):
+            await self.make(ctx, tmp_path, clock).open()
+
+
+@pytest.mark.parametrize("options", [{"path": ""}, {"capacity": -1}, {"ttl": -1.0}, {"depth": 0}])
+def test_bad_options(options):
+    with pytest.raises(ValueError):
+        FilesOptions(**({"path": "/x"} | options))
