@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from anyio.lowlevel import checkpoint
+
 from ..errors import Lost
 from ..object import Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
@@ -18,6 +20,9 @@ from .index import Entry, Index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+
+_TURN = 8  # changes between two turns of the loop: some 10 us each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,21 +110,34 @@ class Memory(Tier):
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         self._expire()
-        lost = [self._keep(obj) for obj in reversed(objects)]  # so that the prompt's head goes last
+        lost = []
+        for count, obj in enumerate(reversed(objects), 1):  # so that the prompt's head goes last
+            lost.append(self._keep(obj))
+            if count % _TURN == 0:
+                await checkpoint()
         return lost[::-1]
 
     async def drop(self, keys: Sequence[bytes]) -> int:
-        entries = [entry for key in keys if (entry := self._index.get(key)) is not None]
-        return sum(self._let_go(entry) for entry in entries)
+        return await self._drop(
+            [entry for key in keys if (entry := self._index.get(key)) is not None]
+        )
 
     async def clear(self) -> int:
-        return sum(self._let_go(entry) for entry in list(self._index))
+        return await self._drop(list(self._index))
 
     def stat(self) -> TierStat:
         return TierStat(len(self._index), self._index.nbytes, self.options.capacity)
 
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         return sum(self._index.pin(key, pinned=pinned) for key in keys)
+
+    async def _drop(self, entries: list[Entry[Object]]) -> int:
+        dropped = 0
+        for count, entry in enumerate(entries, 1):
+            dropped += self._let_go(entry)
+            if count % _TURN == 0:
+                await checkpoint()
+        return dropped
 
     def _keep(self, obj: Object) -> Lost | None:
         if not obj.sealed:

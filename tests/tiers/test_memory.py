@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import anyio
 import pytest
-from contracts import FRAMES, NAMESPACE, SIZE, TierContract, key_of, make_object
+from contracts import FRAMES, NAMESPACE, SIZE, TierBench, TierContract, key_of, make_object
 
 from tierloom.stages.arena import Arena
-from tierloom.stages.object import PAGE
+from tierloom.stages.errors import ArenaFull, Lost
+from tierloom.stages.object import PAGE, Object
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.memory import Memory, MemoryOptions
 
@@ -76,6 +78,49 @@ class TestMemory(TierContract):
             assert arena.leases == 1
 
 
+def test_threads_lease_while_the_tier_changes():
+    """The engine's thread leases, which evicts, while the loop puts, reads and drops."""
+    arena = Arena(6 * SIZE, 12 * SIZE, huge_pages=False)
+    tier = Memory(MemoryOptions(capacity=12 * SIZE), TierContext(arena, NAMESPACE, None))
+    stop, leased, bench = threading.Event(), [0], TierBench()
+
+    def engine():
+        rng = random.Random(0)
+        while not stop.is_set():
+            try:
+                lease = arena.lease(rng.randint(1, 3 * SIZE))
+            except ArenaFull:
+                continue
+            leased[0] += 1
+            lease.release()
+
+    async def loop():
+        await tier.open()
+        rng = random.Random(1)
+        right = {seed: bench.bytes_of(arena, seed) for seed in range(30)}
+        for _ in range(600):
+            seed = rng.randrange(30)
+            try:
+                await bench.put(tier, seed, tokens=rng.choice([64, 32]))
+            except ArenaFull:
+                continue
+            assert await bench.get(tier, seed) in (Lost.ABSENT, right[seed])
+            if rng.random() < 0.1:
+                await tier.drop([key_of(rng.randrange(30))])
+            assert tier.stat().nbytes <= 12 * SIZE
+        await tier.close()
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    try:
+        anyio.run(loop)
+    finally:
+        stop.set()
+        thread.join()
+    assert leased[0]
+    assert arena.leases == arena.flight == 0
+
+
 @pytest.mark.parametrize("options", [{"capacity": 0}, {"evict": "best"}, {"ttl": -1.0}])
 def test_bad_options(options):
     with pytest.raises(ValueError):
@@ -110,8 +155,7 @@ def test_the_capacity_is_used(evict, mixed):
                 number += 1
                 lease = arena.lease(size * PAGE)
                 header = Named(number, size * PAGE)
-                obj = make_named(header, lease)
-                objects.append(obj)
+                objects.append(Object(header, lease, sealed=True))
             assert await tier.put(objects) == [None] * len(objects)
             for obj in objects:
                 obj.lease.release()
@@ -121,11 +165,6 @@ def test_the_capacity_is_used(evict, mixed):
         await tier.close()
         assert arena.leases == 0
         return sum(shares) / len(shares)
-
-    def make_named(header, lease):
-        from tierloom.stages.object import Object
-
-        return Object(header, lease, sealed=True)
 
     share = anyio.run(fill)
     assert share >= 0.97
