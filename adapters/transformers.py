@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from ..stages.payload import Receipt
+    from ..stages.ticket import Receipt
 
 __all__ = ["Abandoned", "KVShape", "Kept", "KeptLayer", "Request", "TierloomCache"]
 

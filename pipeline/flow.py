@@ -1,7 +1,8 @@
 """One lowered graph, running: wires between segments, a few workers each, and the road home.
 
-Requests are tickets in batches, not tasks. Whatever happens to a batch (lost, late, cancelled, a broken
-stage), it travels on to the end, so that gates open, leases go home and the request is answered.
+Requests are tickets in batches, not tasks. Whatever happens to a batch (lost, late, cancelled, a
+broken stage), it travels on to the end, so that gates open, leases go home and the request is
+answered.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import anyio
 
 from ..stages.base import LoopStage, Stage
 from ..stages.errors import ArenaFull, Lost
-from ..stages.payload import Batch, Scope, Ticket
-from .meter import Meter, metered
+from ..stages.payload import Batch, Scope
+from ..stages.ticket import Ticket
+from .meter import Meter
+from .steps import steps
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
     from .lower import Segment
     from .pool import Pool
 
-    Step = Callable[[Any], Awaitable[Any]]
-
 log = logging.getLogger("tierloom")
 
 BATCH_CHUNKS = 16
@@ -44,7 +45,8 @@ _BROKEN_LIMIT, _BROKEN_WINDOW = 5, 60.0
 
 
 class Flow:
-    """Runs one graph's requests until its task group is cancelled. Everything here is on the loop."""
+    """Runs one graph's requests until its task group is cancelled. Everything here is on the loop.
+    """
 
     def __init__(
         self, graph: Graph, segments: tuple[Segment, ...], stages: Mapping[str, Stage], *,
@@ -53,13 +55,16 @@ class Flow:
         self.graph, self.segments = graph, segments
         self.meters = {n.id: Meter() for n in graph.nodes}
         self.open: dict[Ticket, set[anyio.CancelScope]] = {}
+        self.idle = asyncio.Event()
+        """No request is open."""
+        self.idle.set()
         self.dropped = 0
-        self._pool, self._inflight = pool, inflight
+        self._inflight = inflight
         self._arena = arena
         self._piece_bytes = object_bytes * max(1, sum(n.cls.leases for n in graph.nodes))
         """What a chunk may need of the arena on its whole way."""
         self._head = [stages[n.id] for s in segments if s.head for n in s.nodes]
-        self._steps = [self._build(s, stages) for s in segments]
+        self._steps = [steps(s, stages, self.meters, pool) for s in segments]
         self._touching = [any(n.cls.touches_engine for n in s.nodes) for s in segments]
         self._body = tuple(
             i for i, s in enumerate(segments)
@@ -76,7 +81,9 @@ class Flow:
         for i, segment in enumerate(self.segments):
             # A head is bounded by `inflight`, counted in submit(); a spilling wire by the arena.
             free = segment.head or segment.when_full == "spill"
-            send, receive = anyio.create_memory_object_stream[Any](math.inf if free else segment.depth)
+            send, receive = anyio.create_memory_object_stream[Any](
+                math.inf if free else segment.depth
+            )
             self._wires.append(send)
             for n in range(segment.width):
                 work = self._plan if segment.head else self._pass
@@ -89,9 +96,12 @@ class Flow:
         tasks.start_soon(_work, self._admit, 0, receive, name=f"tierloom:{self.graph.name}:admit")
 
     def close(self) -> None:
-        """Close the wires; workers end when they have emptied them."""
+        """Close the wires, and answer whatever is still open."""
         for wire in [*self._wires, self._pokes, self._admissions]:
             wire.close()
+        for ticket in list(self.open):
+            ticket.expire(Lost.CANCELLED)
+            self._finish(ticket)
 
     @property
     def degraded(self) -> bool:
@@ -107,6 +117,7 @@ class Flow:
             ticket.finish()
             return
         self.open[ticket] = set()
+        self.idle.clear()
         loop = asyncio.get_running_loop()
         self._timers[ticket] = loop.call_at(ticket.deadline, self._give_up, ticket, Lost.LATE)
         self._wires[0].send_nowait(ticket)
@@ -235,7 +246,7 @@ class Flow:
             with scope:
                 for step in self._steps[i]:
                     await step(item)
-        except Exception as error:  # noqa: BLE001 - a stage's bug must not reach the engine
+        except Exception as error:
             self._broken(i, error)
             return False
         finally:
@@ -249,7 +260,9 @@ class Flow:
         meter = self.meters[segment.nodes[0].id]
         meter.broken += 1
         if meter.broken == 1:
-            log.error("stage broke: graph=%s segment=%s", self.graph.name, segment.id, exc_info=error)
+            log.error(
+                "stage broke: graph=%s segment=%s", self.graph.name, segment.id, exc_info=error
+            )
         self._broken_at.append(time.monotonic())
 
     async def _send(self, readers: tuple[int, ...], batch: Batch) -> None:
@@ -260,7 +273,7 @@ class Flow:
         for reader, part in zip(readers, parts, strict=True):
             try:
                 self._wires[reader].send_nowait(part)
-            except anyio.WouldBlock:
+            except anyio.WouldBlock:  # noqa: PERF203
                 if self.segments[reader].when_full == "drop":
                     await self._drop(part)
                 else:
@@ -287,7 +300,7 @@ class Flow:
                     waits = give_back()
                     if waits is not None:
                         await waits
-                except Exception:
+                except Exception:  # noqa: PERF203
                     log.exception("giving back failed: graph=%s", self.graph.name)
         ticket = batch.ticket
         ticket.scopes_open -= 1
@@ -300,33 +313,8 @@ class Flow:
         if timer is not None:
             timer.cancel()
         ticket.finish()
-
-    def _build(self, segment: Segment, stages: Mapping[str, Stage]) -> list[Step]:
-        """The segment's stages as coroutines, each with its meter."""
-        steps: list[Step] = []
-        for node in segment.nodes:
-            stage, meter = stages[node.id], self.meters[node.id]
-            if segment.head:
-                run = stage.plan_async if isinstance(stage, LoopStage) else self._pooled(stage.plan)
-                steps.append(metered(run, meter, lambda ticket: len(ticket.pieces)))
-                continue
-            if isinstance(stage, LoopStage):
-                run = stage.apply_async
-            else:
-                steps.append(stage.prepare)
-                run = self._pooled(stage.apply)
-            steps.append(metered(run, meter, lambda batch: len(batch.scope.pieces)))
-        return steps
-
-    def _pooled(self, fn: Callable[[Any], Any]) -> Step:
-        """`fn` in a thread. It is waited for even when cancelled: it works on leases and on the
-        engine's memory, and the ticket's `stop` ends it soon."""
-
-        async def run(item: Any) -> Any:
-            with anyio.CancelScope(shield=True):
-                return await self._pool(fn, item)
-
-        return run
+        if not self.open:
+            self.idle.set()
 
 
 async def _work(

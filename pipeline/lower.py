@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..stages.base import Lane
-
 if TYPE_CHECKING:
+    from ..stages.base import Lane
     from .graph import Graph, Node, WhenFull
 
 
@@ -35,7 +34,8 @@ class Segment:
 
 
 def lower(graph: Graph) -> tuple[Segment, ...]:
-    """Cut where the lane changes, where a wire forks or has options of its own, and behind the plan."""
+    """Cut where the lane changes, where a wire forks or has options of its own, and behind the
+    plan."""
     groups: list[list[Node]] = []
     source: list[int | None] = []
     where: dict[str | None, int] = {}

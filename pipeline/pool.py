@@ -1,7 +1,7 @@
 """A few daemon threads for blocking calls.
 
-Their number is fixed, so that a disk that hangs occupies these threads and no more, and a process can
-end while one of them is stuck. A call costs two queue operations and one wake of the loop.
+Their number is fixed, so that a disk that hangs occupies these threads and no more, and a process
+can end while one of them is stuck. A call costs two queue operations and one wake of the loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Call = tuple[Callable[..., Any], tuple[Any, ...], asyncio.AbstractEventLoop, asyncio.Future[Any]]
+    Call = tuple[
+        Callable[..., Any], tuple[Any, ...], asyncio.AbstractEventLoop, asyncio.Future[Any]
+    ]
 
 
 class Pool:
@@ -49,7 +51,7 @@ class Pool:
             if not future.cancelled():
                 try:
                     result = fn(*args)
-                except BaseException as e:  # noqa: BLE001 - it belongs to whoever awaits
+                except BaseException as e:
                     error = e
             try:
                 loop.call_soon_threadsafe(_settle, future, result, error)

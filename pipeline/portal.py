@@ -1,7 +1,7 @@
 """One loop thread per worker process: a mailbox in, results out through futures and gates.
 
-The only file that knows both threads. The engine's thread appends to a deque and wakes the loop once for
-a burst of posts (2.5 us); it never waits here.
+The only file that knows both threads. The engine's thread appends to a deque and wakes the loop
+once for a burst of posts (2.5 us); it never waits here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from ..stages.payload import Receipt, Ticket
+    from ..stages.ticket import Receipt, Ticket
 
 
 class Portal:
     """Runs `main(stop)` on a loop of its own until `close()`."""
 
-    def __init__(self, main: Callable[[asyncio.Event, Callable[[], None]], Coroutine[Any, Any, None]]) -> None:
-        """`main` gets an event that is set when it should end, and calls its second argument once ready."""
+    def __init__(
+        self, main: Callable[[asyncio.Event, Callable[[], None]], Coroutine[Any, Any, None]]
+    ) -> None:
+        """`main` gets an event that is set when it should end, and calls its second argument once
+        ready."""
         self._main = main
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._awake = False
@@ -50,8 +53,11 @@ class Portal:
         """Start a coroutine on the loop."""
         return asyncio.run_coroutine_threadsafe(fn(*args), self._loop)
 
-    def call(self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any, timeout: float = 30.0) -> Any:
-        """Run a coroutine on the loop and wait for its result: for rare calls, not for the hot path."""
+    def call(
+        self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any, timeout: float = 30.0
+    ) -> Any:
+        """Run a coroutine on the loop and wait for its result: for rare calls, not for the hot
+        path."""
         return self.begin(fn, *args).result(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
@@ -73,7 +79,7 @@ class Portal:
     def _run(self) -> None:
         try:
             asyncio.run(self._life())
-        except BaseException as e:  # noqa: BLE001 - handed to whoever waits in start()
+        except BaseException as e:
             if not self._ready.done():
                 self._ready.set_exception(e)
             else:

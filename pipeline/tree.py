@@ -66,7 +66,6 @@ def dotted(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-
 def parse(file: Path, found: Findings, asked: Place | None = None) -> Tree | None:
     """The tree of a file; None if there is none. `asked`: where the file was named, if anywhere."""
     at = asked or Place(str(file))

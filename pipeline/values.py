@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BAD: Any = object()
 """What `convert` gives for a value that cannot be used; its problem has been noted."""
 
+
 def fill(
     cls: Any, table: Table, path: str, found: Findings, also: Set[str] = frozenset()
 ) -> Any | None:

@@ -1,7 +1,8 @@
 """One slab of host memory per worker, split into leases with a byte budget.
 
 The memory tier is this arena: an object there is a lease that the tier keeps. What a disk reads, a
-socket receives or a kernel gathers lands in the place it is served from, so promotion copies nothing.
+socket receives or a kernel gathers lands in the place it is served from, so promotion copies
+nothing.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ class Arena:
     async def reserve(self, nbytes: int) -> None:
         """Wait until `nbytes` of `working` are promised to nobody, and take the promise.
 
-        Whoever means to lease reserves first, for all it will need, so that no two requests each hold
-        half of what both wait for. Bound it with a cancel scope. Raises ArenaFull when it never could.
+        Whoever means to lease reserves first, for all it will need, so that no two requests each
+        hold half of what both wait for. Bound it with a cancel scope. Raises ArenaFull when it
+        never could.
         """
         if nbytes > self.working:
             raise ArenaFull(f"{nbytes} bytes never fit in {self.working}: raise budget.arena")

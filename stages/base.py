@@ -1,8 +1,9 @@
 """What a stage is: a step of a graph, built from options and a context, run on batches.
 
-A stage MUST NOT know its neighbours, start tasks, or write into what it was given (forks share it). It
-marks a piece lost where only that piece is bad; an exception means the stage itself is broken. What it
-takes (leases above all) it hands to `batch.defer`, so that it goes home by the same road always.
+A stage MUST NOT know its neighbours, start tasks, or write into what it was given (forks share
+it). It marks a piece lost where only that piece is bad; an exception means the stage itself is
+broken. What it takes (leases above all) it hands to `batch.defer`, so that it goes home by the
+same road always.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
     from .arena import Arena
     from .layout import Geometry
-    from .payload import Batch, Ticket
+    from .payload import Batch
+    from .ticket import Ticket
     from .tiers.breaker import Guarded
 
 
@@ -132,7 +134,7 @@ class Stage(ABC):
         """Stages of grain `request`, lane POOL: work on the whole request."""
         raise NotImplementedError
 
-    async def prepare(self, batch: Batch) -> None:
+    async def prepare(self, batch: Batch) -> None:  # noqa: B027 (most need nothing)
         """On the loop, before `apply`: take the leases it will need."""
 
     def apply(self, batch: Batch) -> Batch:
@@ -156,4 +158,3 @@ class LoopStage(Stage):
     async def apply_async(self, batch: Batch) -> Batch:
         """Stages of grain `frame`."""
         raise NotImplementedError
-

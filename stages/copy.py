@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from .layout import Geometry
     from .object import Header
-    from .payload import Piece, Ticket
+    from .payload import Piece
+    from .ticket import Ticket
 
     Slots = npt.NDArray[np.int64]
     Stop = npt.NDArray[np.uint8]
@@ -55,9 +56,9 @@ def frame_table(
 def gather(ticket: Ticket, frames: FrameTable, device: str) -> bool:
     """Fill frames from the ticket's cache and write their checksums; False: stopped half way.
 
-    Holds the ticket's guard, so that a caller who gave up never shares its memory with us.
+    A caller who gives up waits for it, and so never shares its memory with us.
     """
-    with ticket.guard:
+    with ticket.touching:
         if not ticket.stop[0] and ticket.table is not None:
             gather_now(ticket.table, frames, ticket.slots, ticket.stop, device)
     return bool((frames.status == PLACED).all())
@@ -65,7 +66,7 @@ def gather(ticket: Ticket, frames: FrameTable, device: str) -> bool:
 
 def scatter(ticket: Ticket, frames: FrameTable, device: str, *, verify: bool) -> None:
     """Verify frames and place their rows; `frames.status` says how far it came."""
-    with ticket.guard:
+    with ticket.touching:
         if not ticket.stop[0] and ticket.table is not None:
             scatter_now(ticket.table, frames, ticket.slots, ticket.stop, device, verify=verify)
 
@@ -90,7 +91,8 @@ def gather_now(
 def scatter_now(
     table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str, *, verify: bool
 ) -> None:
-    """The device's scatter of frames that are what their checksums say, finished when it returns."""
+    """The device's scatter of frames that are what their checksums say, finished when it returns.
+    """
     if device == "cpu":
         from ..triton_kernels.paged_copy_cpu import scatter_frames
 

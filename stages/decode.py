@@ -66,7 +66,8 @@ class Decode(Stage):
 
 def _decode(piece: Piece, i: int) -> None:
     """Verify and decode one frame into the plain object. Raises BadObject."""
-    assert piece.object is not None and piece.plain is not None
+    assert piece.object is not None
+    assert piece.plain is not None
     stored, plain = piece.object.header.frames[i], piece.plain.header.frames[i]
     data = piece.object.lease.view[stored.offset : stored.offset + stored.stored]
     if xxhash.xxh3_64_intdigest(data) != stored.checksum:

@@ -1,7 +1,7 @@
 """The error tree, whole, and the codes of what was lost.
 
-Errors are for callers who can do something: mend a file, pass another tensor. What goes wrong while a
-request is under way is data (`Lost`), because the engine simply recomputes it.
+Errors are for callers who can do something: mend a file, pass another tensor. What goes wrong
+while a request is under way is data (`Lost`), because the engine simply recomputes it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """gather: the engine's cache into frames, checksummed while they are hot.
 
-    pack: {use: gather}
+pack: {use: gather}
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .object import LINK, PAGE, Header, Object, aligned, header_size, plan_frame
 if TYPE_CHECKING:
     from .arena import Lease
     from .base import Context
-    from .payload import Batch, Piece, Ticket
+    from .payload import Batch, Piece
+    from .ticket import Ticket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,21 +77,20 @@ class Gather(Stage):
             return batch
         part, n = slice(batch.frames.start, batch.frames.stop), len(batch.frames)
         for i, piece in enumerate(live):
-            assert piece.checksums is not None and piece.done is not None and piece.object is not None
+            assert piece.checksums is not None
+            assert piece.object is not None
             piece.checksums[part] = frames.checksum[i * n : (i + 1) * n]
-            with batch.ticket.guard:  # two waves may end at once: one of them seals
-                piece.done[part] = 1
-                whole = bool(piece.done.all()) and not piece.object.sealed
-                if whole:
-                    piece.object.seal(piece.checksums.tolist())
+            if batch.ticket.done_with(piece, batch.frames):
+                piece.object.seal(piece.checksums.tolist())
         return batch
 
     def _header(self, ticket: Ticket, piece: Piece) -> Header:
         g, c = self.ctx.geometry, self.ctx.chunk
         raw = [g.frame_bytes(n, piece.tokens) for n in self.layers]
+        tokens = ticket.tokens[piece.start : piece.start + piece.tokens]
         return Header(
             key=piece.key, namespace=self.ctx.namespace, parent=piece.parent,
-            token_digest=sha256(ticket.tokens[piece.start : piece.start + piece.tokens].tobytes()).digest(),
+            token_digest=sha256(tokens.tobytes()).digest(),
             tokens=piece.tokens, grain=c.grain, group=c.group, geometry=g,
             frames=plan_frames(header_size(len(raw), len(piece.links) // LINK), raw, raw),
             links=piece.links,

@@ -2,8 +2,8 @@
 
     fetch: {use: get, promote: hot, hedge: 20 ms}
 
-Each object comes from the first tier of its plan that delivers it; what comes from a colder tier and proves
-whole is promoted, in place: the lease it was read into becomes the memory tier's.
+Each object comes from the first tier of its plan that delivers it; what comes from a colder tier
+and proves whole is promoted, in place: the lease it was read into becomes the memory tier's.
 """
 
 from __future__ import annotations

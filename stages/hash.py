@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .payload import Ticket
+    from .ticket import Ticket
 
 _SLICE = 128
 """Grains hashed between two chances for another thread to take the GIL."""
@@ -79,4 +79,6 @@ class Hash(Stage):
         if self.ctx.geometry.native:  # a started block cannot be kept as a block
             block = self.ctx.geometry.block_tokens
             tokens = tokens[: len(tokens) // block * block]
-        ticket.pieces = chunks(ticket.seed, tokens, chunk=c.tokens, grain=c.grain, partial=c.partial)
+        ticket.pieces = chunks(
+            ticket.seed, tokens, chunk=c.tokens, grain=c.grain, partial=c.partial
+        )

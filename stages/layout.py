@@ -6,9 +6,9 @@ layout to care about. A layout is named by the letters of a layer's tensor, in o
     2  K and V (length 2)     B  blocks    N  tokens in a block    H  heads    D  channels
     S  token slots (a pool without blocks)  C  K and V of a token side by side (2 x channels)
 
-so vLLM's flash layout is `2BNHD`; a tuple (K, V) per layer is written without the 2, as `BNHD`. `BHC`
-layouts whose K is transposed inside the block (vLLM's CPU attention) are `BHNC-KT`. Nothing is guessed:
-a shape that fits two layouts is refused, with the names to choose from.
+so vLLM's flash layout is `2BNHD`; a tuple (K, V) per layer is written without the 2, as `BNHD`.
+`BHC` layouts whose K is transposed inside the block (vLLM's CPU attention) are `BHNC-KT`. Nothing
+is guessed: a shape that fits two layouts is refused, with the names to choose from.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _PAIRS = ("BNHD", "BHND", "SHD")
 class Geometry:
     """The shape of KV as kept: what a frame's bytes mean.
 
-    Canonical: `[kv, layers, tokens, heads, dim]`. Native: `[kv, layers, blocks, 1, dim]`, where a row is
-    one opaque block of the engine and `dim` its length in elements.
+    Canonical: `[kv, layers, tokens, heads, dim]`. Native: `[kv, layers, blocks, 1, dim]`, where a
+    row is one opaque block of the engine and `dim` its length in elements.
     """
 
     kv: int
@@ -68,6 +68,7 @@ class Geometry:
 
     def frame_bytes(self, layers: int, tokens: int) -> int:
         return self.kv * layers * self.rows(tokens) * self.row_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
@@ -108,15 +109,21 @@ class KVLayout:
         if not tokens:
             raise LayoutError(f"{full} has no blocks of its own: say block_tokens=")
         if block_tokens is not None and "N" in size and block_tokens != tokens:
-            raise LayoutError(f"block_tokens={block_tokens}, but {full} {tuple(first.shape)} has {tokens}")
+            raise LayoutError(
+                f"block_tokens={block_tokens}, but {full} {tuple(first.shape)} has {tokens}"
+            )
         dtype = str(first.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise LayoutError(f"dtype {dtype} is not kept; known: {', '.join(DTYPES)}")
         dim = size["C"] // 2 if "C" in size else size["D"]
         if stride["C" if "C" in size else "D"] != 1:
-            raise LayoutError(f"the last letter of {full} must be contiguous, stride is {first.stride()}")
+            raise LayoutError(
+                f"the last letter of {full} must be contiguous, stride is {first.stride()}"
+            )
         if "C" in size and (size["C"] % 2 or (full.endswith("-KT") and stride["N"] != size["C"])):
-            raise LayoutError(f"{full} wants dense blocks of K and V side by side, got {tuple(first.shape)}")
+            raise LayoutError(
+                f"{full} wants dense blocks of K and V side by side, got {tuple(first.shape)}"
+            )
         layout = cls(
             order=full, layers=len(caches), block_tokens=tokens,
             blocks=size["B"] if "B" in size else size["S"] // tokens,
@@ -139,7 +146,21 @@ class KVLayout:
     @property
     def slots(self) -> int:
         """Token slots per layer."""
-        return self.shape[self.order.index("S")] if "S" in self.order else self.blocks * self.block_tokens
+        return (
+            self.shape[self.order.index("S")]
+            if "S" in self.order
+            else self.blocks * self.block_tokens
+        )
+
+    @property
+    def dense(self) -> bool:
+        """A layer's tensor has no gaps."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size > 1 and stride != step:
+                return False
+            step *= size
+        return True
 
     @property
     def rows_contiguous(self) -> bool:
@@ -177,9 +198,16 @@ class KVLayout:
         for i, layer in enumerate(caches):
             parts = layer if isinstance(layer, (tuple, list)) else (layer,)
             if len(parts) != (2 if paired else 1):
-                raise LayoutError(f"layer {i}: {self.order} wants {'(K, V)' if paired else 'one tensor'}")
+                raise LayoutError(
+                    f"layer {i}: {self.order} wants {'(K, V)' if paired else 'one tensor'}"
+                )
             for t in parts:
-                seen = (tuple(t.shape), tuple(t.stride()), str(t.dtype).removeprefix("torch."), t.device.type)
+                seen = (
+                    tuple(t.shape),
+                    tuple(t.stride()),
+                    str(t.dtype).removeprefix("torch."),
+                    t.device.type,
+                )
                 if seen != (self.shape, self.stride, self.dtype, self.device):
                     raise LayoutError(
                         f"layer {i}: shape, stride, dtype, device are {seen}; the layout has "
@@ -190,7 +218,9 @@ class KVLayout:
         """Pointers into `caches` (checked first). The caller keeps the tensors alive."""
         self.check(caches)
         item = self.geometry(native=False).itemsize
-        size = {c: n * item for c, n in zip(self.order.removesuffix("-KT"), self.stride, strict=True)}
+        size = {
+            c: n * item for c, n in zip(self.order.removesuffix("-KT"), self.stride, strict=True)
+        }
         pointers = [
             [t.data_ptr() for t in (layer if isinstance(layer, (tuple, list)) else (layer,))]
             for layer in caches
@@ -207,7 +237,10 @@ class KVLayout:
         if "C" in size:
             apart = [0, self.dim * (self.block_tokens if self.order.endswith("-KT") else 1) * item]
             if self.order.endswith("-KT"):  # K is [D, N], V is [N, D], one after the other
-                rows = [[*whole, item, head, self.block_tokens * item], [*whole, self.dim * item, head, item]]
+                rows = [
+                    [*whole, item, head, self.block_tokens * item],
+                    [*whole, self.dim * item, head, item],
+                ]
         else:
             apart = [0, size.get("2", 0)]
         base = [p[min(k, len(p) - 1)] + apart[k] for k in range(self.kv) for p in pointers]
@@ -231,12 +264,15 @@ class KVLayout:
         """Token slots of a block table. Raises InputError when it is too short or out of range."""
         raw = blocks.detach().cpu().numpy() if hasattr(blocks, "detach") else np.asarray(blocks)
         if raw.ndim != 1 or raw.dtype.kind not in "iu":
-            raise InputError(f"blocks must be a 1-D array of integers, got {raw.ndim}-D {raw.dtype}")
+            raise InputError(
+                f"blocks must be a 1-D array of integers, got {raw.ndim}-D {raw.dtype}"
+            )
         slots = raw.astype(np.int64)[:, None] * self.block_tokens + np.arange(self.block_tokens)
         return self.check_slots(slots.reshape(-1), tokens)
 
     def block_rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Blocks behind token slots that fill whole blocks, the last one perhaps not; for native order.
+        """Blocks behind token slots that fill whole blocks, the last one perhaps not; for native
+        order.
 
         Raises InputError where the slots jump inside a block.
         """
@@ -253,14 +289,21 @@ class KVLayout:
     def _block(self) -> tuple[int, int]:
         """(planes per layer, elements) of a native block; a block must be one run of memory."""
         letters = self.order.removesuffix("-KT")
-        size, step = dict(zip(letters, self.shape, strict=True)), dict(zip(letters, self.stride, strict=True))
+        size, step = (
+            dict(zip(letters, self.shape, strict=True)),
+            dict(zip(letters, self.stride, strict=True)),
+        )
         if "S" in size:
-            raise LayoutError(f"{self.order} has no blocks to keep in native order: use order: canonical")
+            raise LayoutError(
+                f"{self.order} has no blocks to keep in native order: use order: canonical"
+            )
         inner = sorted((c for c in letters if c not in "2B"), key=lambda c: step[c])
         words = 1
         for c in inner:
             if step[c] != words and size[c] > 1:
-                raise LayoutError(f"a block of {self.order} with strides {self.stride} is not contiguous")
+                raise LayoutError(
+                    f"a block of {self.order} with strides {self.stride} is not contiguous"
+                )
             words *= size[c]
         return (1 if "C" in size or self.order == "BND" else 2), words
 
@@ -278,7 +321,9 @@ def _resolve(order: str, shape: tuple[int, ...], paired: bool) -> str:
         and ("2" not in name or shape[name.index("2")] == 2)
     ]
     if len(fits) != 1:
-        what = "fits " + " and ".join(fits) + ": name the one it is" if fits else "fits none of them"
+        what = (
+            "fits " + " and ".join(fits) + ": name the one it is" if fits else "fits none of them"
+        )
         pair = "a (K, V) pair of " if paired else ""
         raise LayoutError(f"order {order} ({', '.join(names)}): {pair}shape {shape} {what}")
     return fits[0]

@@ -19,7 +19,8 @@ from .errors import Lost
 
 if TYPE_CHECKING:
     from .base import Context
-    from .payload import Piece, Ticket
+    from .payload import Piece
+    from .ticket import Ticket
     from .tiers.breaker import Guarded
 
 _SLICE = 32
@@ -61,9 +62,7 @@ class Lookup(LoopStage):
             await self._prefix(ticket, tiers, known)
 
     def peek(self, ticket: Ticket) -> None:
-        tiers = {
-            n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available
-        }
+        tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}
         plan = []
         for piece in ticket.pieces:
             self._serve(piece, tiers, {})
@@ -73,7 +72,9 @@ class Lookup(LoopStage):
                 break
         ticket.pieces = plan
 
-    async def _ask_remote(self, tiers: dict[str, Guarded], pieces: list[Piece]) -> dict[str, list[bool]]:
+    async def _ask_remote(
+        self, tiers: dict[str, Guarded], pieces: list[Piece]
+    ) -> dict[str, list[bool]]:
         keys = [p.key for p in pieces]
         known: dict[str, list[bool]] = {}
 
@@ -157,7 +158,9 @@ class Lookup(LoopStage):
         total = len(ticket.tokens)
         best, cut, spent, tokens = total / ticket.prefill_rate, 0, 0.0, 0
         for n, piece in enumerate(plan, start=1):
-            cost = self.ctx.tiers[piece.tiers[0]].cost(self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take))
+            cost = self.ctx.tiers[piece.tiers[0]].cost(
+                self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take)
+            )
             spent += cost or 0.0
             tokens += piece.take
             ends = spent + (total - tokens) / ticket.prefill_rate

@@ -3,9 +3,9 @@
     land: {use: to_host}
     lift: {use: to_device}
 
-The arena is page-locked and the kernels read and write it directly, so frames lie on the host as soon as
-they are gathered and are placed from there: on CPU and on CUDA alike these stages pass batches on. They
-stand in graphs so that a codec's place (`host`, `device`) is checked.
+The arena is page-locked and the kernels read and write it directly, so frames lie on the host as
+soon as they are gathered and are placed from there: on CPU and on CUDA alike these stages pass
+batches on. They stand in graphs so that a codec's place (`host`, `device`) is checked.
 """
 
 from __future__ import annotations

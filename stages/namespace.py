@@ -56,7 +56,11 @@ class Namespace:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, tuple):
-                flat = [str(v) for v in value] if f.name != "tags" else [str(p) for kv in value for p in kv]
+                flat = (
+                    [str(v) for v in value]
+                    if f.name != "tags"
+                    else [str(p) for kv in value for p in kv]
+                )
                 value = tlv(*((str(i), v.encode()) for i, v in enumerate(flat)))
             named.append((f.name, value if isinstance(value, bytes) else value.encode()))
         return tlv(*named)

@@ -14,9 +14,9 @@ header carries its own checksum and one for every frame, so no byte is believed 
         32   32 key
         64   32 namespace digest
         96   32 parent link (the prefix under which this KV was captured)
-       128   32 sha256 of the tokens as little-endian int32
-       160   40 tokens, grain, group, kv, layers, heads, dim, block_tokens, dtype, frames, links
-       200   .. frames x 40: offset, stored bytes, raw bytes, xxh3-64 of the stored bytes, codec chain
+       128   32 sha256 of the tokens as little-endian int32 160   40 tokens, grain, group, kv,
+       layers, heads, dim, block_tokens, dtype, frames, links 200   .. frames x 40: offset, stored
+       bytes, raw bytes, xxh3-64 of the stored bytes, codec chain
         ..   .. links x 32: the chain's grain links inside the chunk, the last of which is the key
 """
 
@@ -123,7 +123,9 @@ class Header:
         if magic != _MAGIC:
             raise BadObject(f"not an object: magic is {magic!r}, not {_MAGIC!r}")
         if version != _VERSION:
-            raise BadObject(f"object version {version} is not {_VERSION}: written by another tierloom")
+            raise BadObject(
+                f"object version {version} is not {_VERSION}: written by another tierloom"
+            )
         if not PAGE <= size <= 64 * PAGE or size % PAGE:
             raise BadObject(f"header length {size} is impossible")
         return int(size)
@@ -184,7 +186,11 @@ class Header:
         end = header_bytes
         for i, f in enumerate(self.frames):
             layers = min(self.group, self.geometry.layers - i * self.group)
-            if f.offset != end or not f.stored or f.raw != self.geometry.frame_bytes(layers, self.tokens):
+            if (
+                f.offset != end
+                or not f.stored
+                or f.raw != self.geometry.frame_bytes(layers, self.tokens)
+            ):
                 raise BadObject(f"frame {i} contradicts the geometry")
             if not f.codecs and f.stored != f.raw:
                 raise BadObject(f"frame {i} is plain but {f.stored} of {f.raw} bytes long")

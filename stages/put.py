@@ -1,6 +1,6 @@
 """put: whole objects into a tier.
 
-    warm: {use: put, tier: warm, when_full: drop}
+warm: {use: put, tier: warm, when_full: drop}
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Put(LoopStage):
                 batch.ticket.deliver(name)
             else:
                 batch.lose(piece, code)
+        self.ctx.tiers[name].settle([p.key for p in batch.ticket.pieces if name in p.took])
         return batch
 
     async def _object(self, batch: Batch, piece: Piece) -> Object:
@@ -77,7 +78,9 @@ class Put(LoopStage):
                 f._replace(codecs=e.codecs)
                 for f, e in zip(
                     plan_frames(
-                        plain.header.header_bytes, [f.raw for f in frames], [len(f.data) for f in frames]
+                        plain.header.header_bytes,
+                        [f.raw for f in frames],
+                        [len(f.data) for f in frames],
                     ),
                     frames,
                     strict=True,

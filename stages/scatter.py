@@ -2,8 +2,8 @@
 
     place: {use: scatter}
 
-A frame is checked and placed in one go, and a bad one is never placed: its chunk and those after it are
-reported, and the engine computes them.
+A frame is checked and placed in one go, and a bad one is never placed: its chunk and those after
+it are reported, and the engine computes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from .base import Lane, Stage
 from .errors import Lost
 
 if TYPE_CHECKING:
-    from .base import Context
     from .payload import Batch, Piece
 
 
@@ -68,5 +67,3 @@ class Scatter(Stage):
                 batch.lose(piece, batch.ticket.cancelled or Lost.CANCELLED)
             elif piece.done.all():
                 piece.nbytes = self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take)
-
-

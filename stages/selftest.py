@@ -1,7 +1,8 @@
 """The layout's self-test: a pattern through gather and scatter, on the engine's own tensors.
 
-It compares with plain indexing of the tensors, which knows nothing of pointers and strides. What it
-writes it puts back, so it runs before the first request and needs no memory of its own in the engine.
+It compares with plain indexing of the tensors, which knows nothing of pointers and strides. What
+it writes it puts back, so it runs before the first request and needs no memory of its own in the
+engine.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def token(layout: KVLayout, layer: Any, kv: int, slot: int) -> torch.Tensor:
             view = layer[block, :, at, kv * layout.dim : (kv + 1) * layout.dim]
         case "BHNC-KT":
             flat = layer[block].reshape(layout.heads, 2, -1)[:, kv]
-            shape = (layout.dim, layout.block_tokens) if kv == 0 else (layout.block_tokens, layout.dim)
+            shape = (
+                (layout.dim, layout.block_tokens) if kv == 0 else (layout.block_tokens, layout.dim)
+            )
             inner = flat.reshape(layout.heads, *shape)
             view = inner[:, :, at] if kv == 0 else inner[:, at]
         case other:
@@ -84,7 +87,9 @@ def check_layout(layout: KVLayout, caches: Sequence[Any], *, native: bool) -> No
         if frames.status[0] != PLACED:
             raise LayoutError(f"{layout.order}: a frame did not survive in memory")
         if not np.array_equal(_bytes(layout, caches, slots), pattern):
-            raise LayoutError(f"{layout.order}: what was gathered and scattered is not what was written")
+            raise LayoutError(
+                f"{layout.order}: what was gathered and scattered is not what was written"
+            )
         flat = np.frombuffer(lease.view, np.uint8)[: pattern.nbytes].reshape(pattern.shape)
         if not native and not np.array_equal(flat, pattern):
             raise LayoutError(f"{layout.order}: gathered bytes are not in canonical order")
@@ -95,7 +100,9 @@ def check_layout(layout: KVLayout, caches: Sequence[Any], *, native: bool) -> No
         arena.close()
 
 
-def _bytes(layout: KVLayout, caches: Sequence[Any], slots: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _bytes(
+    layout: KVLayout, caches: Sequence[Any], slots: Any
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """[kv, layers, tokens, row bytes] by plain indexing."""
     import torch
 
@@ -125,7 +132,12 @@ def _frame(layout: KVLayout, address: int, tokens: int, *, native: bool) -> Fram
     rows = geometry.rows(tokens)
     nbytes = geometry.frame_bytes(layout.layers, tokens)
     return FrameTable(
-        np.array([address], np.int64), np.array([nbytes], np.int64),
-        np.array([[0, layout.layers]], np.int32), np.array([rows], np.int32), np.array([rows], np.int32),
-        np.zeros(1, np.int64), np.zeros(1, np.uint64), np.zeros(1, np.uint8),
-    )  # fmt: skip
+        address=np.array([address], np.int64),
+        nbytes=np.array([nbytes], np.int64),
+        layer=np.array([[0, layout.layers]], np.int32),
+        rows=np.array([rows], np.int32),
+        take=np.array([rows], np.int32),
+        slot0=np.zeros(1, np.int64),
+        checksum=np.zeros(1, np.uint64),
+        status=np.zeros(1, np.uint8),
+    )

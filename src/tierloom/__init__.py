@@ -1,12 +1,13 @@
-"""tierloom keeps the KV cache of large language models and gives it back when the same text comes again.
+"""tierloom keeps the KV cache of large language models and gives it back when the same text comes
+again.
 
-    import tierloom
-    from tierloom import KVLayout
+import tierloom
+from tierloom import KVLayout
 
-    layout = KVLayout.from_tensors(caches, order="NHD")
-    with tierloom.open("tiered", layout=layout, model="my-model") as pipe:
-        pipe.store(tokens, caches, slots).wait()
-        pipe.retrieve(tokens, caches, slots).wait()
+layout = KVLayout.from_tensors(caches, order="NHD")
+with tierloom.open("tiered", layout=layout, model="my-model") as pipe:
+    pipe.store(tokens, caches, slots).wait()
+    pipe.retrieve(tokens, caches, slots).wait()
 """
 
 from __future__ import annotations
@@ -31,33 +32,61 @@ if TYPE_CHECKING:
         TierloomError,
     )
     from .stages.layout import KVLayout
-    from .stages.payload import Receipt, Ticket
+    from .stages.ticket import Receipt, Ticket
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "KVLayout": "stages.layout", "Pipeline": "pipeline.pipeline",
-    "Receipt": "stages.payload", "Ticket": "stages.payload",
+    "KVLayout": "stages.layout",
+    "Pipeline": "pipeline.pipeline",
+    "Receipt": "stages.ticket",
+    "Ticket": "stages.ticket",
 } | dict.fromkeys(
-    ("ArenaFull", "BadObject", "Closed", "ConfigError", "InputError", "LayoutError", "Lost",
-     "TierDown", "TierloomError"), "stages.errors",
-)  # fmt: skip
+    (
+        "ArenaFull",
+        "BadObject",
+        "Closed",
+        "ConfigError",
+        "InputError",
+        "LayoutError",
+        "Lost",
+        "TierDown",
+        "TierloomError",
+    ),
+    "stages.errors",
+)
 
 __all__ = [
-    "ArenaFull", "BadObject", "Closed", "ConfigError", "InputError", "KVLayout", "LayoutError", "Lost",
-    "Pipeline", "Receipt", "Ticket", "TierDown", "TierloomError", "open",
-]  # fmt: skip
+    "ArenaFull",
+    "BadObject",
+    "Closed",
+    "ConfigError",
+    "InputError",
+    "KVLayout",
+    "LayoutError",
+    "Lost",
+    "Pipeline",
+    "Receipt",
+    "Ticket",
+    "TierDown",
+    "TierloomError",
+    "open",
+]
 
 
 def open(
-    config: str | Path | Mapping[str, Any], *, layout: KVLayout, model: str,
-    overrides: Mapping[str, Any] | None = None, **identity: Any,
-) -> Pipeline:  # fmt: skip
+    config: str | Path | Mapping[str, Any],
+    *,
+    layout: KVLayout,
+    model: str,
+    overrides: Mapping[str, Any] | None = None,
+    **identity: Any,
+) -> Pipeline:
     """Open a pipeline: a preset's name, a YAML file or a mapping, for caches laid out as `layout`.
 
-    `overrides` replaces single values by their path, `{"tiers.warm.path": "/data/kv"}`. `model`, and where
-    known `weights=`, `rope=`, `layers=` and `heads=`, say whose KV this is: nothing is shared across
-    different ones. Raises ConfigError with every problem of the configuration.
+    `overrides` replaces single values by their path, `{"tiers.warm.path": "/data/kv"}`. `model`,
+    and where known `weights=`, `rope=`, `layers=` and `heads=`, say whose KV this is: nothing is
+    shared across different ones. Raises ConfigError with every problem of the configuration.
     """
     from .pipeline.check import load
     from .pipeline.pipeline import Pipeline

@@ -1,4 +1,5 @@
-"""What every encoding stage shares: frames in, smaller frames out, the chunk's plain object untouched."""
+"""What every encoding stage shares: frames in, smaller frames out, the chunk's plain object
+untouched."""
 
 from __future__ import annotations
 

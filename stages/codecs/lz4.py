@@ -1,6 +1,6 @@
 """lz4: lossless and light, behind byte planes (without them KV hardly shrinks).
 
-    shrink: {use: lz4, planes: true}
+shrink: {use: lz4, planes: true}
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from .table import LZ4
 
 if TYPE_CHECKING:
     from .table import Bytes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lz4Options:

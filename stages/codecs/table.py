@@ -1,7 +1,7 @@
 """What a frame's codec ids mean: the table that `decode` reads, so that any config reads any frame.
 
-A codec turns bytes into bytes: `encode(data, itemsize)` and `decode(data, raw, itemsize)`, `raw` being the
-length of what comes out. Ids are part of the format and never reused.
+A codec turns bytes into bytes: `encode(data, itemsize)` and `decode(data, raw, itemsize)`, `raw`
+being the length of what comes out. Ids are part of the format and never reused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Decoder(Protocol):
 
 
 def split_planes(data: Bytes, itemsize: int) -> bytes:
-    """Byte i of every element side by side, for i = 0, 1, ...: exponents compress, mantissas do not."""
+    """Byte i of every element side by side, for i = 0, 1, ...: exponents compress, mantissas do
+    not."""
     return np.frombuffer(data, np.uint8).reshape(-1, itemsize).T.tobytes()
 
 

@@ -1,6 +1,6 @@
 """zstd: lossless, behind byte planes.
 
-    shrink: {use: zstd, level: 3, planes: true}
+shrink: {use: zstd, level: 3, planes: true}
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from .table import ZSTD
 
 if TYPE_CHECKING:
     from .table import Bytes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZstdOptions:

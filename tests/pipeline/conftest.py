@@ -17,21 +17,34 @@ from tierloom import KVLayout, Pipeline
 sys.path.insert(0, str(Path(__file__).parent))
 
 SHAPES = {
-    "2BNHD": lambda b, n, h, d: (2, b, n, h, d), "B2NHD": lambda b, n, h, d: (b, 2, n, h, d),
-    "2BHND": lambda b, n, h, d: (2, b, h, n, d), "B2HND": lambda b, n, h, d: (b, 2, h, n, d),
-    "BNHD": lambda b, n, h, d: (b, n, h, d), "BHND": lambda b, n, h, d: (b, h, n, d),
-    "SHD": lambda b, n, h, d: (b * n, h, d), "BND": lambda b, n, h, d: (b, n, h * d),
-    "BHNC": lambda b, n, h, d: (b, h, n, 2 * d), "BHNC-KT": lambda b, n, h, d: (b, h, n, 2 * d),
-}  # fmt: skip
+    "2BNHD": lambda b, n, h, d: (2, b, n, h, d),
+    "B2NHD": lambda b, n, h, d: (b, 2, n, h, d),
+    "2BHND": lambda b, n, h, d: (2, b, h, n, d),
+    "B2HND": lambda b, n, h, d: (b, 2, h, n, d),
+    "BNHD": lambda b, n, h, d: (b, n, h, d),
+    "BHND": lambda b, n, h, d: (b, h, n, d),
+    "SHD": lambda b, n, h, d: (b * n, h, d),
+    "BND": lambda b, n, h, d: (b, n, h * d),
+    "BHNC": lambda b, n, h, d: (b, h, n, 2 * d),
+    "BHNC-KT": lambda b, n, h, d: (b, h, n, 2 * d),
+}
 
 
 class Engine:
     """Caches of one order, filled with noise, and the blocks of requests."""
 
     def __init__(
-        self, order: str = "2BNHD", *, layers: int = 6, blocks: int = 40, block: int = 16, heads: int = 2,
-        dim: int = 8, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        order: str = "2BNHD",
+        *,
+        layers: int = 6,
+        blocks: int = 40,
+        block: int = 16,
+        heads: int = 2,
+        dim: int = 8,
+        dtype: torch.dtype = torch.bfloat16,
+        seed: int = 0,
+    ) -> None:
         self.order, self.block, self.blocks = order, block, blocks
         self.heads, self.dim, self.layers = heads, dim, layers
         self._rng = np.random.default_rng(seed)
@@ -55,9 +68,15 @@ class Engine:
     def blank(self) -> Engine:
         """The same engine with 0xA5 in every byte."""
         other = Engine(
-            self.order, layers=self.layers, blocks=self.blocks, block=self.block, heads=self.heads,
-            dim=self.dim, dtype=self.flat[0].dtype, seed=1,
-        )  # fmt: skip
+            self.order,
+            layers=self.layers,
+            blocks=self.blocks,
+            block=self.block,
+            heads=self.heads,
+            dim=self.dim,
+            dtype=self.flat[0].dtype,
+            seed=1,
+        )
         for t in other.flat:
             t.view(torch.uint8).fill_(0xA5)
         return other
@@ -70,13 +89,17 @@ class Engine:
         """[kv, layers, tokens, heads, dim] as bytes, by plain indexing."""
         from tierloom.stages.selftest import token
 
-        return torch.stack([
-            torch.stack([
-                torch.stack([token(self.layout, c, kv, int(s)).contiguous() for s in slots])
-                for c in self.caches
-            ])
-            for kv in range(self.layout.kv)
-        ]).view(torch.uint8)  # fmt: skip
+        return torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.stack([token(self.layout, c, kv, int(s)).contiguous() for s in slots])
+                        for c in self.caches
+                    ]
+                )
+                for kv in range(self.layout.kv)
+            ]
+        ).view(torch.uint8)
 
     def untouched(self, slots: np.ndarray) -> bool:
         """Nothing but `slots` was written (of a `blank` engine)."""
@@ -97,18 +120,23 @@ MEMORY = {
     "graphs": {
         "store": {
             "stages": {
-                "keys": {"use": "hash"}, "fresh": {"use": "lookup", "want": "absent"},
-                "pack": {"use": "gather"}, "hot": {"use": "put", "tier": "hot"},
+                "keys": {"use": "hash"},
+                "fresh": {"use": "lookup", "want": "absent"},
+                "pack": {"use": "gather"},
+                "hot": {"use": "put", "tier": "hot"},
             },
         },
         "retrieve": {
             "stages": {
-                "keys": {"use": "hash"}, "plan": {"use": "lookup"}, "fetch": {"use": "get"},
-                "grow": {"use": "decode"}, "place": {"use": "scatter"},
+                "keys": {"use": "hash"},
+                "plan": {"use": "lookup"},
+                "fetch": {"use": "get"},
+                "grow": {"use": "decode"},
+                "place": {"use": "scatter"},
             },
         },
     },
-}  # fmt: skip
+}
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -128,7 +156,13 @@ def config(**changes: Any) -> dict[str, Any]:
 def with_disk(path: Path, **changes: Any) -> dict[str, Any]:
     """Memory over disk, written through."""
     made = config(
-        tiers__warm={"use": "disk", "path": str(path), "capacity": "64 MiB", "segment": "16 MiB", "keep_free": "1 MiB"},
+        tiers__warm={
+            "use": "disk",
+            "path": str(path),
+            "capacity": "64 MiB",
+            "segment": "16 MiB",
+            "keep_free": "1 MiB",
+        },
         **changes,
     )
     made["graphs"]["store"]["stages"]["warm"] = {"use": "put", "tier": "warm", "when_full": "block"}

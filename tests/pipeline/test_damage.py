@@ -42,7 +42,11 @@ def test_flipped_bits_in_memory(opened: Open, codec: str | None) -> None:
     if codec:
         stages = source["graphs"]["store"]["stages"]
         del stages["hot"]
-        stages |= {"host": {"use": "to_host"}, "s": {"use": codec}, "hot": {"use": "put", "tier": "hot"}}
+        stages |= {
+            "host": {"use": "to_host"},
+            "s": {"use": codec},
+            "hot": {"use": "put", "tier": "hot"},
+        }
     engine = Engine()
     for t in engine.flat:
         t.copy_(t.round())
@@ -53,7 +57,9 @@ def test_flipped_bits_in_memory(opened: Open, codec: str | None) -> None:
     for _ in range(25):
         views = hot_objects(pipe)
         k = int(rng.integers(len(views)))
-        bit = int(rng.integers(4096 * 8, len(views[k]) * 8))  # the header in memory is not read again
+        bit = int(
+            rng.integers(4096 * 8, len(views[k]) * 8)
+        )  # the header in memory is not read again
         views[k][bit // 8] ^= 1 << bit % 8
         del views
         n = never_wrong(pipe, engine, at)
@@ -83,7 +89,9 @@ def test_a_corrupt_chunk_is_counted_and_stored_again(opened: Open) -> None:
 
 def damaged_disk(folder: Path, rng: np.random.Generator, kind: str, size: int) -> None:
     """Damage one object of the given size somewhere in the segment files."""
-    files = sorted(folder.rglob("*.seg")) or sorted(p for p in folder.rglob("*") if p.stat().st_size >= size)
+    files = sorted(folder.rglob("*.seg")) or sorted(
+        p for p in folder.rglob("*") if p.stat().st_size >= size
+    )
     path = files[int(rng.integers(len(files)))]
     raw = bytearray(path.read_bytes())
     starts = [i for i in range(0, len(raw), 4096) if raw[i : i + 4] == b"TLM1"]

@@ -36,7 +36,10 @@ def faulty(fault: str, pace: Any, **changes: Any) -> dict[str, Any]:
     """A good memory tier in front of the faulty one; both are written to."""
     warm = FAULTS[fault] | {"capacity": "8 MiB", "timeout": "300 ms", "probe": "100 ms"}
     made = config(
-        tiers__warm=warm, graphs__store__deadline="400 ms", graphs__retrieve__deadline="400 ms", **changes
+        tiers__warm=warm,
+        graphs__store__deadline="400 ms",
+        graphs__retrieve__deadline="400 ms",
+        **changes,
     )
     made["graphs"]["store"]["stages"]["warm"] = {"use": "put", "tier": "warm", "when_full": "block"}
     if pace:
@@ -94,16 +97,21 @@ def test_a_dead_tier_opens_its_breaker_and_is_left_out(opened: Open) -> None:
 def test_a_slow_branch_never_holds_back_its_sibling(opened: Open) -> None:
     engine = Engine(layers=4)
     source = faulty("slower than the deadline", None)
-    source["graphs"]["store"]["stages"]["warm"] = {"use": "put", "tier": "warm", "depth": 1, "width": 1}
+    source["graphs"]["store"]["stages"]["warm"] = {
+        "use": "put",
+        "tier": "warm",
+        "depth": 1,
+        "width": 1,
+    }
     source["tiers"]["warm"]["timeout"] = "10 s"
     pipe = opened(source, engine)
     at = engine.slots(64)
     tickets = [pipe.store(tokens(64, seed=s), engine.caches, at) for s in range(12)]
-    for n in range(200):
+    for _ in range(200):
         if pipe.stats()["tiers"]["hot"]["puts"] == 12:
             break
         time.sleep(0.01)
-    assert pipe.stats()["tiers"]["hot"]["puts"] == 12, f"held back after {n} looks"
+    assert pipe.stats()["tiers"]["hot"]["puts"] == 12, "held back"
     receipts = [t.wait() for t in tickets]
     assert sum(r.lost.get(Lost.FULL, 0) for r in receipts) >= 8
     assert pipe.stats()["graphs"]["store"]["dropped"] >= 8
@@ -115,8 +123,12 @@ def test_block_and_spill_lose_nothing(opened: Open, policy: str) -> None:
     source = faulty("slow", None)
     source["graphs"]["store"]["deadline"] = "20 s"
     source["graphs"]["store"]["stages"]["warm"] = {
-        "use": "put", "tier": "warm", "depth": 1, "width": 1, "when_full": policy,
-    }  # fmt: skip
+        "use": "put",
+        "tier": "warm",
+        "depth": 1,
+        "width": 1,
+        "when_full": policy,
+    }
     pipe = opened(source, engine)
     at = engine.slots(64)
     tickets = [pipe.store(tokens(64, seed=s), engine.caches, at) for s in range(12)]
@@ -134,8 +146,11 @@ def test_the_engine_never_waits_past_its_deadline(opened: Open) -> None:
     settle(pipe)
     pipe._portal.call(pipe.tiers["hot"].clear)
     for wait in (
-        lambda t: t.wait(), lambda t: t.wait(timeout=0.1), lambda t: t.wait_layer(0), lambda t: t.captured(),
-    ):  # fmt: skip
+        lambda t: t.wait(),
+        lambda t: t.wait(timeout=0.1),
+        lambda t: t.wait_layer(0),
+        lambda t: t.captured(),
+    ):
         target = engine.blank()
         ticket = pipe.retrieve(ids, target.caches, at)
         wait(ticket)
@@ -167,7 +182,9 @@ def test_cancelled_at_any_point(opened: Open, graph: str, when: str) -> None:
     frozen = [t.clone() for t in target.flat]
     receipt = ticket.wait()
     settle(pipe)
-    assert all(torch.equal(a, b) for a, b in zip(frozen, target.flat, strict=True)), "written after cancel()"
+    assert all(torch.equal(a, b) for a, b in zip(frozen, target.flat, strict=True)), (
+        "written after cancel()"
+    )
     if steps < 12:
         assert receipt.tokens == 0
         assert graph == "retrieve" or pipe.lookup(ids) == 0
@@ -215,10 +232,13 @@ def test_a_broken_stage_is_logged_once_and_the_graph_stands_aside(
 
 
 def test_torture(opened: Open) -> None:
-    """Random requests, cancelled at random, over a flaky tier: bounded, and everything comes home."""
+    """Random requests, cancelled at random, over a flaky tier: bounded, and everything comes home.
+    """
     rng = np.random.default_rng(0)
     engine = Engine(blocks=80)
-    pipe = opened(faulty("flaky", {"by": "layer", "window": 1}, tiers__hot__capacity="1 MiB"), engine)
+    pipe = opened(
+        faulty("flaky", {"by": "layer", "window": 1}, tiers__hot__capacity="1 MiB"), engine
+    )
     prompts = [tokens(int(rng.integers(1, 400)), seed=s) for s in range(12)]
     slots = [engine.slots(len(p)) for p in prompts]
     truth = [engine.rows(s) for s in slots]

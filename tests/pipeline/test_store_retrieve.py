@@ -52,7 +52,9 @@ def test_native_and_canonical_order(opened: Open, order: str, kept: str) -> None
     assert target.untouched(to[:whole])
 
 
-def test_canonical_bytes_are_shared_by_engines_of_different_layout(opened: Open, tmp_path: Path) -> None:
+def test_canonical_bytes_are_shared_by_engines_of_different_layout(
+    opened: Open, tmp_path: Path
+) -> None:
     one, other = Engine("2BNHD", block=16), Engine("BHND", block=32, blocks=20).blank()
     source = with_disk(tmp_path, order="canonical")
     ids, at, to = tokens(150), one.slots(150), other.slots(150)
@@ -66,7 +68,9 @@ def test_canonical_bytes_are_shared_by_engines_of_different_layout(opened: Open,
 
 
 @pytest.mark.parametrize("where", ["memory", "disk", "restart"])
-@pytest.mark.parametrize(("leaves", "common"), [(0, 0), (10, 0), (16, 16), (100, 96), (129, 128), (199, 192)])
+@pytest.mark.parametrize(
+    ("leaves", "common"), [(0, 0), (10, 0), (16, 16), (100, 96), (129, 128), (199, 192)]
+)
 def test_a_prompt_that_leaves_a_kept_one_hits_up_to_the_last_common_grain(
     opened: Open, tmp_path: Path, where: str, leaves: int, common: int
 ) -> None:
@@ -117,13 +121,16 @@ def test_encoded_branches(opened: Open, tmp_path: Path, use: str, layered: bool)
     engine = Engine(dim=64)
     for t in engine.flat:  # something that compresses
         t.copy_(t.round())
-    source = with_disk(tmp_path, graphs__store__pace={"by": "layer"}, graphs__retrieve__pace={"by": "layer"})
+    source = with_disk(
+        tmp_path, graphs__store__pace={"by": "layer"}, graphs__retrieve__pace={"by": "layer"}
+    )
     stages = source["graphs"]["store"]["stages"]
     del stages["warm"]
     stages |= {
-        "host": {"use": "to_host", "from": "pack"}, "shrink": {"use": use},
+        "host": {"use": "to_host", "from": "pack"},
+        "shrink": {"use": use},
         "warm": {"use": "put", "tier": "warm", "when_full": "block"},
-    }  # fmt: skip
+    }
     pipe, target, ids = opened(source, engine), engine.blank(), tokens(200)
     at, to = engine.slots(200), target.slots(200)
     if layered:
@@ -155,12 +162,20 @@ def test_tenants_do_not_meet(opened: Open) -> None:
     pipe, ids = opened(config(), engine), tokens(64)
     pipe.store(ids, engine.caches, engine.slots(64), salt="a", adapter="l", tags={"t": "1"}).wait()
     assert pipe.lookup(ids, salt="a", adapter="l", tags={"t": "1"}) == 64
-    for names in ({}, {"salt": "a"}, {"salt": "b", "adapter": "l", "tags": {"t": "1"}}, {"salt": "a", "adapter": "l"}):
+    for names in (
+        {},
+        {"salt": "a"},
+        {"salt": "b", "adapter": "l", "tags": {"t": "1"}},
+        {"salt": "a", "adapter": "l"},
+    ):
         assert pipe.lookup(ids, **names) == 0
         assert pipe.retrieve(ids, engine.caches, engine.slots(64), **names).wait().tokens == 0
 
 
-@pytest.mark.parametrize("other", [{"model": "b"}, {"weights": "w"}, {"rope": "r"}, {"heads": (2, 4)}, {"layers": (6, 12)}])
+@pytest.mark.parametrize(
+    "other",
+    [{"model": "b"}, {"weights": "w"}, {"rope": "r"}, {"heads": (2, 4)}, {"layers": (6, 12)}],
+)
 def test_models_do_not_meet(opened: Open, tmp_path: Path, other: dict[str, Any]) -> None:
     engine, ids = Engine(), tokens(64)
     pipe = opened(with_disk(tmp_path), engine)
@@ -235,6 +250,23 @@ def test_a_store_in_layers_that_is_too_large_keeps_its_head(opened: Open) -> Non
     assert same(engine, at[:2500], target, at[:2500])
 
 
+@pytest.mark.parametrize("evict", ["lru", "fifo", "s3-fifo", "arc"])
+def test_a_prompt_larger_than_the_tier_keeps_its_head(
+    opened: Open, tmp_path: Path, evict: str
+) -> None:
+    engine = Engine(blocks=200, heads=8, dim=64)
+    source = with_disk(tmp_path, tiers__hot__evict=evict)
+    source["tiers"]["warm"] |= {"capacity": "16 MiB", "evict": evict}
+    pipe, ids = opened(source, engine), tokens(2500)
+    pipe.store(ids, engine.caches, engine.slots(2500)).wait()
+    settle(pipe)
+    whole = 16 << 20
+    for name in ("hot", "warm"):
+        stat = pipe.stats()["tiers"][name]
+        assert stat["nbytes"] > 0.9 * whole
+    assert pipe.lookup(ids) > 0.8 * 2500 * stat["nbytes"] / (2500 * 2 * 6 * 8 * 64 * 2)
+
+
 def test_requests_of_any_size_share_a_small_arena(opened: Open) -> None:
     engine = Engine(layers=6, blocks=600, heads=8, dim=64)
     pipe = opened(config(tiers__hot__capacity="256 MiB"), engine)
@@ -286,7 +318,9 @@ def test_blocks_instead_of_slots(opened: Open) -> None:
     target = engine.blank()
     assert pipe.retrieve(ids, target.caches, blocks=[1, 2, 5]).wait().tokens == 40
     at = [*range(48, 64), *range(16), *range(112, 120)]
-    assert torch.equal(engine.rows(np.array(at)), target.rows(np.array([*range(16, 48), *range(80, 88)])))
+    assert torch.equal(
+        engine.rows(np.array(at)), target.rows(np.array([*range(16, 48), *range(80, 88)]))
+    )
 
 
 def test_an_empty_prompt_is_nobodys_business(opened: Open) -> None:
@@ -307,17 +341,30 @@ def test_wrong_input_is_named_before_memory_is_touched(opened: Open) -> None:
         (lambda: pipe.retrieve(ids, blank.caches, good + 10_000), InputError, "outside"),
         (lambda: pipe.retrieve(ids, blank.caches, -good), InputError, "outside"),
         (lambda: pipe.retrieve(ids, blank.caches), InputError, "slots= or blocks="),
-        (lambda: pipe.retrieve(ids, blank.caches, good, blocks=[1]), InputError, "slots= or blocks="),
+        (
+            lambda: pipe.retrieve(ids, blank.caches, good, blocks=[1]),
+            InputError,
+            "slots= or blocks=",
+        ),
         (lambda: pipe.retrieve(ids.astype(float), blank.caches, good), InputError, "integers"),
         (lambda: pipe.retrieve(ids[None], blank.caches, good), InputError, "1-D"),
         (lambda: pipe.retrieve(ids, blank.caches[:-1], good), LayoutError, "5 layers given"),
-        (lambda: pipe.retrieve(ids, [c.float() for c in blank.caches], good), LayoutError, "layer 0"),
-        (lambda: pipe.retrieve(ids, [c[:, :-1] for c in blank.caches], good), LayoutError, "layer 0"),
+        (
+            lambda: pipe.retrieve(ids, [c.float() for c in blank.caches], good),
+            LayoutError,
+            "layer 0",
+        ),
+        (
+            lambda: pipe.retrieve(ids, [c[:, :-1] for c in blank.caches], good),
+            LayoutError,
+            "layer 0",
+        ),
         (
             lambda: pipe.retrieve(ids, (e := Engine(heads=3)).caches, good, layout=e.layout),
-            LayoutError, "this pipeline keeps",
+            LayoutError,
+            "this pipeline keeps",
         ),
-    ]  # fmt: skip
+    ]
     for call, kind, says in wrong:
         with pytest.raises(kind, match=says):
             call()

@@ -17,7 +17,10 @@ ENCODERS = [
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=lambda e: f"{type(e).__name__}-{e.options}")
-@given(data=st.binary(min_size=8, max_size=400).map(lambda b: b[: len(b) // 8 * 8]), itemsize=st.sampled_from([1, 2, 4, 8]))
+@given(
+    data=st.binary(min_size=8, max_size=400).map(lambda b: b[: len(b) // 8 * 8]),
+    itemsize=st.sampled_from([1, 2, 4, 8]),
+)
 def test_what_comes_out_is_what_went_in(encoder: Zstd | Lz4, data: bytes, itemsize: int) -> None:
     packed, codecs = encoder.squeeze(data, itemsize)
     assert bytes(table.decode_frame(packed, len(data), itemsize, codecs)) == data
@@ -34,7 +37,11 @@ def test_planes_put_equal_bytes_side_by_side() -> None:
 
 def test_planes_pay_on_bf16() -> None:
     rng = np.random.default_rng(0)
-    kv = (rng.standard_normal(65536).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    kv = (
+        (rng.standard_normal(65536).astype(np.float32).view(np.uint32) >> 16)
+        .astype(np.uint16)
+        .tobytes()
+    )
     with_planes, _ = ENCODERS[0].squeeze(kv, 2)
     without, _ = ENCODERS[1].squeeze(kv, 2)
     assert len(with_planes) < 0.85 * len(kv)

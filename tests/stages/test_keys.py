@@ -21,16 +21,29 @@ BASE = Namespace(model="m", geometry="g")
 def test_golden_namespace() -> None:
     assert BASE.digest.hex() == "e1dd36af5bab60258e2978096524d2c5f246c1b16182c7d2c2249488ec07ebd7"
     full = Namespace(
-        model="meta-llama/Llama-3.1-8B", weights="w", adapter="a", geometry="g", layers=(0, 32), heads=(0, 8),
-        layout=b"\x01\x02", rope="theta=500000", chunk=(256, 32), salt="tenant", tags=(("k", "v"),),
+        model="meta-llama/Llama-3.1-8B",
+        weights="w",
+        adapter="a",
+        geometry="g",
+        layers=(0, 32),
+        heads=(0, 8),
+        layout=b"\x01\x02",
+        rope="theta=500000",
+        chunk=(256, 32),
+        salt="tenant",
+        tags=(("k", "v"),),
         multimodal=("img",),
-    )  # fmt: skip
+    )
     assert full.digest.hex() == "240915212abea8d1ba6406631f3eb3ba020aeaf7b29b2a5bd64115a08d79fc40"
 
 
 def test_golden_chain() -> None:
     links = grain_links(BASE.digest, np.arange(70, dtype=np.int32), 32)
-    assert [link.hex()[:16] for link in links] == ['0ce0efed64d0339a', '08f0ecc511dd9fa7', 'f62d8c4019f60b0f']
+    assert [link.hex()[:16] for link in links] == [
+        "0ce0efed64d0339a",
+        "08f0ecc511dd9fa7",
+        "f62d8c4019f60b0f",
+    ]
 
 
 def test_the_chain_is_what_the_docs_say() -> None:
@@ -45,12 +58,21 @@ def test_the_chain_is_what_the_docs_say() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"model": "n"}, {"weights": "x"}, {"adapter": "x"}, {"geometry": "h"}, {"layers": (0, 1)},
-        {"heads": (1, 2)}, {"layout": b"x"}, {"rope": "x"}, {"chunk": (128, 32)}, {"salt": "x"},
-        {"tags": (("a", "b"),)}, {"multimodal": ("x",)},
+        {"model": "n"},
+        {"weights": "x"},
+        {"adapter": "x"},
+        {"geometry": "h"},
+        {"layers": (0, 1)},
+        {"heads": (1, 2)},
+        {"layout": b"x"},
+        {"rope": "x"},
+        {"chunk": (128, 32)},
+        {"salt": "x"},
+        {"tags": (("a", "b"),)},
+        {"multimodal": ("x",)},
     ],
     ids=lambda c: next(iter(c)),
-)  # fmt: skip
+)
 def test_every_field_of_the_namespace_counts(change: dict) -> None:
     fields = {"model": "m", "geometry": "g"} | change
     assert Namespace(**fields).digest != BASE.digest
@@ -61,10 +83,16 @@ def test_tags_cannot_be_shuffled_into_one_another() -> None:
         return BASE.of(salt="", adapter="", tags=tags).digest
 
     assert len({digest(("a", "b")), digest(("ab", "")), digest(("", "ab")), digest()}) == 4
-    assert BASE.of(salt="x", adapter="", tags=()).digest != BASE.of(salt="", adapter="x", tags=()).digest
+    assert (
+        BASE.of(salt="x", adapter="", tags=()).digest
+        != BASE.of(salt="", adapter="x", tags=()).digest
+    )
 
 
-@given(st.lists(st.tuples(st.text(), st.binary()), max_size=4), st.lists(st.tuples(st.text(), st.binary()), max_size=4))
+@given(
+    st.lists(st.tuples(st.text(), st.binary()), max_size=4),
+    st.lists(st.tuples(st.text(), st.binary()), max_size=4),
+)
 def test_tlv_is_injective(a: list, b: list) -> None:
     assert (tlv(*a) == tlv(*b)) == (a == b)
 
@@ -73,15 +101,19 @@ def test_links_do_not_depend_on_the_hash_seed() -> None:
     code = (
         "import numpy as np; from tierloom.stages.hash import grain_links;"
         "from tierloom.stages.namespace import Namespace;"
-        "print(grain_links(Namespace(model='m').digest, np.arange(64, dtype=np.int32), 32)[-1].hex())"
+        "tokens = np.arange(64, dtype=np.int32);"
+        "print(grain_links(Namespace(model='m').digest, tokens, 32)[-1].hex())"
     )
     out = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONSAFEPATH": "1"},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONSAFEPATH": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert len(out) == 1
 
 
@@ -127,7 +159,13 @@ def test_wrong_tokens_are_named(tokens: object, says: str) -> None:
 def test_tokens_of_any_integer_type_are_the_same() -> None:
     torch = pytest.importorskip("torch")
     wanted = [3, 1, 2]
-    for given_ in (wanted, tuple(wanted), np.array(wanted, np.uint16), torch.tensor(wanted), range(3, 0, -1)):
+    for given_ in (
+        wanted,
+        tuple(wanted),
+        np.array(wanted, np.uint16),
+        torch.tensor(wanted),
+        range(3, 0, -1),
+    ):
         assert tokens_array(given_).dtype == np.int32
     assert tokens_array(torch.tensor(wanted)).tolist() == wanted
     assert tokens_array([]).size == 0

@@ -10,10 +10,17 @@ from tierloom.stages.layout import ORDERS, KVLayout
 
 B, N, H, D, LAYERS = 5, 8, 3, 16, 2
 SHAPES = {
-    "2BNHD": (2, B, N, H, D), "B2NHD": (B, 2, N, H, D), "2BHND": (2, B, H, N, D), "B2HND": (B, 2, H, N, D),
-    "BNHD": (B, N, H, D), "BHND": (B, H, N, D), "SHD": (B * N, H, D), "BND": (B, N, D),
-    "BHNC": (B, H, N, 2 * D), "BHNC-KT": (B, H, N, 2 * D),
-}  # fmt: skip
+    "2BNHD": (2, B, N, H, D),
+    "B2NHD": (B, 2, N, H, D),
+    "2BHND": (2, B, H, N, D),
+    "B2HND": (B, 2, H, N, D),
+    "BNHD": (B, N, H, D),
+    "BHND": (B, H, N, D),
+    "SHD": (B * N, H, D),
+    "BND": (B, N, D),
+    "BHNC": (B, H, N, 2 * D),
+    "BHNC-KT": (B, H, N, 2 * D),
+}
 
 
 def caches(order: str, dtype: torch.dtype = torch.float32) -> list:
@@ -25,7 +32,9 @@ def caches(order: str, dtype: torch.dtype = torch.float32) -> list:
 
 def layout_of(order: str, dtype: torch.dtype = torch.float32) -> tuple[KVLayout, list]:
     made = caches(order, dtype)
-    return KVLayout.from_tensors(made, order=order, block_tokens=N if order == "SHD" else None), made
+    return KVLayout.from_tensors(
+        made, order=order, block_tokens=N if order == "SHD" else None
+    ), made
 
 
 def test_every_order_is_tested() -> None:
@@ -142,7 +151,9 @@ def test_native_bytes_name_their_layout() -> None:
     assert len(prints) == len(ORDERS) - 1
     longer = KVLayout.from_tensors([torch.zeros(2, 9, N, H, D)], order="2BNHD")
     shorter = KVLayout.from_tensors([torch.zeros(2, 4, N, H, D)], order="2BNHD")
-    assert longer.fingerprint == shorter.fingerprint  # how many blocks there are is nobody's business
+    assert (
+        longer.fingerprint == shorter.fingerprint
+    )  # how many blocks there are is nobody's business
 
 
 def test_mla() -> None:

@@ -23,10 +23,17 @@ def header(tokens: int = 50, group: int = 2) -> Header:
     layers = [min(group, GEOMETRY.layers - at) for at in range(0, GEOMETRY.layers, group)]
     raw = [GEOMETRY.frame_bytes(n, tokens) for n in layers]
     return Header(
-        key=links[-32:], namespace=b"n" * 32, parent=b"p" * 32, token_digest=b"t" * 32, tokens=tokens,
-        grain=32, group=group, geometry=GEOMETRY, links=links,
+        key=links[-32:],
+        namespace=b"n" * 32,
+        parent=b"p" * 32,
+        token_digest=b"t" * 32,
+        tokens=tokens,
+        grain=32,
+        group=group,
+        geometry=GEOMETRY,
+        links=links,
         frames=plan_frames(header_size(len(raw), 2), raw, raw),
-    )  # fmt: skip
+    )
 
 
 def whole() -> bytes:
@@ -58,7 +65,10 @@ def verified(raw: bytes) -> Header:
 
 
 def test_golden_object() -> None:
-    assert hashlib.sha256(whole()).hexdigest() == "5122ed938c5d3a3d8da16ca865903f08eb20a59bec2e887d2f6acb91ab6c8a07"
+    assert (
+        hashlib.sha256(whole()).hexdigest()
+        == "5122ed938c5d3a3d8da16ca865903f08eb20a59bec2e887d2f6acb91ab6c8a07"
+    )
 
 
 def test_fields_lie_where_the_docs_say() -> None:
@@ -71,7 +81,12 @@ def test_fields_lie_where_the_docs_say() -> None:
     assert raw[96:128] == b"p" * 32
     assert struct.unpack_from("<IIHHHHI", raw, 160) == (50, 32, 2, 2, 5, 3, 8)
     offset, stored, plain, _, codecs = struct.unpack_from("<QQQQ8s", raw, 200)
-    assert (offset, stored, plain, codecs) == (PAGE, 2 * 2 * 50 * 3 * 8 * 2, 2 * 2 * 50 * 3 * 8 * 2, bytes(8))
+    assert (offset, stored, plain, codecs) == (
+        PAGE,
+        2 * 2 * 50 * 3 * 8 * 2,
+        2 * 2 * 50 * 3 * 8 * 2,
+        bytes(8),
+    )
 
 
 def test_a_header_says_what_was_said() -> None:
@@ -86,7 +101,9 @@ def test_no_flipped_bit_is_believed(bit: int) -> None:
     raw = bytearray(whole())
     raw[bit // 8] ^= 1 << bit % 8
     h = header()
-    padding = any(f.offset + f.stored <= bit // 8 < f.offset + -(-f.stored // PAGE) * PAGE for f in h.frames)
+    padding = any(
+        f.offset + f.stored <= bit // 8 < f.offset + -(-f.stored // PAGE) * PAGE for f in h.frames
+    )
     if padding:  # carries nothing
         verified(bytes(raw))
         return
@@ -147,9 +164,14 @@ def test_a_header_grows_by_whole_pages() -> None:
     geometry = replace(GEOMETRY, layers=400)
     raw = [geometry.frame_bytes(1, 32)] * 400
     h = replace(
-        header(), geometry=geometry, group=1, tokens=32, links=bytes(32), key=bytes(32),
+        header(),
+        geometry=geometry,
+        group=1,
+        tokens=32,
+        links=bytes(32),
+        key=bytes(32),
         frames=plan_frames(header_size(400, 1), raw, raw),
-    )  # fmt: skip
+    )
     assert h.header_bytes == 4 * PAGE == h.frames[0].offset
     assert Header.unpack(h.pack()) == h
     assert Header.length(h.pack()[:PAGE]) == 4 * PAGE

@@ -1,0 +1,111 @@
+"""What lives as long as a pipeline: arena, pools, tiers and flows, on the portal's thread."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ..stages.arena import Arena
+from ..stages.base import Context
+from ..stages.copy import warm_up
+from ..stages.errors import Lost
+from ..stages.object import PAGE
+from ..stages.tiers.base import TierContext
+from ..stages.tiers.breaker import Guarded
+from .flow import Flow
+from .lower import lower
+from .pool import Pool
+from .portal import Portal
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from ..stages.base import Stage
+    from ..stages.layout import Geometry
+    from .graph import Graph, PipelineSpec
+
+
+class Worker:
+    """Opened whole or not at all; `close()` gives everything back."""
+
+    def __init__(
+        self, spec: PipelineSpec, geometry: Geometry, device: str, namespace: bytes
+    ) -> None:
+        """`namespace`: the digest that every object carries. Raises ConfigError, TierDown."""
+        self._spec, self._geometry, self._device = spec, geometry, device
+        self._namespace = namespace
+        self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
+        kept = sum(spec.tiers[n].options.capacity for n in self._memory)
+        self.arena = Arena(spec.budget.arena, kept)
+        if device == "cuda":
+            self.arena.pin()
+        warm_up(device)
+        self.tiers: dict[str, Guarded] = {}
+        self.flows: dict[str, Flow] = {}
+        # Two pools: a disk that hangs must not take the threads that copy.
+        self._work, self._io = Pool(spec.budget.threads, "work"), Pool(spec.budget.threads, "io")
+        self.portal = Portal(self._live)
+        try:
+            self.portal.start()
+        except BaseException:
+            self._release()
+            raise
+
+    def close(self) -> None:
+        """End every request, close the tiers, free the arena."""
+        self.portal.close()
+        self._release()
+
+    async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        """The portal's main. Behind it, however it ends, no request is left unanswered."""
+        async with AsyncExitStack() as home:
+            for name, t in self._spec.tiers.items():
+                make: Any = t.cls  # every tier takes (options, context)
+                ctx = TierContext(self.arena, self._namespace, self._io)
+                tier = Guarded(make(t.options, ctx), name, t.breaker)
+                home.push_async_callback(tier.close)
+                await tier.open()
+                self.tiers[name] = tier
+            async with anyio.create_task_group() as tasks:
+                for graph in self._spec.graphs.values():
+                    flow = self.flows[graph.name] = self._flow(graph)
+                    home.callback(flow.close)
+                    flow.start(tasks)
+                ready()
+                await stop.wait()
+                await self._drain()
+                tasks.cancel_scope.cancel()
+
+    def _flow(self, graph: Graph) -> Flow:
+        g = self._geometry
+        ctx = Context(
+            graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
+            namespace=self._namespace, memory=self._memory,
+            trusted=self._memory if self._spec.verify == "remote" else frozenset(),
+            arena=self.arena, tiers=self.tiers, pool=self._work,
+        )  # fmt: skip
+        stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
+        return Flow(
+            graph, lower(graph), stages, pool=self._work, arena=self.arena,
+            object_bytes=g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE,
+            inflight=self._spec.budget.inflight,
+        )  # fmt: skip
+
+    async def _drain(self, seconds: float = 5.0) -> None:
+        """Give up what is open, and wait until it is through."""
+        for flow in self.flows.values():
+            for ticket in list(flow.open):
+                ticket.expire(Lost.CANCELLED)
+                flow.poke(ticket)
+        with anyio.move_on_after(seconds):
+            for flow in self.flows.values():
+                await flow.idle.wait()
+
+    def _release(self) -> None:
+        self._work.close()
+        self._io.close()
+        if not self.arena.leases:  # else an abandoned call still writes into it: it must stay
+            self.arena.close()
