@@ -10,7 +10,8 @@ from rich.table import Table
 
 from ..stages.codecs.table import LZ4, PLANES, ZSTD
 from ..stages.errors import BadObject
-from ..stages.object import PAGE, Header
+from ..stages.object import Header
+from ..stages.space import PAGE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ from ..stages.arena import Arena
 from ..stages.base import Context
 from ..stages.copy import warm_up
 from ..stages.errors import Lost
-from ..stages.object import PAGE
+from ..stages.space import PAGE
 from ..stages.tiers.base import TierContext
 from ..stages.tiers.breaker import Guarded
 from .flow import Flow
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..stages.base import Stage
-    from ..stages.layout import Geometry
+    from ..stages.geometry import Geometry
     from .graph import Graph, PipelineSpec
 
 

@@ -14,8 +14,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from .errors import ArenaFull
-from .object import PAGE, aligned
-from .space import Space
+from .space import PAGE, Space, aligned
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from .arena import Arena
-    from .layout import Geometry
+    from .geometry import Geometry
     from .payload import Batch
     from .ticket import Ticket
     from .tiers.breaker import Guarded

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from .layout import Geometry
+    from .geometry import Geometry
     from .object import Header
     from .payload import Piece
     from .ticket import Ticket

@@ -1,6 +1,8 @@
 """gather: the engine's cache into frames, checksummed while they are hot.
 
-pack: {use: gather}
+    pack: {use: gather}
+
+A chunk's frames lie in one lease from the start, behind room for its header.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import numpy as np
 from . import copy
 from .base import Lane, Stage
 from .errors import ArenaFull, Lost
-from .object import LINK, PAGE, Header, Object, aligned, header_size, plan_frames
+from .object import LINK, Header, Object, header_size, plan_frames
+from .space import PAGE, aligned
 
 if TYPE_CHECKING:
     from .arena import Lease

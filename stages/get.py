@@ -21,7 +21,7 @@ from .tiers.base import Read
 
 if TYPE_CHECKING:
     from .base import Context
-    from .layout import Geometry
+    from .geometry import Geometry
     from .payload import Batch, Piece, Scope
 
 

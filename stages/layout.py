@@ -21,7 +21,7 @@ import numpy as np
 
 from ..triton_kernels.planes import PlaneTable
 from .errors import InputError, LayoutError
-from .object import DTYPES
+from .geometry import DTYPES, Geometry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,40 +34,6 @@ ORDERS = (
 )  # fmt: skip
 _SHORT = {"NHD": ("2BNHD", "B2NHD", "BNHD"), "HND": ("2BHND", "B2HND", "BHND"), "MLA": ("BND",)}
 _PAIRS = ("BNHD", "BHND", "SHD")
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The shape of KV as kept: what a frame's bytes mean.
-
-    Canonical: `[kv, layers, tokens, heads, dim]`. Native: `[kv, layers, blocks, 1, dim]`, where a
-    row is one opaque block of the engine and `dim` its length in elements.
-    """
-
-    kv: int
-    layers: int
-    heads: int
-    dim: int
-    dtype: str
-    block_tokens: int
-    """Tokens of the engine's block in native order; 1 in canonical order, which knows no blocks."""
-    native: bool = False
-
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row (a token, or a native block) in one plane."""
-        return self.heads * self.dim * self.itemsize
-
-    def rows(self, tokens: int) -> int:
-        """Rows that hold `tokens`; in native order a started block counts as a whole one."""
-        return -(-tokens // self.block_tokens)
-
-    def frame_bytes(self, layers: int, tokens: int) -> int:
-        return self.kv * layers * self.rows(tokens) * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,32 +29,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import xxhash
 
 from .errors import BadObject
+from .geometry import DTYPES, Geometry
+from .space import PAGE, aligned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .arena import Lease
-    from .layout import Geometry
 
-PAGE = 4096
 LINK = 32
 """Bytes of a link, of a key and of every digest here."""
-DTYPES = {
-    "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8,
-    "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
-"""Element types that can be kept, and their bytes. Their order is part of the format (from 1)."""
 
 _MAGIC, _VERSION, _NATIVE = b"TLM1", 1, 1
 _NAMES = ("", *DTYPES)
 _FIXED = struct.Struct("<4sHHQQQ32s32s32s32sIIHHHHIIHHHH8x")
 _FRAME = struct.Struct("<QQQQ8s")
 _CHECK_AT = 16
-
-
-def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to a page."""
-    return -(-nbytes // PAGE) * PAGE
 
 
 class Frame(NamedTuple):
@@ -90,8 +80,7 @@ class Header:
     @property
     def nbytes(self) -> int:
         """The object's length: a multiple of 4096."""
-        last = self.frames[-1]
-        return last.offset + aligned(last.stored)
+        return max((f.offset + aligned(f.stored) for f in self.frames), default=self.header_bytes)
 
     @property
     def header_bytes(self) -> int:
@@ -137,8 +126,6 @@ class Header:
         `key` and `namespace`, when given, are what the reader asked for: an object that is whole
         but another one (two objects swapped on disk) is as bad as a torn one.
         """
-        from .layout import Geometry
-
         if len(raw) < PAGE:
             raise BadObject(f"header cut short: {len(raw)} bytes")
         size = cls.length(raw)
@@ -179,7 +166,8 @@ class Header:
 
     def _check_frames(self, nbytes: int, header_bytes: int) -> None:
         """Raise BadObject unless frames lie in order, apart, inside the object, one per group."""
-        if not self.group or len(self.frames) != -(-self.geometry.layers // self.group):
+        groups = -(-self.geometry.layers // self.group) if self.group else 0
+        if not groups or len(self.frames) != groups:
             raise BadObject("frame count does not match the layers")
         if not self.tokens or not self.links or self.links[-LINK:] != self.key:
             raise BadObject("links do not end in the key")

@@ -1,6 +1,8 @@
 """put: whole objects into a tier.
 
-warm: {use: put, tier: warm, when_full: drop}
+    warm: {use: put, tier: warm, when_full: drop}
+
+Nothing is put before its last frame is there; what an encoder made is put together here first.
 """
 
 from __future__ import annotations

@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from .object import PAGE, aligned
+PAGE = 4096
+"""Bytes: what O_DIRECT, mappings and frames are aligned to."""
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to a page."""
+    return -(-nbytes // PAGE) * PAGE
 
 
 class Space:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject, Lost
-from tierloom.stages.layout import Geometry
+from tierloom.stages.geometry import Geometry
 from tierloom.stages.object import Header, Object, plan_frames
 from tierloom.stages.tiers.base import Read, Tier, TierContext
 

@@ -11,8 +11,9 @@ import xxhash
 
 import tierloom
 from tierloom.adapters import cli
-from tierloom.stages.layout import Geometry
-from tierloom.stages.object import PAGE, Header, header_size, plan_frames
+from tierloom.stages.geometry import Geometry
+from tierloom.stages.object import Header, header_size, plan_frames
+from tierloom.stages.space import PAGE
 
 
 @pytest.fixture

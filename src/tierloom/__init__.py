@@ -1,13 +1,13 @@
-"""tierloom keeps the KV cache of large language models and gives it back when the same text comes
-again.
+"""tierloom keeps the KV cache of large language models, and gives it back when a text comes again.
 
-import tierloom
-from tierloom import KVLayout
+    import tierloom
 
-layout = KVLayout.from_tensors(caches, order="NHD")
-with tierloom.open("tiered", layout=layout, model="my-model") as pipe:
-    pipe.store(tokens, caches, slots).wait()
-    pipe.retrieve(tokens, caches, slots).wait()
+    layout = tierloom.KVLayout.from_tensors(caches, order="NHD")
+    with tierloom.open("tiered", layout=layout, model="my-model") as pipe:
+        pipe.store(tokens, caches, slots).wait()
+        pipe.retrieve(tokens, caches, slots).wait()
+
+Importing this imports neither torch nor numba; the first `open` does.
 """
 
 from __future__ import annotations

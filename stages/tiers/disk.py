@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import ArenaFull, Lost
-from ..object import PAGE, Header, Object
+from ..object import Header, Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
+from ..space import PAGE
 from .base import Found, Read, Tier, TierContext, TierStat
 from .disk_store import Store, cuts_of
 from .evict import POLICIES, Policy

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import BadObject, ConfigError
-from ..object import PAGE
+from ..space import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

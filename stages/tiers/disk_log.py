@@ -20,7 +20,8 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..object import LINK, PAGE
+from ..object import LINK
+from ..space import PAGE
 from .index import Entry, split
 
 if TYPE_CHECKING:

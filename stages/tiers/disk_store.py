@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import BadObject, Lost, TierDown
-from ..object import Header, aligned
-from ..space import Space
+from ..object import Header
+from ..space import Space, aligned
 from .claim import Claim
 from .disk_io import Segments, want_direct
 from .disk_log import PIN, UNPIN, Extent, Journal

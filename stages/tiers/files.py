@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArenaFull, BadObject, ConfigError, Lost
-from ..object import PAGE, Header, Object
+from ..object import Header, Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
+from ..space import PAGE
 from .base import Read, Tier, TierContext, TierStat
 from .disk_io import NO_SPACE, read_all, write_all
 from .disk_store import cuts_of

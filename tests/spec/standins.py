@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tierloom.stages.base import Lane, Stage
-from tierloom.stages.options import Seconds, Size  # noqa: TC001 (read at run time)
+from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.base import Tier
 
 

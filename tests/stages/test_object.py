@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject
-from tierloom.stages.layout import Geometry
-from tierloom.stages.object import PAGE, Frame, Header, Object, header_size, plan_frames
+from tierloom.stages.geometry import Geometry
+from tierloom.stages.object import Frame, Header, Object, header_size, plan_frames
+from tierloom.stages.space import PAGE
 
 GEOMETRY = Geometry(kv=2, layers=5, heads=3, dim=8, dtype="bfloat16", block_tokens=1)
 
@@ -137,6 +138,7 @@ def test_another_object_is_not_taken_for_this_one() -> None:
     [
         {"frames": (Frame(PAGE, 1 << 40, 1 << 40), *header().frames[1:])},
         {"frames": header().frames[:-1]},
+        {"frames": (), "geometry": replace(GEOMETRY, layers=0)},
         {"frames": tuple(f._replace(offset=f.offset + PAGE) for f in header().frames)},
         {"frames": (header().frames[0]._replace(stored=8), *header().frames[1:])},
         {"tokens": 51},

@@ -7,7 +7,7 @@ import pytest
 
 from tierloom.stages.arena import HUGE, Arena
 from tierloom.stages.errors import ArenaFull
-from tierloom.stages.object import PAGE
+from tierloom.stages.space import PAGE
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import pytest
 from contracts import ALL, SIZE, TierContract, key_of, links_of
 
 from tierloom.stages.errors import ConfigError, Lost
-from tierloom.stages.object import PAGE
-from tierloom.stages.space import Space
+from tierloom.stages.space import PAGE, Space
 from tierloom.stages.tiers import disk_io
 from tierloom.stages.tiers.base import Read
 from tierloom.stages.tiers.disk import Disk, DiskOptions

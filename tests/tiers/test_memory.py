@@ -11,7 +11,8 @@ from contracts import FRAMES, NAMESPACE, SIZE, TierBench, TierContract, key_of, 
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ArenaFull, Lost
-from tierloom.stages.object import PAGE, Object
+from tierloom.stages.object import Object
+from tierloom.stages.space import PAGE
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.memory import Memory, MemoryOptions
 

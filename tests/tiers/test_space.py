@@ -7,8 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.stages.object import PAGE
-from tierloom.stages.space import Space
+from tierloom.stages.space import PAGE, Space
 
 
 @settings(max_examples=60, deadline=None)
