@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -39,6 +40,9 @@ def run_demo(json_path: Path | None = None, config: str = "tiered", keep: bool =
     """
     from rich.console import Console
 
+    # A torch thread that spins at a barrier takes the core from the copy that the model waits for.
+    # Read when torch is loaded; the second process inherits it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console()
     try:
         with _folder(keep, console) as folder:

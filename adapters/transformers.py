@@ -93,6 +93,8 @@ class Kept:
             weights=weights or fingerprint(model), rope=rope(model),
             overrides=PACE | dict(overrides or {}),
         )  # fmt: skip
+        # the layout's self-test runs before the first request: not in a request's time
+        self.cache(torch.zeros((1, 2), dtype=torch.long), store=False)
 
     def cache(
         self,
