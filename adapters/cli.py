@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 (typer reads annotations)
 from typing import Annotated
 
 import typer
@@ -98,15 +98,20 @@ def schema(
 
 @app.command()
 def inspect(
-    object: Annotated[str, typer.Argument(help="A file of a `files` tier.", metavar="OBJECT")],
+    object: Annotated[
+        str,
+        typer.Argument(
+            help="A file of a `files` tier; FOLDER@KEY of a disk tier, or FOLDER.", metavar="OBJECT"
+        ),
+    ],
 ) -> None:
-    """Show what a kept object says of itself, and verify every byte of it.
+    """Show what a kept object says of itself, and verify every byte of it; or list a disk's folder.
 
     Exits with 0 if it is whole, with 1 if it is damaged, with 2 if it is no object.
     """
-    from .inspect import inspect_file
+    from .inspect import inspect_object
 
-    raise typer.Exit(inspect_file(Path(object)))
+    raise typer.Exit(inspect_object(object))
 
 
 @app.command()

@@ -1,51 +1,87 @@
-"""`tierloom inspect`: what a kept object says of itself, and whether every byte of it is right."""
+"""`tierloom inspect`: what a kept object says of itself, and whether every byte of it is right.
+
+An object is a file of the `files` tier, or FOLDER@KEY of a disk tier (the first digits of the key
+will do); FOLDER alone lists what a disk tier keeps. A folder may be in use: nothing is changed.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import xxhash
 from rich.console import Console
 from rich.table import Table
 
 from ..stages.codecs.table import LZ4, PLANES, ZSTD
-from ..stages.errors import BadObject
-from ..stages.object import Header
+from ..stages.errors import BadObject, ConfigError
+from ..stages.object import LINK, Header
 from ..stages.space import PAGE
-
-if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import BinaryIO
+from ..stages.tiers.claim import Claim
+from ..stages.tiers.disk_log import read_index
 
 _MAGIC = b"TLM1"
 _CODECS = {PLANES: "planes", ZSTD: "zstd", LZ4: "lz4"}
 
 
-def inspect_file(path: Path) -> int:
+def inspect_object(where: str) -> int:
     """Print an object's header and verify its frames. 0: whole, 1: damaged, 2: no object."""
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    folder, _, key = where.partition("@")
     try:
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                errors.print(f"{path}: not a kept object: it does not begin with TLM1")
-                return 2
-            file.seek(0)
-            return _show(file, path, console)
+        if Path(where).is_dir():
+            console.print(_kept(Path(where)))
+            return 0
+        raw = _from_disk(Path(folder), key) if key else Path(where).read_bytes()
+        if raw[: len(_MAGIC)] != _MAGIC:
+            errors.print(f"{where}: not a kept object: it does not begin with TLM1")
+            return 1 if key else 2
+        return _show(raw, where, console)
     except OSError as e:
-        errors.print(f"{path}: {e.strerror}")
+        errors.print(f"{where}: {e.strerror}")
+        return 2
+    except ConfigError as e:
+        errors.print(str(e))
         return 2
     except BadObject as e:
-        errors.print(f"{path}: damaged: {e}")
+        errors.print(f"{where}: damaged: {e}")
         return 1
 
 
-def _show(file: BinaryIO, path: Path, console: Console) -> int:
-    page = file.read(PAGE)
-    header = Header.unpack(page + file.read(Header.length(page.ljust(PAGE, b"\0")) - PAGE))
-    console.print(_fields(header, path))
-    frames, bad = _frames(file, header)
+def _kept(folder: Path) -> Table:
+    """What a disk tier keeps, oldest first."""
+    Claim.segment_of(folder)
+    table = Table("key", "bytes", "grains", "pinned", title=str(folder), title_justify="left")
+    for e in read_index(folder)[0]:
+        grains = len(e.links) // LINK
+        table.add_row(e.key.hex(), f"{e.nbytes:,}", str(grains), "yes" if e.pinned else "")
+    return table
+
+
+def _from_disk(folder: Path, key: str) -> bytes:
+    """An object's bytes out of a disk tier's segments."""
+    segment = Claim.segment_of(folder)
+    found = [e for e in read_index(folder)[0] if e.key.hex().startswith(key.lower())]
+    if len(found) != 1:
+        raise ConfigError(f"{folder}: {len(found)} objects have a key that begins with {key}")
+    raw = bytearray()
+    for offset, nbytes in found[0].place.pieces:
+        while nbytes:  # a piece may go on in the next segment
+            number, at = divmod(offset, segment)
+            part = min(nbytes, segment - at)
+            with (folder / f"segment-{number:05}.slab").open("rb") as file:
+                file.seek(at)
+                raw += file.read(part).ljust(part, b"\0")
+            offset, nbytes = offset + part, nbytes - part
+    return bytes(raw[: found[0].nbytes])
+
+
+def _show(raw: bytes, where: str, console: Console) -> int:
+    page = raw[:PAGE]
+    header = Header.unpack(raw[: Header.length(page.ljust(PAGE, b"\0"))])
+    console.print(_fields(header, where))
+    frames, bad = _frames(raw, header)
     console.print(frames)
-    there = path.stat().st_size
+    there = len(raw)
     if there != header.nbytes:
         console.print(f"length: {there:,} bytes, the header says {header.nbytes:,}")
     if bad or there < header.nbytes:
@@ -55,10 +91,10 @@ def _show(file: BinaryIO, path: Path, console: Console) -> int:
     return 0
 
 
-def _fields(header: Header, path: Path) -> Table:
+def _fields(header: Header, where: str) -> Table:
     g = header.geometry
     order = f"native, blocks of {g.block_tokens}" if g.native else "canonical"
-    table = Table("field", "value", title=str(path), title_justify="left")
+    table = Table("field", "value", title=where, title_justify="left")
     for name, value in (
         ("key", header.key.hex()),
         ("namespace", header.namespace.hex()),
@@ -72,13 +108,13 @@ def _fields(header: Header, path: Path) -> Table:
     return table
 
 
-def _frames(file: BinaryIO, header: Header) -> tuple[Table, int]:
+def _frames(raw: bytes, header: Header) -> tuple[Table, int]:
     """The frames as a table, each verified, and how many are bad."""
     table = Table("frame", "layers", "offset", "stored", "raw", "codecs", "xxh3-64", "")
     bad = 0
     for i, frame in enumerate(header.frames):
-        file.seek(frame.offset)
-        good = xxhash.xxh3_64_intdigest(file.read(frame.stored)) == frame.checksum
+        data = raw[frame.offset : frame.offset + frame.stored]
+        good = xxhash.xxh3_64_intdigest(data) == frame.checksum
         bad += not good
         first = i * header.group
         last = min(first + header.group, header.geometry.layers) - 1

@@ -49,6 +49,14 @@ class Claim:
             self._fd = -1
 
     @staticmethod
+    def segment_of(folder: Path) -> int:
+        """Bytes of a segment, as the marker of a disk tier's folder says. Raises ConfigError."""
+        try:
+            return int(json.loads((folder / _MARKER).read_text())["segment"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{folder}: not the folder of a disk tier: {error}") from error
+
+    @staticmethod
     def _check(marker: Path, segment: int) -> int:
         """The folder's segment size; writes the marker of a new folder."""
         if not marker.exists():

@@ -73,17 +73,9 @@ class Journal:
         """Read everything back, oldest first, and begin a new log. Blocks."""
         for stale in self._folder.glob("index-*.tmp"):
             stale.unlink()
-        entries: dict[bytes, Entry[Extent]] = {}
-        snapshots = _numbered(self._folder, "snap")
-        first = max(snapshots, default=0)
-        logs = [n for n in _numbered(self._folder, "log") if n >= first]
-        files = [f"index-{first:08}.snap"] if snapshots else []
-        for name in files + [f"index-{n:08}.log" for n in logs]:
-            for body in _records(self._folder / name):
-                _apply(body, entries)
-        # Nothing is written behind a tail that may be torn.
-        self._begin(max([first, *logs]) + 1)
-        return list(entries.values())
+        entries, last = read_index(self._folder)
+        self._begin(last + 1)  # nothing is written behind a tail that may be torn
+        return entries
 
     def put(self, entry: Entry[Extent]) -> None:
         self._append(_pack_put(entry))
@@ -152,6 +144,19 @@ class Journal:
         if written != len(record):
             raise OSError(f"the log took {written} of {len(record)} bytes")
         self._nbytes += len(record)
+
+
+def read_index(folder: Path) -> tuple[list[Entry[Extent]], int]:
+    """(entries, oldest first; the last generation) as the files say. Changes nothing. Blocks."""
+    entries: dict[bytes, Entry[Extent]] = {}
+    snapshots = _numbered(folder, "snap")
+    first = max(snapshots, default=0)
+    logs = [n for n in _numbered(folder, "log") if n >= first]
+    files = [f"index-{first:08}.snap"] if snapshots else []
+    for name in files + [f"index-{n:08}.log" for n in logs]:
+        for body in _records(folder / name):
+            _apply(body, entries)
+    return list(entries.values()), max([first, *logs])
 
 
 def sync_folder(folder: Path) -> None:

@@ -232,8 +232,7 @@ def test_a_broken_stage_is_logged_once_and_the_graph_stands_aside(
 
 
 def test_torture(opened: Open) -> None:
-    """Random requests, cancelled at random, over a flaky tier: bounded, and everything comes home.
-    """
+    """Requests cancelled at random over a flaky tier: bounded, and everything comes home."""
     rng = np.random.default_rng(0)
     engine = Engine(blocks=80)
     pipe = opened(
