@@ -57,7 +57,7 @@ class Decode(Stage):
             if piece.plain is None or batch.ticket.stop[0]:
                 continue
             try:
-                for i in batch.frames:
+                for i in batch.frames_of(piece.plain.header):
                     _decode(piece, i)
             except BadObject:
                 batch.lose(piece, Lost.CORRUPT)

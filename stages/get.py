@@ -67,7 +67,7 @@ class Get(LoopStage):
         by_tier: dict[str, list[Piece]] = {}
         for piece in pieces:
             assert piece.object is not None
-            if piece.object.loaded < batch.frames.stop:
+            if piece.object.loaded < batch.frames_of(piece.object.header).stop:
                 by_tier.setdefault(next(iter(piece.took)), []).append(piece)
         for name, group in by_tier.items():
             reads = [Read(p.source, batch.frames.stop, p.object) for p in group]
@@ -96,8 +96,9 @@ class Get(LoopStage):
         try:
             with anyio.move_on_after(patience):
                 await self.ctx.tiers[name].read(reads)
+                await self._rest(batch, name, reads)
             for piece, read in zip(group, reads, strict=True):
-                code = _judge(read, batch.frames.stop, self.ctx.geometry)
+                code = _judge(batch, piece, read, self.ctx.geometry)
                 if code is None:
                     piece.object, read.object = read.object, None  # the piece has the lease now
                     piece.took = {name}
@@ -112,6 +113,17 @@ class Get(LoopStage):
             for read in reads:
                 if read.object is not None:
                     read.object.lease.release()
+
+    async def _rest(self, batch: Batch, name: str, reads: list[Read]) -> None:
+        """Load to the end what turns out to be cut into other layer groups than ours."""
+        short = []
+        for read in reads:
+            if read.object is not None and read.lost is None:
+                read.upto = batch.frames_of(read.object.header).stop
+                if read.object.loaded < read.upto:
+                    short.append(read)
+        if short:
+            await self.ctx.tiers[name].read(short)
 
     async def _done(self, scope: Scope) -> None:
         """The last frame has been placed, or given up: promote, quarantine, release."""
@@ -128,6 +140,7 @@ class Get(LoopStage):
                 promote.append(piece.object)
         try:
             for tier, key in bad:
+                self.ctx.tiers[tier].counts.corrupt += 1
                 await self.ctx.tiers[tier].drop([key])
             if promote and self.options.promote:
                 await self.ctx.tiers[self.options.promote].put(promote)
@@ -137,10 +150,13 @@ class Get(LoopStage):
                     piece.object.lease.release()
 
 
-def _judge(read: Read, upto: int, geometry: Geometry) -> Lost | None:
+def _judge(batch: Batch, piece: Piece, read: Read, geometry: Geometry) -> Lost | None:
     """Whether a tier delivered what was asked; None: it did."""
     if read.lost is not None:
         return read.lost
-    if read.object is None or read.object.loaded < min(upto, len(read.object.header.frames)):
+    if read.object is None:
         return Lost.LATE
-    return None if read.object.header.geometry == geometry else Lost.BAD_LAYOUT
+    header = read.object.header
+    if header.geometry != geometry or header.tokens < piece.take:
+        return Lost.BAD_LAYOUT
+    return Lost.LATE if read.object.loaded < batch.frames_of(header).stop else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
-from .object import LINK, Object
+from .object import LINK, Header, Object
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -123,6 +123,13 @@ class Batch:
     @property
     def live(self) -> list[Piece]:
         return [p for p in self.scope.pieces if p.lost is None and p.index not in self.lost]
+
+    def frames_of(self, header: Header) -> range:
+        """The frames of an object that go with this batch. One that was written with another layer
+        group goes whole, with the first wave."""
+        if header.group == self.ticket.group:
+            return self.frames
+        return range(len(header.frames) if self.frames.start == 0 else 0)
 
     def lose(self, piece: Piece, code: Lost) -> None:
         self.ticket.tally(code)

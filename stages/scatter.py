@@ -19,6 +19,7 @@ from .base import Lane, Stage
 from .errors import Lost
 
 if TYPE_CHECKING:
+    from .object import Header
     from .payload import Batch, Piece
 
 
@@ -49,21 +50,30 @@ class Scatter(Stage):
 
     def _place(self, batch: Batch, live: list[Piece], *, verify: bool) -> None:
         jobs = [
-            (p, o.header, o.lease.address, batch.frames, p.take)
+            (p, o.header, o.lease.address, batch.frames_of(o.header), p.take)
             for p in live
             if (o := p.plain or p.object) is not None
         ]
         frames = copy.frame_table(self.ctx.geometry, jobs)
         copy.scatter(batch.ticket, frames, self.ctx.device, verify=verify)
-        n = len(batch.frames)
-        for i, piece in enumerate(live):
-            state = frames.status[i * n : (i + 1) * n]
-            if piece.done is None:
-                piece.done = np.zeros(batch.ticket.groups, np.uint8)
-            piece.done[batch.frames.start : batch.frames.stop] = state == PLACED
+        at = 0
+        for piece, header, _, part, _ in jobs:
+            state = frames.status[at : at + len(part)]
+            at += len(part)
             if (state == CORRUPT).any():
                 batch.lose(piece, Lost.CORRUPT)
             elif not (state == PLACED).all():
                 batch.lose(piece, batch.ticket.cancelled or Lost.CANCELLED)
-            elif piece.done.all():
-                piece.nbytes = self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take)
+            else:
+                self._placed(batch, piece, header)
+
+    def _placed(self, batch: Batch, piece: Piece, header: Header) -> None:
+        if piece.done is None:
+            piece.done = np.zeros(batch.ticket.groups, np.uint8)
+        if header.group == batch.ticket.group:
+            piece.done[batch.frames.start : batch.frames.stop] = 1
+        else:
+            piece.done[:] = 1
+        if piece.done.all():
+            g = self.ctx.geometry
+            piece.nbytes = g.frame_bytes(g.layers, piece.take)

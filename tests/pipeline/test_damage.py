@@ -83,6 +83,7 @@ def test_a_corrupt_chunk_is_counted_and_stored_again(opened: Open) -> None:
     assert got.tokens == 0
     assert got.lost[Lost.CORRUPT] >= 1
     settle(pipe)
+    assert pipe.stats()["tiers"]["hot"]["corrupt"] >= 1
     assert pipe.store(IDS, engine.caches, at).wait().tokens == 192
     assert never_wrong(pipe, engine, at) == 192
 

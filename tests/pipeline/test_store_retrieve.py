@@ -107,6 +107,34 @@ def test_a_longer_prompt_goes_on_from_the_kept_tail(opened: Open) -> None:
     assert pipe.lookup(ids[:150]) >= 144
 
 
+@pytest.mark.parametrize("group", [1, 2, 4, 100])
+@pytest.mark.parametrize("by", ["request", "layer"])
+@pytest.mark.parametrize("use", [None, "zstd"])
+def test_objects_cut_into_other_layer_groups_are_read(
+    opened: Open, tmp_path: Path, group: int, by: str, use: str | None
+) -> None:
+    engine = Engine()
+    target, ids, at = engine.blank(), tokens(150), engine.slots(150)
+    source = with_disk(tmp_path, chunk__group=3)
+    if use:
+        stages = source["graphs"]["store"]["stages"]
+        stages |= {"host": {"use": "to_host", "from": "pack"}, "small": {"use": use}}
+        stages["warm"] = stages.pop("warm") | {"from": "small"}
+    pipe = opened(source, engine)
+    pipe.store(ids, engine.caches, at).wait()
+    settle(pipe)
+    pipe.close()
+    pipe = opened(
+        with_disk(tmp_path, chunk__group=group, graphs__retrieve__pace={"by": by}), engine
+    )
+    for _ in range(2):  # from disk, then as it was promoted
+        wave = pipe.begin_retrieve(ids, target.caches, at)
+        assert [wave.wait_layer(i) for i in range(engine.layers)] == [150] * engine.layers
+        assert wave.wait().tokens == 150
+        assert same(engine, at, target, at)
+        settle(pipe)
+
+
 def test_without_partial_only_whole_chunks_are_kept(opened: Open) -> None:
     engine = Engine()
     pipe, ids = opened(config(chunk__partial=False), engine), tokens(100)
