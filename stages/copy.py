@@ -91,7 +91,8 @@ def gather_now(
 def scatter_now(
     table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str, *, verify: bool
 ) -> None:
-    """The device's scatter of frames that are what their checksums say, finished when it returns."""
+    """The device's scatter of frames that are what their checksums say, finished when it returns.
+    """
     if device == "cpu":
         from ..triton_kernels.paged_copy_cpu import scatter_frames
 
