@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from .demo_ask import Answer
 
-WIDTH = 48
-"""Columns of the longest bar."""
+BESIDE = 58
+"""Columns of a row that are not its bar."""
 
 
 class Words(TextStreamer):
@@ -31,13 +31,14 @@ class Words(TextStreamer):
 
 def bars(console: Console, rows: Sequence[tuple[str, Answer]]) -> None:
     """One bar per row, as long as its time to first token."""
+    width = min(48, max(10, console.width - BESIDE))
     longest = max(answer.ttft_s for _, answer in rows)
     for label, answer in rows:
-        length = max(1, round(WIDTH * answer.ttft_s / longest))
+        length = max(1, round(width * answer.ttft_s / longest))
         colour = "green" if answer.hit_tokens else "yellow"
         share = f"{answer.hit_tokens:,} of {answer.prompt_tokens:,} tokens loaded"
         console.print(
-            f"  {escape(label):<18}[{colour}]{'━' * length}[/]{' ' * (WIDTH - length)} "
+            f"  {escape(label):<18}[{colour}]{'━' * length}[/]{' ' * (width - length)} "
             f"{answer.ttft_s:7.3f} s   [dim]{share}[/]",
             highlight=False, soft_wrap=True,
         )  # fmt: skip

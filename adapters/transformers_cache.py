@@ -165,9 +165,7 @@ class TierloomCache(Cache):
         """Layer `index` holds `length` tokens; once that is the prompt, it may be stored."""
         if self.storing is not None and index == self._stored and length >= len(self.prompt):
             self._stored += 1
-            # a started group is not told of: see the ticket, which takes its first layer for all
-            if self._stored % self.storing.group == 0 or self._stored == len(self.layers):
-                self.storing.layer_done(index)
+            self.storing.layer_done(index)
 
     def abandon(self) -> None:
         """Give up what is under way. Nothing touches this cache's memory once it has returned."""

@@ -91,17 +91,18 @@ def test_another_salt_finds_nothing(keep: Keep, model: Any) -> None:
     assert say(second, tokens(300)) == 288
 
 
-def test_half_precision(keep: Keep) -> None:
-    half = tiny_llama().to(torch.bfloat16)
-    kept = keep(half)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_comes_back_is_what_was_computed(keep: Keep, dtype: torch.dtype) -> None:
+    one = tiny_llama().to(dtype)
+    kept = keep(one)
     kept.generate(tokens(300), max_new_tokens=2, do_sample=False)
     kept.flush()
     cache, other = kept.cache(tokens(300)), kept.cache(tokens(300), retrieve=False, store=False)
     n = cache.get_seq_length()
     assert n == 288
     with torch.no_grad():
-        half(tokens(300)[:, n:], past_key_values=cache)
-        half(tokens(300), past_key_values=other)
+        one(tokens(300)[:, n:], past_key_values=cache)
+        one(tokens(300), past_key_values=other)
     for a, b in zip(cache.layers, other.layers, strict=True):
         torch.testing.assert_close(a.keys[:, :, :n], b.keys[:, :, :n], rtol=0, atol=0)
         torch.testing.assert_close(a.values[:, :, :n], b.values[:, :, :n], rtol=0, atol=0)
