@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..stages.copy import fence
 from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost
 from ..stages.inputs import tokens_array
 from ..stages.namespace import Namespace
@@ -101,8 +102,7 @@ class Pipeline:
     def begin_store(
         self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any
     ) -> Ticket:
-        """`store`, layer by layer behind the model: call `layer_done(i)` as each layer is computed.
-        """
+        """`store`, layer by layer behind the model: call `layer_done(i)` as each layer is computed."""
         return self._submit("store", tokens, caches, slots, layered=True, **names)
 
     def begin_retrieve(
@@ -248,13 +248,13 @@ class Pipeline:
         self, graph: str, tokens: Any, rows: Any, table: Any, keep: Any, *, salt: str = "",
         adapter: str = "", tags: Mapping[str, str] | None = None, deadline: float | None = None,
     ) -> Ticket:  # fmt: skip
-        group = self.spec.chunk.group
         seed = self._seed(salt, adapter, tuple(sorted((tags or {}).items())))
         ticket = Ticket(
             graph, tokens, seed, table=table, slots=rows, keep=keep,
-            groups=-(-self.geometry.layers // group), group=group,
+            layers=self.geometry.layers, group=self.spec.chunk.group,
             seconds=deadline or self.spec.graphs[graph].options.deadline,
             post=lambda t: self._portal.post(self._flows[graph].poke, t),
+            fence=partial(fence, self.layout.device),
         )  # fmt: skip
         ticket.prefill_rate = self.prefill_rate
         return ticket

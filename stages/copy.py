@@ -6,7 +6,7 @@ kernels read and write the page-locked arena directly, so frames need no staging
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,7 +60,7 @@ def gather(ticket: Ticket, frames: FrameTable, device: str) -> bool:
     """
     with ticket.touching:
         if not ticket.stop[0] and ticket.table is not None:
-            gather_now(ticket.table, frames, ticket.slots, ticket.stop, device)
+            gather_now(ticket.table, frames, ticket.slots, ticket.stop, device, ticket.fence)
     return bool((frames.status == PLACED).all())
 
 
@@ -68,11 +68,28 @@ def scatter(ticket: Ticket, frames: FrameTable, device: str, *, verify: bool) ->
     """Verify frames and place their rows; `frames.status` says how far it came."""
     with ticket.touching:
         if not ticket.stop[0] and ticket.table is not None:
-            scatter_now(ticket.table, frames, ticket.slots, ticket.stop, device, verify=verify)
+            scatter_now(
+                ticket.table, frames, ticket.slots, ticket.stop, device, ticket.fence, verify=verify
+            )
+
+
+def fence(device: str) -> Any:
+    """What a copy must wait for before it touches the engine's memory; called by the engine's
+    thread, which does not wait for it. None on a CPU, where work is done when a call returns."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.current_stream().record_event()
 
 
 def gather_now(
-    table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str
+    table: PlaneTable,
+    frames: FrameTable,
+    slots: Slots,
+    stop: Stop,
+    device: str,
+    behind: Any = None,
 ) -> None:
     """The device's gather and the checksums, finished when it returns. Nothing is validated."""
     if device == "cpu":
@@ -82,17 +99,23 @@ def gather_now(
         return
     from ..triton_kernels.xxh3 import xxh3_64
 
-    _launch(table, frames, slots, gather=True)
+    _launch(table, frames, slots, behind, gather=True)
     for i in range(len(frames)):
         frames.checksum[i] = xxh3_64(frames.address[i], frames.nbytes[i])
     frames.status[:] = PLACED
 
 
 def scatter_now(
-    table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str, *, verify: bool
+    table: PlaneTable,
+    frames: FrameTable,
+    slots: Slots,
+    stop: Stop,
+    device: str,
+    behind: Any = None,
+    *,
+    verify: bool,
 ) -> None:
-    """The device's scatter of frames that are what their checksums say, finished when it returns.
-    """
+    """The device's scatter of frames whose checksums are right, finished when it returns."""
     if device == "cpu":
         from ..triton_kernels.paged_copy_cpu import scatter_frames
 
@@ -104,7 +127,7 @@ def scatter_now(
     for i in range(len(frames) if verify else 0):
         good[i] = xxh3_64(frames.address[i], frames.nbytes[i]) == frames.checksum[i]
     frames.take[~good] = 0  # nothing of a bad frame is placed
-    _launch(table, frames, slots, gather=False)
+    _launch(table, frames, slots, behind, gather=False)
     frames.status[:] = np.where(good, PLACED, CORRUPT)
 
 
@@ -120,14 +143,17 @@ def warm_up(device: str) -> None:
         scatter_now(table, frames, n, stop, device, verify=True)
 
 
-def _launch(table: PlaneTable, frames: FrameTable, slots: Slots, *, gather: bool) -> None:
-    """One Triton launch on a side stream, behind what the engine's stream has been given; waits."""
+def _launch(
+    table: PlaneTable, frames: FrameTable, slots: Slots, behind: Any, *, gather: bool
+) -> None:
+    """One Triton launch on a side stream, behind the engine's event `behind`; waits for it."""
     import torch
 
     from ..triton_kernels.paged_copy import DeviceFrames, DevicePlanes, launch_paged_copy
 
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.default_stream())
+    if behind is not None:
+        stream.wait_event(behind)
     with torch.cuda.stream(stream):
         launch_paged_copy(
             DevicePlanes.of(table, "cuda"), DeviceFrames.of(frames, "cuda"),

@@ -80,10 +80,10 @@ def check_layout(layout: KVLayout, caches: Sequence[Any], *, native: bool) -> No
         frames = _frame(layout, lease.address, len(slots), native=native)
         table = layout.planes(caches, native=native)
         rows = layout.block_rows(slots) if native else slots
-        stop = np.zeros(1, np.uint8)
-        copy.gather_now(table, frames, rows, stop, layout.device)
+        stop, device = np.zeros(1, np.uint8), layout.device
+        copy.gather_now(table, frames, rows, stop, device, copy.fence(device))
         _write(layout, caches, slots, before)
-        copy.scatter_now(table, frames, rows, stop, layout.device, verify=True)
+        copy.scatter_now(table, frames, rows, stop, device, copy.fence(device), verify=True)
         if frames.status[0] != PLACED:
             raise LayoutError(f"{layout.order}: a frame did not survive in memory")
         if not np.array_equal(_bytes(layout, caches, slots), pattern):

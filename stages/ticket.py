@@ -69,11 +69,15 @@ class Ticket:
     def __init__(
         self, graph: str, tokens: npt.NDArray[np.int32], seed: bytes, *,
         table: PlaneTable | None, slots: npt.NDArray[np.int64], keep: Any,
-        groups: int, group: int, seconds: float, post: Callable[[Ticket], None],
+        layers: int, group: int, seconds: float, post: Callable[[Ticket], None],
+        fence: Callable[[], Any] = lambda: None,
     ) -> None:  # fmt: skip
         self.graph, self.tokens, self.seed = graph, tokens, seed
         self.table, self.slots, self.keep = table, slots, keep
-        self.groups, self.group = groups, group
+        self.layers, self.group = layers, group
+        self.groups = groups = -(-layers // group)
+        self._fence, self.fence = fence, fence()
+        """CUDA: an event of the engine's stream, behind which its memory may be read or written."""
         self.started = time.monotonic()
         self.deadline = self.started + seconds
         self.prefill_rate = 0.0
@@ -125,7 +129,8 @@ class Ticket:
 
     def layer_done(self, layer: int) -> None:
         """Store: `layer` is computed; layers come in model order. Returns at once."""
-        if (layer + 1) % self.group == 0 or layer // self.group == self.groups - 1:
+        if (layer + 1) % self.group == 0 or layer + 1 == self.layers:
+            self.fence = self._fence()
             self._allow(layer // self.group + 1, window=False)
 
     def captured(self, timeout: float | None = None) -> bool:
@@ -190,8 +195,7 @@ class Ticket:
     # -- the portal's side ---------------------------------------------------------------------
 
     def done_with(self, piece: Piece, frames: range) -> bool:
-        """Store: frames of a piece are gathered; True for the one caller who had the last of them.
-        """
+        """Store: frames of a piece are gathered; True for the one caller who had the last of them."""
         assert piece.done is not None
         with self._count:  # waves of one request end in several threads
             before = bool(piece.done.all())

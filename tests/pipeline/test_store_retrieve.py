@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +234,25 @@ def test_layer_by_layer(opened: Open) -> None:
         assert torch.equal(here, engine.rows(at)[:, : i + 1])
     assert wave.wait().tokens == 200
     assert target.untouched(to)
+
+
+@pytest.mark.parametrize("layers", [5, 6, 7, 8])
+@pytest.mark.parametrize("by", ["layer", "request"])
+def test_no_layer_is_read_before_it_is_done(opened: Open, layers: int, by: str) -> None:
+    """The model fills its cache layer by layer, and each as late as it may."""
+    truth = Engine(layers=layers)
+    engine = truth.blank()
+    pipe = opened(config(chunk__group=3, graphs__store__pace={"by": by}), engine)
+    ids, at = tokens(130), engine.slots(130)
+    wave = pipe.begin_store(ids, engine.caches, at)
+    for i in range(layers):
+        time.sleep(0.01)  # a copy that comes too early has the time to
+        engine.caches[i].copy_(truth.caches[i])
+        wave.layer_done(i)
+    assert wave.wait().tokens == 130
+    target = truth.blank()
+    assert pipe.retrieve(ids, target.caches, at).wait().tokens == 130
+    assert same(truth, at, target, at)
 
 
 def test_a_wave_stays_within_its_window(opened: Open) -> None:
