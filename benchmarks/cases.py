@@ -39,8 +39,8 @@ SHAPES = {
     "8B": Shape(32, 8, 128, group=4),  # Llama-3.1-8B: 32 MiB per chunk
     "SmolLM2": Shape(30, 3, 64, group=5),  # SmolLM2-135M: 5.6 MiB per chunk
 }
-TINY = Shape(4, 1, 8, group=4)
-"""Bytes that cost nothing: what is left is Python."""
+TINY, TINY_CHUNK = Shape(8, 1, 32, group=1), {"tokens": 64, "grain": 8, "group": 1}
+"""Bytes that cost next to nothing in chunks of 8 frames and 8 grains, as Llama's: the rest is Python."""
 
 
 class Engine:

@@ -45,7 +45,7 @@ _BROKEN_LIMIT, _BROKEN_WINDOW = 5, 60.0
 
 
 class Flow:
-    """Runs one graph's requests until its task group is cancelled. Everything here is on the loop."""
+    """Runs one graph's requests until its task group is cancelled; all of it on the loop."""
 
     def __init__(
         self, graph: Graph, segments: tuple[Segment, ...], stages: Mapping[str, Stage], *,

@@ -102,7 +102,7 @@ class Pipeline:
     def begin_store(
         self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any
     ) -> Ticket:
-        """`store`, layer by layer behind the model: call `layer_done(i)` as each layer is computed."""
+        """`store`, layer by layer behind the model: call `layer_done(i)` behind each layer."""
         return self._submit("store", tokens, caches, slots, layered=True, **names)
 
     def begin_retrieve(

@@ -195,7 +195,7 @@ class Ticket:
     # -- the portal's side ---------------------------------------------------------------------
 
     def done_with(self, piece: Piece, frames: range) -> bool:
-        """Store: frames of a piece are gathered; True for the one caller who had the last of them."""
+        """Store: frames of a piece are gathered; True for the one who had the last of them."""
         assert piece.done is not None
         with self._count:  # waves of one request end in several threads
             before = bool(piece.done.all())
