@@ -65,12 +65,13 @@ def _complain(console: Console, sentence: str) -> None:
 def _demo(console: Console, config: str, folder: Path) -> tuple[dict[str, Any], str]:
     """Ask everything. Returns the report and what is wrong with it, in a sentence."""
     smollm2.model_dir()
-    with console.status(f"Loading {smollm2.NAME}"):
-        from . import demo_ask, demo_screen
+    from . import demo_ask, demo_screen
 
+    overrides = demo_ask.disks(config, folder)
+    with console.status(f"Loading {smollm2.NAME}"):
         model, tokenizer = smollm2.load()
         demo_ask.warm_up(model)
-        kept = demo_ask.remember(model, config, folder)
+        kept = demo_ask.remember(model, config, overrides)
     console.print(
         f"{smollm2.NAME} in float32 on CPU, pipeline [bold]{config}[/]. Times are from the call to "
         "the first new token, lookup and load included; process start and model load are not.\n",
@@ -154,7 +155,8 @@ def _again(job: Path) -> None:
 
     model, tokenizer = smollm2.load()
     demo_ask.warm_up(model)
-    with demo_ask.remember(model, asked["config"], Path(asked["folder"])) as kept:
+    overrides = demo_ask.disks(asked["config"], Path(asked["folder"]))
+    with demo_ask.remember(model, asked["config"], overrides) as kept:
         words = demo_screen.Words(tokenizer, Console())
         answer = demo_ask.ask_kept(kept, torch.tensor(asked["ids"]), words)
     Path(asked["out"]).write_text(json.dumps(asdict(answer)))

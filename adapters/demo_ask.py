@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..pipeline.check import load
+from ..stages.errors import InputError
+from .smollm2 import NAME
 from .transformers import Kept, Watch
 
 if TYPE_CHECKING:
@@ -70,22 +73,20 @@ def warm_up(model: Any) -> None:
     ask(model, torch.arange(100, 356).unsqueeze(0))
 
 
-def remember(model: Any, config: str, folder: Path) -> Kept:
-    """`model` with a pipeline whose disk tiers lie in `folder`."""
-    return Kept(
-        model, config=config, name="SmolLM2-135M-Instruct", overrides=_disks(config, folder)
-    )
+def disks(config: str, folder: Path) -> Mapping[str, str]:
+    """Overrides that put every disk tier of `config` into `folder`.
 
-
-def _disks(config: str, folder: Path) -> Mapping[str, str]:
-    """Overrides that put every disk tier into `folder`. Raises InputError when there is none."""
-    from ..pipeline.check import load
-    from ..stages.errors import InputError
-
+    Raises ConfigError, and InputError when there is no disk tier.
+    """
     names = [name for name, tier in load(config).tiers.items() if tier.use == "disk"]
     if not names:
         raise InputError(f"{config} keeps nothing on disk, so nothing would survive the restart")
     return {f"tiers.{name}.path": str(folder / name) for name in names}
+
+
+def remember(model: Any, config: str, overrides: Mapping[str, str]) -> Kept:
+    """`model` with a pipeline of its own."""
+    return Kept(model, config=config, name=NAME, overrides=overrides)
 
 
 def _answer(ids: torch.Tensor, out: torch.Tensor, ttft_s: float, hit: int) -> Answer:

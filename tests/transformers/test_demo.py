@@ -83,6 +83,16 @@ def test_a_missing_package_is_one_line(
     assert "pip install 'tierloom[demo]'" in capsys.readouterr().out
 
 
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "why"), [("minimal", "nothing on disk"), ("tierd", "tiered")])
+def test_a_config_that_cannot_be_shown(
+    config: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_demo(config=config) == 1
+    assert why in capsys.readouterr().out
+
+
 def test_the_document_is_in_the_package() -> None:
     text = (resources.files("tierloom") / "configs" / "demo.txt").read_text("utf-8")
     assert len(text.split()) > 1500
