@@ -16,10 +16,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import tierloom
 from cases import BLOCK, TINY, TINY_CHUNK, Engine, opened
-from tierloom.triton_kernels import paged_copy_cpu
 from yardstick import Took, timed
+
+import tierloom
+from tierloom.triton_kernels import paged_copy_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -2,12 +2,12 @@
 
     python -m pytest benchmarks/bench_kernels.py
 
-`extra_info` of each row: GB/s, CPU seconds per GB, and the share of the memcpy's speed.
+A prompt's KV in shuffled blocks of 16 tokens: 256 MiB of Llama's (2,048 tokens), 180 MiB of
+SmolLM2's (8,192). `NHD`: a block is one run of bytes; `HND`: a run per head.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from cases import BLOCK, CHUNK, ITEMSIZE, SHAPES, slots
+from yardstick import Memcpy, measure
 
 from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
 from tierloom.triton_kernels.planes import FrameTable, PlaneTable
 from tierloom.triton_kernels.xxh3 import xxh3_64
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pytest_benchmark.fixture import BenchmarkFixture
 
-BLOCK, CHUNK, ITEMSIZE = 16, 256, 2
 GO = np.zeros(1, np.uint8)
 ROUNDS = 7
 
@@ -40,17 +39,16 @@ class Work:
     frames: FrameTable
     slots: np.ndarray
     stored: np.ndarray
-    other: np.ndarray
 
 
-SHAPES = {"8B": (32, 8, 128, 2048, 4), "SmolLM2": (30, 3, 64, 8192, 5)}
-"""Layers, KV heads, head dim, tokens, layers per frame; bf16, 256 and 180 MiB."""
+TOKENS = {"8B": 2048, "SmolLM2": 8192}
 
 
 @pytest.fixture(scope="module", params=["8B NHD", "8B HND", "SmolLM2 NHD"])
 def work(request: pytest.FixtureRequest) -> Work:
     model, order = request.param.split()
-    layers, heads, dim, tokens, group = SHAPES[model]
+    kv, tokens = SHAPES[model], TOKENS[model]
+    layers, heads, dim, group = kv.layers, kv.heads, kv.dim, kv.group
     blocks = tokens // BLOCK + 8
     shape = (blocks, BLOCK, heads, dim) if order == "NHD" else (blocks, heads, BLOCK, dim)
     caches = [torch.randint(0, 999, shape, dtype=torch.int16) for _ in range(2 * layers)]
@@ -81,8 +79,7 @@ def work(request: pytest.FixtureRequest) -> Work:
         checksum=np.zeros(count, np.uint64),
         status=np.zeros(count, np.uint8),
     )
-    slots = (shuffled[:, None] * BLOCK + np.arange(BLOCK)).ravel().astype(np.int64)
-    return Work(caches, planes, frames, slots, stored, np.ones_like(stored))
+    return Work(caches, planes, frames, slots(shuffled), stored)
 
 
 def gather(work: Work, checksum: bool) -> None:
@@ -104,25 +101,11 @@ OPS = {
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_cpu(op: str, work: Work, benchmark: BenchmarkFixture) -> None:
+def test_cpu(op: str, work: Work, memcpy: Memcpy, benchmark: BenchmarkFixture) -> None:
     gather(work, checksum=True)  # gives scatter something to verify
-    measured = partial(OPS[op], work)
-    measured()  # compiles
-    memcpy = min(seconds(partial(np.copyto, work.other, work.stored)) for _ in range(ROUNDS))
-    cpu = time.process_time()
-    benchmark.pedantic(measured, rounds=ROUNDS, iterations=1, warmup_rounds=0)
-    cpu = (time.process_time() - cpu) / ROUNDS
-    best = benchmark.stats.stats.min
-    gigabytes = work.stored.nbytes / 1e9
-    benchmark.group = str(benchmark.params["work"])
-    benchmark.extra_info.update(
-        gb_per_s=round(gigabytes / best, 2),
-        cpu_s_per_gb=round(cpu / gigabytes, 4),
-        share_of_memcpy=round(memcpy / best, 3),
-    )
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    OPS[op](work)  # compiles
+    benchmark.group = f"kernels {benchmark.params['work']}"
+    measure(
+        benchmark, lambda _: OPS[op](work),
+        nbytes=work.stored.nbytes, rounds=ROUNDS, memcpy=memcpy,
+    )  # fmt: skip

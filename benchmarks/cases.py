@@ -40,7 +40,7 @@ SHAPES = {
     "SmolLM2": Shape(30, 3, 64, group=5),  # SmolLM2-135M: 5.6 MiB per chunk
 }
 TINY, TINY_CHUNK = Shape(8, 1, 32, group=1), {"tokens": 64, "grain": 8, "group": 1}
-"""Bytes that cost next to nothing in chunks of 8 frames and 8 grains, as Llama's: the rest is Python."""
+"""Chunks of 8 frames and 8 grains, as Llama's, whose bytes cost next to nothing."""
 
 
 class Engine:

@@ -18,6 +18,8 @@ from yardstick import Memcpy, machine  # noqa: E402
 if TYPE_CHECKING:
     from typing import Any
 
+LOAD = pytest.StashKey[float]()
+
 
 @pytest.fixture(scope="session")
 def memcpy() -> Memcpy:
@@ -25,10 +27,13 @@ def memcpy() -> Memcpy:
     return Memcpy()
 
 
-def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["tierloom"] = machine()
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[LOAD] = machine()["load"]
 
 
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """The load at the end too: figures of a busy machine are to be read as such."""
-    output_json["machine_info"]["tierloom"]["load_after"] = machine()["load"]
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    """The load before and after: figures of a busy machine are to be read as such."""
+    now = machine()
+    machine_info["tierloom"] = now | {"load": config.stash[LOAD], "load_after": now["load"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class Worker:
         self.flows: dict[str, Flow] = {}
         # Two pools: a disk that hangs must not take the threads that copy.
         self._work, self._io = Pool(spec.budget.threads, "work"), Pool(spec.budget.threads, "io")
+        self._closing = threading.Event()
         self.portal = Portal(self._live)
         try:
             self.portal.start()
@@ -56,6 +58,7 @@ class Worker:
 
     def close(self) -> None:
         """End every request, close the tiers, free the arena."""
+        self._closing.set()
         self.portal.close()
         self._release()
 
@@ -75,6 +78,7 @@ class Worker:
                     home.callback(flow.close)
                     flow.start(tasks)
                 ready()
+                tasks.start_soon(self._io, self.arena.populate, self._closing.is_set)
                 await stop.wait()
                 await self._drain()
                 tasks.cancel_scope.cancel()
