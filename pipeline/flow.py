@@ -91,12 +91,10 @@ class Flow:
             receive.close()
         self._pokes, receive = anyio.create_memory_object_stream[Ticket](math.inf)
         tasks.start_soon(_work, self._emit, 0, receive, name=f"tierloom:{self.graph.name}:emit")
-        self._admissions, receive = anyio.create_memory_object_stream[Ticket](math.inf)
-        tasks.start_soon(_work, self._admit, 0, receive, name=f"tierloom:{self.graph.name}:admit")
 
     def close(self) -> None:
         """Close the wires, and answer whatever is still open."""
-        for wire in [*self._wires, self._pokes, self._admissions]:
+        for wire in [*self._wires, self._pokes]:
             wire.close()
         for ticket in list(self.open):
             ticket.expire(Lost.CANCELLED)
@@ -117,9 +115,16 @@ class Flow:
             return
         self.open[ticket] = set()
         self.idle.clear()
-        loop = asyncio.get_running_loop()
-        self._timers[ticket] = loop.call_at(ticket.deadline, self._give_up, ticket, Lost.LATE)
+        self._watch(ticket)
         self._wires[0].send_nowait(ticket)
+
+    def _watch(self, ticket: Ticket) -> None:
+        """Give a request up at its deadline, which a model that goes on moves."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < ticket.deadline:
+            self._timers[ticket] = loop.call_at(ticket.deadline, self._watch, ticket)
+        else:
+            self._give_up(ticket, Lost.LATE)
 
     def poke(self, ticket: Ticket) -> None:
         """The engine went on a layer group, or gave the request up."""
@@ -164,7 +169,7 @@ class Flow:
             return
         ticket.expect(self._cut(ticket))
         if ticket.scopes:
-            self._admissions.send_nowait(ticket)
+            await self._admit(ticket)
         else:
             self._finish(ticket)
 
@@ -186,7 +191,7 @@ class Flow:
             scope.open = ticket.groups if ticket.layered else 1
         return scopes
 
-    async def _admit(self, _: int, ticket: Ticket) -> None:
+    async def _admit(self, ticket: Ticket) -> None:
         """Promise memory to the request's batches, in order, and let each one go as it has it."""
         for scope in ticket.scopes:
             need = len(scope.pieces) * self._piece_bytes

@@ -43,10 +43,15 @@ class Pace:
     """`layer`: frames travel in model order and each has a gate; `request`: all at once."""
     window: int = 2
     """Layer groups in flight beyond the one that the model is at."""
+    idle: Annotated[float, parse_seconds] = 60.0
+    """Layer-wise calls only: a request is given up so long after the model's last call. Its graph's
+    deadline then bounds each of the model's waits, not the time the model computes between."""
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError("window must be at least 1")
+        if self.idle <= 0:
+            raise ValueError("idle must be longer than nothing")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..stages.base import Lane
     from .graph import Graph, Node, WhenFull
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Stages of one lane that hand batches on by a plain call."""
+    """Stages that hand batches on by a plain call, each in its own lane."""
 
     nodes: tuple[Node, ...]
-    lane: Lane
     source: int | None
     """Index of the segment it reads; None: the graph's input."""
     readers: tuple[int, ...]
@@ -34,8 +32,11 @@ class Segment:
 
 
 def lower(graph: Graph) -> tuple[Segment, ...]:
-    """Cut where the lane changes, where a wire forks or has options of its own, and behind the
-    plan."""
+    """Cut where a wire forks or has options of its own, and behind the plan.
+
+    Not where the lane changes: a hop over a queue costs some 40 us, and batches overlap anyway, as
+    each segment has several workers.
+    """
     groups: list[list[Node]] = []
     source: list[int | None] = []
     where: dict[str | None, int] = {}
@@ -53,7 +54,6 @@ def lower(graph: Graph) -> tuple[Segment, ...]:
     return tuple(
         Segment(
             nodes=tuple(nodes),
-            lane=nodes[0].cls.lane,
             source=source[i],
             readers=readers[i],
             when_full=nodes[0].wire.when_full or _default(i, source[i], readers),
@@ -69,7 +69,6 @@ def _fuses(graph: Graph, last: Node, node: Node) -> bool:
     return (
         node.source == last.id
         and len(graph.readers(last.id)) == 1
-        and last.cls.lane is node.cls.lane
         and _is_head(last) == _is_head(node)
         and node.wire == type(node.wire)()
     )

@@ -78,9 +78,9 @@ class Pipeline:
         process only, in the caller's thread; remote tiers are asked by `alookup` and
         `retrieve`."""
         self._check_open()
-        ticket = self._question(tokens, salt=salt, adapter=adapter, tags=tags)
         if self.off or "retrieve" not in self._flows:
             return 0
+        ticket = self._question(tokens, salt=salt, adapter=adapter, tags=tags)
         self._flows["retrieve"].peek(ticket)
         return sum(p.take for p in ticket.pieces)
 
@@ -126,9 +126,9 @@ class Pipeline:
     async def alookup(self, tokens: Any, **names: Any) -> int:
         """`lookup`, remote tiers included."""
         self._check_open()
-        ticket = self._question(tokens, **names)
         if self.off or "retrieve" not in self._flows:
             return 0
+        ticket = self._question(tokens, **names)
         tokens = await awaited(self._portal.begin(self._flows["retrieve"].plan, ticket))
         return int(tokens)
 
@@ -174,6 +174,8 @@ class Pipeline:
     def pin(self, tokens: Any, *, pinned: bool = True, **names: Any) -> int:
         """Keep the chunks of `tokens` from eviction in local tiers, or let them go; how many."""
         self._check_open()
+        if "retrieve" not in self._flows:
+            return 0
         ticket = self._question(tokens, **names)
         self._flows["retrieve"].peek(ticket)
         keys = [p.source for p in ticket.pieces]
@@ -229,13 +231,14 @@ class Pipeline:
         table = layout.planes(caches, native=self.native)
         if self.off is None:
             self._prove(layout, caches)
-        ticket = self._ticket(graph, array, rows, table, (caches, rows), **names)
+        pace = self.spec.graphs[graph].options.pace
+        idle = pace.idle if layered else 0.0
+        ticket = self._ticket(graph, array, rows, table, (caches, rows), idle=idle, **names)
         if self.off is not None:
             ticket.tally(Lost.BAD_LAYOUT)
             ticket.finish()
             return ticket
         if layered:
-            pace = self.spec.graphs[graph].options.pace
             ticket.layered = pace.by == "layer"
             if graph == "store":
                 ticket.allowed = 0
@@ -247,6 +250,7 @@ class Pipeline:
     def _ticket(
         self, graph: str, tokens: Any, rows: Any, table: Any, keep: Any, *, salt: str = "",
         adapter: str = "", tags: Mapping[str, str] | None = None, deadline: float | None = None,
+        idle: float = 0.0,
     ) -> Ticket:  # fmt: skip
         seed = self._seed(salt, adapter, tuple(sorted((tags or {}).items())))
         ticket = Ticket(
@@ -254,7 +258,7 @@ class Pipeline:
             layers=self.geometry.layers, group=self.spec.chunk.group,
             seconds=deadline or self.spec.graphs[graph].options.deadline,
             post=lambda t: self._portal.post(self._flows[graph].poke, t),
-            fence=partial(fence, self.layout.device),
+            fence=partial(fence, self.layout.device), idle=idle,
         )  # fmt: skip
         ticket.prefill_rate = self.prefill_rate
         return ticket

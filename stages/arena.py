@@ -166,9 +166,7 @@ class Arena:
         libc = ctypes.CDLL(None)
         for at in range(0, self.working, _STEP):
             start, length = self.address + at, min(_STEP, self.working - at)
-            refused = libc.madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE
-            )
+            refused = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE)
             if refused or enough():  # refused by a kernel before 5.14
                 return
 

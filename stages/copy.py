@@ -29,28 +29,26 @@ if TYPE_CHECKING:
 def frame_table(
     geometry: Geometry, jobs: Sequence[tuple[Piece, Header, int, range, int]]
 ) -> FrameTable:
-    """A row per frame of each job (piece, header, address of its object, frames, tokens to copy).
-
-    Built column by column: Python touches a job, not a frame.
-    """
-    n = sum(len(frames) for _, _, _, frames, _ in jobs)
-    address, nbytes, slot0 = (np.empty(n, np.int64) for _ in range(3))
-    layer, checksum = np.empty((n, 2), np.int32), np.empty(n, np.uint64)
-    rows, take = np.empty(n, np.int32), np.empty(n, np.int32)
-    at = 0
-    for piece, header, base, frames, tokens in jobs:
-        part = slice(at, at + len(frames))
-        table = header.frames[frames.start : frames.stop]
-        address[part] = [base + f.offset for f in table]
-        nbytes[part] = [f.stored for f in table]
-        checksum[part] = [f.checksum for f in table]
-        first = np.arange(frames.start, frames.stop) * header.group
-        layer[part, 0], layer[part, 1] = first, np.minimum(first + header.group, geometry.layers)
-        rows[part] = geometry.rows(header.tokens)
-        take[part] = geometry.rows(tokens)
-        slot0[part] = piece.start // geometry.block_tokens
-        at += len(frames)
-    return FrameTable(address, nbytes, layer, rows, take, slot0, checksum, np.zeros(n, np.uint8))
+    """A row per frame of each job (piece, header, address of its object, frames, tokens to copy)."""
+    many = [len(frames) for _, _, _, frames, _ in jobs]
+    table = [(base, f) for _, h, base, part, _ in jobs for f in h.frames[part.start : part.stop]]
+    first = [i * h.group for _, h, _, part, _ in jobs for i in part]
+    group = np.repeat([h.group for _, h, _, _, _ in jobs], many)
+    layer = np.empty((len(table), 2), np.int32)
+    layer[:, 0] = first
+    layer[:, 1] = np.minimum(layer[:, 0] + group, geometry.layers)
+    return FrameTable(
+        address=np.array([base + f.offset for base, f in table], np.int64),
+        nbytes=np.array([f.stored for _, f in table], np.int64),
+        layer=layer,
+        rows=np.repeat(
+            np.array([geometry.rows(h.tokens) for _, h, _, _, _ in jobs], np.int32), many
+        ),
+        take=np.repeat(np.array([geometry.rows(n) for *_, n in jobs], np.int32), many),
+        slot0=np.repeat(np.array([p.start // geometry.block_tokens for p, *_ in jobs]), many),
+        checksum=np.array([f.checksum for _, f in table], np.uint64),
+        status=np.zeros(len(table), np.uint8),
+    )
 
 
 def gather(ticket: Ticket, frames: FrameTable, device: str) -> bool:

@@ -7,7 +7,7 @@ A frame is verified before it is decoded. Plain frames pass untouched: scatter v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -43,7 +43,7 @@ class Decode(Stage):
             if not any(f.codecs for f in header.frames):
                 continue
             raw = [f.raw for f in header.frames]
-            plain = replace(header, frames=plan_frames(header.header_bytes, raw, raw))
+            plain = header._replace(frames=plan_frames(header.header_bytes, raw, raw))
             try:
                 lease = self.ctx.arena.lease(plain.nbytes)
             except ArenaFull:

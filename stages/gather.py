@@ -8,6 +8,7 @@ A chunk's frames lie in one lease from the start, behind room for its header.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import numpy as np
 from . import copy
 from .base import Lane, Stage
 from .errors import ArenaFull, Lost
-from .object import LINK, Header, Object, header_size, plan_frames
+from .object import LINK, Frame, Header, Object, header_size, plan_frames
 from .space import PAGE, aligned
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Gather(Stage):
         super().__init__(options, ctx)
         g, group = ctx.geometry, ctx.chunk.group
         self.layers = [min(group, g.layers - at) for at in range(0, g.layers, group)]
+        self._plan = lru_cache(256)(self._plan_of)
 
     async def prepare(self, batch: Batch) -> None:
         """Lease memory for whole objects when their first frames come."""
@@ -89,15 +91,18 @@ class Gather(Stage):
 
     def _header(self, ticket: Ticket, piece: Piece) -> Header:
         g, c = self.ctx.geometry, self.ctx.chunk
-        raw = [g.frame_bytes(n, piece.tokens) for n in self.layers]
         tokens = ticket.tokens[piece.start : piece.start + piece.tokens]
         return Header(
             key=piece.key, namespace=self.ctx.namespace, parent=piece.parent,
             token_digest=sha256(tokens.tobytes()).digest(),
             tokens=piece.tokens, grain=c.grain, group=c.group, geometry=g,
-            frames=plan_frames(header_size(len(raw), len(piece.links) // LINK), raw, raw),
-            links=piece.links,
+            frames=self._plan(piece.tokens, len(piece.links) // LINK), links=piece.links,
         )  # fmt: skip
+
+    def _plan_of(self, tokens: int, links: int) -> tuple[Frame, ...]:
+        """Where the frames of a chunk of so many tokens lie: the same for nearly all chunks."""
+        raw = [self.ctx.geometry.frame_bytes(n, tokens) for n in self.layers]
+        return plan_frames(header_size(len(raw), links), raw, raw)
 
 
 def _blank_padding(header: Header, lease: Lease) -> None:

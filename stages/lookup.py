@@ -95,8 +95,7 @@ class Lookup(LoopStage):
         for piece in ticket.pieces:
             for name, tier in tiers.items():
                 if tier.local:
-                    found = tier.find(piece.links)
-                    kept = found is not None and found.key == piece.key
+                    kept = tier.find(piece.key) is not None  # its last link: the whole chunk
                 else:
                     kept = known[name][piece.index]
                 if not kept:

@@ -23,7 +23,7 @@ header carries its own checksum and one for every frame, so no byte is believed 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -62,8 +62,7 @@ class Frame(NamedTuple):
     """Codec ids in the order they were applied, at most eight."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What an object says of itself. `frames` in layer order, `group` layers each."""
 
     key: bytes
@@ -80,7 +79,8 @@ class Header:
     @property
     def nbytes(self) -> int:
         """The object's length: a multiple of 4096."""
-        return max((f.offset + aligned(f.stored) for f in self.frames), default=self.header_bytes)
+        last = self.frames[-1] if self.frames else Frame(self.header_bytes, 0, 0)
+        return last.offset + aligned(last.stored)
 
     @property
     def header_bytes(self) -> int:
@@ -88,17 +88,15 @@ class Header:
 
     def pack(self) -> bytes:
         """The header as bytes, zero padded to `header_bytes`."""
-        g = self.geometry
+        g, size = self.geometry, self.header_bytes
         fixed = _FIXED.pack(
-            _MAGIC, _VERSION, _NATIVE if g.native else 0, self.header_bytes, 0, self.nbytes,
+            _MAGIC, _VERSION, _NATIVE if g.native else 0, size, 0, self.nbytes,
             self.key, self.namespace, self.parent, self.token_digest,
             self.tokens, self.grain, self.group, g.kv, g.layers, g.heads, g.dim, g.block_tokens,
             _NAMES.index(g.dtype), len(self.frames), len(self.links) // LINK, 0,
         )  # fmt: skip
-        table = b"".join(
-            _FRAME.pack(f.offset, f.stored, f.raw, f.checksum, f.codecs) for f in self.frames
-        )
-        page = bytearray((fixed + table + self.links).ljust(self.header_bytes, b"\0"))
+        table = b"".join([_FRAME.pack(*f) for f in self.frames])
+        page = bytearray((fixed + table + self.links).ljust(size, b"\0"))
         struct.pack_into("<Q", page, _CHECK_AT, xxhash.xxh3_64_intdigest(page))
         return bytes(page)
 
@@ -217,10 +215,12 @@ class Object:
     def seal(self, checksums: Sequence[int]) -> None:
         """Write the header in front of the frames. The bytes are then a whole object."""
         frames = tuple(
-            Frame(f.offset, f.stored, f.raw, c, f.codecs)
-            for f, c in zip(self.header.frames, checksums, strict=True)
+            [
+                Frame(f.offset, f.stored, f.raw, c, f.codecs)
+                for f, c in zip(self.header.frames, checksums, strict=True)
+            ]
         )
-        self.header = replace(self.header, frames=frames)
+        self.header = self.header._replace(frames=frames)
         page = self.header.pack()
         self.lease.view[: len(page)] = page
         self.loaded, self.sealed = len(frames), True

@@ -7,7 +7,7 @@ Nothing is put before its last frame is there; what an encoder made is put toget
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -74,8 +74,7 @@ class Put(LoopStage):
 
     async def _assemble(self, batch: Batch, plain: Object, encoded: Encoded) -> Object:
         frames = [f for f in encoded.frames if f is not None]
-        header = replace(
-            plain.header,
+        header = plain.header._replace(
             frames=tuple(
                 f._replace(codecs=e.codecs)
                 for f, e in zip(

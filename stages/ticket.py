@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent import futures
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,8 +71,11 @@ class Ticket:
         self, graph: str, tokens: npt.NDArray[np.int32], seed: bytes, *,
         table: PlaneTable | None, slots: npt.NDArray[np.int64], keep: Any,
         layers: int, group: int, seconds: float, post: Callable[[Ticket], None],
-        fence: Callable[[], Any] = lambda: None,
+        fence: Callable[[], Any] = lambda: None, idle: float = 0.0,
     ) -> None:  # fmt: skip
+        """`seconds`: how long the caller will wait. `idle`: not 0 for a request that goes at the
+        model's pace; it lives so long beyond the model's last call, however long the model takes,
+        and each of the model's waits is bounded by `seconds`."""
         self.graph, self.tokens, self.seed = graph, tokens, seed
         self.table, self.slots, self.keep = table, slots, keep
         self.layers, self.group = layers, group
@@ -79,7 +83,8 @@ class Ticket:
         self._fence, self.fence = fence, fence()
         """CUDA: an event of the engine's stream, behind which its memory may be read or written."""
         self.started = time.monotonic()
-        self.deadline = self.started + seconds
+        self._seconds, self._idle = seconds, idle
+        self.deadline = self.started + (idle or seconds)
         self.prefill_rate = 0.0
         """Tokens/s at which this engine computes what it does not load; 0: not known."""
         self.stop: npt.NDArray[np.uint8] = np.zeros(1, np.uint8)
@@ -113,7 +118,7 @@ class Ticket:
 
     def planned(self) -> int:
         """Retrieve: tokens that it sets out to bring, once the plan is made (waits for that)."""
-        self.head_done.wait(max(0.0, self.deadline - time.monotonic()))
+        self.head_done.wait(self._patience())
         return sum(p.take for p in self.pieces) if self.head_done.is_set() else 0
 
     def wait_layer(self, layer: int) -> int:
@@ -123,12 +128,13 @@ class Ticket:
         """
         group = layer // self.group
         self._allow(group + 1, window=True)
-        if not self.gates[group].wait(max(0.0, self.deadline - time.monotonic())):
-            self.cancel()
+        if not self.gates[group].wait(self._patience()):
+            self.cancel(Lost.LATE)
         return self.valid(group + 1)
 
     def layer_done(self, layer: int) -> None:
         """Store: `layer` is computed; layers come in model order. Returns at once."""
+        self._go_on()
         if (layer + 1) % self.group == 0 or layer + 1 == self.layers:
             self.fence = self._fence()
             self._allow(layer // self.group + 1, window=False)
@@ -138,27 +144,25 @@ class Ticket:
 
         False when time ran out: the request is then cancelled, and memory free all the same.
         """
-        end = self.deadline if timeout is None else min(self.deadline, time.monotonic() + timeout)
+        end = time.monotonic() + self._patience(timeout)
         for gate in self.gates:
             if not gate.wait(max(0.0, end - time.monotonic())):
-                self.cancel()
+                self.cancel(Lost.LATE if timeout is None else Lost.CANCELLED)
                 return False
         return True
 
     def wait(self, timeout: float | None = None) -> Receipt:
         """The receipt; at `timeout` or the deadline the request is cancelled and what is there
         counts. The caller's tensors are free when it returns."""
-        end = self.deadline if timeout is None else min(self.deadline, time.monotonic() + timeout)
         try:
-            return self.future.result(max(0.0, end - time.monotonic()))
-        except TimeoutError:
-            self.cancel()
+            return self.future.result(self._patience(timeout))
+        except futures.TimeoutError:
+            self.cancel(Lost.LATE if timeout is None else Lost.CANCELLED)
             return self.receipt()
 
-    def cancel(self) -> None:
+    def cancel(self, code: Lost = Lost.CANCELLED) -> None:
         """Give the request up. Nothing touches the caller's tensors once this has returned."""
-        late = time.monotonic() >= self.deadline
-        self.expire(Lost.LATE if late else Lost.CANCELLED)
+        self.expire(code)
         self.touching.wait_until_empty()
         self._post(self)
 
@@ -238,6 +242,17 @@ class Ticket:
         if not self.future.done():
             self.future.set_result(self.receipt())
         self.keep = self.table = None
+
+    def _go_on(self) -> None:
+        """The model is alive: a paced request's time begins anew."""
+        if self._idle:
+            self.deadline = time.monotonic() + self._idle
+
+    def _patience(self, timeout: float | None = None) -> float:
+        """Seconds that the caller may be kept waiting from now on."""
+        self._go_on()
+        left = self._seconds if self._idle else max(0.0, self.deadline - time.monotonic())
+        return left if timeout is None else min(left, timeout)
 
     def _allow(self, groups: int, *, window: bool) -> None:
         if groups + (self.window if window else 0) > self.allowed:

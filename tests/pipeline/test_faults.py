@@ -226,7 +226,7 @@ def test_a_broken_stage_is_logged_once_and_the_graph_stands_aside(
         got = pipe.retrieve(ids, engine.caches, at).wait()
         assert (got.tokens, list(got.lost)) == (0, [Lost.BROKEN])
     assert pipe.stats()["graphs"]["retrieve"]["degraded"]
-    assert pipe.stats()["stages"]["retrieve"]["grow"]["broken"] == 5, "it should have stood aside"
+    assert pipe.stats()["stages"]["retrieve"]["fetch"]["broken"] == 5, "it should have stood aside"
     assert len([r for r in caplog.records if "stage broke" in r.getMessage()]) == 1
     assert pipe.store(tokens(64, seed=1), engine.caches, at).wait().tokens == 64
 

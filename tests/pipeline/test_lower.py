@@ -8,20 +8,17 @@ from conftest import config
 
 from tierloom.pipeline.check import load
 from tierloom.pipeline.lower import lower
-from tierloom.stages.base import Lane
 
 
-def segments(graph: str, **changes: Any) -> list[tuple[str, Lane, int | None, str, bool]]:
+def segments(graph: str, **changes: Any) -> list[tuple[str, int | None, str, bool]]:
     made = lower(load(config(**changes)).graphs[graph])
-    return [(s.id, s.lane, s.source, s.when_full, s.head) for s in made]
+    return [(s.id, s.source, s.when_full, s.head) for s in made]
 
 
-def test_a_graph_is_cut_where_the_lane_changes_and_behind_the_plan() -> None:
+def test_a_graph_is_cut_behind_its_plan() -> None:
     assert segments("retrieve") == [
-        ("keys", Lane.POOL, None, "block", True),
-        ("plan", Lane.LOOP, 0, "block", True),
-        ("fetch", Lane.LOOP, 1, "block", False),
-        ("grow+place", Lane.POOL, 2, "block", False),
+        ("keys+plan", None, "block", True),
+        ("fetch+grow+place", 0, "block", False),
     ]
 
 
@@ -30,23 +27,21 @@ def test_a_fork_is_a_cut_and_its_later_branches_drop() -> None:
         "tiers__cold": {"use": "memory", "capacity": "1 MiB"},
         "graphs__store__stages__cold": {"use": "put", "tier": "cold"},
     }
-    assert segments("store", **two)[2:] == [
-        ("pack", Lane.POOL, 1, "block", False),
-        ("hot", Lane.LOOP, 2, "block", False),
-        ("cold", Lane.LOOP, 2, "drop", False),
+    assert segments("store", **two)[1:] == [
+        ("pack", 0, "block", False),
+        ("hot", 1, "block", False),
+        ("cold", 1, "drop", False),
     ]
     two["graphs__store__stages__cold"]["when_full"] = "spill"
-    assert segments("store", **two)[-1][3] == "spill"
+    assert segments("store", **two)[-1][2] == "spill"
 
 
 def test_a_wire_with_options_is_a_cut() -> None:
-    made = segments("retrieve", graphs__retrieve__stages__place={"use": "scatter", "width": 2})
-    assert [s[0] for s in made[-2:]] == ["grow", "place"]
-    whole = lower(
-        load(config(graphs__retrieve__stages__place={"use": "scatter", "depth": 3})).graphs[
-            "retrieve"
-        ]
-    )
+    place = {"use": "scatter", "width": 2}
+    made = segments("retrieve", graphs__retrieve__stages__place=place)
+    assert [s[0] for s in made[-2:]] == ["fetch+grow", "place"]
+    place = {"use": "scatter", "depth": 3}
+    whole = lower(load(config(graphs__retrieve__stages__place=place)).graphs["retrieve"])
     assert (whole[-1].depth, whole[-1].width) == (3, 4)
 
 

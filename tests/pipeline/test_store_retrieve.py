@@ -255,6 +255,33 @@ def test_no_layer_is_read_before_it_is_done(opened: Open, layers: int, by: str) 
     assert same(truth, at, target, at)
 
 
+def test_a_deadline_bounds_the_waiting_not_the_computing(opened: Open) -> None:
+    """A model that takes longer than the deadline between two layers still gets all of its KV."""
+    engine = Engine()
+    pace = {"by": "layer", "window": 1}
+    source = config(graphs__store__pace=pace, graphs__retrieve__pace=pace)
+    source["graphs"]["store"]["deadline"] = source["graphs"]["retrieve"]["deadline"] = "200 ms"
+    pipe, ids, at = opened(source, engine), tokens(64), engine.slots(64)
+    wave = pipe.begin_store(ids, engine.caches, at)
+    for i in range(engine.layers):
+        time.sleep(0.12)
+        wave.layer_done(i)
+    assert wave.wait(5).tokens == 64
+    wave = pipe.begin_retrieve(ids, engine.blank().caches, at)
+    for i in range(engine.layers):
+        time.sleep(0.12)
+        assert wave.wait_layer(i) == 64
+    assert wave.wait().tokens == 64
+
+
+def test_a_model_that_has_gone_is_given_up(opened: Open) -> None:
+    engine = Engine()
+    pipe = opened(config(graphs__store__pace={"by": "layer", "idle": "100 ms"}), engine)
+    wave = pipe.begin_store(tokens(64), engine.caches, engine.slots(64))
+    wave.layer_done(0)
+    assert wave.future.result(5).lost == {Lost.LATE: 1}
+
+
 def test_a_wave_stays_within_its_window(opened: Open) -> None:
     """Nothing is placed further ahead of the model than the graph says."""
     engine = Engine(layers=12)
