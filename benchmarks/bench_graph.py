@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cases import BLOCK, TINY, TINY_CHUNK, Engine, opened
-from yardstick import Took, timed
+from yardstick import Took, idle, timed
 
 import tierloom
 from tierloom.triton_kernels import paged_copy_cpu
@@ -154,6 +154,7 @@ def per_chunk(
 
     for _ in range(3):
         calls(setup()[0][0])
+    idle()
     took.clear()
     copies.clear()
     benchmark.group = "graph"

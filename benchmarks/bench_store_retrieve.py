@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cases import CHUNK, SHAPES, Engine, clear, opened
-from yardstick import Memcpy, RawDisk, measure
+from yardstick import Memcpy, RawDisk, idle, measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +71,7 @@ def pipe(tier: str, engine: Engine, folder: Path) -> Iterator[Pipeline]:
     with opened(engine, tiers[tier]) as pipe:
         for _ in range(KEPT + 2):  # fills the tiers, and touches every page that will be used
             store(pipe, engine, engine.prompt()).wait()
+        idle()
         yield pipe
 
 

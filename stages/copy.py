@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def frame_table(
     geometry: Geometry, jobs: Sequence[tuple[Piece, Header, int, range, int]]
 ) -> FrameTable:
-    """A row per frame of each job (piece, header, address of its object, frames, tokens to copy)."""
+    """A row per frame of each job: (piece, header, address of its object, frames, tokens)."""
     many = [len(frames) for _, _, _, frames, _ in jobs]
     table = [(base, f) for _, h, base, part, _ in jobs for f in h.frames[part.start : part.stop]]
     first = [i * h.group for _, h, _, part, _ in jobs for i in part]
@@ -41,11 +41,9 @@ def frame_table(
         address=np.array([base + f.offset for base, f in table], np.int64),
         nbytes=np.array([f.stored for _, f in table], np.int64),
         layer=layer,
-        rows=np.repeat(
-            np.array([geometry.rows(h.tokens) for _, h, _, _, _ in jobs], np.int32), many
-        ),
-        take=np.repeat(np.array([geometry.rows(n) for *_, n in jobs], np.int32), many),
-        slot0=np.repeat(np.array([p.start // geometry.block_tokens for p, *_ in jobs]), many),
+        rows=np.array([geometry.rows(h.tokens) for _, h, *_ in jobs], np.int32).repeat(many),
+        take=np.array([geometry.rows(n) for *_, n in jobs], np.int32).repeat(many),
+        slot0=np.array([p.start // geometry.block_tokens for p, *_ in jobs]).repeat(many),
         checksum=np.array([f.checksum for _, f in table], np.uint64),
         status=np.zeros(len(table), np.uint8),
     )
