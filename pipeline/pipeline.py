@@ -13,6 +13,7 @@ from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost
 from ..stages.inputs import tokens_array
 from ..stages.namespace import Namespace
 from ..stages.selftest import check_layout
+from ..stages.tables import Tables
 from ..stages.ticket import Ticket
 from .portal import awaited, finished
 from .worker import Worker
@@ -58,6 +59,7 @@ class Pipeline:
             chunk=(spec.chunk.tokens, spec.chunk.grain),
         )  # fmt: skip
         self._seed = lru_cache(1024)(self._seed_of)
+        self._tables = Tables()
         self._proven: set[tuple[Any, ...]] = set()
         self._worker = Worker(spec, self.geometry, layout.device, self._base.digest)
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
@@ -228,7 +230,7 @@ class Pipeline:
             rows = layout.check_slots(slots, len(array))
         if self.native:
             rows = layout.block_rows(rows)
-        table = layout.planes(caches, native=self.native)
+        table = self._tables.of(layout, caches, native=self.native)
         if self.off is None:
             self._prove(layout, caches)
         pace = self.spec.graphs[graph].options.pace

@@ -146,6 +146,27 @@ def test_native_rows_are_whole_blocks() -> None:
             layout.block_rows(np.array(bad, np.int64))
 
 
+def test_a_table_is_made_again_for_other_tensors() -> None:
+    import gc
+
+    from tierloom.stages.tables import Tables
+
+    layout, made = layout_of("BNHD")
+    tables = Tables()
+    first = tables.of(layout, made, native=False)
+    assert tables.of(layout, list(made), native=False) is first
+    assert tables.of(layout, made, native=True) is not first
+    other = caches("BNHD")
+    second = tables.of(layout, other, native=False)
+    assert second.base.tolist() != first.base.tolist()
+    with pytest.raises(LayoutError):
+        tables.of(layout, [*other[:-1], (other[-1][0], other[-1][1].half())], native=False)
+    del other
+    gc.collect()
+    again = caches("BNHD")  # perhaps at the same addresses
+    assert tables.of(layout, again, native=False) is not second
+
+
 def test_native_bytes_name_their_layout() -> None:
     prints = {layout_of(o)[0].fingerprint for o in ORDERS if o != "SHD"}
     assert len(prints) == len(ORDERS) - 1
