@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ sys.path.append(str(HERE))
 from yardstick import Memcpy, machine  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 LOAD = pytest.StashKey[float]()
@@ -25,6 +27,13 @@ LOAD = pytest.StashKey[float]()
 def memcpy() -> Memcpy:
     """Two warm slabs, as large as the largest prompt."""
     return Memcpy()
+
+
+@pytest.fixture(autouse=True)
+def unmapped() -> Iterator[None]:
+    """A closed pipeline's arena is unmapped with its last reference, which may be in a circle."""
+    yield
+    gc.collect()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
