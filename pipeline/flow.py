@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import deque
 from functools import partial
@@ -20,7 +19,6 @@ import anyio
 from ..stages.base import LoopStage, Stage
 from ..stages.errors import ArenaFull, Lost
 from ..stages.payload import Batch, Scope
-from ..stages.ticket import Ticket
 from .meter import Meter
 from .steps import steps
 
@@ -28,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from anyio.abc import TaskGroup
-    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
     from ..stages.arena import Arena
+    from ..stages.ticket import Ticket
     from .graph import Graph
     from .lower import Segment
     from .pool import Pool
@@ -38,9 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("tierloom")
 
 BATCH_CHUNKS = 16
-BATCH_BYTES = 128 << 20
-"""What goes through the graph together: enough to make Python's part small, little enough that two
-threads share the work of one request."""
+BATCH_BYTES = 32 << 20
+"""What goes through the graph together: enough to make Python's part small, little enough that the
+copies and the disk of one request overlap."""
 _BROKEN_LIMIT, _BROKEN_WINDOW = 5, 60.0
 
 
@@ -69,33 +67,29 @@ class Flow:
             i for i, s in enumerate(segments)
             if not s.head and (s.source is None or segments[s.source].head)
         )  # fmt: skip
-        self._wires: list[MemoryObjectSendStream[Any]] = []
+        # asyncio's queues: a hop over an anyio stream costs six times as much. A head is bounded by
+        # `inflight`, counted in submit(), a spilling wire by the arena.
+        self._wires: list[asyncio.Queue[Any]] = [
+            asyncio.Queue(0 if s.head or s.when_full == "spill" else s.depth) for s in segments
+        ]
+        self._pokes: asyncio.Queue[Ticket] = asyncio.Queue()
         self._timers: dict[Ticket, asyncio.TimerHandle] = {}
         self._broken_at: deque[float] = deque(maxlen=_BROKEN_LIMIT)
 
     # -- life ----------------------------------------------------------------------------------
 
     def start(self, tasks: TaskGroup) -> None:
-        """Open the wires and set the workers to work."""
+        """Set the workers to work."""
         for i, segment in enumerate(self.segments):
-            # A head is bounded by `inflight`, counted in submit(); a spilling wire by the arena.
-            free = segment.head or segment.when_full == "spill"
-            send, receive = anyio.create_memory_object_stream[Any](
-                math.inf if free else segment.depth
-            )
-            self._wires.append(send)
             for n in range(segment.width):
                 work = self._plan if segment.head else self._pass
                 name = f"tierloom:{self.graph.name}:{segment.id}:{n}"
-                tasks.start_soon(_work, work, i, receive.clone(), name=name)
-            receive.close()
-        self._pokes, receive = anyio.create_memory_object_stream[Ticket](math.inf)
-        tasks.start_soon(_work, self._emit, 0, receive, name=f"tierloom:{self.graph.name}:emit")
+                tasks.start_soon(_work, work, i, self._wires[i], name=name)
+        name = f"tierloom:{self.graph.name}:emit"
+        tasks.start_soon(_work, self._emit, 0, self._pokes, name=name)
 
     def close(self) -> None:
-        """Close the wires, and answer whatever is still open."""
-        for wire in [*self._wires, self._pokes]:
-            wire.close()
+        """Answer whatever is still open; the workers have ended."""
         for ticket in list(self.open):
             ticket.expire(Lost.CANCELLED)
             self._finish(ticket)
@@ -116,7 +110,7 @@ class Flow:
         self.open[ticket] = set()
         self.idle.clear()
         self._watch(ticket)
-        self._wires[0].send_nowait(ticket)
+        self._wires[0].put_nowait(ticket)
 
     def _watch(self, ticket: Ticket) -> None:
         """Give a request up at its deadline, which a model that goes on moves."""
@@ -132,14 +126,14 @@ class Flow:
             if ticket.cancelled is not None:
                 self._give_up(ticket, ticket.cancelled)
             else:
-                self._pokes.send_nowait(ticket)
+                self._pokes.put_nowait(ticket)
 
     def _give_up(self, ticket: Ticket, code: Lost) -> None:
         ticket.expire(code)
         for scope in self.open.get(ticket, ()):
             scope.cancel()
         ticket.allowed = ticket.groups  # what was not sent yet must still pass, to be counted
-        self._pokes.send_nowait(ticket)
+        self._pokes.put_nowait(ticket)
 
     def peek(self, ticket: Ticket) -> None:
         """Plan a request from what this process knows: any thread, no I/O, nothing changed."""
@@ -165,7 +159,7 @@ class Flow:
             ticket.tally(ticket.cancelled or Lost.BROKEN, max(1, len(ticket.pieces)))
             ticket.pieces = []
         elif readers and self.segments[readers[0]].head:
-            await self._wires[readers[0]].send(ticket)
+            await self._wires[readers[0]].put(ticket)
             return
         ticket.expect(self._cut(ticket))
         if ticket.scopes:
@@ -195,7 +189,7 @@ class Flow:
         """Promise memory to the request's batches, in order, and let each one go as it has it."""
         for scope in ticket.scopes:
             need = len(scope.pieces) * self._piece_bytes
-            with anyio.CancelScope(deadline=ticket.deadline) as waiting:
+            with anyio.CancelScope() as waiting:
                 self.open[ticket].add(waiting)
                 try:
                     await self._arena.reserve(need)
@@ -211,7 +205,7 @@ class Flow:
                 await self._send(self._body, Batch(ticket, scope, range(ticket.groups)))
         if ticket.layered or ticket.allowed < ticket.groups:
             ticket.admitted = True
-            self._pokes.send_nowait(ticket)
+            self._pokes.put_nowait(ticket)
 
     async def _emit(self, _: int, ticket: Ticket) -> None:
         """Send the waves that the engine's position allows, once memory is promised."""
@@ -244,7 +238,7 @@ class Flow:
         """Run a segment's stages inside the request's deadline. False: cut short, or broken."""
         if ticket.cancelled is not None:
             return False
-        scope = anyio.CancelScope(deadline=ticket.deadline)
+        scope = anyio.CancelScope()  # _give_up cancels it, at the deadline or before
         self.open[ticket].add(scope)
         try:
             with scope:
@@ -276,14 +270,14 @@ class Flow:
         blocking = []
         for reader, part in zip(readers, parts, strict=True):
             try:
-                self._wires[reader].send_nowait(part)
-            except anyio.WouldBlock:  # noqa: PERF203
+                self._wires[reader].put_nowait(part)
+            except asyncio.QueueFull:  # noqa: PERF203
                 if self.segments[reader].when_full == "drop":
                     await self._drop(part)
                 else:
                     blocking.append((reader, part))
         for reader, part in blocking:
-            await self._wires[reader].send(part)
+            await self._wires[reader].put(part)
 
     async def _drop(self, batch: Batch) -> None:
         self.dropped += len(batch.live)
@@ -322,11 +316,10 @@ class Flow:
 
 
 async def _work(
-    handle: Callable[[int, Any], Awaitable[None]], i: int, inbox: MemoryObjectReceiveStream[Any]
+    handle: Callable[[int, Any], Awaitable[None]], i: int, inbox: asyncio.Queue[Any]
 ) -> None:
-    async with inbox:
-        async for item in inbox:
-            await handle(i, item)
+    while True:
+        await handle(i, await inbox.get())
 
 
 def _lose_behind(batch: Batch) -> None:

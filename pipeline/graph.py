@@ -64,7 +64,7 @@ class Wire:
     fork's first branch."""
     depth: int = 64
     """Batches that the wire holds."""
-    width: int = 4
+    width: int = 8
     """Batches that the stage works on at once."""
 
     def __post_init__(self) -> None:

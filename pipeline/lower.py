@@ -34,8 +34,8 @@ class Segment:
 def lower(graph: Graph) -> tuple[Segment, ...]:
     """Cut where a wire forks or has options of its own, and behind the plan.
 
-    Not where the lane changes: a hop over a queue costs some 40 us, and batches overlap anyway, as
-    each segment has several workers.
+    Not where the lane changes: a hop over a queue is not free, and batches overlap anyway, as each
+    segment has several workers.
     """
     groups: list[list[Node]] = []
     source: list[int | None] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,9 @@ class Worker:
         self.tiers: dict[str, Guarded] = {}
         self.flows: dict[str, Flow] = {}
         # Two pools: a disk that hangs must not take the threads that copy.
-        self._work, self._io = Pool(spec.budget.threads, "work"), Pool(spec.budget.threads, "io")
+        cores = len(os.sched_getaffinity(0))
+        self._work = Pool(min(spec.budget.threads, cores), "work")
+        self._io = Pool(spec.budget.threads, "io")
         self._closing = threading.Event()
         self.portal = Portal(self._live)
         try:
@@ -55,10 +58,16 @@ class Worker:
         except BaseException:
             self._release()
             raise
+        self._populating = threading.Thread(
+            target=self.arena.populate, args=(self._closing.is_set,), name="tierloom-populate",
+            daemon=True,
+        )  # fmt: skip
+        self._populating.start()
 
     def close(self) -> None:
         """End every request, close the tiers, free the arena."""
         self._closing.set()
+        self._populating.join()
         self.portal.close()
         self._release()
 
@@ -78,7 +87,6 @@ class Worker:
                     home.callback(flow.close)
                     flow.start(tasks)
                 ready()
-                tasks.start_soon(self._io, self.arena.populate, self._closing.is_set)
                 await stop.wait()
                 await self._drain()
                 tasks.cancel_scope.cancel()

@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import mmap
 import threading
@@ -74,7 +75,8 @@ class Arena:
         self.working = aligned(working)
         self.total = self.working + aligned(kept)
         # One huge page more, so that the slab can begin on a huge page's boundary.
-        self._map = mmap.mmap(-1, self.total + HUGE)
+        # Private: shared mappings get no huge pages, and the disk is slow into small ones.
+        self._map = mmap.mmap(-1, self.total + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -190,7 +192,8 @@ class Arena:
 
             torch.cuda.cudart().cudaHostUnregister(self.address)
         self.view.release()
-        # The mapping itself goes with its last view; a view kept by mistake must not crash us.
+        with contextlib.suppress(BufferError):  # a view was kept: the mapping goes with it
+            self._map.close()
         self._space = Space(0)
 
     def _release(self, lease: Lease) -> None:

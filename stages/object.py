@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -95,7 +97,7 @@ class Header(NamedTuple):
             self.tokens, self.grain, self.group, g.kv, g.layers, g.heads, g.dim, g.block_tokens,
             _NAMES.index(g.dtype), len(self.frames), len(self.links) // LINK, 0,
         )  # fmt: skip
-        table = b"".join([_FRAME.pack(*f) for f in self.frames])
+        table = _table(len(self.frames)).pack(*chain.from_iterable(self.frames))
         page = bytearray((fixed + table + self.links).ljust(size, b"\0"))
         struct.pack_into("<Q", page, _CHECK_AT, xxhash.xxh3_64_intdigest(page))
         return bytes(page)
@@ -183,6 +185,11 @@ class Header(NamedTuple):
             end = f.offset + aligned(f.stored)
         if end != nbytes:
             raise BadObject(f"object length {nbytes} does not match its frames ({end})")
+
+
+@lru_cache(64)
+def _table(frames: int) -> struct.Struct:
+    return struct.Struct("<" + _FRAME.format.lstrip("<") * frames)
 
 
 def header_size(frames: int, links: int) -> int:

@@ -56,6 +56,10 @@ class Scatter(Stage):
         ]
         frames = copy.frame_table(self.ctx.geometry, jobs)
         copy.scatter(batch.ticket, frames, self.ctx.device, verify=verify)
+        if (frames.status == PLACED).all():
+            for piece, header, *_ in jobs:
+                self._placed(batch, piece, header)
+            return
         at = 0
         for piece, header, _, part, _ in jobs:
             state = frames.status[at : at + len(part)]

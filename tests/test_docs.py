@@ -63,3 +63,23 @@ def test_yaml_blocks_of_a_readme_load(readme: Path, tmp_path, monkeypatch) -> No
             check.load(file)
         else:
             yaml.safe_load(block)
+
+
+def test_the_readme_serves_an_engine_of_ones_own(tmp_path, monkeypatch) -> None:
+    import numpy as np
+    import torch
+
+    monkeypatch.setenv("TIERLOOM_DIR", str(tmp_path))
+    monkeypatch.setenv("TIERLOOM_MEMORY", "64 MiB")
+    monkeypatch.setenv("TIERLOOM_DISK", "64 MiB")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [b for b in blocks if "KVLayout" in b]
+    names = {
+        "caches": [torch.randn(2, 40, 16, 2, 8) for _ in range(6)],
+        "tokens": np.arange(600, dtype=np.int32),
+        "slots": np.arange(600),
+    }
+    exec(code, names)
+    assert (names["n"], names["usable"]) in ((0, 0), (0, 600))
+    exec(code, names)
+    assert names["receipt"].tokens in (0, 600)

@@ -42,7 +42,7 @@ def test_a_wire_with_options_is_a_cut() -> None:
     assert [s[0] for s in made[-2:]] == ["fetch+grow", "place"]
     place = {"use": "scatter", "depth": 3}
     whole = lower(load(config(graphs__retrieve__stages__place=place)).graphs["retrieve"])
-    assert (whole[-1].depth, whole[-1].width) == (3, 4)
+    assert (whole[-1].depth, whole[-1].width) == (3, 8)
 
 
 def test_readers_and_sources_agree() -> None:

@@ -24,8 +24,8 @@ def test_words_say_units_lanes_segments_and_wires(spec) -> None:
         "hot: memory capacity 2 GiB, evict s3-fifo",
         "breaker: timeout 150 ms",
         "graph retrieve: pace (by request, window 2, idle 60 s), deadline 800 ms, on_error partial",
-        "├─ hot: put, tier hot 3 loop receipt@host/request 64 deep, 4 at once, block when full",
-        "└─ warm: put, tier warm 4 loop receipt@host/request 64 deep, 4 at once, drop when full",
+        "├─ hot: put, tier hot 3 loop receipt@host/request 64 deep, 8 at once, block when full",
+        "└─ warm: put, tier warm 4 loop receipt@host/request 64 deep, 8 at once, drop when full",
         "place: scatter 2 pool receipt@host/request",
     ):
         assert line in lines
