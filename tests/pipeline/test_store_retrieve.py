@@ -335,11 +335,13 @@ def test_a_prompt_larger_than_the_tier_keeps_its_head(
     pipe, ids = opened(source, engine), tokens(2500)
     pipe.store(ids, engine.caches, engine.slots(2500)).wait()
     settle(pipe)
-    whole = 16 << 20
+    kept = []
     for name in ("hot", "warm"):
         stat = pipe.stats()["tiers"][name]
-        assert stat["nbytes"] > 0.9 * whole
-    assert pipe.lookup(ids) > 0.8 * 2500 * stat["nbytes"] / (2500 * 2 * 6 * 8 * 64 * 2)
+        assert stat["nbytes"] > 0.9 * (16 << 20)
+        kept.append(stat["objects"])
+    # Of the last ones to come, as many as are put at once may stand in the place of some of the head.
+    assert pipe.lookup(ids) >= (min(kept) - 8) * 64
 
 
 def test_requests_of_any_size_share_a_small_arena(opened: Open) -> None:
