@@ -37,7 +37,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench.json -q
-	$(BIN)/python benchmarks/table.py bench.json
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/table.py bench.json
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info bench.json demo.json

@@ -73,6 +73,7 @@ class Flow:
             asyncio.Queue(0 if s.head or s.when_full == "spill" else s.depth) for s in segments
         ]
         self._pokes: asyncio.Queue[Ticket] = asyncio.Queue()
+        self._waiting: asyncio.Queue[Ticket] = asyncio.Queue()
         self._timers: dict[Ticket, asyncio.TimerHandle] = {}
         self._broken_at: deque[float] = deque(maxlen=_BROKEN_LIMIT)
 
@@ -85,8 +86,9 @@ class Flow:
                 work = self._plan if segment.head else self._pass
                 name = f"tierloom:{self.graph.name}:{segment.id}:{n}"
                 tasks.start_soon(_work, work, i, self._wires[i], name=name)
-        name = f"tierloom:{self.graph.name}:emit"
-        tasks.start_soon(_work, self._emit, 0, self._pokes, name=name)
+        # Whoever waits for memory must not hold up the waves that will free it.
+        for handle, inbox in ((self._emit, self._pokes), (self._admit, self._waiting)):
+            tasks.start_soon(_work, handle, 0, inbox, name=f"tierloom:{self.graph.name}")
 
     def close(self) -> None:
         """Answer whatever is still open; the workers have ended."""
@@ -162,10 +164,11 @@ class Flow:
             await self._wires[readers[0]].put(ticket)
             return
         ticket.expect(self._cut(ticket))
-        if ticket.scopes:
-            await self._admit(ticket)
-        else:
+        if not ticket.scopes:
             self._finish(ticket)
+        elif ticket.layered or ticket.allowed == ticket.groups:
+            await self._admit(i, ticket)
+        # else the model has yet to compute what is to be stored: _emit goes on
 
     def _cut(self, ticket: Ticket) -> list[Scope]:
         """The plan in batches of bounded bytes, whose memory is given back as each one ends."""
@@ -185,36 +188,53 @@ class Flow:
             scope.open = ticket.groups if ticket.layered else 1
         return scopes
 
-    async def _admit(self, ticket: Ticket) -> None:
-        """Promise memory to the request's batches, in order, and let each one go as it has it."""
+    async def _admit(self, _: int, ticket: Ticket) -> None:
+        """Promise memory to the request's batches, in order, and let each one go as it has it.
+
+        Waves need all of the request's memory until the last layer, so they get it in one promise:
+        two requests must not each hold half of what both wait for.
+        """
+        ticket.admitted = True
+        if ticket.layered:
+            has = await self._reserve(ticket, len(ticket.pieces) * self._piece_bytes)
         for scope in ticket.scopes:
             need = len(scope.pieces) * self._piece_bytes
-            with anyio.CancelScope() as waiting:
-                self.open[ticket].add(waiting)
-                try:
-                    await self._arena.reserve(need)
-                    scope.defer(partial(self._arena.unreserve, need))
-                except ArenaFull:
-                    for piece in scope.pieces:
-                        piece.lost = Lost.NO_ROOM
-                        ticket.tally(Lost.NO_ROOM)
-            self.open[ticket].discard(waiting)
-            if waiting.cancelled_caught:
-                ticket.expire(Lost.LATE)
-            if not ticket.layered and ticket.allowed == ticket.groups:
+            if not ticket.layered:
+                has = await self._reserve(ticket, need)
+            if has:
+                scope.defer(partial(self._arena.unreserve, need))
+            elif ticket.cancelled is None:
+                for piece in scope.pieces:
+                    piece.lost = Lost.NO_ROOM
+                    ticket.tally(Lost.NO_ROOM)
+            if not ticket.layered:
                 await self._send(self._body, Batch(ticket, scope, range(ticket.groups)))
-        if ticket.layered or ticket.allowed < ticket.groups:
-            ticket.admitted = True
+        if ticket.layered:
+            ticket.promised = True
             self._pokes.put_nowait(ticket)
 
+    async def _reserve(self, ticket: Ticket, nbytes: int) -> bool:
+        """Wait for a promise of memory; False when the request is given up, or asks too much."""
+        with anyio.CancelScope() as waiting:
+            self.open[ticket].add(waiting)
+            try:
+                await self._arena.reserve(nbytes)
+            except ArenaFull:
+                return False
+            finally:
+                self.open[ticket].discard(waiting)
+        return not waiting.cancelled_caught
+
     async def _emit(self, _: int, ticket: Ticket) -> None:
-        """Send the waves that the engine's position allows, once memory is promised."""
-        while ticket.admitted and ticket.emitted < ticket.allowed:
-            if not ticket.layered and ticket.allowed < ticket.groups:
-                return
-            upto = ticket.emitted + 1 if ticket.layered else ticket.groups
-            frames = range(ticket.emitted, upto)
-            ticket.emitted = upto
+        """The engine went on: send the waves that its position allows, or all when it is done."""
+        if not ticket.layered:
+            if ticket.scopes and not ticket.admitted and ticket.allowed == ticket.groups:
+                ticket.admitted = True
+                self._waiting.put_nowait(ticket)
+            return
+        while ticket.promised and ticket.emitted < ticket.allowed:
+            frames = range(ticket.emitted, ticket.emitted + 1)
+            ticket.emitted += 1
             for scope in ticket.scopes:
                 await self._send(self._body, Batch(ticket, scope, frames))
 

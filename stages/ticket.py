@@ -102,7 +102,9 @@ class Ticket:
         """Layer groups that may be under way; the rest wait for the model."""
         self.emitted = 0
         self.admitted = False
-        """Waves may go: memory is promised to all of the request."""
+        """Memory was asked for."""
+        self.promised = False
+        """In waves: memory is promised to all of the request."""
         self.layered = False
         """Frames travel in waves of one layer group."""
         self.window = 0

@@ -340,7 +340,7 @@ def test_a_prompt_larger_than_the_tier_keeps_its_head(
         stat = pipe.stats()["tiers"][name]
         assert stat["nbytes"] > 0.9 * (16 << 20)
         kept.append(stat["objects"])
-    # Of the last ones to come, as many as are put at once may stand in the place of some of the head.
+    # The last to come, as many as are put at once, may stand in the place of some of the head.
     assert pipe.lookup(ids) >= (min(kept) - 8) * 64
 
 
@@ -351,6 +351,20 @@ def test_requests_of_any_size_share_a_small_arena(opened: Open) -> None:
     at = engine.slots(2000)
     receipts = [t.wait(20) for t in [pipe.store(i, engine.caches, at) for i in ids]]
     assert [r.tokens for r in receipts] == [2000] * 4
+
+
+@pytest.mark.parametrize("by", ["layer", "request"])
+def test_many_stores_behind_a_model_share_a_small_arena(opened: Open, by: str) -> None:
+    """None may hold half of what two wait for; by request even a prompt larger than it fits."""
+    engine = Engine(layers=6, blocks=600, heads=8, dim=64)
+    source = config(tiers__hot__capacity="256 MiB", graphs__store__pace={"by": by})
+    pipe, at = opened(source, engine), engine.slots(3000)
+    n = 3000 if by == "request" else 128
+    waves = [pipe.begin_store(tokens(n, seed=s), engine.caches, at[:n]) for s in range(12)]
+    for i in range(engine.layers):
+        for wave in waves:
+            wave.layer_done(i)
+    assert [w.wait(20).tokens for w in waves] == [n] * 12
 
 
 def test_async_twins(opened: Open) -> None:
