@@ -48,8 +48,10 @@ class Worker:
         self.tiers: dict[str, Guarded] = {}
         self.flows: dict[str, Flow] = {}
         # Two pools: a disk that hangs must not take the threads that copy.
-        cores = len(os.sched_getaffinity(0))
-        self._work = Pool(min(spec.budget.threads, cores), "work")
+        # One core stays the engine's. Copies are bound by memory: a second thread on two cores adds
+        # half to the CPU time of each byte.
+        copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
+        self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
         self._closing = threading.Event()
         self.portal = Portal(self._live)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _RUN = 16384
 """Bytes after which a run is cut, so that its checksum finds it in the nearest cache."""
+_SHORT = 1024
+"""Bytes below which a run that does not fit whole lines is not worth three copies."""
 
 
 def gather_frames(
@@ -211,10 +213,16 @@ def _zero(at, nbytes, lanes, before, total):
 @njit(nogil=True)
 def _move(cache, row, nbytes, gather):
     to, source = (row, cache) if gather else (cache, row)
-    if (to | nbytes) % 64:
+    head = -to % 64
+    lines = (nbytes - head) // 64 * 64
+    if lines < _SHORT and (head or lines < nbytes):
         copy_bytes(to, source, nbytes)
-    else:
-        stream_lines(to, source, nbytes)
+        return
+    if head:
+        copy_bytes(to, source, head)
+    stream_lines(to + head, source + head, lines)
+    if head + lines < nbytes:
+        copy_bytes(to + head + lines, source + head + lines, nbytes - head - lines)
 
 
 def _element_copy(itemsize, move):

@@ -216,3 +216,47 @@ def test_no_frames() -> None:
     gather_frames(cache.table, frames.table, np.arange(0), GO)
     scatter_frames(cache.table, frames.table, np.arange(0), GO)
     assert cache.bytes == before
+
+
+@pytest.mark.parametrize("shift", [0, 2, 16, 62])
+@pytest.mark.parametrize("row", [128, 1024, 1088, 2048])
+def test_long_runs_in_memory_of_any_alignment(shift: int, row: int) -> None:
+    """An engine's cache need not begin on a line; streaming stores need it."""
+    rng = np.random.default_rng(0)
+    blocks, block, tokens = 6, 16, 50
+    size = blocks * block * row
+    memory = rng.integers(0, 256, size + 256, np.uint8)
+    start = -memory.ctypes.data % 64 + shift
+    cache = memory[start : start + size]
+    planes = PlaneTable(
+        np.array([cache.ctypes.data]),
+        np.array([[block * row, row, row, 2]]),
+        1,
+        block,
+        1,
+        row // 2,
+        2,
+    )
+    slots = (rng.permutation(blocks)[:4, None] * block + np.arange(block)).ravel()[:tokens]
+    frame = np.full(tokens * row + 128, 0xA5, np.uint8)
+    at = -frame.ctypes.data % 64
+    one = lambda kind, value: np.array([value], kind)  # noqa: E731
+    frames = FrameTable(
+        one(np.int64, frame.ctypes.data + at), one(np.int64, tokens * row), one(np.int32, [0, 1]),
+        one(np.int32, tokens), one(np.int32, tokens), one(np.int64, 0), one(np.uint64, 0),
+        one(np.uint8, 0),
+    )  # fmt: skip
+    stop = np.zeros(1, np.uint8)
+    wanted = cache.reshape(-1, row)[slots].ravel()
+    gather_frames(planes, frames, slots, stop)
+    assert (frame[at : at + tokens * row] == wanted).all()
+    assert (frame[:at] == 0xA5).all()
+    assert (frame[at + tokens * row :] == 0xA5).all()
+    assert int(frames.checksum[0]) == xxhash.xxh3_64_intdigest(wanted)
+    memory[:] = 0xA5
+    scatter_frames(planes, frames, slots, stop)
+    assert (cache.reshape(-1, row)[slots].ravel() == wanted).all()
+    rest = np.setdiff1d(np.arange(blocks * block), slots)
+    assert (cache.reshape(-1, row)[rest] == 0xA5).all()
+    assert (memory[:start] == 0xA5).all()
+    assert (memory[start + size :] == 0xA5).all()
