@@ -195,8 +195,7 @@ class KVLayout:
             kv, words = self._block()
             apart = [0, size["2"]] if "2" in size else [0, 0]
             base = [p[min(k, len(p) - 1)] + apart[k] for k in range(kv) for p in pointers]
-            stride = [[size["B"], words * item, words * item, item]] * len(base)
-            return _table(base, stride, kv, 1, 1, words, item)
+            return PlaneTable.of_blocks(np.array(base, np.int64), size["B"], words * item, kv)
         whole = [size.get("B", self.block_tokens * size.get("S", 0))]
         token, head = size.get("N", size.get("S", 0)), size.get("H", self.dim * item)
         rows = [[*whole, token, head, item]] * 2
@@ -211,7 +210,10 @@ class KVLayout:
             apart = [0, size.get("2", 0)]
         base = [p[min(k, len(p) - 1)] + apart[k] for k in range(self.kv) for p in pointers]
         stride = [rows[k] for k in range(self.kv) for _ in pointers]
-        return _table(base, stride, self.kv, self.block_tokens, self.heads, self.dim, item)
+        return PlaneTable(
+            np.array(base, np.int64), np.array(stride, np.int64), self.kv, self.block_tokens,
+            self.heads, self.dim, item,
+        )  # fmt: skip
 
     def check_slots(self, slots: Any, tokens: int) -> npt.NDArray[np.int64]:
         """`slots` as int64, one per token, each inside the cache. Raises InputError."""
@@ -293,11 +295,3 @@ def _resolve(order: str, shape: tuple[int, ...], paired: bool) -> str:
         pair = "a (K, V) pair of " if paired else ""
         raise LayoutError(f"order {order} ({', '.join(names)}): {pair}shape {shape} {what}")
     return fits[0]
-
-
-def _table(
-    base: list[int], stride: list[list[int]], kv: int, block: int, heads: int, dim: int, item: int
-) -> PlaneTable:
-    return PlaneTable(
-        np.array(base, np.int64), np.array(stride, np.int64), kv, block, heads, dim, item
-    )

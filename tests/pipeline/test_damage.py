@@ -88,6 +88,26 @@ def test_a_corrupt_chunk_is_counted_and_stored_again(opened: Open) -> None:
     assert never_wrong(pipe, engine, at) == 192
 
 
+def test_trusting_the_arena_is_not_trusting_the_disk(opened: Open, tmp_path: Path) -> None:
+    engine = Engine()
+    at = engine.slots(192)
+    source = with_disk(tmp_path, verify="remote")
+    pipe = opened(source, engine)
+    pipe.store(IDS, engine.caches, at).wait()
+    settle(pipe)
+    assert never_wrong(pipe, engine, at) == 192
+    pipe.close()
+    (segment,) = tmp_path.glob("segment-*.slab")
+    raw = bytearray(segment.read_bytes())
+    for start in (i for i in range(0, len(raw), 4096) if raw[i : i + 4] == b"TLM1"):
+        raw[start + 5000] ^= 1
+    segment.write_bytes(raw)
+    pipe = opened(source, engine)
+    assert pipe.lookup(IDS) == 192
+    assert never_wrong(pipe, engine, at) == 0
+    assert pipe.stats()["tiers"]["warm"]["corrupt"] >= 1
+
+
 def damaged_disk(folder: Path, rng: np.random.Generator, kind: str, size: int) -> None:
     """Damage one object of the given size somewhere in the segment files."""
     files = sorted(folder.rglob("*.seg")) or sorted(

@@ -94,6 +94,23 @@ def test_a_dead_tier_opens_its_breaker_and_is_left_out(opened: Open) -> None:
     assert pipe.stats()["tiers"]["hot"]["puts"] == 8
 
 
+def test_a_hedged_read_goes_on_to_the_next_tier(opened: Open) -> None:
+    engine = Engine()
+    source = config(
+        tiers__hot={"use": "slow", "capacity": "8 MiB", "delay": "3 s", "timeout": "10 s"},
+        tiers__warm={"use": "memory", "capacity": "8 MiB"},
+        graphs__retrieve__stages__fetch={"use": "get", "hedge": "20 ms"},
+        graphs__store__deadline="10 s",
+    )
+    source["graphs"]["store"]["stages"]["warm"] = {"use": "put", "tier": "warm"}
+    pipe, target, ids = opened(source, engine), engine.blank(), tokens(150)
+    at = engine.slots(150)
+    assert pipe.store(ids, engine.caches, at).wait().tiers == {"hot": 3, "warm": 3}
+    got = pipe.retrieve(ids, target.caches, at).wait(2)
+    assert (got.tokens, got.tiers) == (150, {"warm": 3})
+    assert torch.equal(engine.rows(at), target.rows(at))
+
+
 def test_a_slow_branch_never_holds_back_its_sibling(opened: Open) -> None:
     engine = Engine(layers=4)
     source = faulty("slower than the deadline", None)
