@@ -18,7 +18,8 @@ import anyio
 
 from ..stages.base import LoopStage, Stage
 from ..stages.errors import ArenaFull, Lost
-from ..stages.payload import Batch, Scope
+from ..stages.payload import Batch
+from .cut import cut
 from .meter import Meter
 from .steps import steps
 
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tierloom")
 
-BATCH_CHUNKS = 16
-BATCH_BYTES = 32 << 20
-"""What goes through the graph together: enough to make Python's part small, little enough that the
-copies and the disk of one request overlap."""
 _BROKEN_LIMIT, _BROKEN_WINDOW = 5, 60.0
 
 
@@ -163,30 +160,12 @@ class Flow:
         elif readers and self.segments[readers[0]].head:
             await self._wires[readers[0]].put(ticket)
             return
-        ticket.expect(self._cut(ticket))
+        ticket.expect(cut(ticket, self._piece_bytes, self._arena.working))
         if not ticket.scopes:
             self._finish(ticket)
         elif ticket.layered or ticket.allowed == ticket.groups:
             await self._admit(i, ticket)
         # else the model has yet to compute what is to be stored: _emit goes on
-
-    def _cut(self, ticket: Ticket) -> list[Scope]:
-        """The plan in batches of bounded bytes, whose memory is given back as each one ends."""
-        size = self._piece_bytes
-        if ticket.layered and len(ticket.pieces) * size > self._arena.working // 2:
-            if ticket.graph == "store":  # all of it would have to be held until the last layer
-                fits = self._arena.working // 2 // size
-                for piece in ticket.pieces[fits:]:
-                    piece.lost = Lost.NO_ROOM
-                    ticket.tally(Lost.NO_ROOM)
-                ticket.pieces = ticket.pieces[:fits]
-            else:
-                ticket.layered, ticket.allowed = False, ticket.groups
-        step = max(1, min(BATCH_CHUNKS, BATCH_BYTES // size, self._arena.working // 4 // size))
-        scopes = [Scope(ticket.pieces[k : k + step]) for k in range(0, len(ticket.pieces), step)]
-        for scope in scopes:
-            scope.open = ticket.groups if ticket.layered else 1
-        return scopes
 
     async def _admit(self, _: int, ticket: Ticket) -> None:
         """Promise memory to the request's batches, in order, and let each one go as it has it.

@@ -64,7 +64,6 @@ class Gather(Stage):
             piece.object = Object(header, lease)
             piece.nbytes = sum(f.raw for f in header.frames)
             piece.checksums = np.zeros(len(self.layers), np.uint64)
-            piece.done = np.zeros(len(self.layers), np.uint8)
 
     def apply(self, batch: Batch) -> Batch:
         live = [p for p in batch.live if p.object is not None]

@@ -135,7 +135,7 @@ class Get(LoopStage):
             tier = next(iter(piece.took))
             if piece.lost is Lost.CORRUPT:
                 bad.append((tier, piece.source))
-            elif tier != self.options.promote and piece.done is not None and piece.done.all():
+            elif tier != self.options.promote and piece.nbytes:  # placed to the last frame
                 piece.object.sealed = True
                 promote.append(piece.object)
         try:

@@ -18,13 +18,22 @@ from .base import LoopStage
 from .errors import Lost
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .base import Context
     from .payload import Piece
     from .ticket import Ticket
     from .tiers.breaker import Guarded
 
-_SLICE = 32
+_SLICE = 16
 """Chunks looked up between two turns of the loop."""
+
+
+async def in_slices(mark: Callable[[list[bytes]], None], keys: list[bytes]) -> None:
+    """`mark` keys, head of the prompt first, tail to head, in turns of the loop."""
+    for end in range(len(keys), 0, -64):
+        mark(keys[max(0, end - 64) : end])
+        await anyio.lowlevel.checkpoint()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,9 +133,10 @@ class Lookup(LoopStage):
             if piece.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
         plan = self._worth(ticket, plan)
+        keys = [p.source for p in plan]
         for tier in tiers.values():
             if tier.local:
-                tier.touch([p.source for p in plan])
+                await in_slices(tier.touch, keys)
         ticket.pieces = plan
 
     def _serve(self, piece: Piece, tiers: dict[str, Guarded], known: dict[str, list[bool]]) -> None:

@@ -47,8 +47,8 @@ class Piece:
     plain: Object | None = None
     """Decoded, where `object` is encoded; its frames are verified already."""
     checksums: npt.NDArray[np.uint64] | None = None
-    done: npt.NDArray[np.uint8] | None = None
-    """Per frame: gathered, or placed."""
+    done: int = 0
+    """A bit for each layer group that is gathered, or placed. Changed by `Ticket.done_with`."""
     encoded: dict[Any, Encoded] = field(default_factory=dict)
     """Store: what each encoding stage made of it, by stage."""
     put: set[str] = field(default_factory=set)

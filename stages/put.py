@@ -14,6 +14,7 @@ import xxhash
 
 from .base import LoopStage
 from .errors import ArenaFull, Lost
+from .lookup import in_slices
 from .object import Object, plan_frames
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Put(LoopStage):
 
     async def apply_async(self, batch: Batch) -> Batch:
         name = self.options.tier
+        capacity = self.ctx.tiers[name].stat().capacity
         whole: list[Piece] = []
         objects: list[Object] = []
         for piece in batch.live:
@@ -45,10 +47,16 @@ class Put(LoopStage):
                 continue
             piece.put.add(name)  # before the first await: another wave must not put it again
             try:
-                objects.append(await self._object(batch, piece))
-                whole.append(piece)
+                made = await self._object(batch, piece)
             except ArenaFull:
                 batch.lose(piece, Lost.NO_ROOM)
+                continue
+            upto = made.header.nbytes * (piece.start + piece.tokens) / piece.tokens
+            if 0 < capacity < upto:
+                batch.lose(piece, Lost.NO_ROOM)  # it would push out its own prompt's head
+                continue
+            objects.append(made)
+            whole.append(piece)
         if not objects:
             return batch
         outcome = await self.ctx.tiers[name].put(objects)
@@ -58,7 +66,9 @@ class Put(LoopStage):
                 batch.ticket.deliver(name)
             else:
                 batch.lose(piece, code)
-        self.ctx.tiers[name].settle([p.key for p in batch.ticket.pieces if name in p.took])
+        mine = [p for p in batch.ticket.pieces if name in p.tiers]
+        if all(name in p.put for p in mine):  # that was the last of the request
+            await in_slices(self.ctx.tiers[name].settle, [p.key for p in mine if name in p.took])
         return batch
 
     async def _object(self, batch: Batch, piece: Piece) -> Object:

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..triton_kernels.planes import CORRUPT, PLACED
 from . import copy
 from .base import Lane, Stage
@@ -72,12 +70,7 @@ class Scatter(Stage):
                 self._placed(batch, piece, header)
 
     def _placed(self, batch: Batch, piece: Piece, header: Header) -> None:
-        if piece.done is None:
-            piece.done = np.zeros(batch.ticket.groups, np.uint8)
-        if header.group == batch.ticket.group:
-            piece.done[batch.frames.start : batch.frames.stop] = 1
-        else:
-            piece.done[:] = 1
-        if piece.done.all():
+        ours = header.group == batch.ticket.group
+        if batch.ticket.done_with(piece, batch.frames if ours else range(batch.ticket.groups)):
             g = self.ctx.geometry
             piece.nbytes = g.frame_bytes(g.layers, piece.take)

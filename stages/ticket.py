@@ -178,9 +178,9 @@ class Ticket:
 
     def valid(self, groups: int) -> int:
         """Tokens of the longest prefix that is placed for the first `groups` layer groups."""
-        tokens = 0
+        tokens, wanted = 0, (1 << groups) - 1
         for p in self.pieces:
-            if p.done is None or p.lost is not None or not p.done[:groups].all():
+            if p.lost is not None or p.done & wanted != wanted:
                 break
             tokens += p.take
             if p.take < p.tokens:
@@ -201,12 +201,11 @@ class Ticket:
     # -- the portal's side ---------------------------------------------------------------------
 
     def done_with(self, piece: Piece, frames: range) -> bool:
-        """Store: frames of a piece are gathered; True for the one who had the last of them."""
-        assert piece.done is not None
+        """Layer groups of a piece are gathered, or placed; True for the one who had the last."""
+        bits = (1 << frames.stop) - (1 << frames.start)
         with self._count:  # waves of one request end in several threads
-            before = bool(piece.done.all())
-            piece.done[frames.start : frames.stop] = 1
-            return not before and bool(piece.done.all())
+            before, piece.done = piece.done, piece.done | bits
+            return before != piece.done == (1 << self.groups) - 1
 
     def tally(self, code: Lost, n: int = 1) -> None:
         with self._count:
