@@ -168,6 +168,8 @@ class TierloomCache(Cache):
         for ticket in (self.loading, self.storing):
             if ticket is not None:
                 ticket.cancel()
+        if self.loading is not None:
+            self.loading.wait()  # then what is damaged has been dropped, and may be stored again
 
     def store_all(self, tokens: npt.NDArray[np.int64]) -> Any:
         """Store `tokens`, the whole sequence as far as it was computed; returns the ticket."""
