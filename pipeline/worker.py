@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -47,29 +46,21 @@ class Worker:
         warm_up(device)
         self.tiers: dict[str, Guarded] = {}
         self.flows: dict[str, Flow] = {}
-        # Two pools: a disk that hangs must not take the threads that copy.
-        # One core stays the engine's. Copies are bound by memory: a second thread on two cores adds
-        # half to the CPU time of each byte.
+        # Two pools: a disk that hangs must not take the threads that copy. And one core stays the
+        # engine's: copies are bound by memory, and a second thread on two cores adds half to the CPU
+        # time of each byte.
         copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
-        self._closing = threading.Event()
         self.portal = Portal(self._live)
         try:
             self.portal.start()
         except BaseException:
             self._release()
             raise
-        self._populating = threading.Thread(
-            target=self.arena.populate, args=(self._closing.is_set,), name="tierloom-populate",
-            daemon=True,
-        )  # fmt: skip
-        self._populating.start()
 
     def close(self) -> None:
         """End every request, close the tiers, free the arena."""
-        self._closing.set()
-        self._populating.join()
         self.portal.close()
         self._release()
 

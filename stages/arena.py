@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HUGE = 2 << 20
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which Python's mmap does not name
-_STEP = 4 << 20
 
 
 class Lease:
@@ -161,16 +159,6 @@ class Arena:
             if not lease.kept:
                 self._kept -= lease.nbytes
         lease.release()
-
-    def populate(self, enough: Callable[[], bool]) -> None:
-        """Touch the first `working` bytes, which are handed out first, so that the first requests
-        do not pay for page faults. Blocks, without the GIL, until done or `enough()`."""
-        libc = ctypes.CDLL(None)
-        for at in range(0, self.working, _STEP):
-            start, length = self.address + at, min(_STEP, self.working - at)
-            refused = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _POPULATE_WRITE)
-            if refused or enough():  # refused by a kernel before 5.14
-                return
 
     def pin(self) -> None:
         """Page-lock the slab for a CUDA device (`cudaHostRegister`), once."""
