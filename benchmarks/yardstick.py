@@ -41,8 +41,8 @@ def timed(call: Callable[[], object]) -> Took:
 
 
 def idle() -> None:
-    """Wait until no thread of this process works any more: a pipeline touches its memory when it
-    opens, in the background, which belongs to no request."""
+    """Wait until no thread of this process works any more: what a pipeline still does behind the
+    requests before belongs to none of those that are measured."""
     busy = 1.0
     while busy > 0.002:
         busy = timed(lambda: time.sleep(0.05)).cpu

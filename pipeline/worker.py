@@ -46,9 +46,9 @@ class Worker:
         warm_up(device)
         self.tiers: dict[str, Guarded] = {}
         self.flows: dict[str, Flow] = {}
-        # Two pools: a disk that hangs must not take the threads that copy. And one core stays the
-        # engine's: copies are bound by memory, and a second thread on two cores adds half to the CPU
-        # time of each byte.
+        # Two pools: a disk that hangs must not take the threads that copy. One core stays the
+        # engine's: copies are bound by memory, and a second thread on two cores adds half to the
+        # CPU time of each byte.
         copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
