@@ -54,7 +54,9 @@ def keep(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
     opened: list[Kept] = []
 
     def open_(model: Any, **options: Any) -> Kept:
-        overrides = {"tiers.warm.path": str(tmp_path / "kv")} | options.pop("overrides", {})
+        # Segments are preallocated: of 1 GiB each, the tests would fill a disk.
+        overrides = {"tiers.warm.path": str(tmp_path / "kv"), "tiers.warm.segment": "64 MiB"}
+        overrides |= options.pop("overrides", {})
         opened.append(Kept(model, overrides=overrides, **options))
         return opened[-1]
 
