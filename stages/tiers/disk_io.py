@@ -9,6 +9,7 @@ but `read` and `write`, which block and free the GIL.
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Piece = tuple[int, int]
+
+log = logging.getLogger(__name__)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that say that a disk, a quota or a file has come to its end."""
@@ -84,6 +87,7 @@ class Segments:
         self.sizes = [0] * -(-capacity // segment)
         """Bytes there are of each segment."""
         self._fds: dict[int, int] = {}
+        self._told = False
         for path in folder.glob("segment-*.slab"):
             number = int(path.stem.removeprefix("segment-"))
             if number >= len(self.sizes):
@@ -110,6 +114,12 @@ class Segments:
         stat = os.statvfs(self._folder)
         spare = (stat.f_bavail * stat.f_frsize - keep_free) // PAGE * PAGE
         if spare < min(missing, max(nbytes, _MINIMUM)):
+            if not self._told:  # once: from now on it lives with the room that it has
+                self._told = True
+                log.warning(
+                    "disk tier at %s grows no more: %d bytes are free, of which keep_free is %d",
+                    *(self._folder, stat.f_bavail * stat.f_frsize, keep_free),
+                )
             return None
         added = min(missing, spare)
         fd = self._open(number)

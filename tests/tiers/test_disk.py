@@ -155,9 +155,11 @@ class TestBuffered(DiskContract):
             assert tier.counts.evicted >= 5
 
     @pytest.mark.anyio
-    async def test_space_is_left_to_others(self, ctx, tmp_path, clock):
+    async def test_space_is_left_to_others_and_said_once(self, ctx, tmp_path, clock, caplog):
         async with self.opened(ctx, tmp_path, clock, keep_free=1 << 60) as tier:
             assert await self.put(tier, 1) == [Lost.NO_ROOM]
+            assert await self.put(tier, 2) == [Lost.NO_ROOM]
+            assert [r.getMessage().count("grows no more") for r in caplog.records] == [1]
             assert not list((tmp_path / "disk").glob("segment-*"))
 
     @pytest.mark.anyio
