@@ -88,7 +88,7 @@ class Worker:
         g = self._geometry
         ctx = Context(
             graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
-            namespace=self._namespace, memory=self._memory,
+            namespace=self._namespace,
             trusted=self._memory if self._spec.verify == "remote" else frozenset(),
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip

@@ -96,8 +96,6 @@ class Context:
     """'cpu' or 'cuda': where the engine's cache lives."""
     namespace: bytes
     """Digest that every object of this pipeline carries."""
-    memory: frozenset[str]
-    """Tiers that keep their objects in the arena."""
     trusted: frozenset[str]
     """Tiers whose frames need no check: none, unless `verify: remote` trusts the arena."""
     arena: Arena
