@@ -6,16 +6,20 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.ready
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-vllm vllm clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
 	@echo "make test    every test"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
+	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
+	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "tierloom needs Python 3.10 or newer"'
@@ -28,7 +32,17 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/tierloom demo --json demo.json
 
+# vLLM pins its own torch and numba, so it has an environment of its own.
+$(VLLM_READY): pyproject.toml tests/vllm/install.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@rm -f $@
+	$(VLLM)/bin/python tests/vllm/install.py
+	@touch $@
+
+vllm: $(VLLM_READY)
+
 test: $(READY)
+	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/vllm are skipped."
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -39,5 +53,8 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench.json -q
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/table.py bench.json
 
+bench-vllm: $(READY) $(VLLM_READY)
+	$(BIN)/python benchmarks/vllm_engine.py
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info bench.json demo.json
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info bench.json demo.json

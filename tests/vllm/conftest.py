@@ -1,0 +1,101 @@
+"""Engines, models, and what an engine without a connector says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HERE = Path(__file__).resolve().parent
+
+# Imported by name once; this folder does not stay on the path, for it is called `vllm`.
+pytest.register_assert_rewrite("harness")
+sys.path.append(str(HERE))
+import harness  # noqa: E402
+import models  # noqa: E402
+
+sys.path.remove(str(HERE))
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Reference = Callable[..., Any]
+
+_LOG_FOLDER = pytest.StashKey[Path]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = harness.why_not()
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    """Show the end of the engines' logs with a test that failed."""
+    report = yield
+    if report.failed and HERE in item.path.parents:
+        folder = item.config.stash.get(_LOG_FOLDER, HERE)
+        for log in sorted(folder.glob("*.log"), key=lambda f: f.stat().st_mtime)[-2:]:
+            lines = log.read_text(errors="replace").splitlines()
+            report.sections.append((log.name, "\n".join(lines[-60:])))
+    return report
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder = tmp_path_factory.mktemp("vllm-logs")
+    request.config.stash[_LOG_FOLDER] = folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _engines(logs: Path) -> Iterator[harness.Engine]:
+    one = harness.Engine(logs)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def engine(_engines: harness.Engine, request: pytest.FixtureRequest) -> Iterator[harness.Engine]:
+    """The process that this and other tests run their engines in, one after another."""
+    failed = request.session.testsfailed
+    yield _engines
+    if request.session.testsfailed > failed:
+        _engines.kill()  # whatever state it is in, the next test begins with a new one
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def reference(logs: Path, llama: Path) -> Iterator[Reference]:
+    """`reference(prompt, max_tokens=8)`: greedy ids without a connector, in a process of its own.
+
+    Each is computed once, alone and cold.
+    """
+    plain = harness.Engine(logs, "reference")
+    known: dict[str, list[int]] = {}
+
+    def ask(tokens: list[int], *, model: Path = llama, options: Any = None, **how: Any) -> Any:
+        key = repr((tokens, model, sorted(how.items()), options))
+        if key not in known:
+            answer = plain.use(model, **(options or {})).one(tokens, **how)
+            assert answer.cached == 0
+            known[key] = answer.ids
+        return known[key]
+
+    yield ask
+    plain.close()
