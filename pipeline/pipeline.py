@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from concurrent.futures import Future
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from ..stages.copy import fence
 from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost
 from ..stages.inputs import tokens_array
 from ..stages.namespace import Namespace
+from ..stages.payload import Span
 from ..stages.selftest import check_layout
 from ..stages.tables import Tables
 from ..stages.ticket import Ticket
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from ..stages.layout import KVLayout
     from ..stages.ticket import Receipt
     from .graph import PipelineSpec
+    from .worker import Change
 
 log = logging.getLogger("tierloom")
 
@@ -45,7 +50,14 @@ class Pipeline:
         rope: str = "",
         layers: tuple[int, int] | None = None,
         heads: tuple[int, int] | None = None,
+        part: str = "",
+        backend: str = "",
+        replica: bool = False,
+        watch: bool = False,
     ) -> None:
+        """`layers`, `heads`, `part`: which share of the model's KV `layout` holds. `backend`: whose
+        native blocks these are, where the layout alone does not say it. `replica`: another process
+        stores the same KV. `watch`: `changes()` will be called. Raises ConfigError, TierDown."""
         self.spec, self.layout = spec, layout
         self.native = _native(spec, layout)
         self.geometry = layout.geometry(native=self.native)
@@ -54,14 +66,16 @@ class Pipeline:
         self.prefill_rate = 0.0
         self._base = Namespace(
             model=model, weights=weights, rope=rope, geometry=str(self.geometry),
-            layers=layers or (0, layout.layers), heads=heads or (0, layout.heads),
-            layout=layout.fingerprint if self.native else b"",
+            layers=layers or (0, layout.layers), heads=heads or (0, layout.heads), part=part,
+            layout=_fingerprint(layout, backend) if self.native else b"",
             chunk=(spec.chunk.tokens, spec.chunk.grain),
         )  # fmt: skip
         self._seed = lru_cache(1024)(self._seed_of)
         self._tables = Tables()
         self._proven: set[tuple[Any, ...]] = set()
-        self._worker = Worker(spec, self.geometry, layout.device, self._base.digest)
+        self._worker = Worker(
+            spec, self.geometry, layout.device, self._base.digest, replica=replica, watch=watch
+        )
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
         self._flows, self._portal = self._worker.flows, self._worker.portal
         self._closed = False
@@ -89,9 +103,10 @@ class Pipeline:
     def store(self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any) -> Ticket:
         """Keep the KV of `tokens`, found at `slots` of `caches`. Returns at once.
 
-        `slots`: int64 token slots, one per token; or `blocks=` a block table. `salt=`, `adapter=`,
-        `tags=` name the tenant, `layout=` another layout of the same geometry. The slots must not
-        be overwritten until `captured()` or `wait()` has returned. Raises InputError.
+        `slots`: int64 token slots, one per token; or `blocks=` a block table, in which -1 leaves a
+        block out. `salt=`, `adapter=`, `tags=` name the tenant; a `Span` of a `Chain` instead of
+        tokens has named it. `layout=`: another layout of the same geometry. The slots must not be
+        overwritten until `captured()` or `wait()` has returned. Raises InputError.
         """
         return self._submit("store", tokens, caches, slots, **names)
 
@@ -127,12 +142,18 @@ class Pipeline:
 
     async def alookup(self, tokens: Any, **names: Any) -> int:
         """`lookup`, remote tiers included."""
+        found: int = await awaited(self.begin_lookup(tokens, **names))
+        return found
+
+    def begin_lookup(self, tokens: Any, **names: Any) -> Future[int]:
+        """`alookup` for a caller without a loop: returns at once."""
         self._check_open()
         if self.off or "retrieve" not in self._flows:
-            return 0
+            nothing: Future[int] = Future()
+            nothing.set_result(0)
+            return nothing
         ticket = self._question(tokens, **names)
-        tokens = await awaited(self._portal.begin(self._flows["retrieve"].plan, ticket))
-        return int(tokens)
+        return self._portal.begin(self._flows["retrieve"].plan, ticket)
 
     # -- around them -----------------------------------------------------------------------------
 
@@ -163,15 +184,32 @@ class Pipeline:
             "off": self.off,
         }
 
-    def clear(self) -> int:
-        """Forget everything in every tier; how many objects there were."""
+    def clear(self, *, wait: bool = True) -> int:
+        """Forget everything in every tier; how many objects there were (0 where not waited for)."""
         self._check_open()
 
         async def all_of_it() -> int:
             return sum([await tier.clear() for tier in self.tiers.values()])
 
+        if not wait:
+            self._portal.begin(all_of_it)
+            return 0
         count: int = self._portal.call(all_of_it)
         return count
+
+    def changes(self, most: int = 4096) -> list[Change]:
+        """What came to local tiers and went since the last call, in order, up to `most`; begins
+        with what was there at the start. Pipelines opened with `watch` only."""
+        seen = self._worker.changes
+        return [seen.popleft() for _ in range(min(most, len(seen)))]
+
+    def whole(self, layers: int, heads: int) -> Namespace:
+        """The namespace of the whole model of which this pipeline holds a share; what it holds all
+        of has its own. Seeds chains that all shares have in common."""
+        g, split = replace(self.geometry, layers=layers), heads // self.layout.heads
+        g = replace(g, dim=g.dim * split) if self.native else replace(g, heads=g.heads * split)
+        shares = {"layers": (0, layers), "heads": (0, heads), "part": ""}
+        return replace(self._base, geometry=str(g), **shares)  # type: ignore[arg-type]
 
     def pin(self, tokens: Any, *, pinned: bool = True, **names: Any) -> int:
         """Keep the chunks of `tokens` from eviction in local tiers, or let them go; how many."""
@@ -216,7 +254,7 @@ class Pipeline:
         if graph not in self._flows:
             raise ConfigError(f"{self.spec.source} has no graph '{graph}'")
         layout = layout or self.layout
-        array = tokens_array(tokens)
+        wanted = (tokens.place or tokens.tokens) if isinstance(tokens, Span) else len(tokens)
         if (slots is None) == (blocks is None):
             raise InputError("pass either slots= or blocks=")
         if layout is not self.layout and layout.geometry(native=self.native) != self.geometry:
@@ -225,17 +263,15 @@ class Pipeline:
                 f"{layout.geometry(native=self.native)}"
             )
         if blocks is not None:
-            rows = layout.slots_of_blocks(blocks, len(array))
+            rows = layout.rows_of_blocks(blocks, wanted, native=self.native)
         else:
-            rows = layout.check_slots(slots, len(array))
-        if self.native:
-            rows = layout.block_rows(rows)
+            rows = layout.check_slots(slots, wanted)
+            rows = layout.block_rows(rows) if self.native else rows
         table = self._tables.of(layout, caches, native=self.native)
-        if self.off is None:
-            self._prove(layout, caches)
+        self.prove(caches, layout)
         pace = self.spec.graphs[graph].options.pace
         idle = pace.idle if layered else 0.0
-        ticket = self._ticket(graph, array, rows, table, (caches, rows), idle=idle, **names)
+        ticket = self._ticket(graph, tokens, rows, table, (caches, rows), idle=idle, **names)
         if self.off is not None:
             ticket.tally(Lost.BAD_LAYOUT)
             ticket.finish()
@@ -254,9 +290,11 @@ class Pipeline:
         adapter: str = "", tags: Mapping[str, str] | None = None, deadline: float | None = None,
         idle: float = 0.0,
     ) -> Ticket:  # fmt: skip
-        seed = self._seed(salt, adapter, tuple(sorted((tags or {}).items())))
+        span = tokens if isinstance(tokens, Span) else None
+        array = tokens_array(() if span else tokens)
+        seed = self._seed(salt, adapter, tuple(sorted((tags or {}).items()))) if not span else b""
         ticket = Ticket(
-            graph, tokens, seed, table=table, slots=rows, keep=keep,
+            graph, array, seed, span=span, table=table, slots=rows, keep=keep,
             layers=self.geometry.layers, group=self.spec.chunk.group,
             seconds=deadline or self.spec.graphs[graph].options.deadline,
             post=lambda t: self._portal.post(self._flows[graph].poke, t),
@@ -268,15 +306,19 @@ class Pipeline:
     def _question(self, tokens: Any, **names: Any) -> Ticket:
         """A ticket that only asks."""
         return self._ticket(
-            "retrieve", tokens_array(tokens), np.empty(0, np.int64), None, None, **names
+            "retrieve", tokens, np.empty(0, np.int64), None, None, **names
         )
 
     def _seed_of(self, salt: str, adapter: str, tags: tuple[tuple[str, str], ...]) -> bytes:
         """The digest that starts a tenant's chains."""
         return self._base.of(salt=salt, adapter=adapter, tags=tags).digest
 
-    def _prove(self, layout: KVLayout, caches: Sequence[Any]) -> None:
-        """The layout's self-test, once for each shape; a layout that fails turns caching off."""
+    def prove(self, caches: Sequence[Any], layout: KVLayout | None = None) -> None:
+        """The layout's self-test on these tensors, once for each shape; done by the first request
+        unless it was before. A layout that fails turns caching off."""
+        layout = layout or self.layout
+        if self.off is not None:
+            return
         # Dense tensors differ in length only: one of them stands for all.
         inner = layout.stride[-1:] if layout.dense else layout.stride
         shape = (layout.order, layout.blocks > 1, layout.heads, layout.dim, layout.dtype, *inner)
@@ -292,6 +334,10 @@ class Pipeline:
     def _check_open(self) -> None:
         if self._closed or not self._portal.alive:
             raise Closed("the pipeline is closed: open a new one")
+
+
+def _fingerprint(layout: KVLayout, backend: str) -> bytes:
+    return hashlib.sha256(layout.fingerprint + backend.encode()).digest()
 
 
 def _native(spec: PipelineSpec, layout: KVLayout) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
@@ -29,15 +31,27 @@ if TYPE_CHECKING:
     from .graph import Graph, PipelineSpec
 
 
+class Change(NamedTuple):
+    """An object that came to a local tier, or went."""
+
+    tier: str
+    kept: bool
+    links: bytes
+    """Its grain links; the last is its key."""
+
+
 class Worker:
     """Opened whole or not at all; `close()` gives everything back."""
 
     def __init__(
-        self, spec: PipelineSpec, geometry: Geometry, device: str, namespace: bytes
-    ) -> None:
-        """`namespace`: the digest that every object carries. Raises ConfigError, TierDown."""
+        self, spec: PipelineSpec, geometry: Geometry, device: str, namespace: bytes, *,
+        replica: bool = False, watch: bool = False,
+    ) -> None:  # fmt: skip
+        """`namespace`: the digest that every object carries. `watch`: keep `changes`, which the
+        caller must empty. Raises ConfigError, TierDown."""
         self._spec, self._geometry, self._device = spec, geometry, device
-        self._namespace = namespace
+        self._namespace, self._replica, self._watch = namespace, replica, watch
+        self.changes: deque[Change] = deque()
         self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
         kept = sum(spec.tiers[n].options.capacity for n in self._memory)
         self.arena = Arena(spec.budget.arena, kept)
@@ -69,7 +83,8 @@ class Worker:
         async with AsyncExitStack() as home:
             for name, t in self._spec.tiers.items():
                 make: Any = t.cls  # every tier takes (options, context)
-                ctx = TierContext(self.arena, self._namespace, self._io)
+                watch = partial(self._note, name) if self._watch else None
+                ctx = TierContext(self.arena, self._namespace, self._io, watch)
                 tier = Guarded(make(t.options, ctx), name, t.breaker)
                 home.push_async_callback(tier.close)
                 await tier.open()
@@ -84,11 +99,14 @@ class Worker:
                 await self._drain()
                 tasks.cancel_scope.cancel()
 
+    def _note(self, tier: str, kept: bool, links: bytes) -> None:
+        self.changes.append(Change(tier, kept, links))
+
     def _flow(self, graph: Graph) -> Flow:
         g = self._geometry
         ctx = Context(
             graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
-            namespace=self._namespace,
+            namespace=self._namespace, replica=self._replica,
             trusted=self._memory if self._spec.verify == "remote" else frozenset(),
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip

@@ -96,6 +96,8 @@ class Context:
     """'cpu' or 'cuda': where the engine's cache lives."""
     namespace: bytes
     """Digest that every object of this pipeline carries."""
+    replica: bool
+    """Another process stores the same KV: this one leaves tiers that both can read to it."""
     trusted: frozenset[str]
     """Tiers whose frames need no check: none, unless `verify: remote` trusts the arena."""
     arena: Arena

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .ticket import Ticket
 
 
+UNKNOWN = bytes(32)
+"""Token digest of a chunk whose caller named it and did not say its tokens."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatherOptions:
     """None: the layout settles it."""
@@ -91,9 +95,9 @@ class Gather(Stage):
     def _header(self, ticket: Ticket, piece: Piece) -> Header:
         g, c = self.ctx.geometry, self.ctx.chunk
         tokens = ticket.tokens[piece.start : piece.start + piece.tokens]
+        digest = sha256(tokens.tobytes()).digest() if len(tokens) else UNKNOWN
         return Header(
-            key=piece.key, namespace=self.ctx.namespace, parent=piece.parent,
-            token_digest=sha256(tokens.tobytes()).digest(),
+            key=piece.key, namespace=self.ctx.namespace, parent=piece.parent, token_digest=digest,
             tokens=piece.tokens, grain=c.grain, group=c.group, geometry=g,
             frames=self._plan(piece.tokens, len(piece.links) // LINK), links=piece.links,
         )  # fmt: skip

@@ -15,7 +15,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from .base import Lane, Stage
-from .payload import Piece
+from .object import LINK
+from .payload import Piece, Span
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,22 +45,53 @@ def grain_links(seed: bytes, tokens: npt.NDArray[np.int32], grain: int) -> list[
     return links
 
 
-def chunks(
-    seed: bytes, tokens: npt.NDArray[np.int32], *, chunk: int, grain: int, partial: bool
-) -> list[Piece]:
-    """Cut a prompt into named chunks; the short last one only when `partial`."""
-    if not partial:
-        tokens = tokens[: len(tokens) // chunk * chunk]
-    links, per = grain_links(seed, tokens, grain), chunk // grain
+class Chain:
+    """The links of one prompt's whole grains, grown as the prompt grows: nothing is hashed twice.
+
+    For callers who ask about a prompt again and again, and hand out parts of it by name.
+    """
+
+    __slots__ = ("grain", "links", "seed")
+
+    def __init__(self, seed: bytes, grain: int) -> None:
+        """`seed`: the namespace's digest. `grain`: tokens of a grain."""
+        self.seed, self.grain = seed, grain
+        self.links: list[bytes] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that have a link."""
+        return len(self.links) * self.grain
+
+    def extend(self, tokens: npt.NDArray[np.int32]) -> None:
+        """Hash the tokens that follow; what is left over of a grain must be given again."""
+        whole = len(tokens) // self.grain * self.grain
+        last = self.links[-1] if self.links else self.seed
+        self.links += grain_links(last, tokens[:whole], self.grain)
+
+    def span(self, first: int, last: int, *, place: int = 0) -> Span:
+        """Grains `first` to `last`, without the last; `first` must begin a chunk."""
+        return Span(
+            links=b"".join(self.links[first:last]),
+            parent=self.links[first - 1] if first else self.seed,
+            tokens=(last - first) * self.grain,
+            place=place,
+        )
+
+
+def chunks(span: Span, *, chunk: int, grain: int, partial: bool) -> list[Piece]:
+    """Cut a named prompt into chunks; the short last one only when `partial`."""
+    tokens = span.tokens if partial else span.tokens // chunk * chunk
+    links, step = span.links, chunk // grain * LINK
     return [
         Piece(
             index=i,
             start=i * chunk,
-            tokens=min(chunk, len(tokens) - i * chunk),
-            links=b"".join(links[i * per : (i + 1) * per]),
-            parent=links[i * per - 1] if i else seed,
+            tokens=min(chunk, tokens - i * chunk),
+            links=links[i * step : (i + 1) * step],
+            parent=links[i * step - LINK : i * step] if i else span.parent,
         )
-        for i in range(-(-len(tokens) // chunk))
+        for i in range(-(-tokens // chunk))
     ]
 
 
@@ -77,10 +109,12 @@ class Hash(Stage):
     lane = Lane.POOL
 
     def plan(self, ticket: Ticket) -> None:
-        c, tokens = self.ctx.chunk, ticket.tokens
-        if self.ctx.geometry.native:  # a started block cannot be kept as a block
-            block = self.ctx.geometry.block_tokens
-            tokens = tokens[: len(tokens) // block * block]
-        ticket.pieces = chunks(
-            ticket.seed, tokens, chunk=c.tokens, grain=c.grain, partial=c.partial
-        )
+        c, span = self.ctx.chunk, ticket.span
+        if span is None:
+            tokens = ticket.tokens
+            if self.ctx.geometry.native:  # a started block cannot be kept as a block
+                block = self.ctx.geometry.block_tokens
+                tokens = tokens[: len(tokens) // block * block]
+            links = b"".join(grain_links(ticket.seed, tokens, c.grain))
+            span = Span(links, ticket.seed, len(tokens))
+        ticket.pieces = chunks(span, chunk=c.tokens, grain=c.grain, partial=c.partial)

@@ -228,15 +228,28 @@ class KVLayout:
             raise InputError(f"slots[{bad}] is {int(out[bad])}, outside 0..{self.slots - 1}")
         return out
 
-    def slots_of_blocks(self, blocks: Any, tokens: int) -> npt.NDArray[np.int64]:
-        """Token slots of a block table. Raises InputError when it is too short or out of range."""
+    def rows_of_blocks(self, blocks: Any, tokens: int, *, native: bool) -> npt.NDArray[np.int64]:
+        """A block table as kernels take it: blocks in native order, token slots in canonical.
+
+        Block -1 is left out: nothing is read from it or written to it. Raises InputError when the
+        table is too short or out of range.
+        """
         raw = blocks.detach().cpu().numpy() if hasattr(blocks, "detach") else np.asarray(blocks)
         if raw.ndim != 1 or raw.dtype.kind not in "iu":
             raise InputError(
                 f"blocks must be a 1-D array of integers, got {raw.ndim}-D {raw.dtype}"
             )
-        slots = raw.astype(np.int64)[:, None] * self.block_tokens + np.arange(self.block_tokens)
-        return self.check_slots(slots.reshape(-1), tokens)
+        size = self.block_tokens
+        if len(raw) * size < tokens:
+            raise InputError(f"{len(raw)} blocks of {size} for {tokens} tokens")
+        table = np.ascontiguousarray(raw[: -(-tokens // size)], dtype=np.int64)
+        if len(table) and (int(table.min()) < -1 or int(table.max()) >= self.blocks):
+            bad = int(np.flatnonzero((table < -1) | (table >= self.blocks))[0])
+            raise InputError(f"blocks[{bad}] is {int(table[bad])}, outside 0..{self.blocks - 1}")
+        if native:
+            return table
+        slots = np.where(table[:, None] < 0, -1, table[:, None] * size + np.arange(size))
+        return np.ascontiguousarray(slots.reshape(-1)[:tokens])
 
     def block_rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Blocks behind token slots that fill whole blocks, the last one perhaps not; for native

@@ -62,8 +62,11 @@ class Lookup(LoopStage):
 
     async def plan_async(self, ticket: Ticket) -> None:
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).available}
+        absent = self.options.want == "absent"
+        if absent and self.ctx.replica:  # another process puts the same bytes where both can read
+            tiers = {n: t for n, t in tiers.items() if t.local}
         known = await self._ask_remote(tiers, ticket.pieces)
-        if self.options.want == "absent":
+        if absent:
             await self._absent(ticket, tiers, known)
         elif self.options.worth == "never":
             ticket.pieces = []
@@ -74,7 +77,7 @@ class Lookup(LoopStage):
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}
         plan = []
         for piece in ticket.pieces:
-            self._serve(piece, tiers, {})
+            self._serve(ticket, piece, tiers, {})
             if piece.take:
                 plan.append(piece)
             if piece.take < piece.tokens:
@@ -125,7 +128,7 @@ class Lookup(LoopStage):
     ) -> None:
         plan = []
         for piece in ticket.pieces:
-            self._serve(piece, tiers, known)
+            self._serve(ticket, piece, tiers, known)
             if piece.take:
                 plan.append(piece)
             if piece.take < piece.tokens:
@@ -139,9 +142,17 @@ class Lookup(LoopStage):
                 await in_slices(tier.touch, keys)
         ticket.pieces = plan
 
-    def _serve(self, piece: Piece, tiers: dict[str, Guarded], known: dict[str, list[bool]]) -> None:
+    def _serve(
+        self,
+        ticket: Ticket,
+        piece: Piece,
+        tiers: dict[str, Guarded],
+        known: dict[str, list[bool]],
+    ) -> None:
         """Set `source`, `take` and `tiers` to what serves most of this piece, first tier first."""
-        best = 0
+        best, wanted = 0, piece.tokens
+        if ticket.span is not None and ticket.span.place:
+            wanted = min(wanted, max(0, ticket.span.place - piece.start))
         for name, tier in tiers.items():
             if tier.local:
                 found = tier.find(piece.links)
@@ -153,6 +164,7 @@ class Lookup(LoopStage):
                 key, tokens = piece.key, piece.tokens
             else:
                 continue
+            tokens = min(tokens, wanted)
             if self.ctx.geometry.native:
                 tokens -= tokens % self.ctx.geometry.block_tokens
             if tokens > best:

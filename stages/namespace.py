@@ -37,6 +37,8 @@ class Namespace:
     """First layer and one past the last, as the whole model counts them."""
     heads: tuple[int, int] = (0, 0)
     """First KV head and one past the last: the bytes are named, not the rank that wrote them."""
+    part: str = ""
+    """Which of the model's KV this is, where layers and heads do not say it: a KV group's name."""
     layout: bytes = b""
     """Fingerprint of the engine's layout; only when bytes are kept in its native order."""
     rope: str = ""

@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     from .ticket import Ticket
 
 
+class Span(NamedTuple):
+    """A prompt, or the part of one that begins with a chunk, named instead of spelt out."""
+
+    links: bytes
+    """Its grain links, 32 bytes each."""
+    parent: bytes
+    """The link before its first token."""
+    tokens: int
+    """How many tokens the links stand for."""
+    place: int = 0
+    """Retrieve: tokens that are wanted of it; 0: all that are found."""
+
+
 @dataclass(slots=True)
 class Piece:
     """One chunk of a request on its way."""

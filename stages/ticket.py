@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..triton_kernels.planes import PlaneTable
-    from .payload import Batch, Piece, Scope
+    from .payload import Batch, Piece, Scope, Span
 
 
 class Receipt(NamedTuple):
@@ -71,12 +71,14 @@ class Ticket:
         self, graph: str, tokens: npt.NDArray[np.int32], seed: bytes, *,
         table: PlaneTable | None, slots: npt.NDArray[np.int64], keep: Any,
         layers: int, group: int, seconds: float, post: Callable[[Ticket], None],
-        fence: Callable[[], Any] = lambda: None, idle: float = 0.0,
+        fence: Callable[[], Any] = lambda: None, idle: float = 0.0, span: Span | None = None,
     ) -> None:  # fmt: skip
         """`seconds`: how long the caller will wait. `idle`: not 0 for a request that goes at the
         model's pace; it lives so long beyond the model's last call, however long the model takes,
         and each of the model's waits is bounded by `seconds`."""
         self.graph, self.tokens, self.seed = graph, tokens, seed
+        self.span = span
+        """Instead of `tokens` and `seed`: the chunks' names, where the caller knows them."""
         self.table, self.slots, self.keep = table, slots, keep
         self.layers, self.group = layers, group
         self.groups = groups = -(-layers // group)
@@ -140,6 +142,11 @@ class Ticket:
         if (layer + 1) % self.group == 0 or layer + 1 == self.layers:
             self.fence = self._fence()
             self._allow(layer // self.group + 1, window=False)
+
+    @property
+    def is_captured(self) -> bool:
+        """Store: the caller's memory may be reused already."""
+        return all(gate.is_set() for gate in self.gates)
 
     def captured(self, timeout: float | None = None) -> bool:
         """Store: wait until the caller's memory has been read and may be reused.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..errors import Lost
     from ..object import Object
 
+    Watch = Callable[[bool, bytes], None]
+
 
 class Found(NamedTuple):
     """An object that serves the beginning of a chunk, and how many of the chunk's grains."""
@@ -62,6 +64,8 @@ class TierContext(NamedTuple):
     pool: Callable[..., Awaitable[Any]]
     """`await pool(fn, *args)` runs a blocking call that frees the GIL; may be abandoned by a
     cancelled caller, so `fn` must hold a reference to every lease it touches."""
+    watch: Watch | None = None
+    """Told (True: kept, False: gone, and its grain links) of each object of a local tier."""
 
 
 @dataclass(slots=True)

@@ -83,6 +83,7 @@ class Disk(Tier):
             keep_free=options.keep_free,
             namespace=ctx.namespace,
             counts=self.counts,
+            watch=ctx.watch,
             clock=clock,
         )
         self._index = self._store.index

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ..arena import Lease
     from ..object import Object
-    from .base import TierCounts
+    from .base import TierCounts, Watch
     from .evict import Policy
 
 log = logging.getLogger(__name__)
@@ -61,12 +61,14 @@ class Store:
         keep_free: int,
         namespace: bytes,
         counts: TierCounts,
+        watch: Watch | None,
         clock: Callable[[], float],
     ) -> None:
         self.capacity = capacity
         self.index: Index[Extent] = Index(
-            policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0
-        )
+            policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0,
+            watch=watch,
+        )  # fmt: skip
         self._folder, self._segment, self._direct = folder, segment, direct
         self._keep_free, self._namespace, self._counts = keep_free, namespace, counts
         self._changing = threading.Lock()  # taken before the index's lock, never after it

@@ -19,6 +19,7 @@ from .evict import POLICIES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from .base import Watch
     from .evict import Policy
 
 P = TypeVar("P")
@@ -55,13 +56,16 @@ class Index(Generic[P]):
         ttl: float,
         clock: Callable[[], float],
         in_use: Callable[[P], bool],
+        watch: Watch | None = None,
     ) -> None:
-        """`ttl`: seconds an entry lives, 0 for ever. `in_use`: must not be evicted just now."""
+        """`ttl`: seconds an entry lives, 0 for ever. `in_use`: must not be evicted just now.
+        `watch`: told of each entry that comes or goes."""
         self.lock = threading.RLock()
         """Held by every change; take it to make several of them one."""
         self.nbytes = 0
         self._policy = POLICIES[policy](capacity)
         self._ttl, self._clock, self._in_use = ttl, clock, in_use
+        self._watch = watch
         self._entries: OrderedDict[bytes, Entry[P]] = OrderedDict()
         self._aliases: dict[bytes, bytes] = {}
 
@@ -109,6 +113,8 @@ class Index(Generic[P]):
             self.nbytes += entry.nbytes
             if not entry.pinned:
                 self._policy.add(entry.key, entry.nbytes)
+            if self._watch is not None:
+                self._watch(True, entry.links)
 
     def remove(self, entry: Entry[P]) -> bool:
         """Forget an entry; False when it (not only its key) was gone before."""
@@ -169,3 +175,5 @@ class Index(Generic[P]):
             if self._aliases.get(link) == entry.key:
                 del self._aliases[link]
         self.nbytes -= entry.nbytes
+        if self._watch is not None:
+            self._watch(False, entry.links)

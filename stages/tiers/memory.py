@@ -67,6 +67,7 @@ class Memory(Tier):
             ttl=options.ttl,
             clock=clock,
             in_use=lambda kept: kept.lease.refs > 1,
+            watch=ctx.watch,
         )
 
     async def open(self) -> None:

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierloom.stages.errors import InputError
-from tierloom.stages.hash import chunks, grain_links
+from tierloom.stages.hash import Chain, chunks, grain_links
 from tierloom.stages.inputs import tokens_array
 from tierloom.stages.namespace import Namespace, tlv
+from tierloom.stages.payload import Span
 
 BASE = Namespace(model="m", geometry="g")
 
 
 def test_golden_namespace() -> None:
-    assert BASE.digest.hex() == "e1dd36af5bab60258e2978096524d2c5f246c1b16182c7d2c2249488ec07ebd7"
+    assert BASE.digest.hex() == "d69ccea24c7cfc9f5e48040be37fca137470271a72d2ab13121b81cefdfcada3"
     full = Namespace(
         model="meta-llama/Llama-3.1-8B",
         weights="w",
@@ -27,6 +28,7 @@ def test_golden_namespace() -> None:
         geometry="g",
         layers=(0, 32),
         heads=(0, 8),
+        part="p",
         layout=b"\x01\x02",
         rope="theta=500000",
         chunk=(256, 32),
@@ -34,15 +36,15 @@ def test_golden_namespace() -> None:
         tags=(("k", "v"),),
         multimodal=("img",),
     )
-    assert full.digest.hex() == "240915212abea8d1ba6406631f3eb3ba020aeaf7b29b2a5bd64115a08d79fc40"
+    assert full.digest.hex() == "feb0c8190423916dc7d1f4c011b5c023f5df0c539340b77620e0a28614776cf6"
 
 
 def test_golden_chain() -> None:
     links = grain_links(BASE.digest, np.arange(70, dtype=np.int32), 32)
     assert [link.hex()[:16] for link in links] == [
-        "0ce0efed64d0339a",
-        "08f0ecc511dd9fa7",
-        "f62d8c4019f60b0f",
+        "b1a4da87bd6b933b",
+        "ada23f810f822d53",
+        "89d43a45534bd930",
     ]
 
 
@@ -120,7 +122,8 @@ def test_links_do_not_depend_on_the_hash_seed() -> None:
 @given(st.integers(0, 700), st.booleans())
 def test_a_prompt_is_cut_without_gaps(n: int, partial: bool) -> None:
     tokens = np.arange(n, dtype=np.int32)
-    pieces = chunks(b"s" * 32, tokens, chunk=64, grain=16, partial=partial)
+    span = Span(b"".join(grain_links(b"s" * 32, tokens, 16)), b"s" * 32, n)
+    pieces = chunks(span, chunk=64, grain=16, partial=partial)
     assert sum(p.tokens for p in pieces) == (n if partial else n // 64 * 64)
     links = grain_links(b"s" * 32, tokens, 16)
     for p in pieces:
@@ -128,6 +131,22 @@ def test_a_prompt_is_cut_without_gaps(n: int, partial: bool) -> None:
         first = p.start // 16
         assert p.links == b"".join(links[first : first + -(-p.tokens // 16)])
         assert p.parent == (links[first - 1] if first else b"s" * 32)
+
+
+@given(st.lists(st.integers(0, 90), max_size=6))
+def test_a_chain_grows_to_what_hashing_at_once_gives(parts: list[int]) -> None:
+    tokens = np.arange(sum(parts), dtype=np.int32)
+    chain, known = Chain(b"s" * 32, 16), 0
+    for part in parts:
+        known += part
+        chain.extend(tokens[chain.tokens : known])
+    assert chain.links == grain_links(b"s" * 32, tokens[: known // 16 * 16], 16)
+    assert chain.tokens == known // 16 * 16
+    grains = len(chain.links)
+    whole, rest = chain.span(0, grains), chain.span(grains // 2, grains, place=5)
+    assert whole == Span(b"".join(chain.links), b"s" * 32, grains * 16, 0)
+    assert rest.parent == (chain.links[grains // 2 - 1] if grains // 2 else b"s" * 32)
+    assert (rest.tokens, rest.place) == ((grains - grains // 2) * 16, 5)
 
 
 @given(st.integers(1, 200), st.integers(0, 199))

@@ -128,13 +128,18 @@ def test_wrong_slots_are_named(slots: object, says: str) -> None:
         layout.check_slots(slots, 3)
 
 
-def test_blocks_become_slots() -> None:
+def test_blocks_become_rows() -> None:
     layout, _ = layout_of("2BNHD")
-    assert layout.slots_of_blocks(torch.tensor([3, 1]), 10).tolist() == [*range(24, 32), 8, 9]
-    with pytest.raises(InputError, match="outside"):
-        layout.slots_of_blocks([3, B], 10)
-    with pytest.raises(InputError, match="8 slots for 10"):
-        layout.slots_of_blocks([3], 10)
+    rows = layout.rows_of_blocks(torch.tensor([3, 1]), 10, native=False)
+    assert rows.tolist() == [*range(24, 32), 8, 9]
+    skipped = layout.rows_of_blocks([-1, 1], 10, native=False)
+    assert skipped.tolist() == [*[-1] * 8, 8, 9]
+    assert layout.rows_of_blocks([-1, 1, 2], 10, native=True).tolist() == [-1, 1]
+    for wrong in ([3, B], [3, -2]):
+        with pytest.raises(InputError, match=r"blocks\[1\].*outside"):
+            layout.rows_of_blocks(wrong, 10, native=False)
+    with pytest.raises(InputError, match="1 blocks of 8 for 10 tokens"):
+        layout.rows_of_blocks([3], 10, native=False)
 
 
 def test_native_rows_are_whole_blocks() -> None:
