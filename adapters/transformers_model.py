@@ -16,21 +16,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..stages.errors import InputError, LayoutError
+from .identity import STRIP, STRIPS, config_text, strip_starts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WHOLE = 1 << 30
 """Bytes of weights that are hashed whole; of larger models each large tensor is sampled."""
-STRIP = 16 << 10
-STRIPS = 64
-
-_NOT_THE_MODEL = {
-    "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "label2id", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
-    "transformers_version", "use_cache",
-}  # fmt: skip
-"""Keys of a config that change no KV; nor do those that begin with `_` or `output_`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +75,7 @@ def fingerprint(model: Any) -> str:
     gives 64 strips of 16 KiB, evenly spaced: a retrained or merged model is told apart, a change
     of single weights between the strips is not (pass `weights=` where that matters).
     """
-    h = hashlib.sha256(_config_text(model.config).encode())
+    h = hashlib.sha256(config_text(model.config.to_dict()).encode())
     tensors = dict(_weights(model))
     whole = sum(t.nbytes for t in tensors.values()) <= WHOLE
     for name, t in sorted(tensors.items()):
@@ -161,15 +153,5 @@ def _weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _strips(raw: torch.Tensor) -> Iterator[torch.Tensor]:
-    step = (raw.numel() - STRIP) // (STRIPS - 1)
-    for i in range(STRIPS):
-        yield raw[i * step : i * step + STRIP]
-
-
-def _config_text(config: Any) -> str:
-    kept = {
-        k: v
-        for k, v in config.to_dict().items()
-        if k not in _NOT_THE_MODEL and not k.startswith(("_", "output_"))
-    }
-    return json.dumps(kept, sort_keys=True, default=str)
+    for at in strip_starts(raw.numel(), STRIP, STRIPS):
+        yield raw[at : at + STRIP]

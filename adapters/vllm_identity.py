@@ -1,0 +1,215 @@
+"""What makes the KV of two vLLM engines the same, named by content: config, precision, weights.
+
+Everything is read from files and from vLLM's own configuration, so the scheduler, every worker and
+every machine come to the same name. Blocks on disk; call it off the scheduler's thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..stages.errors import InputError
+from ..stages.namespace import tlv
+from .identity import STRIP, STRIPS, config_text, strip_starts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+log = logging.getLogger("tierloom")
+
+WHOLE = 64 << 20
+"""Bytes of weight files that are hashed whole; of more each file gives `STRIPS` strips."""
+PIECE = 1 << 20
+"""Bytes read at once."""
+
+KINDS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+"""Kinds of weight files; as in vLLM only the first kind that a folder holds is loaded."""
+
+_FIRST = {"pt": "*.pt", "npcache": "*.bin", "gguf": "*.gguf"}
+"""Load formats that ask for another kind first."""
+_OF_FILES = {"auto", "bitsandbytes", "fastsafetensors", "hf", "instanttensor", "mistral",
+             "safetensors", *_FIRST}  # fmt: skip
+"""Load formats that take what the folder holds; others say in an option where they take it from."""
+_CONFIGS = ("config.json", "params.json", "hf_quant_config.json", "quantize_config.json")
+_BY_LENGTH = ('"longrope"', '"su"', "llama4")
+"""Configs whose KV depends on `max_model_len`: it chooses vLLM's long RoPE factors (longrope, su)
+and switches temperature tuning on (llama4)."""
+_NOT_THE_ADAPTER = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
+    "task_type",
+}  # fmt: skip
+
+
+def weights_id(vllm_config: Any) -> str:
+    """Hex sha256 over all that makes this engine's KV what it is, but block size and parallelism.
+
+    The config with its overrides, dtype, quantization, KV dtype, and of each weight file its name,
+    size and content: whole up to 64 MiB in all, else 64 strips of 16 KiB per file, which tells a
+    retrained or merged model apart but not a change of single weights between the strips. Dummy
+    weights are named by their seed. Where no file is found (object storage, a custom loader) only
+    the model's name and revision stand for them, and a warning says so.
+
+    Raises OSError when a weight file cannot be read.
+    """
+    model, load, cache = (
+        vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config,
+    )  # fmt: skip
+    config = _config(model)
+    facts: dict[str, Any] = {
+        "config": config,
+        "dtype": str(model.dtype),
+        "quantization": [model.quantization, getattr(model, "quantization_config", None)],
+        "cache_dtype": str(cache.cache_dtype),
+        "unquantized_layers": list(getattr(cache, "kv_cache_dtype_skip_layers", ())),
+    }
+    if any(mark in config for mark in _BY_LENGTH):
+        facts["max_model_len"] = model.max_model_len
+    how = str(load.load_format)
+    if how == "dummy":
+        facts["dummy"] = model.seed
+    elif how not in _OF_FILES:
+        facts["loader"] = [how, getattr(load, "model_loader_extra_config", None)]
+    h = hashlib.sha256(_text(facts).encode())
+    if how != "dummy":
+        _hash_weights(h, model, load)
+    return h.hexdigest()
+
+
+def adapter_id(path: str | Path) -> str:
+    """Hex sha256 over a LoRA folder: adapter_config.json, and its weight files like a model's.
+
+    `path` is a folder, or a hub id in the local cache. Raises InputError when it holds no weights:
+    a name alone would be shared by different adapters, so such requests must not be kept.
+    """
+    folder, files = _find(os.path.expanduser(path), None, None, KINDS)
+    if folder is None or not files:
+        raise InputError(
+            f"{path}: no adapter weights ({', '.join(KINDS)}) found here, so what is computed with "
+            "them cannot be named: use a local folder"
+        )
+    config = _json(folder / "adapter_config.json") or {}
+    kept = {k: v for k, v in config.items() if k not in _NOT_THE_ADAPTER}
+    h = hashlib.sha256(_text(kept).encode())
+    _hash_files(h, folder, files)
+    return h.hexdigest()
+
+
+def _config(model: Any) -> str:
+    """The model's config as text, overrides included.
+
+    From the files as they are, where that is possible: vLLM's model classes change the object that
+    was made of them, in the workers but not in the scheduler. An override that is a function is
+    known only by what it made of the object.
+    """
+    overrides = getattr(model, "hf_overrides", None)
+    if not callable(overrides):
+        name = getattr(model, "hf_config_path", None) or model.model
+        texts = []
+        for file in _CONFIGS:
+            folder, found = _find(name, model.revision, None, (file,))
+            if folder is not None and found and (raw := _json(found[0])) is not None:
+                texts.append(f"{file} {config_text(raw)}")
+        if texts:
+            return "\n".join([*texts, _text(overrides or {})])
+    return config_text(model.hf_config.to_dict())
+
+
+def _hash_weights(h: Any, model: Any, load: Any) -> None:
+    """Put the content of the model's weight files into `h`; their name where there is none."""
+    # set when `model` is a folder that only holds the config of a model in object storage
+    remote = getattr(model, "model_weights", "")
+    folder: Path | None = None
+    files: list[Path] = []
+    if not remote:
+        first = _FIRST.get(str(load.load_format), KINDS[0])
+        kinds = (first, *(k for k in KINDS if k != first))
+        where = getattr(load, "download_dir", None)
+        folder, files = _find(model.model, model.revision, where, kinds)
+    if folder is not None and files:
+        return _hash_files(h, folder, files)
+    log.warning(
+        "no weight files found for %s: its KV is told apart by that name and its revision only; "
+        "set tierloom.weights to a content id, above all if the weights behind it can change",
+        remote or model.model,
+    )
+    h.update(tlv(("name", str(remote or model.model).encode()),
+                 ("revision", str(model.revision).encode())))  # fmt: skip
+    return None
+
+
+def _find(
+    name: str, revision: str | None, cache: str | None, patterns: Sequence[str]
+) -> tuple[Path | None, list[Path]]:
+    """(folder, sorted files of the first pattern that has any) of a local folder, file or hub id.
+
+    Only in the folder itself, as vLLM does it: what lies deeper belongs to others (checkpoints).
+    """
+    path = Path(name)
+    if path.is_file():
+        fits = [p for p in patterns if path.match(p)]
+        return (path.parent, [path]) if fits else (None, [])
+    for pattern in patterns:
+        folder = path if path.is_dir() else _snapshot(name, revision, cache, pattern)
+        if folder is not None and (files := sorted(p for p in folder.glob(pattern) if p.is_file())):
+            return folder, files
+    return None, []
+
+
+def _snapshot(name: str, revision: str | None, cache: str | None, pattern: str) -> Path | None:
+    """The folder of a hub id in the local cache; never asks the hub."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(
+            name, revision=revision, cache_dir=cache, allow_patterns=[pattern],
+            local_files_only=True,
+        )  # fmt: skip
+    except (ImportError, OSError, ValueError):  # not there, not whole, or not a hub id at all
+        return None
+    return Path(found)
+
+
+def _hash_files(h: Any, folder: Path, files: Sequence[Path]) -> None:
+    sizes = [path.stat().st_size for path in files]
+    whole = sum(sizes) <= WHOLE
+    for path, size in zip(files, sizes, strict=True):
+        name = path.relative_to(folder).as_posix()
+        h.update(tlv(("file", name.encode()), ("size", str(size).encode())))
+        for piece in _content(path, size, whole=whole or size <= STRIP * STRIPS):
+            h.update(piece)
+
+
+def _content(path: Path, size: int, *, whole: bool) -> Iterator[bytes]:
+    """All of a file, or its strips."""
+    if whole:
+        parts = [(at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
+    else:
+        parts = [(at, STRIP) for at in strip_starts(size)]
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for at, n in parts:
+            while n:
+                piece = os.pread(fd, n, at)
+                if not piece:
+                    raise OSError(f"{path} became shorter while it was read")
+                yield piece
+                at, n = at + len(piece), n - len(piece)
+    finally:
+        os.close(fd)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _text(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True, default=str)
