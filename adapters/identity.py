@@ -26,10 +26,19 @@ _NOT_THE_MODEL = {
 def config_text(config: Mapping[str, Any]) -> str:
     """A Hugging Face config as canonical JSON, without what changes no KV or names a place."""
     kept = {k: v for k, v in config.items() if k not in _NOT_THE_MODEL}
-    return json.dumps(
-        {k: _plain(v) for k, v in kept.items() if not k.startswith(("_", "output_"))},
-        sort_keys=True, default=str,
-    )  # fmt: skip
+    return canonical({k: _plain(v) for k, v in kept.items() if not k.startswith(("_", "output_"))})
+
+
+def canonical(facts: Any) -> str:
+    """Sorted JSON, the same in every process: sets are sorted, no object names its address."""
+
+    def named(value: object) -> Any:
+        if isinstance(value, (set, frozenset)):
+            return sorted(map(str, value))
+        text = str(value)
+        return type(value).__qualname__ if " at 0x" in text else text
+
+    return json.dumps(facts, sort_keys=True, default=named)
 
 
 def strip_starts(nbytes: int, strip: int = STRIP, strips: int = STRIPS) -> Iterator[int]:

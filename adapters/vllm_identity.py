@@ -1,7 +1,8 @@
 """What makes the KV of two vLLM engines the same, named by content: config, precision, weights.
 
-Everything is read from files and from vLLM's own configuration, so the scheduler, every worker and
-every machine come to the same name. Blocks on disk; call it off the scheduler's thread.
+No path and no machine is in it, so the workers of one engine, and engines elsewhere, come to the
+same name. Ask in the workers: model classes of vLLM complete their copy of the config, which the
+scheduler's process does not see. Reads files; call it off the scheduler's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..stages.errors import InputError
 from ..stages.namespace import tlv
-from .identity import STRIP, STRIPS, config_text, strip_starts
+from .identity import STRIP, STRIPS, canonical, config_text, strip_starts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,7 +36,6 @@ _FIRST = {"pt": "*.pt", "npcache": "*.bin", "gguf": "*.gguf"}
 _OF_FILES = {"auto", "bitsandbytes", "fastsafetensors", "hf", "instanttensor", "mistral",
              "safetensors", *_FIRST}  # fmt: skip
 """Load formats that take what the folder holds; others say in an option where they take it from."""
-_CONFIGS = ("config.json", "params.json", "hf_quant_config.json", "quantize_config.json")
 _BY_LENGTH = ('"longrope"', '"su"', "llama4")
 """Configs whose KV depends on `max_model_len`: it chooses vLLM's long RoPE factors (longrope, su)
 and switches temperature tuning on (llama4)."""
@@ -48,18 +48,18 @@ _NOT_THE_ADAPTER = {
 def weights_id(vllm_config: Any) -> str:
     """Hex sha256 over all that makes this engine's KV what it is, but block size and parallelism.
 
-    The config with its overrides, dtype, quantization, KV dtype, and of each weight file its name,
-    size and content: whole up to 64 MiB in all, else 64 strips of 16 KiB per file, which tells a
-    retrained or merged model apart but not a change of single weights between the strips. Dummy
-    weights are named by their seed. Where no file is found (object storage, a custom loader) only
-    the model's name and revision stand for them, and a warning says so.
+    The config with its RoPE parameters and overrides, dtype, quantization, KV dtype, and of each
+    weight file its name, size and content: whole up to 64 MiB in all, else 64 strips of 16 KiB per
+    file, which tells a retrained or merged model apart but not a change of single weights between
+    the strips. Dummy weights are named by their seed. Where no file is found (object storage, a
+    custom loader) only the model's name and revision stand for them, and a warning says so.
 
     Raises OSError when a weight file cannot be read.
     """
     model, load, cache = (
         vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config,
     )  # fmt: skip
-    config = _config(model)
+    config = config_text(model.hf_config.to_dict())
     facts: dict[str, Any] = {
         "config": config,
         "dtype": str(model.dtype),
@@ -74,7 +74,7 @@ def weights_id(vllm_config: Any) -> str:
         facts["dummy"] = model.seed
     elif how not in _OF_FILES:
         facts["loader"] = [how, getattr(load, "model_loader_extra_config", None)]
-    h = hashlib.sha256(_text(facts).encode())
+    h = hashlib.sha256(canonical(facts).encode())
     if how != "dummy":
         _hash_weights(h, model, load)
     return h.hexdigest()
@@ -83,8 +83,9 @@ def weights_id(vllm_config: Any) -> str:
 def adapter_id(path: str | Path) -> str:
     """Hex sha256 over a LoRA folder: adapter_config.json, and its weight files like a model's.
 
-    `path` is a folder, or a hub id in the local cache. Raises InputError when it holds no weights:
-    a name alone would be shared by different adapters, so such requests must not be kept.
+    `path` is a folder, or a hub id in the local cache. Raises InputError when it holds no weights
+    or no config: a name alone would be shared by different adapters, so such requests must not be
+    kept. Raises OSError when a weight file cannot be read.
     """
     folder, files = _find(os.path.expanduser(path), None, None, KINDS)
     if folder is None or not files:
@@ -92,31 +93,14 @@ def adapter_id(path: str | Path) -> str:
             f"{path}: no adapter weights ({', '.join(KINDS)}) found here, so what is computed with "
             "them cannot be named: use a local folder"
         )
-    config = _json(folder / "adapter_config.json") or {}
+    try:
+        config = dict(json.loads((folder / "adapter_config.json").read_text("utf-8")))
+    except (OSError, TypeError, ValueError) as e:
+        raise InputError(f"{path}: adapter_config.json cannot be read: {e}") from e
     kept = {k: v for k, v in config.items() if k not in _NOT_THE_ADAPTER}
-    h = hashlib.sha256(_text(kept).encode())
+    h = hashlib.sha256(canonical(kept).encode())
     _hash_files(h, folder, files)
     return h.hexdigest()
-
-
-def _config(model: Any) -> str:
-    """The model's config as text, overrides included.
-
-    From the files as they are, where that is possible: vLLM's model classes change the object that
-    was made of them, in the workers but not in the scheduler. An override that is a function is
-    known only by what it made of the object.
-    """
-    overrides = getattr(model, "hf_overrides", None)
-    if not callable(overrides):
-        name = getattr(model, "hf_config_path", None) or model.model
-        texts = []
-        for file in _CONFIGS:
-            folder, found = _find(name, model.revision, None, (file,))
-            if folder is not None and found and (raw := _json(found[0])) is not None:
-                texts.append(f"{file} {config_text(raw)}")
-        if texts:
-            return "\n".join([*texts, _text(overrides or {})])
-    return config_text(model.hf_config.to_dict())
 
 
 def _hash_weights(h: Any, model: Any, load: Any) -> None:
@@ -201,15 +185,3 @@ def _content(path: Path, size: int, *, whole: bool) -> Iterator[bytes]:
                 at, n = at + len(piece), n - len(piece)
     finally:
         os.close(fd)
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _text(facts: Any) -> str:
-    return json.dumps(facts, sort_keys=True, default=str)

@@ -32,7 +32,6 @@ def folder(tmp_path: Path) -> Path:
     """A model of two weight files."""
     made = tmp_path / "model"
     made.mkdir()
-    (made / "config.json").write_text(json.dumps(CONFIG))
     (made / "a.safetensors").write_bytes(bytes(range(256)) * 40)
     (made / "b.safetensors").write_bytes(b"b" * 5000)
     return made
@@ -41,8 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def engine(folder: Path | str, **changes: Any) -> Any:
     """As much of a VllmConfig as is read; `changes` go to whichever part has the name."""
     parts = [
-        {"model": str(folder), "model_weights": "", "revision": None, "hf_config_path": None,
-         "hf_overrides": {}, "hf_config": SimpleNamespace(to_dict=lambda: dict(CONFIG)),
+        {"model": str(folder), "model_weights": "", "revision": None, "hf_config": config(),
          "dtype": "torch.bfloat16", "quantization": None, "quantization_config": None, "seed": 0,
          "max_model_len": 4096},
         {"load_format": "auto", "download_dir": None, "model_loader_extra_config": {}},
@@ -55,9 +53,8 @@ def engine(folder: Path | str, **changes: Any) -> Any:
     return SimpleNamespace(model_config=model, load_config=load, cache_config=cache)
 
 
-def of_changed_config(folder: Path, **changes: Any) -> str:
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    return weights_id(engine(folder))
+def config(**changes: Any) -> Any:
+    return SimpleNamespace(to_dict=lambda: CONFIG | changes)
 
 
 def flip(path: Path, at: int) -> None:
@@ -82,9 +79,8 @@ def test_what_changes_no_kv_changes_no_name(folder: Path) -> None:
     name = weights_id(engine(folder))
     for same in ({"seed": 1}, {"block_size": 128}, {"max_model_len": 99}, {"revision": "main"}):
         assert weights_id(engine(folder, **same)) == name, same
-    other = SimpleNamespace(to_dict=lambda: CONFIG | {"max_model_len": 5})
-    assert weights_id(engine(folder, hf_config=other)) == name, "workers change that object"
-    assert of_changed_config(folder, transformers_version="6", _name_or_path="/x") == name
+    same_config = config(transformers_version="6", _name_or_path="/x", use_cache=False)
+    assert weights_id(engine(folder, hf_config=same_config)) == name
 
 
 def test_what_changes_kv_changes_the_name(folder: Path) -> None:
@@ -93,22 +89,22 @@ def test_what_changes_kv_changes_the_name(folder: Path) -> None:
         {"quantization": "fp8"},
         {"cache_dtype": "fp8"},
         {"kv_cache_dtype_skip_layers": ["0"]},
-        {"hf_overrides": {"rope_parameters": {"rope_theta": 5e5}}},
+        {"hf_config": config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})},
         {"load_format": "tensorizer"},
         {"load_format": "tensorizer", "model_loader_extra_config": {"tensorizer_uri": "s3://b"}},
         {"load_format": "dummy"},
         {"load_format": "dummy", "seed": 1},
     )
     names = [weights_id(engine(folder, **change)) for change in ({}, *changes)]
-    rope = {"rope_type": "default", "rope_theta": 5e5}
-    names.append(of_changed_config(folder, rope_parameters=rope))
     assert len(set(names)) == len(names)
 
 
 def test_long_rope_is_chosen_by_the_longest_prompt(folder: Path) -> None:
     for kind in ("longrope", "su"):
-        (folder / "config.json").write_text(json.dumps(CONFIG | {"rope_scaling": {"type": kind}}))
-        short, long = (weights_id(engine(folder, max_model_len=n)) for n in (4096, 8192))
+        long_rope = {"hf_config": config(rope_scaling={"type": kind})}
+        short, long = (
+            weights_id(engine(folder, max_model_len=n, **long_rope)) for n in (4096, 8192)
+        )
         assert short != long
 
 
@@ -198,16 +194,8 @@ def test_a_hub_id_is_found_in_the_local_cache(folder: Path, tmp_path: Path) -> N
     for file in folder.glob("*.safetensors"):
         shutil.copy(file, blobs / file.stem)
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.stem))
-    own = {"hf_config_path": str(folder), "download_dir": str(tmp_path / "hub")}
-    assert weights_id(engine("org/name", **own)) == weights_id(engine(folder))
-
-
-def test_an_override_that_is_a_function_is_known_by_what_it_did(folder: Path) -> None:
-    def of(theta: float) -> str:
-        made = SimpleNamespace(to_dict=lambda: CONFIG | {"rope_theta": theta})
-        return weights_id(engine(folder, hf_overrides=lambda c: c, hf_config=made))
-
-    assert of(1.0) == of(1.0) != of(2.0)
+    there = engine("org/name", download_dir=str(tmp_path / "hub"))
+    assert weights_id(there) == weights_id(engine(folder))
 
 
 def test_a_weight_file_that_is_being_replaced_is_an_error(
@@ -224,6 +212,7 @@ def test_a_config_as_text_names_no_place() -> None:
         CONFIG | {"text_config": {"rope_theta": 1.0}, "_commit_hash": "x"}
     )
     assert "10000.0" in config_text(CONFIG)
+    assert config_text({"q": object(), "s": {"b", "a"}}) == '{"q": "object", "s": ["a", "b"]}'
 
 
 def test_adapters_are_named_by_content(tmp_path: Path) -> None:
@@ -244,6 +233,9 @@ def test_adapters_are_named_by_content(tmp_path: Path) -> None:
 def test_an_adapter_without_weights_has_no_name(where: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter weights"):
         adapter_id(tmp_path if where == "." else where)
+    (tmp_path / "adapter_model.bin").write_bytes(b"w")
+    with pytest.raises(InputError, match=r"adapter_config\.json cannot be read"):
+        adapter_id(tmp_path)
 
 
 METRICS = """
