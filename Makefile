@@ -11,7 +11,7 @@ VLLM_READY := $(VLLM)/.ready
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test lint bench bench-vllm vllm clean
+.PHONY: help demo demo-vllm test lint bench bench-vllm vllm clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
+	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 
 $(READY): pyproject.toml
@@ -41,6 +42,9 @@ $(VLLM_READY): pyproject.toml tests/vllm/install.py
 
 vllm: $(VLLM_READY)
 
+demo-vllm: $(VLLM_READY)
+	$(VLLM)/bin/python -m tierloom.adapters.demo_vllm --json demo-vllm.json
+
 test: $(READY)
 	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/vllm are skipped."
 	$(BIN)/python -m pytest
@@ -57,4 +61,4 @@ bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info bench.json demo.json
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info bench.json demo.json demo-vllm.json

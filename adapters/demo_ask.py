@@ -38,12 +38,16 @@ class Answer:
     hit_tokens: int
 
 
+def asked(question: str) -> str:
+    """What the user says: the document, and then the question."""
+    document = (resources.files("tierloom") / "configs" / "demo.txt").read_text("utf-8").strip()
+    return f"{document}\n\nAnswer from the text above. {question}"
+
+
 def prompt(tokenizer: Any, question: str) -> torch.Tensor:
     """The document and a question as `[1, tokens]` int64."""
-    document = (resources.files("tierloom") / "configs" / "demo.txt").read_text("utf-8").strip()
-    text = f"{document}\n\nAnswer from the text above. {question}"
     encoded = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
+        [{"role": "user", "content": asked(question)}],
         add_generation_prompt=True, return_tensors="pt", return_dict=True,
     )  # fmt: skip
     ids: torch.Tensor = encoded["input_ids"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.markup import escape
 from transformers import TextStreamer
@@ -12,10 +12,19 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from .demo_ask import Answer
-
 BESIDE = 58
 """Columns of a row that are not its bar."""
+
+
+class Timed(Protocol):
+    """An answer, as far as its bar shows it."""
+
+    @property
+    def ttft_s(self) -> float: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def hit_tokens(self) -> int: ...
 
 
 class Words(TextStreamer):
@@ -29,7 +38,7 @@ class Words(TextStreamer):
         self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False)
 
 
-def bars(console: Console, rows: Sequence[tuple[str, Answer]]) -> None:
+def bars(console: Console, rows: Sequence[tuple[str, Timed]]) -> None:
     """One bar per row, as long as its time to first token."""
     width = min(48, max(10, console.width - BESIDE))
     longest = max(answer.ttft_s for _, answer in rows)
