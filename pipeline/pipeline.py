@@ -80,8 +80,6 @@ class Pipeline:
         self._flows, self._portal = self._worker.flows, self._worker.portal
         self._closed = False
 
-    # -- the three calls -------------------------------------------------------------------------
-
     def lookup(
         self,
         tokens: Any,
@@ -154,8 +152,6 @@ class Pipeline:
             return nothing
         ticket = self._question(tokens, **names)
         return self._portal.begin(self._flows["retrieve"].plan, ticket)
-
-    # -- around them -----------------------------------------------------------------------------
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
         """Tell how long the engine took to compute `tokens`, so that `worth: auto` can decide."""
@@ -243,8 +239,6 @@ class Pipeline:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    # -- inside ----------------------------------------------------------------------------------
 
     def _submit(
         self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *, blocks: Any = None,

@@ -15,6 +15,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from .base import Lane, Stage
+from .namespace import tlv
 from .object import LINK
 from .payload import Piece, Span
 
@@ -68,6 +69,11 @@ class Chain:
         whole = len(tokens) // self.grain * self.grain
         last = self.links[-1] if self.links else self.seed
         self.links += grain_links(last, tokens[:whole], self.grain)
+
+    def mix(self, extra: bytes) -> None:
+        """Let the last link, and so all that follow, depend on more than tokens: `extra` says on
+        what (canonically encoded; see `namespace.tlv`)."""
+        self.links[-1] = sha256(tlv(("link", self.links[-1]), ("extra", extra))).digest()
 
     def span(self, first: int, last: int, *, place: int = 0) -> Span:
         """Grains `first` to `last`, without the last; `first` must begin a chunk."""

@@ -18,7 +18,7 @@ from .base import LoopStage
 from .errors import Lost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from .base import Context
     from .payload import Piece
@@ -176,15 +176,23 @@ class Lookup(LoopStage):
         """The prefix of `plan` whose loading plus the computing of the rest ends soonest."""
         if self.options.worth == "always" or not ticket.prefill_rate:
             return plan
-        total = len(ticket.tokens)
-        best, cut, spent, tokens = total / ticket.prefill_rate, 0, 0.0, 0
-        for n, piece in enumerate(plan, start=1):
-            cost = self.ctx.tiers[piece.tiers[0]].cost(
-                self.ctx.geometry.frame_bytes(self.ctx.geometry.layers, piece.take)
-            )
-            spent += cost or 0.0
-            tokens += piece.take
-            ends = spent + (total - tokens) / ticket.prefill_rate
-            if ends <= best:
-                best, cut = ends, n
-        return plan[:cut]
+        g, costs = self.ctx.geometry, []
+        for piece in plan:
+            cost = self.ctx.tiers[piece.tiers[0]].cost(g.frame_bytes(g.layers, piece.take))
+            costs.append((piece.take, cost or 0.0))
+        return plan[: worth(costs, len(ticket.tokens), ticket.prefill_rate)]
+
+
+def worth(costs: Iterable[tuple[int, float]], total: int, rate: float) -> int:
+    """How many of these chunks, (tokens, seconds to load them) each, to load for the sooner end.
+
+    The rest of `total` tokens is computed at `rate` tokens/s.
+    """
+    best, cut, spent, tokens = total / rate, 0, 0.0, 0
+    for n, (size, cost) in enumerate(costs, start=1):
+        spent += cost
+        tokens += size
+        ends = spent + (total - tokens) / rate
+        if ends <= best:
+            best, cut = ends, n
+    return cut

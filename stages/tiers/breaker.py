@@ -80,10 +80,14 @@ class Cost:
         return self._line[0] if self.reads else 0.0
 
     @property
+    def per_byte(self) -> float:
+        """Seconds for each byte behind that; 0 when not known."""
+        return self._line[1] if self.reads else 0.0
+
+    @property
     def bandwidth(self) -> float:
         """Bytes per second; 0 when not known."""
-        slope = self._line[1] if self.reads else 0.0
-        return 1 / slope if slope else 0.0
+        return 1 / self.per_byte if self.per_byte else 0.0
 
     def of(self, nbytes: int) -> float | None:
         """Seconds that a read of so many bytes should take; None when nothing was read yet."""

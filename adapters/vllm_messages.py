@@ -1,0 +1,133 @@
+"""What the scheduler's side and the workers' side of the connector tell each other, step by step.
+
+vLLM carries these between processes; plain data only, small, and None where there is nothing to
+say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+if TYPE_CHECKING:
+    from ..stages.namespace import Namespace
+    from ..stages.payload import Span
+
+Blocks = tuple[list[int], ...]
+"""For each KV group, the blocks of a span from its first token on; -1: not to be touched."""
+
+
+class Load(NamedTuple):
+    """Bring part of a prompt into blocks that vLLM has set aside for it."""
+
+    request: str
+    span: Span
+    blocks: Blocks
+    start: int
+    """Tokens of the prompt before the span."""
+    fresh: int
+    """Tokens of the prompt before what is loaded: in the engine's own cache already."""
+    total: int
+    """Tokens of the prompt."""
+
+
+class Save(NamedTuple):
+    """Keep part of a prompt, which this step completes."""
+
+    job: int
+    request: str
+    span: Span
+    blocks: Blocks
+
+
+@dataclass(slots=True)
+class Plan(KVConnectorMetadata):
+    """The scheduler to every worker, each step."""
+
+    idle: bool = False
+    """The step computes nothing."""
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    questions: dict[str, Span] = field(default_factory=dict)
+    """How much of these prompts do the tiers keep that have no index here?"""
+    fenced: list[int] = field(default_factory=list)
+    """Jobs whose blocks this step may overwrite."""
+    held: list[str] = field(default_factory=list)
+    """Finished requests whose blocks are kept until their jobs have read them."""
+    abandoned: list[str] = field(default_factory=list)
+    """Requests that were given up while they were loaded."""
+    clear: bool = False
+    """Forget everything that is kept."""
+
+
+class Hello(NamedTuple):
+    """What a worker's pipelines are; said once."""
+
+    whole: Namespace
+    """Seeds the chain of keys that all workers have in common."""
+    grain: int
+    chunk: int
+    unit: int
+    """Saves end at multiples of so many tokens: 1 where any number can be kept."""
+    shares: int
+    """Pipelines of this worker: one for each KV group."""
+    tiers: tuple[str, ...]
+    """Tiers that have an index here, best first."""
+    remote: str
+    """Its best tier that has none; empty: all have."""
+    uses: dict[str, str]
+    """Tier to what kind it is."""
+    worth: str
+    token_bytes: int
+    """KV bytes of a token, in this worker."""
+    off: str
+    """Why nothing can be kept; empty: all is well."""
+
+
+class Seen(NamedTuple):
+    """An object came to a local tier of a share, or went."""
+
+    share: int
+    tier: str
+    kept: bool
+    links: bytes
+
+
+@dataclass(slots=True)
+class Told:
+    """One worker's news."""
+
+    hello: Hello | None = None
+    seen: list[Seen] = field(default_factory=list)
+    captured: list[int] = field(default_factory=list)
+    """Jobs that need their blocks no more."""
+    ended: list[int] = field(default_factory=list)
+    """Jobs that are through, kept or not."""
+    answers: dict[str, int] = field(default_factory=dict)
+    """Tokens kept of the prompts that were asked about."""
+    failed: list[str] = field(default_factory=list)
+    """Requests that got less than was planned."""
+    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Tier to (seconds before the first byte, seconds per byte)."""
+
+    def __bool__(self) -> bool:
+        return self.hello is not None or any(
+            (self.seen, self.captured, self.ended, self.answers, self.failed, self.costs)
+        )
+
+
+@dataclass(slots=True)
+class News(KVConnectorWorkerMetadata):
+    """The workers to the scheduler."""
+
+    told: dict[int, Told]
+    """By worker."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
+        assert isinstance(other, News)
+        return News(self.told | other.told)

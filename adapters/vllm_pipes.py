@@ -1,0 +1,200 @@
+"""A worker's pipelines, one for each KV group, and what the scheduler must know of them.
+
+Each rank keeps a share of the model's KV, named by the layers and heads it holds. The chain of keys
+is the whole model's, so that the scheduler hashes a prompt once, whoever holds what.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..pipeline.check import load
+from ..pipeline.pipeline import Pipeline
+from ..stages.errors import LayoutError
+from ..stages.lookup import Lookup
+from .vllm_identity import weights_id
+from .vllm_layout import Share, shares
+from .vllm_messages import Hello
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ..pipeline.graph import PipelineSpec
+    from .vllm_settings import Configured
+
+log = logging.getLogger("tierloom.vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Where in the engine a worker stands."""
+
+    tp: int
+    tp_size: int
+    pp: int
+    pp_size: int
+    dp: int
+    dp_size: int
+
+    @classmethod
+    def here(cls, parallel: Any) -> Rank:
+        """Of this process, once vLLM's groups are there."""
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        tp, pp = get_tp_group(), get_pp_group()
+        return cls(
+            tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size,
+            parallel.data_parallel_rank, parallel.data_parallel_size,
+        )  # fmt: skip
+
+    @property
+    def index(self) -> int:
+        """Counts this engine's workers."""
+        return self.pp * self.tp_size + self.tp
+
+    @property
+    def folder(self) -> str:
+        """Names it in paths that only one process may use; empty when it is alone."""
+        parts = [f"dp{self.dp}of{self.dp_size}"] if self.dp_size > 1 else []
+        parts += [f"tp{self.tp}of{self.tp_size}"] if self.tp_size > 1 else []
+        parts += [f"pp{self.pp}of{self.pp_size}"] if self.pp_size > 1 else []
+        return "-".join(parts)
+
+    def heads(self, total: int) -> tuple[tuple[int, int], bool]:
+        """The KV heads that this rank holds, and whether an earlier rank holds the same ones."""
+        if total >= self.tp_size:
+            each = total // self.tp_size
+            return (self.tp * each, self.tp * each + each), False
+        first = self.tp * total // self.tp_size
+        return (first, first + 1), self.tp > 0 and (self.tp - 1) * total // self.tp_size == first
+
+
+class Pipe:
+    """One share, its pipeline, and vLLM's block tables as that takes them."""
+
+    def __init__(self, share: Share, pipe: Pipeline) -> None:
+        self.share, self.pipe = share, pipe
+        self.caches = share.caches
+
+    def blocks(self, table: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """A table of vLLM's blocks as blocks of the tensors; -1 stays -1."""
+        blocks, split = np.asarray(table, np.int64), self.share.split
+        if split == 1:
+            return blocks
+        parts = blocks[:, None] * split + np.arange(split)
+        return np.where(blocks[:, None] < 0, -1, parts).reshape(-1)
+
+
+def open_pipes(
+    vllm_config: Any, kv_cache_config: Any, conf: Configured, caches: Mapping[str, Any], rank: Rank
+) -> tuple[list[Pipe], Hello]:
+    """Open a pipeline for each KV group, all or none of them.
+
+    Raises ConfigError (the user can cure it) and LayoutError (this model or backend cannot be
+    kept: the engine goes on without).
+    """
+    model = vllm_config.model_config
+    _refuse(vllm_config)
+    parts = shares(caches, kv_cache_config, vllm_config.compilation_config.static_forward_context)
+    weights = conf.settings.weights or weights_id(vllm_config)
+    alone = len(parts) == 1 and rank.pp_size == 1
+    first, last = model.get_layers_start_end_indices(vllm_config.parallel_config)
+    pipes: list[Pipe] = []
+    try:
+        for share in parts:
+            heads, twin = rank.heads(_heads(share, model))
+            overrides = _overrides(conf, rank, share, len(parts), kv_cache_config.hash_block_size)
+            pipe = Pipeline(
+                load(conf.source, overrides), share.layout,
+                model=conf.settings.name or model.model, weights=weights,
+                layers=None if alone else (first, last), heads=heads, part=share.part,
+                backend=share.backend, replica=twin, watch=True,
+            )  # fmt: skip
+            pipes.append(Pipe(share, pipe))
+            _prove(share, pipe)
+    except BaseException:
+        for made in pipes:
+            made.pipe.close()
+        raise
+    layers = pipes[0].share.layout.layers if alone else model.get_total_num_hidden_layers()
+    return pipes, _hello(pipes, layers, _heads(parts[0], model))
+
+
+def _prove(share: Share, pipe: Pipeline) -> None:
+    """Raise LayoutError unless the engine's own tensors pass the layout's self-test."""
+    if share.opaque and not pipe.native:
+        raise LayoutError(
+            f"how {share.backend.split()[1]} lays K and V out is not known here, so its blocks "
+            "can be kept in native order only: take out what needs another"
+        )
+    pipe.prove(share.caches)
+    if pipe.off:
+        raise LayoutError(pipe.off)
+
+
+def _heads(share: Share, model: Any) -> int:
+    """KV heads of the whole model; a latent counts as one."""
+    return 1 if share.layout.kv == 1 else int(model.get_total_num_kv_heads())
+
+
+def _hello(pipes: list[Pipe], layers: int, heads: int) -> Hello:
+    pipe = pipes[0].pipe
+    spec = pipe.spec
+    plan = _plan(spec)
+    asked = (plan.options.tiers if plan else None) or list(spec.tiers)
+    local = tuple(t for t in asked if spec.tiers[t].cls.local)
+    native = max((p.pipe.geometry.block_tokens for p in pipes if p.pipe.native), default=1)
+    return Hello(
+        whole=pipe.whole(layers, heads), grain=spec.chunk.grain, chunk=spec.chunk.tokens,
+        unit=math.lcm(native, spec.chunk.grain), shares=len(pipes), tiers=local,
+        remote=next((t for t in asked if not spec.tiers[t].cls.local), ""),
+        uses={name: tier.use for name, tier in spec.tiers.items()},
+        worth=plan.options.worth if plan else "never",
+        token_bytes=sum(
+            p.pipe.geometry.frame_bytes(p.pipe.geometry.layers, spec.chunk.tokens)
+            for p in pipes
+        ) // spec.chunk.tokens,
+        off="",
+    )  # fmt: skip
+
+
+def _plan(spec: PipelineSpec) -> Any:
+    """The node of the retrieve graph that plans, if there is one."""
+    graph = spec.graphs.get("retrieve")
+    return next((n for n in graph.nodes if issubclass(n.cls, Lookup)), None) if graph else None
+
+
+def _overrides(
+    conf: Configured, rank: Rank, share: Share, groups: int, hash_block: int | None
+) -> dict[str, Any]:
+    """The user's, and what several processes or groups must not share: folders and budgets."""
+    overrides = dict(conf.overrides)
+    if conf.settings.save == "layer" or (
+        conf.settings.save == "auto" and share.layout.device != "cpu"
+    ):
+        overrides.setdefault("graphs.store.pace.by", "layer")
+    if conf.settings.keys == "engine" and hash_block:
+        overrides["chunk.grain"] = hash_block
+    spec = load(conf.source, overrides)
+    folder = "-".join(p for p in (rank.folder, f"g{share.group}" if groups > 1 else "") if p)
+    for name, tier in spec.tiers.items():
+        if tier.cls.local and folder and hasattr(tier.options, "path"):
+            overrides[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
+        if tier.cls.local and groups > 1 and hasattr(tier.options, "capacity"):
+            overrides[f"tiers.{name}.capacity"] = tier.options.capacity // groups
+    if groups > 1:
+        overrides["budget.arena"] = max(1 << 20, spec.budget.arena // groups)
+    return overrides
+
+
+def _refuse(vllm_config: Any) -> None:
+    """Raise LayoutError for ways of running in which a block is not what it seems."""
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(vllm_config.parallel_config, name, None) or 1
+        if size > 1:
+            raise LayoutError(f"{name} is {size}: blocks are spread over ranks")

@@ -1,0 +1,84 @@
+"""One request as the scheduler's side sees it: its name so far, and what was done about it."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..stages.namespace import tlv
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from ..stages.hash import Chain
+    from .vllm_index import Part
+    from .vllm_settings import Wishes
+
+
+class Passage:
+    """What the scheduler's side knows of a request, from its arrival to its end."""
+
+    def __init__(self, request: Any, wishes: Wishes, adapter: Future[str] | None) -> None:
+        """`adapter`: content id of its LoRA, once it is known; None where it has none."""
+        self.request, self.wishes, self.adapter = request, wishes, adapter
+        self.chain: Chain | None = None
+        self.asked_at = 0.0
+        """When it was first kept waiting for an answer."""
+        self.asked = False
+        """The workers were asked what tiers without an index have."""
+        self.answer: int | None = None
+        self.start = 0
+        """Tokens that vLLM's own cache had when it asked last."""
+        self.plan: list[Part] = []
+        """What was offered then, chunk by chunk from the head of the prompt."""
+        self.loading = False
+        self.failed = False
+        """A load brought less than was planned: it is not tried again."""
+        self.saved = 0
+        """Tokens whose saving was seen to; a multiple of a chunk until the prompt is through."""
+        self.prompt_saved = False
+        self.jobs: set[int] = set()
+        """Saves whose blocks are still needed."""
+
+    @property
+    def most(self) -> int:
+        """Tokens of it that may be loaded or saved."""
+        most = self.wishes.max_tokens
+        return self.request.num_tokens if most is None else min(most, self.request.num_tokens)  # type: ignore[no-any-return]
+
+    def links(self, keys: str) -> Chain:
+        """Its chain, up to the last whole grain of what is known of it now; only what is new is
+        hashed. `keys`: `own`, or `engine` for names made of vLLM's block hashes."""
+        chain, request = self.chain, self.request
+        assert chain is not None
+        if keys == "engine":
+            for block in request.block_hashes[len(chain.links) :]:
+                chain.links.append(hashlib.sha256(chain.seed + block).digest())
+            return chain
+        if request.num_tokens - chain.tokens < chain.grain:
+            return chain
+        for upto, extra in _marks(request, chain):
+            self._extend(chain, upto)
+            chain.mix(extra)
+        self._extend(chain, request.num_tokens)
+        return chain
+
+    def _extend(self, chain: Chain, upto: int) -> None:
+        fresh = self.request.all_token_ids[chain.tokens : upto]
+        chain.extend(np.frombuffer(array("i", fresh), np.int32) if fresh else np.empty(0, np.int32))
+
+
+def _marks(request: Any, chain: Chain) -> list[tuple[int, bytes]]:
+    """Where the images and the like of a prompt begin, among the grains not yet hashed: (end of the
+    grain, what its link is to be mixed with). Their placeholder tokens are all the same."""
+    at: dict[int, list[bytes]] = {}
+    for feature in request.mm_features:
+        grain = feature.mm_position.offset // chain.grain
+        name = str(feature.mm_hash or feature.identifier)
+        if len(chain.links) <= grain < request.num_tokens // chain.grain:
+            where = feature.mm_position.offset.to_bytes(8, "little")
+            at.setdefault(grain, []).append(tlv(("content", name.encode()), ("offset", where)))
+    return [((grain + 1) * chain.grain, b"".join(at[grain])) for grain in sorted(at)]

@@ -1,0 +1,163 @@
+"""What to save of each request, step by step, and until when its blocks are needed.
+
+A chunk is saved in the step that completes it, and what is left over of a prompt in the step that
+completes the prompt. Nothing is saved that is kept already, or that is being saved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm.v1.request import RequestStatus
+
+from .vllm_messages import Save
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ..stages.hash import Chain
+    from .vllm_index import Mirror
+    from .vllm_messages import Blocks, Hello, Told
+    from .vllm_request import Passage
+    from .vllm_settings import Settings
+
+
+class Job(NamedTuple):
+    """A save on its way through the workers."""
+
+    passage: Passage
+    keys: list[bytes]
+    captured: set[int]
+    """Workers that have read the blocks."""
+    ended: set[int]
+
+
+class Saves:
+    """Used by the scheduler's thread alone."""
+
+    def __init__(self, groups: list[int], workers: int, settings: Settings) -> None:
+        """`groups`: tokens of a block in each KV group's tables."""
+        self.jobs: dict[int, Job] = {}
+        self.on_save: Callable[[Any, int, int, list[bytes]], None] | None = None
+        """Called with (request, first token, one past the last, keys) when a save sets out."""
+        self._groups, self._workers, self._settings = groups, workers, settings
+        self._hello: Hello | None = None
+        self._mirror: Mirror | None = None
+        self._out: list[Save] = []
+        self._number = 0
+        self._promised: dict[bytes, int] = {}
+        """Keys that are being saved just now, to the job that does it."""
+
+    def greet(self, hello: Hello, mirror: Mirror) -> None:
+        """The workers are there."""
+        self._hello, self._mirror = hello, mirror
+
+    def promised(self, chain: Chain, found: int) -> bool:
+        """The chunk behind the first `found` tokens is being saved just now, at least in part."""
+        assert self._hello is not None
+        per = self._hello.chunk // self._hello.grain
+        at = found // self._hello.chunk * per
+        return any(link in self._promised for link in chain.links[at : at + per])
+
+    def plan(
+        self, output: Any, passages: Mapping[str, Passage], may: Callable[[Passage], bool]
+    ) -> list[Save]:
+        """What this step completes, and what requests that ended since the last one left."""
+        out, self._out = self._out, []
+        for name, tokens in output.num_scheduled_tokens.items():
+            p = passages.get(name)
+            if p is None or (p.prompt_saved and not self._settings.save_decode):
+                continue
+            prompt, before = p.request.num_prompt_tokens, p.request.num_computed_tokens
+            known = before + tokens
+            if known >= prompt:  # of what is generated, this step's tokens are not certain yet
+                known = prompt
+                if self._settings.save_decode:
+                    known = max(known, min(before, p.request.num_tokens - 1))
+            tail = known >= prompt and not p.prompt_saved
+            if (tail or self._completes(p, known)) and may(p):
+                blocks = output.kv_connector_block_state.get_block_ids(name)
+                self._save(p, min(known, p.most), blocks, tail=tail)
+                p.prompt_saved = p.prompt_saved or tail
+        out += self._out
+        self._out = []
+        return out
+
+    def finish(self, p: Passage, blocks: Blocks, may: bool) -> bool:
+        """A request has ended. True: its blocks are still needed."""
+        if self._settings.save_decode and may and p.prompt_saved:
+            known = min(p.request.num_computed_tokens, p.request.num_tokens - 1, p.most)
+            self._save(p, known, blocks, tail=True)
+        return bool(p.jobs)
+
+    def fenced(self) -> list[int]:
+        """Jobs whose blocks were taken from their request, and may be overwritten."""
+        return [
+            number
+            for number, job in self.jobs.items()
+            if number in job.passage.jobs
+            and job.passage.request.status == RequestStatus.PREEMPTED
+        ]
+
+    def heard(self, worker: int, told: Told) -> None:
+        """A worker has read blocks, or is through with a job."""
+        for number in told.captured:
+            if (job := self.jobs.get(number)) is not None:
+                job.captured.add(worker)
+                if len(job.captured) == self._workers:
+                    job.passage.jobs.discard(number)
+        for number in told.ended:
+            if (job := self.jobs.get(number)) is not None:
+                job.ended.add(worker)
+                if len(job.ended) == self._workers:
+                    self._forget(number, job)
+
+    def _forget(self, number: int, job: Job) -> None:
+        del self.jobs[number]
+        for key in job.keys:
+            if self._promised.get(key) == number:
+                del self._promised[key]
+
+    def _completes(self, p: Passage, known: int) -> bool:
+        """There is a whole chunk that was not seen to."""
+        return self._hello is not None and known - p.saved >= self._hello.chunk
+
+    def _save(self, p: Passage, known: int, blocks: Blocks | None, *, tail: bool) -> None:
+        """Set out to save what of the first `known` tokens is not kept: whole chunks, and with
+        `tail` what is left over."""
+        assert self._hello is not None
+        chunk, grain, unit = self._hello.chunk, self._hello.grain, self._hello.unit
+        end = known // unit * unit if tail else known // chunk * chunk
+        links = p.links(self._settings.keys).links
+        first, last = p.saved // chunk, -(-end // chunk)
+        p.saved = max(p.saved, known // chunk * chunk)
+        keys = [links[min((i + 1) * chunk, end) // grain - 1] for i in range(first, last)]
+        while keys and self._is_kept(keys[0]):
+            first, keys = first + 1, keys[1:]
+        if not keys or blocks is None:
+            return
+        tables = tuple(
+            [block for _, block in part_of(ids, size, first * chunk, end)]
+            for ids, size in zip(blocks, self._groups, strict=True)
+        )
+        if not all(map(all, tables)):  # block 0: behind a window, and given back already
+            return
+        self._number += 1
+        self.jobs[self._number] = Job(p, keys, set(), set())
+        p.jobs.add(self._number)
+        self._promised.update(dict.fromkeys(keys, self._number))
+        assert p.chain is not None
+        span = p.chain.span(first * chunk // grain, end // grain)
+        self._out.append(Save(self._number, p.request.request_id, span, tables))
+        if self.on_save is not None:
+            self.on_save(p.request, first * chunk, end, keys)
+
+    def _is_kept(self, key: bytes) -> bool:
+        assert self._mirror is not None
+        return key in self._promised or self._mirror.has(key)
+
+
+def part_of(ids: list[int], size: int, start: int, end: int) -> list[tuple[int, int]]:
+    """(its first token, block) of the blocks that hold tokens `start` to `end`."""
+    first = start // size
+    return [(i * size, b) for i, b in enumerate(ids[first : -(-end // size)], first)]

@@ -1,0 +1,347 @@
+"""The connector beside vLLM's scheduler: what is kept for a request, what to load, what to save.
+
+Its thread is the engine's heartbeat, so it does no I/O and waits for nothing: it knows what the
+workers keep from what they tell (`vllm_index.Mirror`), and where only a remote tier knows, the
+request waits, for a bounded time, while others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ..stages.hash import Chain
+from ..stages.lookup import worth
+from .vllm_identity import adapter_id
+from .vllm_index import Mirror, Part
+from .vllm_messages import Hello, Load, News, Plan, Seen, Told
+from .vllm_request import Passage
+from .vllm_saves import Saves, part_of
+from .vllm_settings import Wishes, wishes
+
+if TYPE_CHECKING:
+    from .vllm_settings import Configured
+
+log = logging.getLogger("tierloom.vllm")
+
+STEP_TOKENS = 128
+"""Tokens that a step must compute for its speed to count as the engine's prefill speed."""
+
+
+_START = 20
+"""The first requests wait so much longer: for the workers to say what they keep."""
+
+
+class SchedulerSide:
+    """What vLLM's hooks of the scheduler call. Used by the scheduler's one thread."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, conf: Configured) -> None:
+        transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+        self.conf = conf
+        self._loads, saves = transfer.is_kv_consumer, transfer.is_kv_producer
+        self._workers = parallel.world_size
+        self._groups = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
+        self._block = kv_cache_config.cache_hit_alignment_tokens or max(self._groups)
+        self.hash_block = kv_cache_config.hash_block_size or self._block
+        self._overlap = max(1, vllm_config.max_concurrent_batches)
+        self._asynchronous = conf.settings.load == "async" or len(self._groups) > 1
+        self.off = ""
+        """Why nothing is looked up or saved; empty: all is well."""
+        self.hello: Hello | None = None
+        self._hellos: dict[int, Hello] = {}
+        self._early: list[tuple[int, list[Seen]]] = []
+        """What workers told before all had said what they are."""
+        self.mirror: Mirror | None = None
+        self._passages: dict[str, Passage] = {}
+        self.saves = Saves(self._groups, self._workers, conf.settings) if saves else None
+        self._to_load: list[Load] = []
+        self._questions: dict[str, Any] = {}
+        self._held: list[str] = []
+        self._abandoned: list[str] = []
+        self._clear = False
+        self._answers: dict[str, dict[int, int]] = {}
+        self._costs: dict[str, tuple[float, float]] = {}
+        self._rate = 0.0
+        self._steps: deque[tuple[float, int]] = deque()
+        self._seed = lru_cache(1024)(self._seed_of)
+        self._files = ThreadPoolExecutor(1, "tierloom-adapters")
+        self._adapters: dict[tuple[str, int], Future[str]] = {}
+        self.on_change: Any = None
+        """Called with (key, loadable, tier) where that changes; for events."""
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def arrived(self, request: Any) -> None:
+        """A new request: read its switches."""
+        try:
+            said = wishes(request.kv_transfer_params)
+        except ValueError as error:
+            log.warning("request %s: %s; it is neither loaded nor saved", request.request_id, error)
+            said = Wishes(skip_save=True, skip_load=True)
+        if request.prompt_embeds is not None or request.prompt_token_ids is None:
+            said = Wishes(skip_save=True, skip_load=True)  # no token ids, no names
+        adapter = self._adapter(request.lora_request) if request.lora_request else None
+        self._passages[request.request_id] = Passage(request, said, adapter)
+
+    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """Tokens beyond `computed` that can be loaded, and whether while others are computed.
+
+        (None, False): ask again. Changes nothing that matters when it is asked again.
+        """
+        p = self._passages.get(request.request_id)
+        if p is None or self.off or not self._loads or p.wishes.skip_load or p.failed:
+            return 0, False
+        p.start, p.plan = computed, []
+        if not self._named(p):
+            return (None, False) if self._waits(p) else (0, False)
+        least = max(self._block, self.conf.settings.min_tokens)
+        most = min(p.most, request.num_tokens - 1) // self._block * self._block
+        if most - computed < least:
+            return 0, False
+        plan = self._look(p, most)
+        if plan is None:
+            return None, False
+        p.plan = self._worth(p, plan, computed)
+        found = sum(part.tokens for part in p.plan) // self._block * self._block - computed
+        if found < least:
+            p.plan = []
+            return 0, False
+        return found, self._asynchronous
+
+    def allotted(self, request: Any, blocks: Any, tokens: int) -> None:
+        """vLLM has set blocks aside; `tokens` of them are to be loaded."""
+        p = self._passages.get(request.request_id)
+        if p is None:
+            return
+        p.loading = False  # the second call for an asynchronous load comes when it is through
+        if not tokens or not p.plan:
+            return
+        assert self.hello is not None
+        assert p.chain is not None
+        chunk, per = self.hello.chunk, self.hello.chunk // self.hello.grain
+        end = p.start + tokens
+        first = p.start // chunk
+        last = min(len(p.chain.links), -(-end // chunk) * per)
+        span = p.chain.span(first * per, last, place=end - first * chunk)
+        tables = tuple(
+            [
+                block if block and at >= p.start else -1
+                for at, block in part_of(ids, size, first * chunk, end)
+            ]
+            for ids, size in zip(blocks.get_block_ids(), self._groups, strict=True)
+        )
+        self._to_load.append(
+            Load(request.request_id, span, tables, first * chunk, p.start, request.num_tokens)
+        )
+        p.loading = self._asynchronous
+
+    def sources(self, request: Any, tokens: int) -> dict[str, int]:
+        """Tier to tokens, for the `tokens` that are loaded."""
+        p = self._passages.get(request.request_id)
+        out: dict[str, int] = {}
+        at = 0
+        for part in p.plan if p else ():
+            n = min(at + part.tokens, p.start + tokens) - max(at, p.start) if p else 0
+            at += part.tokens
+            if n > 0:
+                out[part.tier] = out.get(part.tier, 0) + n
+        return out
+
+    def finished(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
+        """A request has ended, in whatever way. True: its blocks are still needed."""
+        p = self._passages.pop(request.request_id, None)
+        self._questions.pop(request.request_id, None)
+        self._answers.pop(request.request_id, None)
+        if p is None:
+            return False
+        if p.loading:
+            self._abandoned.append(request.request_id)
+        needed = self.saves is not None and self.saves.finish(p, blocks, self._may_save(p))
+        if needed:
+            self._held.append(request.request_id)
+        return needed
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def plan(self, output: Any) -> Plan:
+        """What the workers are to do in this step."""
+        plan = Plan(
+            idle=not output.total_num_scheduled_tokens, loads=self._to_load,
+            questions=self._questions, held=self._held, abandoned=self._abandoned,
+            clear=self._clear,
+        )  # fmt: skip
+        self._to_load, self._questions, self._held, self._abandoned = [], {}, [], []
+        self._clear = False
+        if self.saves is not None:
+            try:
+                plan.saves = self.saves.plan(output, self._passages, self._may_save)
+            except Exception:  # loads that vLLM waits for must go out, whatever happens here
+                log.exception("saves could not be planned; this step goes on without")
+            plan.fenced = self.saves.fenced()
+        self._time(output.total_num_scheduled_tokens)
+        return plan
+
+    def _time(self, tokens: int) -> None:
+        """How fast prompts are computed: the tokens of a step over the time until the next one."""
+        now = time.monotonic()
+        self._steps.append((now, tokens))
+        if len(self._steps) > self._overlap:
+            began, computed = self._steps.popleft()
+            if computed >= STEP_TOKENS:
+                rate = computed / max(1e-6, now - began)
+                self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+
+    def heard(self, news: News | None) -> None:
+        """A step has ended; the workers' news, if any."""
+        for worker, told in sorted(news.told.items()) if news else ():
+            self._hear(worker, told)
+
+    def clear(self) -> None:
+        """Forget everything that is kept, with the next step."""
+        self._clear = True
+        if self.mirror is not None:
+            self.mirror.clear()
+
+    def close(self) -> None:
+        self._files.shutdown(wait=False, cancel_futures=True)
+
+    def report(self) -> dict[str, Any]:
+        """Plain numbers, for tests and for the curious."""
+        return {
+            "requests": len(self._passages), "jobs": len(self.saves.jobs) if self.saves else 0,
+            "keys": len(self.mirror) if self.mirror else 0, "rate": self._rate, "off": self.off,
+        }  # fmt: skip
+
+    # -- inside: names and what is kept ------------------------------------------------------------
+
+    def _named(self, p: Passage) -> bool:
+        """The request's chain is there; False: not yet."""
+        if p.chain is not None:
+            return True
+        if self.hello is None or (p.adapter is not None and not p.adapter.done()):
+            return False
+        try:
+            adapter = p.adapter.result() if p.adapter is not None else ""
+        except Exception as error:
+            log.warning("request %s: its adapter has no name: %s", p.request.request_id, error)
+            p.wishes = Wishes(skip_save=True, skip_load=True)
+            return False
+        seed = self._seed(p.request.cache_salt or "", adapter, p.wishes.tags)
+        p.chain = Chain(seed, self.hello.grain)
+        return True
+
+    def _seed_of(self, salt: str, adapter: str, tags: tuple[tuple[str, str], ...]) -> bytes:
+        assert self.hello is not None
+        return self.hello.whole.of(salt=salt, adapter=adapter, tags=tags).digest
+
+    def _adapter(self, lora: Any) -> Future[str]:
+        """Content id of a LoRA; read by a thread of its own, once."""
+        name = (lora.lora_path, lora.lora_int_id)
+        if name not in self._adapters:
+            self._adapters[name] = self._files.submit(adapter_id, lora.lora_path)
+        return self._adapters[name]
+
+    def _waits(self, p: Passage) -> bool:
+        """There is still time for a request to learn what is kept for it."""
+        if p.wishes.skip_load:
+            return False
+        now = time.monotonic()
+        p.asked_at = p.asked_at or now
+        wait = self.conf.settings.wait * (1 if self.hello else _START)
+        return now - p.asked_at < wait
+
+    def _look(self, p: Passage, most: int) -> list[Part] | None:
+        """What is kept of a request's first `most` tokens; None: not known yet."""
+        assert self.hello is not None
+        assert self.mirror is not None
+        chain = p.links(self.conf.settings.keys)
+        plan = self.mirror.find(chain.links, most)
+        found = sum(part.tokens for part in plan)
+        if found >= most:
+            return plan
+        if self.hello.remote:
+            if not p.asked:
+                p.asked = True
+                self._questions[p.request.request_id] = chain.span(0, len(chain.links))
+            if p.answer is None and self._waits(p):
+                return None
+            if p.answer is not None and p.answer > found:
+                plan.append(Part(min(p.answer, most) - found, self.hello.remote))
+        elif self.saves is not None and self.saves.promised(chain, found) and self._waits(p):
+            return None
+        return plan
+
+    def _worth(self, p: Passage, plan: list[Part], computed: int) -> list[Part]:
+        """The part of a plan whose loading is quicker than computing it."""
+        assert self.hello is not None
+        if self.hello.worth == "never":
+            return []
+        if self.hello.worth == "always" or not self._rate or not plan:
+            return plan
+        costs, behind = [], computed
+        for part in plan:
+            behind, tokens = max(0, behind - part.tokens), max(0, part.tokens - behind)
+            latency, per_byte = self._costs.get(part.tier, (0.0, 0.0))
+            costs.append((tokens, (latency + tokens * self.hello.token_bytes * per_byte)))
+        return plan[: worth(costs, p.request.num_tokens - computed, self._rate)]
+
+    def _may_save(self, p: Passage) -> bool:
+        return not self.off and not p.wishes.skip_save and self._named(p)
+
+    # -- inside: what the workers tell -------------------------------------------------------------
+
+    def _hear(self, worker: int, told: Told) -> None:
+        if told.hello is not None:
+            self._greet(worker, told.hello)
+        if self.hello is not None and self.mirror is not None:
+            for seen in told.seen:
+                share = worker * self.hello.shares + seen.share
+                changed = self.mirror.note(share, seen.tier, seen.kept, seen.links)
+                if changed and self.on_change is not None:
+                    self.on_change(*changed, seen.tier)
+        elif told.seen and not self.off:
+            self._early.append((worker, told.seen))
+        if self.saves is not None:
+            self.saves.heard(worker, told)
+        for name, tokens in told.answers.items():
+            if (p := self._passages.get(name)) is not None:
+                answers = self._answers.setdefault(name, {})
+                answers[worker] = tokens
+                if len(answers) == self._workers:
+                    p.answer = min(answers.values())
+                    del self._answers[name]
+        for name in told.failed:
+            if (p := self._passages.get(name)) is not None:
+                p.failed = True
+        self._costs.update(told.costs)
+
+    def _greet(self, worker: int, hello: Hello) -> None:
+        """All workers must be alike before anything is looked up."""
+        self._hellos[worker] = hello
+        if hello.off:
+            self.off = hello.off
+        if len(self._hellos) < self._workers or self.off:
+            return
+        first = self._hellos[0]
+        for other in self._hellos.values():
+            if other._replace(token_bytes=0) != first._replace(token_bytes=0):
+                self.off = "the workers disagree about what is kept"
+                log.error("caching is off: %s: %s and %s", self.off, first, other)
+                return
+        most = max(h.token_bytes for h in self._hellos.values())
+        self.hello = first._replace(token_bytes=most)
+        if self.conf.settings.keys == "engine" and first.grain != self.hash_block:
+            self.off = f"keys: engine wants chunk.grain {self.hash_block}, got {first.grain}"
+            log.error("caching is off: %s", self.off)
+        self.mirror = Mirror(
+            first.tiers, shares=self._workers * first.shares, chunk=first.chunk, grain=first.grain
+        )
+        if self.saves is not None:
+            self.saves.greet(self.hello, self.mirror)
+        early, self._early = self._early, []
+        for whose, seen in early:
+            self._hear(whose, Told(seen=seen))

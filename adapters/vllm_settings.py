@@ -1,0 +1,124 @@
+"""What a vLLM user may say: the connector's own options, and the pipeline's, in one mapping.
+
+    "kv_connector_extra_config": {"tierloom.config": "tiered", "tierloom.load": "layer",
+                                  "tiers.warm.path": "/data/kv"}
+
+Keys that begin with `tierloom.` are the fields of `Settings`; every other key is the dotted path of
+one value of the pipeline's configuration.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..pipeline.problems import Findings, Place
+from ..pipeline.tree import Table, from_python
+from ..pipeline.values import fill
+from ..stages.options import Seconds  # noqa: TC001 (options are read at run time)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFIX = "tierloom."
+WHERE = "kv_connector_extra_config"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The connector's options."""
+
+    load: Literal["async", "layer"] = "async"
+    """`async`: a request waits for its load while others are computed; `layer`: its load runs ahead
+    of its own computation, layer by layer."""
+    save: Literal["auto", "layer", "step"] = "auto"
+    """`layer`: behind each layer, on a stream of its own; `step`: in one go behind the step;
+    `auto`: by layer on a GPU, by step on a CPU."""
+    save_decode: bool = False
+    """Keep what is generated too, so that the next turn of a chat hits all of this one."""
+    keys: Literal["own", "engine"] = "own"
+    """`own`: names that every engine shares; `engine`: from vLLM's block hashes, so that no token
+    is hashed twice, and only vLLM shares."""
+    min_tokens: int = 0
+    """Loads of fewer tokens than this are not worth their while."""
+    wait: Seconds = 0.25
+    """How long a request may wait to learn what is kept for it."""
+    hold: Seconds = 0.5
+    """How long a finished request's blocks may be held until they are saved."""
+    failure: Literal["recompute", "keep"] = "recompute"
+    """`recompute`: what cannot be loaded is computed, whatever `kv_load_failure_policy` says;
+    `keep`: that policy stands, and its default fails the request."""
+    name: str = ""
+    """The model's name in keys; vLLM's own when not said."""
+    weights: str = ""
+    """Content id of the weights, instead of one made from the files."""
+    trace: bool = False
+    """Note how long each hook of the scheduler's thread takes."""
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """What `kv_connector_extra_config` comes to."""
+
+    settings: Settings
+    source: Any
+    """A preset's name, a path, or a mapping: for `tierloom.open`."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def configured(extra: Mapping[str, Any]) -> Configured:
+    """Read `kv_connector_extra_config`. Raises ConfigError with every problem of our own keys."""
+    found = Findings()
+    own = {k.removeprefix(PREFIX): v for k, v in extra.items() if k.startswith(PREFIX)}
+    source = own.pop("config", None) or os.environ.get("TIERLOOM_CONFIG") or "tiered"
+    tree = from_python(own, Place(WHERE), "", found)
+    settings = None
+    if isinstance(tree, Table):
+        settings = fill(Settings, tree, PREFIX.rstrip("."), found)
+    found.raise_all()
+    assert settings is not None
+    overrides = {k: v for k, v in extra.items() if not k.startswith(PREFIX)}
+    if settings.load == "layer":
+        overrides.setdefault("graphs.retrieve.pace.by", "layer")
+    return Configured(settings, source, overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What one request says in `kv_transfer_params`."""
+
+    skip_save: bool = False
+    skip_load: bool = False
+    tags: tuple[tuple[str, str], ...] = ()
+    """Names that keep its KV apart from that of other requests."""
+    max_tokens: int | None = None
+    """Tokens of it that may be loaded and saved."""
+
+
+def wishes(params: Mapping[str, Any] | None) -> Wishes:
+    """Read a request's switches. Raises ValueError, naming the one that cannot be used."""
+    own = {k: v for k, v in (params or {}).items() if k.startswith(PREFIX)}
+    if not own:
+        return Wishes()
+    known = {f"{PREFIX}{name}" for name in ("skip_save", "skip_load", "tags", "max_tokens")}
+    if unknown := own.keys() - known:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    tags, most = own.get(f"{PREFIX}tags") or {}, own.get(f"{PREFIX}max_tokens")
+    skip_save, skip_load = (own.get(f"{PREFIX}{s}", False) for s in ("skip_save", "skip_load"))
+    for name, value, kind, wants in (
+        ("tags", tags, dict, "a mapping"),
+        ("skip_save", skip_save, bool, "true or false"),
+        ("skip_load", skip_load, bool, "true or false"),
+        ("max_tokens", 0 if most is None else most, int, "a whole number"),
+    ):
+        if type(value) is not kind:
+            raise ValueError(f"{PREFIX}{name} wants {wants}, got {value!r}")
+    if most is not None and most < 0:
+        raise ValueError(f"{PREFIX}max_tokens must not be negative, got {most}")
+    pairs = tuple(sorted((str(k), str(v)) for k, v in tags.items()))
+    return Wishes(skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most)
