@@ -34,6 +34,8 @@ class Load(NamedTuple):
     """Tokens of the prompt before what is loaded: in the engine's own cache already."""
     total: int
     """Tokens of the prompt."""
+    seconds: float
+    """How long it may take."""
 
 
 class Save(NamedTuple):
@@ -83,6 +85,8 @@ class Hello(NamedTuple):
     uses: dict[str, str]
     """Tier to what kind it is."""
     worth: str
+    deadline: float
+    """Seconds that a load may take whatever its size."""
     token_bytes: int
     """KV bytes of a token, in this worker."""
     off: str
@@ -104,6 +108,8 @@ class Told:
 
     hello: Hello | None = None
     seen: list[Seen] = field(default_factory=list)
+    more: bool = False
+    """There is more to see, which follows with the next steps."""
     captured: list[int] = field(default_factory=list)
     """Jobs that need their blocks no more."""
     ended: list[int] = field(default_factory=list)

@@ -155,6 +155,7 @@ def _hello(pipes: list[Pipe], layers: int, heads: int) -> Hello:
         remote=next((t for t in asked if not spec.tiers[t].cls.local), ""),
         uses={name: tier.use for name, tier in spec.tiers.items()},
         worth=plan.options.worth if plan else "never",
+        deadline=spec.graphs["retrieve"].options.deadline if plan else 0.0,
         token_bytes=sum(
             p.pipe.geometry.frame_bytes(p.pipe.geometry.layers, spec.chunk.tokens)
             for p in pipes

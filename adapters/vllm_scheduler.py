@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..stages.hash import Chain
-from ..stages.lookup import worth
-from .vllm_identity import adapter_id
+from ..stages.payload import Span
+from .vllm_adapters import Adapters
 from .vllm_index import Mirror, Part
 from .vllm_messages import Hello, Load, News, Plan, Seen, Told
 from .vllm_request import Passage
 from .vllm_saves import Saves, part_of
 from .vllm_settings import Wishes, wishes
+from .vllm_worth import Worth
 
 if TYPE_CHECKING:
     from .vllm_settings import Configured
 
 log = logging.getLogger("tierloom.vllm")
-
-STEP_TOKENS = 128
-"""Tokens that a step must compute for its speed to count as the engine's prefill speed."""
-
 
 _START = 20
 """The first requests wait so much longer: for the workers to say what they keep."""
@@ -47,12 +42,13 @@ class SchedulerSide:
         self._groups = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
         self._block = kv_cache_config.cache_hit_alignment_tokens or max(self._groups)
         self.hash_block = kv_cache_config.hash_block_size or self._block
-        self._overlap = max(1, vllm_config.max_concurrent_batches)
         self._asynchronous = conf.settings.load == "async" or len(self._groups) > 1
         self.off = ""
         """Why nothing is looked up or saved; empty: all is well."""
         self.hello: Hello | None = None
         self._hellos: dict[int, Hello] = {}
+        self._behind: set[int] = set()
+        """Workers that have more to tell of what they keep."""
         self._early: list[tuple[int, list[Seen]]] = []
         """What workers told before all had said what they are."""
         self.mirror: Mirror | None = None
@@ -64,12 +60,9 @@ class SchedulerSide:
         self._abandoned: list[str] = []
         self._clear = False
         self._answers: dict[str, dict[int, int]] = {}
-        self._costs: dict[str, tuple[float, float]] = {}
-        self._rate = 0.0
-        self._steps: deque[tuple[float, int]] = deque()
+        self.worth = Worth(max(1, vllm_config.max_concurrent_batches))
         self._seed = lru_cache(1024)(self._seed_of)
-        self._files = ThreadPoolExecutor(1, "tierloom-adapters")
-        self._adapters: dict[tuple[str, int], Future[str]] = {}
+        self._adapters = Adapters()
         self.on_change: Any = None
         """Called with (key, loadable, tier) where that changes; for events."""
 
@@ -84,7 +77,7 @@ class SchedulerSide:
             said = Wishes(skip_save=True, skip_load=True)
         if request.prompt_embeds is not None or request.prompt_token_ids is None:
             said = Wishes(skip_save=True, skip_load=True)  # no token ids, no names
-        adapter = self._adapter(request.lora_request) if request.lora_request else None
+        adapter = self._adapters.name(request.lora_request) if request.lora_request else None
         self._passages[request.request_id] = Passage(request, said, adapter)
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
@@ -105,7 +98,8 @@ class SchedulerSide:
         plan = self._look(p, most)
         if plan is None:
             return None, False
-        p.plan = self._worth(p, plan, computed)
+        assert self.hello is not None
+        p.plan = self.worth.cut(self.hello, plan, computed, request.num_tokens)
         found = sum(part.tokens for part in p.plan) // self._block * self._block - computed
         if found < least:
             p.plan = []
@@ -113,7 +107,20 @@ class SchedulerSide:
         return found, self._asynchronous
 
     def allotted(self, request: Any, blocks: Any, tokens: int) -> None:
-        """vLLM has set blocks aside; `tokens` of them are to be loaded."""
+        """vLLM has set blocks aside; `tokens` of them are to be loaded.
+
+        It waits for that load, so one goes out whatever happens here: one that can only fail.
+        """
+        try:
+            self._allot(request, blocks, tokens)
+        except Exception:
+            log.exception("request %s cannot be loaded", request.request_id)
+            if tokens:
+                name, empty = request.request_id, Span(b"", b"", 0, tokens)
+                tables = tuple(blocks.get_block_ids())
+                self._to_load.append(Load(name, empty, tables, 0, 0, request.num_tokens, 0.0))
+
+    def _allot(self, request: Any, blocks: Any, tokens: int) -> None:
         p = self._passages.get(request.request_id)
         if p is None:
             return
@@ -134,8 +141,9 @@ class SchedulerSide:
             ]
             for ids, size in zip(blocks.get_block_ids(), self._groups, strict=True)
         )
+        total, seconds = request.num_tokens, self.worth.seconds(self.hello, tokens)
         self._to_load.append(
-            Load(request.request_id, span, tables, first * chunk, p.start, request.num_tokens)
+            Load(request.request_id, span, tables, first * chunk, p.start, total, seconds)
         )
         p.loading = self._asynchronous
 
@@ -158,8 +166,9 @@ class SchedulerSide:
         self._answers.pop(request.request_id, None)
         if p is None:
             return False
-        if p.loading:
+        if p.loading:  # vLLM keeps the blocks by itself until the load is reported
             self._abandoned.append(request.request_id)
+            return False
         needed = self.saves is not None and self.saves.finish(p, blocks, self._may_save(p))
         if needed:
             self._held.append(request.request_id)
@@ -182,18 +191,8 @@ class SchedulerSide:
             except Exception:  # loads that vLLM waits for must go out, whatever happens here
                 log.exception("saves could not be planned; this step goes on without")
             plan.fenced = self.saves.fenced()
-        self._time(output.total_num_scheduled_tokens)
+        self.worth.step(output.total_num_scheduled_tokens)
         return plan
-
-    def _time(self, tokens: int) -> None:
-        """How fast prompts are computed: the tokens of a step over the time until the next one."""
-        now = time.monotonic()
-        self._steps.append((now, tokens))
-        if len(self._steps) > self._overlap:
-            began, computed = self._steps.popleft()
-            if computed >= STEP_TOKENS:
-                rate = computed / max(1e-6, now - began)
-                self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
 
     def heard(self, news: News | None) -> None:
         """A step has ended; the workers' news, if any."""
@@ -207,13 +206,14 @@ class SchedulerSide:
             self.mirror.clear()
 
     def close(self) -> None:
-        self._files.shutdown(wait=False, cancel_futures=True)
+        self._adapters.close()
 
     def report(self) -> dict[str, Any]:
         """Plain numbers, for tests and for the curious."""
         return {
             "requests": len(self._passages), "jobs": len(self.saves.jobs) if self.saves else 0,
-            "keys": len(self.mirror) if self.mirror else 0, "rate": self._rate, "off": self.off,
+            "keys": len(self.mirror) if self.mirror else 0, "rate": self.worth.rate,
+            "off": self.off,
         }  # fmt: skip
 
     # -- inside: names and what is kept ------------------------------------------------------------
@@ -222,7 +222,7 @@ class SchedulerSide:
         """The request's chain is there; False: not yet."""
         if p.chain is not None:
             return True
-        if self.hello is None or (p.adapter is not None and not p.adapter.done()):
+        if self.hello is None or self._behind or (p.adapter and not p.adapter.done()):
             return False
         try:
             adapter = p.adapter.result() if p.adapter is not None else ""
@@ -238,20 +238,13 @@ class SchedulerSide:
         assert self.hello is not None
         return self.hello.whole.of(salt=salt, adapter=adapter, tags=tags).digest
 
-    def _adapter(self, lora: Any) -> Future[str]:
-        """Content id of a LoRA; read by a thread of its own, once."""
-        name = (lora.lora_path, lora.lora_int_id)
-        if name not in self._adapters:
-            self._adapters[name] = self._files.submit(adapter_id, lora.lora_path)
-        return self._adapters[name]
-
     def _waits(self, p: Passage) -> bool:
         """There is still time for a request to learn what is kept for it."""
         if p.wishes.skip_load:
             return False
         now = time.monotonic()
         p.asked_at = p.asked_at or now
-        wait = self.conf.settings.wait * (1 if self.hello else _START)
+        wait = self.conf.settings.wait * (_START if self.hello is None or self._behind else 1)
         return now - p.asked_at < wait
 
     def _look(self, p: Passage, most: int) -> list[Part] | None:
@@ -275,20 +268,6 @@ class SchedulerSide:
             return None
         return plan
 
-    def _worth(self, p: Passage, plan: list[Part], computed: int) -> list[Part]:
-        """The part of a plan whose loading is quicker than computing it."""
-        assert self.hello is not None
-        if self.hello.worth == "never":
-            return []
-        if self.hello.worth == "always" or not self._rate or not plan:
-            return plan
-        costs, behind = [], computed
-        for part in plan:
-            behind, tokens = max(0, behind - part.tokens), max(0, part.tokens - behind)
-            latency, per_byte = self._costs.get(part.tier, (0.0, 0.0))
-            costs.append((tokens, (latency + tokens * self.hello.token_bytes * per_byte)))
-        return plan[: worth(costs, p.request.num_tokens - computed, self._rate)]
-
     def _may_save(self, p: Passage) -> bool:
         return not self.off and not p.wishes.skip_save and self._named(p)
 
@@ -297,6 +276,8 @@ class SchedulerSide:
     def _hear(self, worker: int, told: Told) -> None:
         if told.hello is not None:
             self._greet(worker, told.hello)
+        if told.seen:
+            (self._behind.add if told.more else self._behind.discard)(worker)
         if self.hello is not None and self.mirror is not None:
             for seen in told.seen:
                 share = worker * self.hello.shares + seen.share
@@ -317,7 +298,7 @@ class SchedulerSide:
         for name in told.failed:
             if (p := self._passages.get(name)) is not None:
                 p.failed = True
-        self._costs.update(told.costs)
+        self.worth.costs.update(told.costs)
 
     def _greet(self, worker: int, hello: Hello) -> None:
         """All workers must be alike before anything is looked up."""

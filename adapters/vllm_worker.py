@@ -33,6 +33,8 @@ FENCE = 0.05
 """Seconds that a step may be kept waiting until a save has read blocks that it will overwrite."""
 NAP = 0.002
 """Seconds that a step which computes nothing waits for something to end: it would only spin."""
+MANY = 1 << 14
+"""Changes told with one step."""
 COSTS = 1.0
 """Seconds between two reports of what tiers cost."""
 
@@ -126,16 +128,16 @@ class WorkerSide:
 
     def load(self, plan: Plan) -> None:
         """Set out to load what the plan says, and to ask what it asks."""
-        for request, span in plan.questions.items():
-            self._asked[request] = [p.pipe.begin_lookup(span) for p in self.pipes]
-            for future in self._asked[request]:
-                future.add_done_callback(self._wake)
         for load in plan.loads:
             made = Loading(load, self._tickets("load", self._retrieve, load))
             if self._loads_by_layer:
                 self._layered.append(made)
             else:
                 self._loading[load.request] = made
+        for request, span in plan.questions.items():
+            self._asked[request] = [p.pipe.begin_lookup(span) for p in self.pipes]
+            for future in self._asked[request]:
+                future.add_done_callback(self._wake)
 
     def wait_layer(self, name: str) -> None:
         """Before a layer's attention: what is loaded for it must be there."""
@@ -208,7 +210,8 @@ class WorkerSide:
 
     def _retrieve(self, p: Pipe, load: Load) -> Ticket:
         begin = p.pipe.begin_retrieve if self._loads_by_layer else p.pipe.retrieve
-        return begin(load.span, p.caches, blocks=p.blocks(load.blocks[p.share.group]))
+        blocks = p.blocks(load.blocks[p.share.group])
+        return begin(load.span, p.caches, blocks=blocks, deadline=load.seconds)
 
     def _wake(self, _: Any) -> None:
         self._woken.set()
@@ -278,7 +281,9 @@ class WorkerSide:
     def news(self) -> News | None:
         """What the scheduler should know of this step."""
         for share, p in enumerate(self.pipes):
-            self._told.seen += [Seen(share, *change) for change in p.pipe.changes()]
+            changes = p.pipe.changes(MANY)
+            self._told.seen += [Seen(share, *change) for change in changes]
+            self._told.more = self._told.more or len(changes) == MANY
         for request, futures in list(self._asked.items()):
             if all(f.done() for f in futures):
                 del self._asked[request]
@@ -315,4 +320,4 @@ class WorkerSide:
 def _off(why: str) -> Hello:
     from ..stages.namespace import Namespace
 
-    return Hello(Namespace(model=""), 1, 1, 1, 1, (), "", {}, "never", 0, why)
+    return Hello(Namespace(model=""), 1, 1, 1, 1, (), "", {}, "never", 0.0, 0, why)
