@@ -14,18 +14,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 
 # Imported by name once; this folder does not stay on the path, for it is called `vllm`.
-pytest.register_assert_rewrite("harness")
+pytest.register_assert_rewrite("harness", "serving")
 sys.path.append(str(HERE))
 import harness  # noqa: E402
 import models  # noqa: E402
+import serving  # noqa: E402, F401
 
 sys.path.remove(str(HERE))
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Reference = Callable[..., Any]
+    Reference = Callable[..., list[int]]
+    Expect = Callable[..., harness.Answer]
 
+_NOISE = ("warmup", "render", "[base.py:380]", "cpu_worker.py", "Loading safetensors", "config: ")
 _LOG_FOLDER = pytest.StashKey[Path]()
 
 
@@ -48,7 +51,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
         folder = item.config.stash.get(_LOG_FOLDER, HERE)
         for log in sorted(folder.glob("*.log"), key=lambda f: f.stat().st_mtime)[-2:]:
             lines = log.read_text(errors="replace").splitlines()
-            report.sections.append((log.name, "\n".join(lines[-60:])))
+            telling = [line for line in lines if not any(said in line for said in _NOISE)]
+            report.sections.append((log.name, "\n".join(telling[-50:])))
     return report
 
 
@@ -99,3 +103,20 @@ def reference(logs: Path, llama: Path) -> Iterator[Reference]:
 
     yield ask
     plain.close()
+
+
+@pytest.fixture(scope="session")
+def expect(reference: Reference) -> Expect:
+    """`expect(engine, tokens, cached=992)`: the right ids, and so many tokens not computed."""
+
+    def ask(
+        engine: harness.Engine, tokens: list[int], *, cached: int | None = None, **how: Any
+    ) -> harness.Answer:
+        right = reference(tokens, max_tokens=how.get("max_tokens", 8))
+        answer = engine.one(tokens, **how)
+        assert answer.ids == right, f"wrong tokens, {answer.cached} of the prompt's from a cache"
+        if cached is not None:
+            assert answer.cached == cached
+        return answer
+
+    return ask

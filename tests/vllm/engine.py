@@ -54,6 +54,8 @@ class Driver:
         from vllm import LLM
 
         imported = time.perf_counter()
+        if "llvmlite.binding.ffi" in sys.modules:
+            _replace_no_kernels()
         self._llm = LLM(**{**DEFAULTS, **options})
         self._open.clear()
         done = time.perf_counter()
@@ -235,6 +237,14 @@ class _Request:
         }
 
 
+def _replace_no_kernels() -> None:
+    """vLLM's CPU worker looks for its Triton kernels in every module of the process, and breaks on
+    llvmlite's, which comes with the first engine's connector; that engine has replaced them all."""
+    from vllm.platforms import current_platform
+
+    type(current_platform).register_triton_kernel_overrides = lambda *_: None
+
+
 def _worker_report(worker: Any) -> dict[str, Any]:
     """Runs in every worker's process."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -252,7 +262,7 @@ def _report(connector: Any) -> dict[str, Any]:
 def _idle(state: dict[str, Any]) -> bool:
     reports = [*state["workers"], state.get("scheduler", {})]
     flat = [child for r in reports for child in r.get("children", [r])]
-    held = ("open", "leases", "requests", "jobs")
+    held = ("open", "leases", "loads", "stores", "held", "asked", "requests", "jobs")
     return not any(r.get(what, 0) for r in flat for what in held) and (
         state.get("free_blocks") == state.get("blocks")
     )

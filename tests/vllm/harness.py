@@ -56,21 +56,60 @@ def prompt(length: int, seed: int = 1, vocab: int = 512) -> list[int]:
     return [random_.randrange(3, vocab) for _ in range(length)]
 
 
+SIZES = {"budget.arena": "32 MiB", "tiers.hot.capacity": "64 MiB"}
+PATIENT = {
+    "graphs.store.deadline": "30 s",
+    "graphs.retrieve.deadline": "30 s",
+    "graphs.retrieve.stages.plan.worth": "always",  # a model this small is quicker than any cache
+}
+"""A hit must not depend on how quick the machine is."""
+
+
 def transfer(config: Any = "minimal", **options: Any) -> dict[str, Any]:
     """vLLM's `kv_transfer_config` with our connector; `options` are keys of its extra config.
 
     Sizes are a test's: the presets would take gigabytes.
     """
-    extra = {"tierloom.config": config, "budget.arena": "32 MiB", **options}
-    if config in ("minimal", "tiered"):
-        extra = {"tiers.hot.capacity": "64 MiB"} | extra
+    extra: dict[str, Any] = {"tierloom.wait": "20 s", "tierloom.hold": "20 s"}
+    if isinstance(config, str):  # an inline mapping says by itself what it wants
+        extra |= SIZES | PATIENT
     if config == "tiered":
-        extra = {"tiers.warm.capacity": "256 MiB", "tiers.warm.segment": "32 MiB"} | extra
+        extra |= {"tiers.warm.capacity": "256 MiB", "tiers.warm.segment": "32 MiB"}
+    extra["tierloom.config"] = config
     return {
         "kv_connector": "TierloomConnector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": extra,
+        "kv_connector_extra_config": extra | options,
+    }
+
+
+def disk(folder: Path) -> dict[str, Any]:
+    """A disk tier for `pipeline`; small segments, for these are preallocated."""
+    return {"use": "disk", "path": str(folder), "capacity": "256 MiB", "segment": "32 MiB"}
+
+
+def pipeline(**tiers: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of `tiers`: stored to all of them, looked up in that order."""
+    store = ["hash", "lookup", "gather", "to_host"]
+    retrieve = ["hash", "lookup", "get", "decode", "scatter"]
+    steps: dict[str, Any] = {
+        "store": {use: {"use": use} for use in store},
+        "retrieve": {use: {"use": use} for use in retrieve},
+    }
+    steps["store"]["lookup"]["want"] = "absent"
+    steps["retrieve"]["lookup"]["worth"] = "always"
+    for name in tiers:
+        steps["store"][f"to_{name}"] = {"use": "put", "tier": name, "when_full": "block"}
+    return {
+        "version": 1,
+        "name": "test",
+        "budget": {"arena": "32 MiB"},
+        "tiers": tiers,
+        "graphs": {
+            "store": {"deadline": "30 s", "stages": steps["store"]},
+            "retrieve": {"deadline": "30 s", "stages": steps["retrieve"]},
+        },
     }
 
 
@@ -214,6 +253,14 @@ class Engine:
     def finish(self, *names: str) -> list[Answer]:
         return [Answer(**a) for a in self.ask("finish", names=list(names) or None)]
 
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache; what tierloom keeps stays."""
+        assert self.ask("reset", connector=False)
+
+    def log_text(self) -> str:
+        """What the process has written so far."""
+        return self.log.read_text(errors="replace")
+
     def settle(self) -> dict[str, Any]:
         """Wait until what is being stored is stored; fails when something is still held then."""
         state: dict[str, Any] = self.ask("settle")
@@ -252,10 +299,17 @@ class Answer:
         return f"Answer({self.ids}, cached={self.cached}, {self.reason})"
 
 
+HELD = {
+    "workers": ("leases", "open", "loads", "stores", "held", "asked", "broken"),
+    "scheduler": ("requests", "jobs", "broken"),
+}
+"""What a connector's report has of things under way; `broken`: hooks that have raised."""
+
+
 def held(state: dict[str, Any]) -> dict[str, Any]:
-    """What of `Driver.state()` is not zero although the engine is idle."""
+    """What of `Driver.state()` is there although the engine is idle."""
     found = {}
-    for side, what in (("workers", ("leases", "open")), ("scheduler", ("requests", "jobs"))):
+    for side, what in HELD.items():
         reports = state.get(side, {})
         for i, report in enumerate(reports if isinstance(reports, list) else [reports]):
             for j, one in enumerate(report.get("children", [report])):
@@ -265,9 +319,3 @@ def held(state: dict[str, Any]) -> dict[str, Any]:
     if state.get("free_blocks") != state.get("blocks"):
         found["blocks"] = state["blocks"] - state["free_blocks"]
     return found
-
-
-def worker(state: dict[str, Any], number: int = 0) -> dict[str, Any]:
-    """The report of one worker's connector."""
-    report: dict[str, Any] = state["workers"][number]
-    return report

@@ -15,17 +15,16 @@ if TYPE_CHECKING:
 VOCAB = 512
 
 
-def llama(folder: Path, **options: Any) -> Path:
+def llama(folder: Path, seed: int = 0) -> Path:
     """4 layers, 4 query and 2 KV heads of 32 channels; 2 KiB of KV per token in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    plain = {
-        "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 32, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 0, "tie_word_embeddings": False,
-    }  # fmt: skip
-    return _write(folder, LlamaForCausalLM, LlamaConfig(**plain | options))
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    return _write(folder, LlamaForCausalLM, config, seed)
 
 
 def gemma(folder: Path) -> Path:
@@ -36,9 +35,9 @@ def gemma(folder: Path) -> Path:
         vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=128,
         layer_types=["sliding_attention", "full_attention"] * 2, max_position_embeddings=8192,
-        query_pre_attn_scalar=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        query_pre_attn_scalar=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    return _write(folder, Gemma3ForCausalLM, config)
+    return _write(folder, Gemma3ForCausalLM, config, seed=0)
 
 
 def lora(folder: Path, base: Path, seed: int) -> Path:
@@ -67,31 +66,47 @@ def lora(folder: Path, base: Path, seed: int) -> Path:
     return folder
 
 
-def _write(folder: Path, kind: Any, config: Any) -> Path:
+def _write(folder: Path, kind: Any, config: Any, seed: int) -> Path:
     import torch
+    from transformers.utils import logging
 
-    torch.manual_seed(0)
+    logging.disable_progress_bar()
     model = kind(config).eval()
+    random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            _sharpen(name, weight)
+            _sharpen(name, weight, random, tied=bool(config.tie_word_embeddings))
     model.save_pretrained(folder)
+    _tokenizer(folder)
     return folder
 
 
-def _sharpen(name: str, weight: Any) -> None:
+def _tokenizer(folder: Path) -> None:
+    """A word per token, `w7` for 7: a server wants to write what came out as text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=plain, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def _sharpen(name: str, weight: Any, random: Any, *, tied: bool) -> None:
     """Weights for which a prompt's every part counts.
 
     Channels of a normed input are about 1, so a row of standard deviation s / sqrt(width) gives
     outputs of s. Queries and keys of 1.6 make scores of standard deviation 2.5: the softmax picks a
-    few tokens out of thousands, and these are other ones in every layer and at every step.
+    few tokens out of thousands, and these are other ones in every layer and at every step. Tied
+    embeddings are kept small, or a model would only say again what it has heard last.
     """
     import torch
 
-    random = torch.Generator().manual_seed(sum(map(ord, name)) * 7919 + weight.numel())
     if weight.dim() < 2:
         return  # norms stay as they are
-    s = {"q_proj": 1.6, "k_proj": 1.6, "v_proj": 1.0, "o_proj": 2.0, "embed": 1.0}
+    s = {"q_proj": 1.6, "k_proj": 1.6, "v_proj": 1.0, "o_proj": 2.0, "embed": 0.02 if tied else 1.0}
     scale = next((v for k, v in s.items() if k in name), 1.0)
     width = 1 if "embed" in name else weight.shape[-1]
     weight.copy_(torch.randn(weight.shape, generator=random) * (scale / width**0.5))
