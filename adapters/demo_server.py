@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HOST = "127.0.0.1"
-START_S, ANSWER_S, STOP_S = 600.0, 600.0, 60.0
-"""How long the server may take to start, to say anything of an answer, and to end."""
+START_S, ANSWER_S, STOP_S, REST_S = 600.0, 600.0, 60.0, 10.0
+"""How long the server may take to start, to say anything of an answer, and to end; and how much
+longer the engine that it started."""
 
 # What vLLM needs to run well on a small CPU: one thread that is not pinned (two pinned ones spin at
 # barriers when anything else runs), and float32 (without AMX bfloat16 is ten times slower).
@@ -83,17 +84,18 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """End it in order, and what is still there after a minute in any case."""
+        """End it in order; what is left of it after that is killed."""
         process, self._process = self._process, None
         if process is None:
             return
-        end = time.monotonic() + STOP_S
         try:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_S)
+            process.wait(STOP_S)
+            end = time.monotonic() + REST_S
             while _group_lives(process.pid) and time.monotonic() < end:
-                time.sleep(0.1)  # the engine's process, which outlives its server a little
+                time.sleep(0.1)
+        except subprocess.TimeoutExpired:
+            pass
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
