@@ -1,0 +1,198 @@
+"""The parts of the vLLM connector that need no vLLM: settings, switches, index, worth."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierloom import ConfigError
+from tierloom.adapters.vllm_index import Mirror, Part
+from tierloom.adapters.vllm_settings import Settings, Wishes, configured, wishes
+from tierloom.adapters.vllm_worth import Worth
+
+CHUNK, GRAIN = 64, 16
+
+
+def link(prompt: int, grain: int) -> bytes:
+    return bytes([prompt]) * 16 + grain.to_bytes(16, "little")
+
+
+def chain(prompt: int, grains: int, shared: int = 0) -> list[bytes]:
+    """Links of a prompt; the first `shared` grains are those of prompt 0."""
+    return [link(0 if i < shared else prompt, i) for i in range(grains)]
+
+
+def chunks(links: list[bytes]) -> list[bytes]:
+    per = CHUNK // GRAIN
+    return [b"".join(links[i : i + per]) for i in range(0, len(links), per)]
+
+
+# -- settings ----------------------------------------------------------------------------------
+
+
+def test_settings_and_overrides_are_told_apart(monkeypatch) -> None:
+    monkeypatch.delenv("TIERLOOM_CONFIG", raising=False)
+    plain = configured({})
+    assert (plain.settings, plain.source, plain.overrides) == (Settings(), "tiered", {})
+    got = configured({"tierloom.config": "minimal", "tierloom.load": "layer",
+                      "tierloom.wait": "1 s", "tiers.hot.capacity": "1 GiB"})  # fmt: skip
+    assert got.source == "minimal"
+    assert (got.settings.load, got.settings.wait) == ("layer", 1.0)
+    assert got.overrides == {
+        "tiers.hot.capacity": "1 GiB", "graphs.retrieve.pace.by": "layer"
+    }  # fmt: skip
+    monkeypatch.setenv("TIERLOOM_CONFIG", "/etc/kv.yaml")
+    assert configured({}).source == "/etc/kv.yaml"
+    assert configured({"tierloom.config": {"version": 1}}).source == {"version": 1}
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"tierloom.laod": "async"}, "unknown key 'laod'.*load"),
+        ({"tierloom.load": "sync"}, "one of async, layer"),
+        ({"tierloom.save_decode": "yes"}, "true or false"),
+        ({"tierloom.wait": "soon"}, "not a time"),
+        ({"tierloom.min_tokens": -1}, "must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be_used(extra: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s)kv_connector_extra_config.*{says}"):
+        configured(extra)
+
+
+def test_wishes_of_a_request() -> None:
+    assert wishes(None) == wishes({"do_remote_decode": True}) == Wishes()
+    got = wishes({"tierloom.skip_save": True, "tierloom.tags": {"b": 1, "a": "x"},
+                  "tierloom.max_tokens": 64})  # fmt: skip
+    assert got == Wishes(skip_save=True, tags=(("a", "x"), ("b", "1")), max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"tierloom.skip": True}, {"tierloom.skip_load": 1}, {"tierloom.tags": ["a"]},
+        {"tierloom.max_tokens": -1}, {"tierloom.max_tokens": True},
+    ],
+)  # fmt: skip
+def test_wishes_that_cannot_be_read(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(params)).replace(".", r"\.")):
+        wishes(params)
+
+
+# -- index -------------------------------------------------------------------------------------
+
+
+def mirror(shares: int = 1) -> Mirror:
+    return Mirror(("hot", "warm"), shares=shares, chunk=CHUNK, grain=GRAIN)
+
+
+def test_a_prompt_is_found_up_to_where_it_leaves_what_is_kept() -> None:
+    index = mirror()
+    for part in chunks(chain(0, 12)):
+        assert index.note(0, "hot", True, part) == (part[-32:], True)
+    assert index.find(chain(0, 12), 192) == [Part(64, "hot")] * 3
+    assert index.find(chain(0, 12), 160) == [Part(64, "hot"), Part(64, "hot"), Part(32, "hot")]
+    assert index.find(chain(7, 12, shared=6), 192) == [Part(64, "hot"), Part(32, "hot")]
+    assert index.find(chain(7, 12), 192) == []
+    assert index.find(chain(0, 6), 96) == [Part(64, "hot"), Part(32, "hot")]
+
+
+def test_a_chunk_counts_only_where_every_share_of_it_is() -> None:
+    index, part = mirror(shares=3), chunks(chain(0, 4))[0]
+    assert index.note(0, "hot", True, part) is None
+    assert index.note(1, "hot", True, part) is None
+    assert not index.find(chain(0, 4), 64)
+    assert index.note(2, "warm", True, part) == (part[-32:], True)
+    assert index.find(chain(0, 4), 64) == [Part(64, "warm")], "the slowest share decides"
+    assert index.note(2, "hot", True, part) is None
+    assert index.find(chain(0, 4), 64) == [Part(64, "hot")]
+    assert index.note(1, "hot", False, part) == (part[-32:], False)
+    assert not index.find(chain(0, 4), 64)
+    for share in (0, 2):
+        index.note(share, "hot", False, part)
+    index.note(2, "warm", False, part)
+    assert len(index) == 0
+    assert not index._inner
+
+
+class Event(NamedTuple):
+    share: int
+    tier: str
+    kept: bool
+    prompt: int
+    at: int
+
+
+events = st.lists(
+    st.builds(
+        Event, st.integers(0, 1), st.sampled_from(["hot", "warm"]), st.booleans(),
+        st.integers(0, 2), st.integers(0, 2),
+    ),
+    max_size=60,
+)  # fmt: skip
+
+
+@given(events)
+def test_the_index_says_what_a_plain_list_would(history: list[Event]) -> None:
+    """Whole chunks, against a set of (share, tier, chunk)."""
+    index, kept = mirror(shares=2), set()
+    parts = {p: chunks(chain(p, 12, shared=4)) for p in range(3)}  # the first chunk is all's
+    for e in history:
+        part = parts[e.prompt][e.at]
+        index.note(e.share, e.tier, e.kept, part)
+        (kept.add if e.kept else kept.discard)((e.share, e.tier, part))
+    for p in range(3):
+        whole = 0
+        for part in parts[p]:
+            if not all(any((s, t, part) in kept for t in ("hot", "warm")) for s in (0, 1)):
+                break
+            whole += 1
+        found = index.find(chain(p, 12, shared=4), 192)
+        assert sum(x.tokens for x in found) == whole * CHUNK
+        assert all(index.has(part[-32:]) for part in parts[p][:whole])
+    assert len(index) == len({part for _, _, part in kept})
+
+
+# -- worth -------------------------------------------------------------------------------------
+
+
+class Says(NamedTuple):
+    worth: str = "auto"
+    token_bytes: int = 1000
+    deadline: float = 0.8
+
+
+def test_a_load_that_is_slower_than_computing_is_cut() -> None:
+    w = Worth(1)
+    plan = [Part(64, "hot"), Part(64, "warm"), Part(64, "warm")]
+    assert w.cut(Says(), plan, 0, 256) == plan, "nothing is known yet"
+    w.rate, w.costs = 1000.0, {"hot": (0.001, 1e-9), "warm": (1.0, 1e-6)}
+    assert w.cut(Says(), plan, 0, 256) == plan[:1]
+    assert w.cut(Says("always"), plan, 0, 256) == plan
+    assert w.cut(Says("never"), plan, 0, 256) == []
+    w.costs["warm"] = (0.01, 1e-9)
+    assert w.cut(Says(), plan, 0, 256) == plan
+    w.rate = 1e9
+    assert w.cut(Says(), plan, 0, 256) == []
+
+
+def test_patience_grows_with_size_but_not_beyond_computing() -> None:
+    w = Worth(1)
+    assert w.seconds(Says(), 1) == 0.8
+    assert w.seconds(Says(), 1_024_000) == pytest.approx(4.0)
+    w.rate = 1_024_000.0
+    assert w.seconds(Says(), 1_024_000) == pytest.approx(2.0)
+
+
+def test_prefill_speed_is_measured_between_steps(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tierloom.adapters.vllm_worth.time.monotonic", lambda: now[0])
+    w = Worth(1)
+    for at, computed in ((0.0, 1000), (2.0, 1), (2.1, 1), (60.0, 500), (61.0, 0)):
+        now[0] = at
+        w.step(computed)
+    assert w.rate == pytest.approx(500.0)
