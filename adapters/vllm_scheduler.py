@@ -78,7 +78,9 @@ class SchedulerSide:
         if request.prompt_embeds is not None or request.prompt_token_ids is None:
             said = Wishes(skip_save=True, skip_load=True)  # no token ids, no names
         adapter = self._adapters.name(request.lora_request) if request.lora_request else None
-        self._passages[request.request_id] = Passage(request, said, adapter)
+        p = self._passages[request.request_id] = Passage(request, said, adapter)
+        if not self.off and not (said.skip_save and said.skip_load) and self._named(p):
+            p.links(self.conf.settings.keys)  # now, not in the step that wants it
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Tokens beyond `computed` that can be loaded, and whether while others are computed.
