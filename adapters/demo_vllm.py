@@ -1,8 +1,8 @@
 """`make demo-vllm`: a vLLM server that is restarted, and still has its KV.
 
 SmolLM2 behind vLLM's OpenAI-compatible server, on a CPU, with the connector. Two questions about
-one long document are sent as HTTP clients send them; then the server is restarted and the last one
-is sent again. vLLM's own prefix cache is off, so what is not computed came through tierloom. Each
+one long document are sent as HTTP clients send them; then the server is restarted and both are
+sent again. vLLM's own prefix cache is off, so what is not computed came through tierloom. Each
 request is also sent with `tierloom.skip_load`, which has the same server compute all of it: the
 greedy texts must be equal. Times run from sending a request to its first text; process start, model
 load and one short request that warms vLLM up are not in them.
@@ -64,7 +64,8 @@ class Demo:
             self.both(server, first, "first request")
             self.both(server, last, "same document")
         with self.serving("Restarting vLLM") as server:
-            self.both(server, last, "after restart")
+            self.both(server, first, "after restart")
+            self.both(server, last, "same document")
 
     @contextlib.contextmanager
     def serving(self, what: str) -> Iterator[Server]:
@@ -111,7 +112,7 @@ class Demo:
 
     def judge(self) -> tuple[dict[str, Any], str]:
         """The figures, and what is wrong with them, in a sentence."""
-        (cold, _), (repeat, _), (restart, _) = self.pairs
+        (cold, _), (repeat, _), (restart, _), (again, _) = self.pairs
         computed = not any(plain.hit_tokens for _, plain in self.pairs)
         same = [kept.text == plain.text for kept, plain in self.pairs]
         equal = computed and all(same)
@@ -137,8 +138,8 @@ class Demo:
             wrong = "a request that should have been computed was not, so nothing is compared"
         elif not equal:
             which = ", ".join(str(i + 1) for i, s in enumerate(same) if not s)
-            wrong = f"the text of request {which} (3 is after the restart) differs"
-        elif not repeat.hit_tokens or not restart.hit_tokens:
+            wrong = f"the text of request {which} (3 and 4 are after the restart) differs"
+        elif not all(r.hit_tokens for r in (repeat, restart, again)):
             wrong = "kept KV was not found again where it should have been"
         return figures, wrong
 

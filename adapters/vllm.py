@@ -160,7 +160,7 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded()
     def get_kv_connector_stats(self) -> Stats | None:
-        return self.worker.ledger.take() if self.worker else None
+        return (self.worker.ledger if self.worker else self.scheduler).stats.take()
 
     @guarded()
     def shutdown(self) -> None:

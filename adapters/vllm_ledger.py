@@ -24,7 +24,7 @@ class Ledger:
         """`first`: this worker's tokens count; those of the others are the same tokens. Bytes and
         losses count in each."""
         self._first = first
-        self._stats = Stats()
+        self.stats = Stats()
 
     def loaded(self, load: Load, tickets: list[Ticket], got: int) -> None:
         """A load is through; `got` tokens of what was wanted are in place."""
@@ -32,10 +32,10 @@ class Ledger:
         if not self._first:
             return
         want = load.start + load.span.place - load.fresh
-        self._stats.add(loads=1, load_tokens=got, load_failed_tokens=want - got)
+        self.stats.add(loads=1, load_tokens=got, load_failed_tokens=want - got)
         tiers = _by_tier(tickets)
         for tier, n in tiers.items():
-            self._stats.count(f"hit_tokens.{tier}", n)
+            self.stats.count(f"hit_tokens.{tier}", n)
         log.info(
             "request %s: %d tokens, %d in vLLM's cache, %d to load, %d loaded (%s) in %s%s",
             load.request, load.total, load.fresh, want, got,
@@ -48,7 +48,7 @@ class Ledger:
         if not self._first:
             return
         tokens = min((t.wait().tokens for t in tickets), default=0)
-        self._stats.add(stores=1, store_tokens=tokens)
+        self.stats.add(stores=1, store_tokens=tokens)
         chunks = tickets[0].wait().tiers if tickets else {}
         log.info(
             "request %s: %d tokens to keep, %d kept (chunks: %s) in %s%s",
@@ -56,22 +56,18 @@ class Ledger:
             _listed(chunks.items()), _speed(nbytes, seconds), lost,
         )  # fmt: skip
 
-    def take(self) -> Stats | None:
-        """What was counted since the last call; None: nothing."""
-        return None if self._stats.is_empty() else self._stats.take()
-
     def _count(self, what: str, tickets: list[Ticket]) -> tuple[str, int, float]:
         """Count bytes, seconds and losses; the losses as text, the bytes, the seconds."""
         receipts = [t.wait() for t in tickets]
         nbytes = sum(r.nbytes for r in receipts)
         seconds = max((r.seconds for r in receipts), default=0.0)
-        self._stats.count(f"{what}_bytes", nbytes)
+        self.stats.count(f"{what}_bytes", nbytes)
         if self._first:
-            self._stats.count(f"{what}_seconds", seconds)
+            self.stats.count(f"{what}_seconds", seconds)
         lost: dict[Lost, int] = {}
         for code, n in (pair for r in receipts for pair in r.lost.items()):
             lost[code] = lost.get(code, 0) + n
-            self._stats.count(f"lost.{code.name.lower()}", n)
+            self.stats.count(f"lost.{code.name.lower()}", n)
         return _lost(lost), nbytes, seconds
 
 

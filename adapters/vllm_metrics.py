@@ -66,8 +66,10 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # no vLLM where types are 
         if n:
             self.data[name] = self.data.get(name, 0) + n
 
-    def take(self) -> Stats:
-        """What was counted, as an object of its own; nothing is left here."""
+    def take(self) -> Stats | None:
+        """What was counted, as an object of its own; nothing is left here. None: nothing was."""
+        if self.is_empty():
+            return None
         taken = Stats(data=self.data)
         self.reset()
         return taken

@@ -111,7 +111,7 @@ def open_pipes(
             overrides = _overrides(conf, rank, share, len(parts), kv_cache_config.hash_block_size)
             pipe = Pipeline(
                 load(conf.source, overrides), share.layout,
-                model=conf.settings.name or model.model, weights=weights,
+                model=conf.settings.name, weights=weights,
                 layers=None if alone else (first, last), heads=heads, part=share.part,
                 backend=share.backend, replica=twin, watch=True,
             )  # fmt: skip

@@ -25,6 +25,8 @@ class Passage:
         """`adapter`: content id of its LoRA, once it is known; None where it has none."""
         self.request, self.wishes, self.adapter = request, wishes, adapter
         self.chain: Chain | None = None
+        self.counted = False
+        """Its tokens are among those that were looked up."""
         self.asked_at = 0.0
         """When it was first kept waiting for an answer."""
         self.asked = False

@@ -17,6 +17,7 @@ from ..stages.payload import Span
 from .vllm_adapters import Adapters
 from .vllm_index import Mirror, Part
 from .vllm_messages import Hello, Load, News, Plan, Seen, Told
+from .vllm_metrics import Stats
 from .vllm_request import Passage
 from .vllm_saves import Saves, part_of
 from .vllm_settings import Wishes, wishes
@@ -63,6 +64,7 @@ class SchedulerSide:
         self.worth = Worth(max(1, vllm_config.max_concurrent_batches))
         self._seed = lru_cache(1024)(self._seed_of)
         self._adapters = Adapters()
+        self.stats = Stats()
         self.on_change: Any = None
         """Called with (key, loadable, tier) where that changes; for events."""
 
@@ -91,6 +93,9 @@ class SchedulerSide:
         if p is None or self.off or not self._loads or p.wishes.skip_load or p.failed:
             return 0, False
         p.start, p.plan = computed, []
+        if not p.counted:
+            p.counted = True
+            self.stats.count("asked_tokens", request.num_tokens)
         if not self._named(p):
             return (None, False) if self._waits(p) else (0, False)
         least = max(self._block, self.conf.settings.min_tokens)

@@ -50,7 +50,7 @@ class Settings:
     """`recompute`: what cannot be loaded is computed, whatever `kv_load_failure_policy` says;
     `keep`: that policy stands, and its default fails the request."""
     name: str = ""
-    """The model's name in keys; vLLM's own when not said."""
+    """A name for the model in keys, beside the content id of its weights."""
     weights: str = ""
     """Content id of the weights, instead of one made from the files."""
     trace: bool = False

@@ -158,7 +158,12 @@ def reply(hit: int = 0, text: str = "a", ttft_s: float = 8.0) -> Reply:
     return Reply(text, ttft_s, 2287, hit)
 
 
-GOOD = [(reply(), reply()), (reply(2272, ttft_s=0.2), reply()), (reply(2240, ttft_s=0.4), reply())]
+GOOD = [
+    (reply(), reply()),
+    (reply(2272, ttft_s=0.2), reply()),
+    (reply(2240, ttft_s=0.4), reply()),
+    (reply(2272, ttft_s=0.2), reply()),
+]
 
 
 def test_figures_of_a_good_run() -> None:
@@ -181,6 +186,8 @@ def test_figures_of_a_good_run() -> None:
         (0, (reply(64), reply()), True, "nothing is compared"),
         (1, (reply(), reply()), True, "not found again"),
         (2, (reply(), reply()), True, "not found again"),
+        (3, (reply(), reply()), True, "not found again"),
+        (3, (reply(2272, "b"), reply()), False, "request 4 "),
     ],
 )
 def test_what_is_wrong_with_a_run(at, pair, identical, words) -> None:
