@@ -279,6 +279,7 @@ def main(read: int, write: int) -> None:
                 answer = {"ok": getattr(driver, command.pop("do"))(**command)}
             except Exception:  # whatever it is, the test is told
                 answer = {"error": traceback.format_exc()}
+                print(answer["error"], file=sys.stderr, flush=True)
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
     driver.stop()

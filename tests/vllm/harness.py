@@ -147,7 +147,7 @@ class Process:
         os.write(self._write, json.dumps({"do": do, **arguments}).encode() + b"\n")
         answer = json.loads(self._line(do, time.monotonic() + timeout))
         if "error" in answer:
-            raise EngineError(f"{do}: {answer['error']}")
+            raise EngineError(f"{do}: {answer['error'].strip().splitlines()[-1]}; see {self.log}")
         return answer["ok"]
 
     def _line(self, do: str, end: float) -> bytes:
@@ -264,7 +264,8 @@ class Engine:
     def settle(self) -> dict[str, Any]:
         """Wait until what is being stored is stored; fails when something is still held then."""
         state: dict[str, Any] = self.ask("settle")
-        assert held(state) == {}, f"still held when idle: {held(state)} of {state}"
+        left = held(state)
+        assert not left, f"still held when idle: {left}"
         return state
 
     def stop(self) -> None:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 SHAPES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "three processes": ({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, {}),
     "two tensor parallel workers": ({"TIERLOOM_TEST": "tp"}, {"tensor_parallel_size": 2}),
-    "two pipeline parallel workers": ({"TIERLOOM_TEST": "pp"}, {"pipeline_parallel_size": 2}),
+    "two pipeline parallel workers": (
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        {"pipeline_parallel_size": 2},
+    ),
 }
 
 

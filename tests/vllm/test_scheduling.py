@@ -130,7 +130,7 @@ def test_priority(engine: Engine, llama: Path, reference: Reference) -> None:
         llama,
         transfer(),
         kv_cache_memory_bytes=64 * 32 * 2048,
-        max_model_len=2048,
+        max_model_len=1984,
         scheduling_policy="priority",
     )
     low: list[dict[str, Any]] = [

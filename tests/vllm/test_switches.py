@@ -103,7 +103,7 @@ def test_blocks_held_for_saving_come_back(engine: Engine, llama: Path, expect: E
     """A tier that takes seconds to put: finished requests' blocks are not held for so long."""
     slow = {"use": "slow", "capacity": "64 MiB", "delay": "2 s"}
     kv = transfer(pipeline(hot=slow), **{"tierloom.hold": "300 ms"})
-    engine.use(llama, kv, kv_cache_memory_bytes=64 * 32 * 2048, max_model_len=2048)
+    engine.use(llama, kv, kv_cache_memory_bytes=64 * 32 * 2048, max_model_len=1984)
     for i in range(4):
         expect(engine, prompt(1500, seed=310 + i), cached=0)
     engine.settle()
