@@ -12,6 +12,7 @@ times are taken where the token comes out.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -44,6 +45,8 @@ class Driver:
         self._llm: Any = None
         self._ids = itertools.count()
         self._open: dict[str, _Request] = {}
+        self._hooks: dict[str, list[float]] = {}
+        self._published: list[Any] | None = None
 
     # ---- the engine
 
@@ -53,6 +56,11 @@ class Driver:
         begun = time.perf_counter()
         from vllm import LLM
 
+        if events := options.get("kv_events_config"):
+            from vllm.config import KVEventsConfig
+
+            options["kv_events_config"] = KVEventsConfig(**events)
+            self._published = None
         imported = time.perf_counter()
         if "llvmlite.binding.ffi" in sys.modules:
             _replace_no_kernels()
@@ -148,8 +156,9 @@ class Driver:
         """
         end = time.monotonic() + timeout
         while True:
-            for _ in range(3):
-                self._step()
+            if self._core() is not None:  # else it steps by itself, and `step` waits for tokens
+                for _ in range(3):
+                    self._step()
             state = self.state()
             if _idle(state) or time.monotonic() > end:
                 return state
@@ -158,8 +167,7 @@ class Driver:
     def state(self) -> dict[str, Any]:
         """What is held now. `scheduler` is missing with an engine in several processes."""
         state: dict[str, Any] = {"workers": self._llm.collective_rpc(_worker_report)}
-        core = getattr(self._llm.llm_engine.engine_core, "engine_core", None)
-        if core is not None:
+        if core := self._core():
             scheduler = core.scheduler
             pool = scheduler.kv_cache_manager.block_pool
             state |= {
@@ -169,6 +177,10 @@ class Driver:
                 "free_blocks": pool.get_num_free_blocks(),
             }
         return state
+
+    def _core(self) -> Any:
+        """The engine's core, where it runs in this process."""
+        return getattr(self._llm.llm_engine.engine_core, "engine_core", None)
 
     def reset(self, connector: bool = True) -> bool:
         return bool(self._llm.reset_prefix_cache(reset_connector=connector))
@@ -184,9 +196,27 @@ class Driver:
                 found[f"{metric.name}{{{label}}}" if label else metric.name] = float(value)
         return found
 
+    def events(self) -> list[dict[str, Any]]:
+        """What has been published for routers since the last call; the first begins to listen."""
+        publisher = self._core().scheduler.kv_event_publisher
+        if self._published is None:
+            self._published = []
+            publisher.publish = self._published.append
+        batches, self._published[:] = list(self._published), []
+        return [
+            {
+                "kind": type(event).__name__,
+                "medium": getattr(event, "medium", None),
+                "hashes": [str(h) for h in getattr(event, "block_hashes", ())],
+                "tokens": len(getattr(event, "token_ids", None) or ()),
+            }
+            for batch in batches
+            for event in batch.events
+        ]
+
     def blocks(self, tokens: list[int]) -> list[int]:
         """Ids of the blocks that hold `tokens`, by vLLM's own prefix cache."""
-        pool = self._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        pool = self._core().scheduler.kv_cache_manager.block_pool
         cached = pool.cached_block_hash_to_block._cache
         ids = [block.block_id for block in cached.values() if hasattr(block, "block_id")]
         return sorted(ids)[: len(tokens) // 32]
@@ -196,12 +226,49 @@ class Driver:
 
         Exchanging them would not do: attention does not mind in which order the keys lie.
         """
-        worker = self._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+        worker = self._core().model_executor.driver_worker
         for cache in worker.model_runner.kv_caches:
             cache[other] = cache[one]
 
-    def pid(self) -> int:
-        return os.getpid()
+    # ---- for benchmarks
+
+    def decode(self, tokens: list[int], steps: int) -> dict[str, Any]:
+        """Wall and CPU seconds of so many decode steps, and of the connector's hooks in them."""
+        name = self.add(tokens, max_tokens=steps + 2)
+        while not self._open[name].ids:
+            self._step()
+        self._hooks.clear()
+        walls, cpus = [], []
+        for _ in range(steps):
+            wall, cpu = time.perf_counter(), time.process_time()
+            self._step()
+            walls.append(time.perf_counter() - wall)
+            cpus.append(time.process_time() - cpu)
+        hooks = self.hooks()
+        self.finish([name])
+        return {"wall_s": walls, "cpu_s": cpus, "hooks": hooks}
+
+    def time_hooks(self) -> None:
+        """From now on note how long each hook takes that vLLM calls, in either role."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+            KVConnectorBase_V1,
+            SupportsHMA,
+        )
+
+        scheduler = self._core().scheduler.connector
+        for side, connector in (("scheduler", scheduler), ("worker", get_kv_transfer_group())):
+            for name in sorted({*dir(KVConnectorBase_V1), *dir(SupportsHMA)}):
+                is_hook = inspect.isfunction(getattr(type(connector), name, None))
+                if is_hook and not name.startswith("_"):
+                    timed = _timed(getattr(connector, name), f"{side}.{name}", self._hooks)
+                    setattr(connector, name, timed)
+
+    def hooks(self) -> dict[str, list[float]]:
+        """Seconds of each call since the last time, by `side.name`."""
+        taken = dict(self._hooks)
+        self._hooks.clear()
+        return taken
 
 
 class _Request:
@@ -237,6 +304,23 @@ class _Request:
         }
 
 
+def _timed(hook: Any, name: str, into: dict[str, list[float]]) -> Any:
+    inside = _timed.__dict__  # hooks call each other: the outermost one counts
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        if inside.get("busy"):
+            return hook(*args, **kwargs)
+        inside["busy"] = True
+        begun = time.perf_counter()
+        try:
+            return hook(*args, **kwargs)
+        finally:
+            into.setdefault(name, []).append(time.perf_counter() - begun)
+            inside["busy"] = False
+
+    return timed
+
+
 def _replace_no_kernels() -> None:
     """vLLM's CPU worker looks for its Triton kernels in every module of the process, and breaks on
     llvmlite's, which comes with the first engine's connector; that engine has replaced them all."""
@@ -263,7 +347,7 @@ def _idle(state: dict[str, Any]) -> bool:
     reports = [*state["workers"], state.get("scheduler", {})]
     flat = [child for r in reports for child in r.get("children", [r])]
     held = ("open", "leases", "loads", "stores", "held", "asked", "requests", "jobs")
-    return not any(r.get(what, 0) for r in flat for what in held) and (
+    return not any(r.get(what, 0) > 0 for r in flat for what in held) and (
         state.get("free_blocks") == state.get("blocks")
     )
 

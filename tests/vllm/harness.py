@@ -307,6 +307,11 @@ HELD = {
 """What a connector's report has of things under way; `broken`: hooks that have raised."""
 
 
+def _some(value: Any) -> bool:
+    """Names, or a number above 0. Tiers in memory share leases, so what is theirs counts double."""
+    return value > 0 if isinstance(value, int) else bool(value)
+
+
 def held(state: dict[str, Any]) -> dict[str, Any]:
     """What of `Driver.state()` is there although the engine is idle."""
     found = {}
@@ -314,7 +319,7 @@ def held(state: dict[str, Any]) -> dict[str, Any]:
         reports = state.get(side, {})
         for i, report in enumerate(reports if isinstance(reports, list) else [reports]):
             for j, one in enumerate(report.get("children", [report])):
-                found |= {f"{side}[{i}][{j}].{w}": one[w] for w in what if one.get(w)}
+                found |= {f"{side}[{i}][{j}].{w}": one[w] for w in what if _some(one.get(w))}
     if state.get("unfinished"):
         found["unfinished"] = state["unfinished"]
     if state.get("free_blocks") != state.get("blocks"):

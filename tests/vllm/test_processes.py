@@ -12,14 +12,11 @@ if TYPE_CHECKING:
 
     from conftest import Expect, Reference
 
-# (environment, options): front | core | worker; front and core | two workers
+# (environment, options): front | core | worker; front and core | two workers. vLLM 0.32 cannot run
+# pipeline parallel on a CPU: its runner there asserts, with or without a connector.
 SHAPES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "three processes": ({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, {}),
     "two tensor parallel workers": ({"TIERLOOM_TEST": "tp"}, {"tensor_parallel_size": 2}),
-    "two pipeline parallel workers": (
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        {"pipeline_parallel_size": 2},
-    ),
 }
 
 
@@ -34,9 +31,7 @@ def test_repeat_and_restart(
     tokens = prompt(1000, seed=400)
     expect(engine, tokens, cached=0)
     state = engine.settle()
-    assert len(state["workers"]) == options.get("tensor_parallel_size", 1) * options.get(
-        "pipeline_parallel_size", 1
-    )
+    assert len(state["workers"]) == options.get("tensor_parallel_size", 1)
     expect(engine, tokens, cached=992)
     expect(engine, tokens[:500] + prompt(300, seed=401), cached=480)
     many = [prompt(300 + 50 * i, seed=402 + i) for i in range(5)]

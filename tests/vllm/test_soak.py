@@ -78,3 +78,10 @@ def test_soak(
     assert after["vllm:num_preemptions"] > before["vllm:num_preemptions"]
     hits = "vllm:external_prefix_cache_hits"
     assert after[hits] > before[hits]
+
+    # With everything dropped that is kept, whatever lease is left belongs to nobody.
+    assert engine.ask("reset")
+    engine.one(prompt(20))
+    state = engine.settle()
+    assert state["workers"][0]["stats"]["arena"]["leases"] == 0
+    assert state["scheduler"]["keys"] == 0
