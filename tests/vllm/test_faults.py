@@ -84,6 +84,31 @@ def test_damaged_on_disk(
     engine.settle()
 
 
+@LOADS
+@pytest.mark.parametrize("save", ["step", "layer"])
+def test_what_was_computed_on_top_of_damage_is_not_kept(
+    engine: Engine, llama: Path, expect: Expect, tmp_path: Path, load: str, save: str
+) -> None:
+    """A load that fails within a step spoils all that this step computes behind it.
+
+    vLLM computes it again, and the ids are right; but were it stored in the meantime, it would be
+    whole, verified and wrong for ever after.
+    """
+    kv = {"tierloom.load": load, "tierloom.save": save, "tierloom.save_decode": True}
+    kv = transfer(pipeline(warm=disk(tmp_path / "kv")), **kv)
+    tokens = prompt(1000, seed=170)
+    longer = tokens + prompt(500, seed=171)
+    expect(engine.use(llama, kv, max_num_batched_tokens=256), tokens, cached=0)
+    engine.settle()
+    engine.stop()
+    assert damage(tmp_path / "kv") > 0
+    engine.use(llama, kv, max_num_batched_tokens=256)
+    for _ in range(4):
+        expect(engine, longer, max_tokens=40)
+        engine.settle()
+    expect(engine, longer, cached=1472)
+
+
 def test_damaged_while_others_decode(
     engine: Engine, llama: Path, reference: Reference, tmp_path: Path
 ) -> None:
