@@ -26,8 +26,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 GCN_BITS = {
-    "dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32,
-    "ushort": 16, "sshort": 16, "short": 16, "ubyte": 8, "sbyte": 8, "byte": 8,
+    "dwordx4": 128,
+    "dwordx3": 96,
+    "dwordx2": 64,
+    "dword": 32,
+    "ushort": 16,
+    "sshort": 16,
+    "short": 16,
+    "ubyte": 8,
+    "sbyte": 8,
+    "byte": 8,
 }
 
 
@@ -50,6 +58,8 @@ class Report:
     """Instructions that touch, or bytes of, memory local to a thread."""
     load_bits: frozenset[int]
     store_bits: frozenset[int]
+    loop: int = 0
+    """Instructions of the longest loop, on NVIDIA: what a warp pays for one turn, at least."""
 
 
 def compile_for(kernel: Kernel, target: str) -> Report:
@@ -83,12 +93,28 @@ def _read_cubin(cubin: bytes) -> Report:
         spills=int(found[2]) + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         load_bits=_sass_bits(sass, "LDG"),
         store_bits=_sass_bits(sass, "STG"),
+        loop=_longest_loop(sass),
     )
 
 
 def _run(tool: str, *args: str) -> str:
     command = [str(BIN / tool), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _longest_loop(sass: str) -> int:
+    """From a label to the last branch that goes back to it."""
+    labels: dict[str, int] = {}
+    longest = count = 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if branch and branch[1] in labels:
+                longest = max(longest, count - labels[branch[1]])
+    return longest
 
 
 def _sass_bits(sass: str, op: str) -> frozenset[int]:

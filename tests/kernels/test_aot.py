@@ -18,11 +18,12 @@ from aot import TARGETS, Kernel, compile_for
 from tierloom.triton_kernels.checksum import positional_sums
 from tierloom.triton_kernels.launch import tile_for
 from tierloom.triton_kernels.paged_copy import paged_copy
+from tierloom.triton_kernels.rans import rans_compact, rans_decode, rans_encode
 
 BASELINE = Path(__file__).with_name("aot_baseline.json")
 REWRITE = os.environ.get("TIERLOOM_REWRITE_BASELINE") == "1"
 MOST_REGISTERS = 128
-GROWTH = 1.25
+GROWTH = {"registers": 1.25, "instructions": 1.25, "loop": 1.1}
 
 
 def copy_of(
@@ -58,6 +59,18 @@ def both(name: str, heads: int, head_bytes: int, **kwargs: Any) -> dict[str, Ker
     }
 
 
+def coder(fn: Any, lanes: int) -> Kernel:
+    """A rANS coder: int32 shapes that are not specialised, as its launcher says."""
+    types = {
+        "counts": "*u32", "decode": "*u8", "ends": "*i64", "freq_cdf": "*u32", "scratch": "*u16",
+        "states": "*u32", "status": "*u8", "symbols": "*u8", "tabid": "*u8", "table": "*i64",
+        "words": "*u16",
+    }  # fmt: skip
+    constants = {"WORDS": 4096} if fn is rans_compact else {"LANES": lanes, "BITS": 11}
+    signature = {name: types.get(name, "i32") for name in fn.arg_names}
+    return Kernel(fn, signature, constants, warps=4 if fn is rans_compact else 1)
+
+
 WIDE = {
     **both("NHD 8x128", 1, 2048),
     **both("NHD 3x64", 1, 384),
@@ -73,7 +86,14 @@ OTHERS = {
         {"address": "*i64", "nbytes": "*i64", "sums": "*i64"},
         {"QUADS": 256, "STEPS": 8},
     ),
+    "rANS compact": coder(rans_compact, 0),
 }
+CODERS = {
+    f"rANS {fn.__name__.removeprefix('rans_')}, {lanes} lanes": coder(fn, lanes)
+    for fn in (rans_encode, rans_decode)
+    for lanes in (8, 16, 32)
+}
+"""Their loops are what they cost: an instruction more in ten is too many."""
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +110,9 @@ def baseline():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [*WIDE, *OTHERS])
+@pytest.mark.parametrize("name", [*WIDE, *OTHERS, *CODERS])
 def test_gate(name: str, target: str, baseline: dict) -> None:
-    report = compile_for((WIDE | OTHERS)[name], target)
+    report = compile_for((WIDE | OTHERS | CODERS)[name], target)
     assert report.spills == 0, report
     assert report.registers <= MOST_REGISTERS, report
     if name in WIDE:
@@ -102,13 +122,16 @@ def test_gate(name: str, target: str, baseline: dict) -> None:
         assert 128 in report.load_bits, report
 
     cost = {"registers": report.registers, "instructions": report.instructions}
+    if name in CODERS and target != "gfx942":
+        assert report.loop > 40, report  # or it was not found
+        cost["loop"] = report.loop
     if REWRITE:
         baseline.setdefault(name, {})[target] = cost
         return
     if baseline["triton"] != triton.__version__:
         pytest.skip(f"baseline is of triton {baseline['triton']}: only the budget was checked")
     for what, value in cost.items():
-        assert value <= baseline[name][target][what] * GROWTH, (what, report)
+        assert value <= baseline[name][target][what] * GROWTH[what], (what, report)
 
 
 def test_gate_sees_lost_vectors() -> None:
