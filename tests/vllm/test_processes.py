@@ -44,23 +44,13 @@ def test_repeat_and_restart(
     engine.ask("abort", names=names[:3])
     assert [a.ids[:20] for a in engine.finish(*names)[3:]] == right[3:]
     engine.settle()
-    engine.use(llama, kv, env=env, fresh=True, **options)
-    expect(engine, tokens, cached=992)
+    if "tensor_parallel_size" in options:  # half the heads are not the whole
+        engine.use(llama, kv)
+        expect(engine, tokens)
+        engine.settle()
+        expect(engine, tokens, cached=992)
+    else:
+        engine.use(llama, kv, env=env, fresh=True, **options)
+        expect(engine, tokens, cached=992)
     engine.settle()
     engine.close()
-
-
-def test_parallel_and_alone_share_nothing_by_mistake(
-    engine: Engine, llama: Path, expect: Expect, tmp_path: Path
-) -> None:
-    """Half the heads are not the whole: one worker after two, in the same folder."""
-    kv = transfer("tiered", **{"tiers.warm.path": str(tmp_path / "kv")})
-    tokens = prompt(1000, seed=410)
-    engine.use(llama, kv, env={"TIERLOOM_TEST": "tp"}, tensor_parallel_size=2)
-    expect(engine, tokens, cached=0)
-    engine.settle()
-    engine.use(llama, kv)
-    expect(engine, tokens)
-    engine.settle()
-    expect(engine, tokens, cached=992)
-    engine.settle()

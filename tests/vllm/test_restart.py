@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import models
-import pytest
 from harness import Engine, prompt, transfer
 
 if TYPE_CHECKING:
@@ -14,16 +13,19 @@ if TYPE_CHECKING:
     from conftest import Expect, Reference
 
 
-@pytest.mark.parametrize("load", ["async", "layer"])
-def test_restart(engine: Engine, llama: Path, expect: Expect, tmp_path: Path, load: str) -> None:
-    kv = transfer("tiered", **{"tiers.warm.path": str(tmp_path / "kv"), "tierloom.load": load})
+def test_restart(engine: Engine, llama: Path, expect: Expect, tmp_path: Path) -> None:
+    kv = transfer("tiered", **{"tiers.warm.path": str(tmp_path / "kv")})
+    layer = transfer(
+        "tiered", **{"tiers.warm.path": str(tmp_path / "kv"), "tierloom.load": "layer"}
+    )
     tokens = prompt(2048, seed=31)
     expect(engine.use(llama, kv), tokens, cached=0)
     engine.settle()
-    again = engine.use(llama, kv, fresh=True)
-    expect(again, tokens, cached=2016)
-    expect(again, tokens + prompt(100, seed=32), cached=2048)
-    again.settle()
+    for how, fresh in ((kv, True), (layer, False)):
+        again = engine.use(llama, how, fresh=fresh)
+        expect(again, tokens, cached=2016)
+        expect(again, tokens + prompt(100, seed=32 + fresh), cached=2048)
+        again.settle()
 
 
 def test_killed(engine: Engine, llama: Path, expect: Expect, tmp_path: Path) -> None:

@@ -32,8 +32,7 @@ def prompts() -> list[list[int]]:
     return made
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
-@pytest.mark.parametrize("load", ["async", "layer"])
+@pytest.mark.parametrize(("load", "prefix_caching"), [("async", True), ("layer", False)])
 def test_soak(
     engine: Engine, llama: Path, reference: Reference, load: str, prefix_caching: bool
 ) -> None:
