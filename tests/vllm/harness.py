@@ -10,8 +10,10 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,7 @@ class Process:
 
     def __init__(self, log: Path, **env: str) -> None:
         self.log = log
+        self._tmp = tempfile.mkdtemp(prefix="vllm-")  # vLLM leaves sockets and files behind
         commands, self._write = os.pipe()
         self._read, answers = os.pipe()
         with log.open("ab") as out:
@@ -132,7 +135,7 @@ class Process:
                 stderr=out,
                 pass_fds=(commands, answers),
                 cwd=log.parent,
-                env=environment(**env),
+                env=environment(TMPDIR=self._tmp, **env),
                 start_new_session=True,  # its own processes end with it
             )
         os.close(commands)
@@ -177,6 +180,7 @@ class Process:
             return
         self.alive = False
         end_group(self._child)
+        shutil.rmtree(self._tmp, ignore_errors=True)
         os.close(self._read)
         if self._write >= 0:
             os.close(self._write)

@@ -6,9 +6,11 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ class Server:
 
     def __init__(self, model: Path, kv: dict[str, Any], log: Path, **flags: Any) -> None:
         self.log = log
+        self._tmp = tempfile.mkdtemp(prefix="vllm-")  # vLLM leaves sockets and files behind
         self.port = free_port()
         flags = {
             "model": model,
@@ -45,7 +48,7 @@ class Server:
                 stdout=out,
                 stderr=out,
                 cwd=log.parent,
-                env=environment(),
+                env=environment(TMPDIR=self._tmp),
                 start_new_session=True,
             )
 
@@ -98,6 +101,7 @@ class Server:
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._child.wait(timeout)
         end_group(self._child)
+        shutil.rmtree(self._tmp, ignore_errors=True)
         return status
 
 
