@@ -116,15 +116,16 @@ class Told:
     """Jobs that are through, kept or not."""
     answers: dict[str, int] = field(default_factory=dict)
     """Tokens kept of the prompts that were asked about."""
+    loaded: list[str] = field(default_factory=list)
+    """Requests whose load ran within this step, and is through."""
     failed: list[str] = field(default_factory=list)
     """Requests that got less than was planned."""
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Tier to (seconds before the first byte, seconds per byte)."""
 
     def __bool__(self) -> bool:
-        return self.hello is not None or any(
-            (self.seen, self.captured, self.ended, self.answers, self.failed, self.costs)
-        )
+        lists = (self.seen, self.captured, self.ended, self.loaded, self.failed)
+        return self.hello is not None or any(lists) or bool(self.answers or self.costs)
 
 
 @dataclass(slots=True)

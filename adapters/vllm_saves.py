@@ -1,7 +1,9 @@
 """What to save of each request, step by step, and until when its blocks are needed.
 
 A chunk is saved in the step that completes it, and what is left over of a prompt in the step that
-completes the prompt. Nothing is saved that is kept already, or that is being saved.
+completes the prompt. Nothing is saved that is kept already, or that is being saved. A load that
+runs within a step spoils, when it fails, what is computed behind it: as long as the outcome of one
+is not known, saves wait.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Saves:
         self._groups, self._workers, self._settings = groups, workers, settings
         self._hello: Hello | None = None
         self._mirror: Mirror | None = None
-        self._out: list[Save] = []
+        self._waiting: list[Save] = []
+        """Made, and not sent out yet."""
         self._number = 0
         self._promised: dict[bytes, int] = {}
         """Keys that are being saved just now, to the job that does it."""
@@ -60,10 +63,15 @@ class Saves:
         return any(link in self._promised for link in chain.links[at : at + per])
 
     def plan(
-        self, output: Any, passages: Mapping[str, Passage], may: Callable[[Passage], bool]
+        self,
+        output: Any,
+        passages: Mapping[str, Passage],
+        may: Callable[[Passage], bool],
+        *,
+        doubt: bool,
     ) -> list[Save]:
-        """What this step completes, and what requests that ended since the last one left."""
-        out, self._out = self._out, []
+        """What this step completes, and what was left to save before. With `doubt` all of it
+        waits: the KV may prove to be spoilt."""
         for name, tokens in output.num_scheduled_tokens.items():
             p = passages.get(name)
             if p is None or (p.prompt_saved and not self._settings.save_decode):
@@ -79,9 +87,25 @@ class Saves:
                 blocks = output.kv_connector_block_state.get_block_ids(name)
                 self._save(p, min(known, p.most), blocks, tail=tail)
                 p.prompt_saved = p.prompt_saved or tail
-        out += self._out
-        self._out = []
+        for save in self._waiting.copy():  # blocks that were taken away cannot be read any more
+            if self.jobs[save.job].passage.request.status == RequestStatus.PREEMPTED:
+                self._waiting.remove(save)
+                self._cancel(save.job)
+        if doubt:
+            return []
+        out, self._waiting = self._waiting, []
         return out
+
+    def spoil(self) -> None:
+        """A load failed within a step: nothing that waits may be kept. It is computed again, and
+        then saved."""
+        waiting, self._waiting = self._waiting, []
+        for save in waiting:
+            self._cancel(save.job)
+
+    def waits(self, request: str) -> bool:
+        """A save of this request has not been sent out yet."""
+        return any(save.request == request for save in self._waiting)
 
     def finish(self, p: Passage, blocks: Blocks, may: bool) -> bool:
         """A request has ended. True: its blocks are still needed."""
@@ -111,6 +135,12 @@ class Saves:
                 job.ended.add(worker)
                 if len(job.ended) == self._workers:
                     self._forget(number, job)
+
+    def _cancel(self, number: int) -> None:
+        job = self.jobs[number]
+        job.passage.jobs.discard(number)
+        job.passage.saved, job.passage.prompt_saved = 0, False
+        self._forget(number, job)
 
     def _forget(self, number: int, job: Job) -> None:
         del self.jobs[number]
@@ -148,7 +178,7 @@ class Saves:
         self._promised.update(dict.fromkeys(keys, self._number))
         assert p.chain is not None
         span = p.chain.span(first * chunk // grain, end // grain)
-        self._out.append(Save(self._number, p.request.request_id, span, tables))
+        self._waiting.append(Save(self._number, p.request.request_id, span, tables))
         if self.on_save is not None:
             self.on_save(p.request, first * chunk, end, keys)
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tierloom.vllm")
 
+_DOUBT = 60.0
+"""Seconds after which a load within a step that nobody tells of is taken for failed."""
 _START = 20
 """The first requests wait so much longer: for the workers to say what they keep."""
 
@@ -59,6 +61,9 @@ class SchedulerSide:
         self._questions: dict[str, Any] = {}
         self._held: list[str] = []
         self._abandoned: list[str] = []
+        self._doubt: dict[str, set[int]] = {}
+        """Requests that are loaded within a step, and the workers that have told how it went."""
+        self._doubt_until = 0.0
         self._clear = False
         self._answers: dict[str, dict[int, int]] = {}
         self.worth = Worth(max(1, vllm_config.max_concurrent_batches))
@@ -67,8 +72,6 @@ class SchedulerSide:
         self.stats = Stats()
         self.on_change: Any = None
         """Called with (key, loadable, tier) where that changes; for events."""
-
-    # -- requests --------------------------------------------------------------------------------
 
     def arrived(self, request: Any) -> None:
         """A new request: read its switches."""
@@ -153,6 +156,9 @@ class SchedulerSide:
             Load(request.request_id, span, tables, first * chunk, p.start, total, seconds)
         )
         p.loading = self._asynchronous
+        if not self._asynchronous:
+            self._doubt[request.request_id] = set()
+            self._doubt_until = time.monotonic() + _DOUBT
 
     def sources(self, request: Any, tokens: int) -> dict[str, int]:
         """Tier to tokens, for the `tokens` that are loaded."""
@@ -181,23 +187,26 @@ class SchedulerSide:
             self._held.append(request.request_id)
         return needed
 
-    # -- steps -----------------------------------------------------------------------------------
-
     def plan(self, output: Any) -> Plan:
         """What the workers are to do in this step."""
         plan = Plan(
             idle=not output.total_num_scheduled_tokens, loads=self._to_load,
-            questions=self._questions, held=self._held, abandoned=self._abandoned,
-            clear=self._clear,
+            questions=self._questions, abandoned=self._abandoned, clear=self._clear,
         )  # fmt: skip
-        self._to_load, self._questions, self._held, self._abandoned = [], {}, [], []
-        self._clear = False
+        self._to_load, self._questions, self._abandoned, self._clear = [], {}, [], False
         if self.saves is not None:
+            if self._doubt and time.monotonic() > self._doubt_until:  # a worker lost its tongue
+                self._doubt.clear()
+                self.saves.spoil()
             try:
-                plan.saves = self.saves.plan(output, self._passages, self._may_save)
+                plan.saves = self.saves.plan(
+                    output, self._passages, self._may_save, doubt=bool(self._doubt)
+                )
             except Exception:  # loads that vLLM waits for must go out, whatever happens here
                 log.exception("saves could not be planned; this step goes on without")
             plan.fenced = self.saves.fenced()
+            plan.held = [name for name in self._held if not self.saves.waits(name)]
+            self._held = [name for name in self._held if self.saves.waits(name)]
         self.worth.step(output.total_num_scheduled_tokens)
         return plan
 
@@ -302,6 +311,13 @@ class SchedulerSide:
                 if len(answers) == self._workers:
                     p.answer = min(answers.values())
                     del self._answers[name]
+        if self.saves is not None and not self._doubt.keys().isdisjoint(told.failed):
+            self.saves.spoil()
+        for name in told.loaded:
+            if (heard := self._doubt.get(name)) is not None:
+                heard.add(worker)
+                if len(heard) == self._workers:
+                    del self._doubt[name]
         for name in told.failed:
             if (p := self._passages.get(name)) is not None:
                 p.failed = True

@@ -225,6 +225,7 @@ class WorkerSide:
         self._woken.clear()
         out = KVConnectorTransferResults()
         for loading in self._layered:
+            self._told.loaded.append(loading.load.request)
             self._loaded(loading, out)
         self._layered = []
         for request, loading in list(self._loading.items()):
