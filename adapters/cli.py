@@ -136,6 +136,27 @@ def demo(
     raise typer.Exit(run_demo(json, config, keep))
 
 
+@app.command()
+def quality(
+    codec: Annotated[
+        str, typer.Option(help="int4, cachegen:default, turboquant:bits=4, chains a+b; or none.")
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="smollm2|DIR", help="The model to measure on.")
+    ] = "smollm2",
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Only so many documents: quicker, and less certain.")
+    ] = None,
+) -> None:
+    """Measure what a codec costs a model in quality, and how many bits it takes."""
+    from .quality import run_quality
+
+    raise typer.Exit(run_quality(model, codec, json, documents))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Measure store and retrieve on this machine.

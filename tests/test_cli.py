@@ -37,7 +37,7 @@ def test_version(run) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "explain", "schema", "inspect", "doctor", "demo", "bench"]
+    "command", ["check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality"]
 )
 def test_every_command_has_help(run, command) -> None:
     code, out, _ = run(command, "--help")
