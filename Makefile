@@ -11,13 +11,14 @@ VLLM_READY := $(VLLM)/.ready
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test lint bench bench-vllm vllm clean
+.PHONY: help demo demo-vllm test lint bench bench-vllm quality vllm clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
 	@echo "make test    every test"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
+	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
@@ -59,6 +60,11 @@ bench: $(READY)
 
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
+
+quality: $(READY)
+	-$(BIN)/python -c "import matplotlib" 2> /dev/null || \
+	  $(BIN)/python -m pip install --quiet --editable ".[quality]"
+	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info bench.json demo.json demo-vllm.json

