@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from paged_cases import GUARD, POISON
-from rans_cases import Case, Streams, make_case
+from rans_cases import Case, Streams, fenced, make_case
 
 from tierloom.triton_kernels.rans import (
     DeviceTables,
@@ -36,10 +36,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 class Guarded:
-    """A tensor on the device between poisoned guards, itself poisoned or a copy."""
+    """A tensor on the device behind a poisoned guard, itself poisoned or a copy.
+
+    What follows it is another guard, and on a CPU a page that must not even be read.
+    """
 
     def __init__(self, like: np.ndarray, device: str, *, copy: bool = False) -> None:
-        self.raw = torch.full((like.nbytes + 2 * GUARD,), POISON, dtype=torch.uint8).to(device)
+        self.behind = 0 if device == "cpu" else GUARD
+        raw = fenced((GUARD + like.nbytes + self.behind,), np.uint8)
+        self.raw = torch.from_numpy(raw).to(device)
         dtype = torch.from_numpy(np.zeros(1, like.dtype)).dtype
         self.tensor = self.raw[GUARD : GUARD + like.nbytes].view(dtype).view(like.shape)
         if copy:
@@ -48,7 +53,7 @@ class Guarded:
     def read(self) -> np.ndarray:
         raw = self.raw.cpu()
         assert (raw[:GUARD] == POISON).all()
-        assert (raw[-GUARD:] == POISON).all()
+        assert (raw[len(raw) - self.behind :] == POISON).all()
         return self.tensor.cpu().numpy()
 
 
@@ -89,12 +94,12 @@ def check(case: Case, device: str) -> None:
 @pytest.mark.parametrize("bits", [10, 11, 12])
 @pytest.mark.parametrize("lanes", [8, 16, 32])
 def test_lanes_and_bits(device: str, lanes: int, bits: int) -> None:
-    check(make_case(StreamGrid(2, 5, 37, lanes, 2), bits=bits, seed=lanes), device)
+    check(make_case(StreamGrid(1, 4, 2 * lanes + 3, lanes, 2), bits=bits, seed=lanes), device)
 
 
 @pytest.mark.parametrize("kind", ["equal", "rarest", "one"])
 def test_kinds_of_symbols(device: str, kind: str) -> None:
-    check(make_case(StreamGrid(2, 9, 40, 32, 1), bits=12, kind=kind, alphabet=60), device)
+    check(make_case(StreamGrid(1, 9, 40, 32, 1), bits=12, kind=kind, alphabet=60), device)
 
 
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 1), (1, 70), (3, 8), (17, 9)])
@@ -165,6 +170,23 @@ def test_hostile_bytes_are_refused_as_numba_refuses_them(device: str, harm: str)
     for place in np.argwhere(status == DONE):
         channels = slice(place[1] * 16, place[1] * 16 + 16)
         assert (symbols[place[0], :, channels] == expected[place[0], :, channels]).all()
+
+
+def test_a_lane_without_channels_reads_nothing(device: str) -> None:
+    """Else its state could be forged: 1 becomes the initial state by a word of 0, wherever."""
+    one = make_case(StreamGrid(1, 2, 5, 8, 1), seed=1)
+    stream = one.encoded()
+    places = len(stream.words) + 1
+    case = make_case(StreamGrid(places, 2, 5, 8, 1))
+    case.tabid[:] = one.tabid
+    forged = Streams.of(case.grid, places * places)
+    forged.words[:] = np.concatenate([np.insert(stream.words, i, 0) for i in range(places)])
+    forged.counts[:] = places
+    forged.states[:] = stream.states
+    forged.states[:, :, 7] = 1
+    assert (decoded(case, forged, device)[1] == BAD).all()
+    case.decoded(forged)
+    assert (forged.status == BAD).all()
 
 
 def test_shapes_that_are_not_the_grids_are_refused() -> None:
