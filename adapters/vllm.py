@@ -217,6 +217,12 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         return self._events.take() if self._events else ()
 
     @guarded(lambda: False)
+    def has_pending_push_work(self) -> bool:
+        """Saves are under way: an engine with nothing else to do must step until they are told
+        of, or what they keep is not known here. Their graph's deadline bounds it."""
+        return self.scheduler.busy
+
+    @guarded(lambda: False)
     def reset_cache(self) -> bool:
         self.scheduler.clear()
         return True

@@ -1,7 +1,7 @@
 """KV events for routers: which of vLLM's blocks are kept beyond the engine, and in what medium.
 
-Named by vLLM's own block hashes, which routers know. Chunks that were kept before this engine began
-have no such names here until a request brings them, and are left out.
+Named by vLLM's own block hashes, as it publishes them itself. Chunks that were kept before this
+engine began have no such names here until a request brings them, and are left out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash as external
 
 if TYPE_CHECKING:
     from .vllm_scheduler import SchedulerSide
@@ -51,9 +52,9 @@ class Events:
         for i, key in enumerate(keys):
             first = (start + i * chunk) // block
             last = min(start + (i + 1) * chunk, end) // block
-            hashes = list(request.block_hashes[first:last])
+            hashes = [external(h) for h in request.block_hashes[first:last]]
             if hashes:
-                parent = request.block_hashes[first - 1] if first else None
+                parent = external(request.block_hashes[first - 1]) if first else None
                 tokens = list(request.all_token_ids[first * block : last * block])
                 self._named[key] = Named(hashes, parent, tokens, request.lora_request)
 

@@ -215,6 +215,11 @@ class SchedulerSide:
         for worker, told in sorted(news.told.items()) if news else ():
             self._hear(worker, told)
 
+    @property
+    def busy(self) -> bool:
+        """Something was begun whose end the workers have yet to tell."""
+        return bool(self._held or (self.saves is not None and self.saves.jobs))
+
     def clear(self) -> None:
         """Forget everything that is kept, with the next step."""
         self._clear = True
@@ -231,8 +236,6 @@ class SchedulerSide:
             "keys": len(self.mirror) if self.mirror else 0, "rate": self.worth.rate,
             "off": self.off,
         }  # fmt: skip
-
-    # -- inside: names and what is kept ------------------------------------------------------------
 
     def _named(self, p: Passage) -> bool:
         """The request's chain is there; False: not yet."""
@@ -286,8 +289,6 @@ class SchedulerSide:
 
     def _may_save(self, p: Passage) -> bool:
         return not self.off and not p.wishes.skip_save and self._named(p)
-
-    # -- inside: what the workers tell -------------------------------------------------------------
 
     def _hear(self, worker: int, told: Told) -> None:
         if told.hello is not None:

@@ -33,8 +33,8 @@ FENCE = 0.05
 """Seconds that a step may be kept waiting until a save has read blocks that it will overwrite."""
 NAP = 0.002
 """Seconds that a step which computes nothing waits for something to end: it would only spin."""
-MANY = 1 << 14
-"""Changes told with one step."""
+MANY, FEW = 4096, 32
+"""Changes told with a step that computes nothing, and with one that others wait for."""
 COSTS = 1.0
 """Seconds between two reports of what tiers cost."""
 
@@ -70,6 +70,7 @@ class WorkerSide:
         self._layer: dict[str, tuple[int, int]] = {}
         self._woken = threading.Event()
         self._costs_at = 0.0
+        self._many = MANY
 
     @property
     def loads_layered(self) -> bool:
@@ -220,6 +221,7 @@ class WorkerSide:
 
     def results(self, plan: Plan) -> KVConnectorTransferResults:
         """What has ended. A step that computes nothing waits a moment for more."""
+        self._many = MANY if plan.idle else FEW
         if plan.idle and (self._loading or self._asked or self._storing or self._held):
             self._woken.wait(NAP)
         self._woken.clear()
@@ -282,9 +284,9 @@ class WorkerSide:
     def news(self) -> News | None:
         """What the scheduler should know of this step."""
         for share, p in enumerate(self.pipes):
-            changes = p.pipe.changes(MANY)
+            changes = p.pipe.changes(self._many)
             self._told.seen += [Seen(share, *change) for change in changes]
-            self._told.more = self._told.more or len(changes) == MANY
+            self._told.more = self._told.more or len(changes) == self._many
         for request, futures in list(self._asked.items()):
             if all(f.done() for f in futures):
                 del self._asked[request]
@@ -304,13 +306,8 @@ class WorkerSide:
     def report(self) -> dict[str, Any]:
         """Plain numbers, for tests and for the curious: all zero but `stats` when nothing runs."""
         every = [p.pipe.stats() for p in self.pipes]
-        kept = sum(
-            int(t["objects"]) for s, p in zip(every, self.pipes, strict=True)
-            for name, t in s["tiers"].items() if p.pipe.spec.tiers[name].cls.in_arena
-        )  # fmt: skip
-        leases = sum(s["arena"]["leases"] for s in every)
         return {
-            "leases": leases - kept, "memory_leases": kept,
+            "flight": sum(s["arena"]["flight"] for s in every),
             "open": sum(g["open"] for s in every for g in s["graphs"].values()),
             "loads": len(self._loading) + len(self._layered), "stores": len(self._storing),
             "held": len(self._held), "asked": len(self._asked),

@@ -346,7 +346,7 @@ def _report(connector: Any) -> dict[str, Any]:
 def _idle(state: dict[str, Any]) -> bool:
     reports = [*state["workers"], state.get("scheduler", {})]
     flat = [child for r in reports for child in r.get("children", [r])]
-    held = ("open", "leases", "loads", "stores", "held", "asked", "requests", "jobs")
+    held = ("open", "flight", "loads", "stores", "held", "asked", "requests", "jobs")
     return not any(r.get(what, 0) > 0 for r in flat for what in held) and (
         state.get("free_blocks") == state.get("blocks")
     )

@@ -305,7 +305,7 @@ class Answer:
 
 
 HELD = {
-    "workers": ("leases", "open", "loads", "stores", "held", "asked", "broken"),
+    "workers": ("flight", "open", "loads", "stores", "held", "asked", "broken"),
     "scheduler": ("requests", "jobs", "broken"),
 }
 """What a connector's report has of things under way; `broken`: hooks that have raised."""
