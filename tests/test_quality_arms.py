@@ -41,9 +41,9 @@ def test_gates_go_by_the_ends_of_intervals() -> None:
     assert verdicts(arm("zstd", [1e-5], 11, exact=True)) == {"lossless, planes": "met"}
     assert verdicts(arm("zstd", [1e-5], 11)) == {"lossless, planes": "missed"}
     cast = arm("LMCache's fp8", [4e-3, 8e-3], 8)
-    assert verdicts(arm("fp8", [1e-3, 2e-3], 8), cast) == {"fp8": "met"}
-    assert verdicts(arm("fp8", [3e-3, 6e-3], 8), cast) == {"fp8": "missed"}
-    assert verdicts(arm("fp8", [1e-3], 8)) == {"fp8": "open"}
+    assert verdicts(arm("fp8", [1e-3, 2e-3], 8), cast) == {"fp8, target": "met"}
+    assert verdicts(arm("fp8", [3e-3, 6e-3], 8), cast) == {"fp8, target": "missed"}
+    assert verdicts(arm("fp8", [1e-3], 8)) == {"fp8, target": "open"}
 
 
 def test_the_peers_container_is_counted_as_its_formula_says() -> None:

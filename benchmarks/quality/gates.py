@@ -1,7 +1,8 @@
 """What is promised of codecs on SmolLM2 with chunks of 256 tokens, and whether it holds.
 
-A gate is met where the bits are within its bar and the whole interval of KL is; missed where the
-bits are not, or the whole interval lies beyond; between, it is open: more documents would tell.
+One is met where the bits are within its bar and the whole interval of KL is; missed where the bits
+are not, or the whole interval lies beyond; between, it is open: more documents would tell. A run
+fails by a gate that is missed, not by a target (`must=False`).
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ class Gate(NamedTuple):
     """The arm whose KL it is compared with, paired by document."""
     share: float | None = None
     """Most of that arm's KL, where the gate is relative."""
+    must: bool = True
+    """A run with it missed has failed; otherwise it is a target."""
 
 
 GATES = (
     Gate("lossless, planes", "zstd", 11.4, None),
     Gate("lossless, rANS", "rans", 10.6, None),
-    Gate("fp8", "fp8", 8.1, None, "LMCache's fp8", 0.5),
+    Gate("fp8, target", "fp8", 8.1, None, "LMCache's fp8", 0.5, must=False),
     Gate("high", "cachegen:high", 5.6, 1e-3, "int8 per token"),
-    Gate("high, stretch", "cachegen:high", 5.0, 1e-3, "int8 per token"),
+    Gate("high, stretch", "cachegen:high", 5.0, 1e-3, "int8 per token", must=False),
     Gate("default", "cachegen:default", 3.6, 1.2e-2, "LMCache's cachegen L3"),
-    Gate("default, stretch", "cachegen:default", 3.3, 8e-3, "LMCache's cachegen L3"),
+    Gate("default, stretch", "cachegen:default", 3.3, 8e-3, "LMCache's cachegen L3", must=False),
     Gate("small", "cachegen:small", 2.6, 7e-2, "LMCache's cachegen L2"),
-    Gate("small, stretch", "cachegen:small", 2.3, 5e-2, "LMCache's cachegen L2"),
+    Gate("small, stretch", "cachegen:small", 2.3, 5e-2, "LMCache's cachegen L2", must=False),
     Gate("int4", "int4", 4.7, 8e-3, "KIVI-4"),
 )
 
@@ -51,8 +54,9 @@ def judged(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
 
 def _judge(gate: Gate, scores: Mapping[str, Score]) -> dict[str, Any]:
     found = scores[gate.arm]
-    row: dict[str, Any] = {"gate": gate.what, "arm": gate.arm, "bits": round(found.bits, 3)}
-    row |= {"bits_bar": gate.bits, "kl": found.kl, "kl_bar": gate.kl}
+    row: dict[str, Any] = {"gate": gate.what, "arm": gate.arm, "must": gate.must}
+    row["bits"] = round(found.bits, 3)
+    row |= {"bits_bar": gate.bits, "kl": float(f"{found.kl:.5g}"), "kl_bar": gate.kl}
     if other := scores.get(gate.beside):
         share, ends = ratio(found.kls, other.kls)
         row |= {"beside": gate.beside, "kl_share": round(share, 4)}

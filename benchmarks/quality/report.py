@@ -38,7 +38,7 @@ def markdown(results: dict[str, Any]) -> str:
     head = [f"# Quality: {results['model']}", "", about(results) + ".", "", how, ""]
     lines = [*head, *_arms(results)]
     if results["gates"]:
-        lines += ["", "## Gates", "", *_gates(results["gates"])]
+        lines += ["", "## Gates and targets", "", *_gates(results["gates"])]
     if results["absent"]:
         lines += ["", f"Not in this build: {', '.join(results['absent'])}."]
     names = ", ".join(f"{n} ({d})" for n, d in results["documents"].items())
