@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .rans_format import BAD, DONE, INITIAL_STATE
-from .rans_tables import UNCODABLE
+from .rans_tables import ENCODE_ROW, UNCODABLE
 
 if TYPE_CHECKING:
     from .rans_format import StreamGrid
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _START = tl.constexpr(INITIAL_STATE)
 _DONE, _BAD = tl.constexpr(DONE), tl.constexpr(BAD)
-_UNCODABLE = tl.constexpr(UNCODABLE)
+_UNCODABLE, _ENCODE_ROW = tl.constexpr(UNCODABLE), tl.constexpr(ENCODE_ROW)
 _COMPACT_WORDS = 4096
 _RUNTIME = ["tokens", "channels", "rounds", "tables", "symbols_of_table", "room", "size"]
 """Not specialised: another number of tokens must not compile a kernel beside a running engine."""
@@ -40,7 +40,7 @@ class DeviceTables:
     freq_cdf: torch.Tensor
     """uint32 [K, NS]."""
     encode: torch.Tensor
-    """int64 [K, 256], the bits of the uint64 entries."""
+    """int64 [K, ENCODE_ROW], the bits of the uint64 entries."""
     decode: torch.Tensor
     """uint8 [K, 2^bits]."""
 
@@ -170,7 +170,7 @@ def rans_encode(
         live = c < channels
         k = tl.load(tabid + c, mask=live, other=0).to(tl.int32)
         s = tl.load(row + c, mask=live, other=0).to(tl.int32)
-        wide = tl.load(table + k * 256 + s, mask=live, other=IDLE)
+        wide = tl.load(table + k * _ENCODE_ROW + s, mask=live, other=IDLE)
         e = wide.to(tl.uint32)
         seen |= e
         f = e & 0x7FFF

@@ -3,8 +3,9 @@
 One call codes all streams of its symbols and holds no GIL; callers use several threads on
 different symbols. Lanes are coded one after the other in a row: they depend on one another only
 by the count of words, so a core works on several at once without vector instructions. Words are
-read and chosen without a branch, since whether a lane needs one is a coin toss; x is divided by
-a multiplication with 2^32 div f, which is short by one at most.
+moved without a branch, since whether a lane needs or has one is a coin toss; the encoder spells
+its choices as arithmetic, for LLVM turned some back into branches. x is divided by a product with
+2^32 div f, which is short by one at most.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from .rans_format import BAD, DONE, INITIAL_STATE
-from .rans_tables import UNCODABLE
+from .rans_tables import ENCODE_ROW, UNCODABLE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -107,7 +108,7 @@ def _encode(
             known = True
             for c in range(live):
                 known &= tabid[plane, first + c] < len(table)
-                row_of[c] = np.uint32(tabid[plane, first + c]) << np.uint32(8)
+                row_of[c] = np.uint32(tabid[plane, first + c]) * np.uint32(ENCODE_ROW)
             at = np.uint64(len(scratch))
             seen = np.uint32(0)
             for t in range(tokens - 1 if known else -1, -1, -1):
@@ -116,7 +117,7 @@ def _encode(
                     for lane in range(min(lanes, live - r * lanes) - 1, -1, -1):
                         i = np.uint64(r * lanes + lane)
                         s = np.uint32(row[np.uint64(first) + i])
-                        wide = entry[np.uint64(row_of[i] | s)]
+                        wide = entry[np.uint64(row_of[i] + s)]
                         e = np.uint32(wide)
                         seen |= e
                         f = e & np.uint32(0x7FFF)
@@ -124,12 +125,12 @@ def _encode(
                         scratch[at - np.uint64(1)] = np.uint16(y)
                         full = (y >> above) >= f
                         at -= np.uint64(full)
-                        y = y >> np.uint32(16) if full else y
+                        y = y >> np.uint32(np.uint32(full) << np.uint32(4))
                         q = np.uint32((np.uint64(y) * (wide >> np.uint64(32))) >> np.uint64(32))
                         rest = np.uint32(y - q * f)
                         short = rest >= f
                         q = np.uint32(q + np.uint32(short))
-                        rest = np.uint32(rest - f) if short else rest
+                        rest = np.uint32(rest - f * np.uint32(short))
                         x[np.uint64(lane)] = np.uint32((q << shift) + rest + (e >> np.uint32(16)))
             n = np.int64(len(scratch)) - np.int64(at)
             counts[plane, group] = n

@@ -19,8 +19,9 @@ BITS = (10, 11, 12)
 UNCODABLE = 1 << 15
 """Set in the encoder's entry of a symbol that its table does not know."""
 
-_ROW = 256
-"""Entries of a row of the encoder's table: no symbol, a byte, can lie outside."""
+ENCODE_ROW = 256 + 8
+"""Entries of a row of the encoder's table: no symbol, a byte, can lie outside; and a line of a
+cache more, for rows that are a power of two apart would push one another out of it."""
 _U32 = np.uint64(0xFFFFFFFF)
 _HEAD_ROOM = 42
 """Bits of the largest count that is used exactly: with 20 more, int64 holds a priority."""
@@ -77,7 +78,7 @@ class RansTables:
     freq_cdf: npt.NDArray[np.uint32]
     """[K, NS] frequency | cumulated frequency << 16."""
     encode: npt.NDArray[np.uint64]
-    """[K, 256] the same, and 2^32 div f (at most 2^32 - 1) << 32, by which x is divided.
+    """[K, ENCODE_ROW] the same, and 2^32 div f (at most 2^32 - 1) << 32, by which x is divided.
 
     A symbol without frequency, or beyond NS, is marked UNCODABLE and has frequency 2^bits: coding
     it changes nothing, so that an encoder may go on with it and look at the mark in the end.
@@ -114,7 +115,9 @@ class RansTables:
         freq_cdf = share | below << np.uint32(16)
         coded = np.where(share > 0, freq_cdf, np.uint32(UNCODABLE | total)).astype(np.uint64)
         inverse = np.minimum((1 << 32) // np.where(share > 0, share, total).astype(np.uint64), _U32)
-        encode = np.full((tables, _ROW), UNCODABLE | total | (1 << 32) // total << 32, np.uint64)
+        encode = np.full(
+            (tables, ENCODE_ROW), UNCODABLE | total | (1 << 32) // total << 32, np.uint64
+        )
         encode[:, :symbols] = coded | inverse << np.uint64(32)
         decode = [np.repeat(np.arange(symbols, dtype=np.uint8), row) for row in share]
         return cls(bits, freq_cdf, encode, np.stack(decode))
