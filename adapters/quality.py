@@ -69,12 +69,13 @@ def judge(
     for name in (NONE, codec):
         with console.status(f"Measuring {name}"), Stored(name, subject, sizes.chunk) as arm:
             scores.append(score(subject, arm, captured))
-    floor, found = scores
+    plain, found = (s.report() for s in scores)
     return {
         "model": subject.name,
         "codec": codec,
-        **found.report(),
-        "kl_floor": floor.report()["kl"],
+        **found,
+        "kl_floor": plain["kl"],
+        "needle_nll_floor": plain["needle_nll"],
         "chunk_tokens": sizes.chunk,
         "suffix_tokens": sizes.suffix,
         "digests": {r.document.name: r.document.digest for r in captured},
@@ -86,17 +87,18 @@ def screen(report: dict[str, Any]) -> Table:
     """A report as a table."""
     table = Table("figure", "value", "what it is", title=f"{report['codec']} on {report['model']}")
     low, high = report["kl_interval"]
+    spread = f"nats; 95 % {low:.2g} to {high:.2g}" if report["documents"] > 1 else "nats"
     rows: list[tuple[str, str, str]] = [
         ("bits per element", f"{report['bits_per_element']:.2f}", "everything that is stored"),
-        ("KL", f"{report['kl']:.3g}", f"nats; 95 % {low:.2g} to {high:.2g}"),
+        ("KL", f"{report['kl']:.3g}", spread),
         ("KL of bf16 itself", f"{report['kl_floor']:.3g}", "the noise floor"),
         ("KL p95", f"{report['kl_p95']:.3g}", "over positions"),
         ("dNLL", f"{report['dnll']:+.4f}", "nats per token"),
         ("top-1", f"{report['top1']:.1%}", "same most likely token"),
     ]
     if report["needle_nll"] is not None:
-        recall = f"{report['needle_recall']:.0%} of them said"
-        rows.append(("needle NLL", f"{report['needle_nll']:.3f}", recall))
+        said = f"{report['needle_nll_floor']:.3f} with bf16; {report['needle_recall']:.0%} are said"
+        rows.append(("needle NLL", f"{report['needle_nll']:.3f}", said))
     rows.append(("documents", str(report["documents"]), ", ".join(report["per_document"])))
     if report["bit_exact"]:
         rows.append(("bit-exact", "yes", "what came back is what was stored"))
