@@ -76,6 +76,8 @@ def _pipeline(tree: Table, found: Findings) -> PipelineSpec | None:
             drafts.append(_stage(id, stage, at, found))
             _check_tier_names(drafts[-1], stage, names, tiers, found)
         nodes = connect(drafts, found)
+        if options is not None and options.order == "native":
+            _refuse_canonical(drafts, found)
         if name == "retrieve":
             _refuse_encoders(drafts, found)
         graphs[name] = Graph(name, graph_options or GraphOptions(), nodes)
@@ -206,6 +208,14 @@ def _refuse_encoders(drafts: list[Draft], found: Findings) -> None:
         if gives.kind == "bytes" and takes.grain == "frame":
             hint = "'decode' undoes whatever codec an object was written with"
             found.add(draft.at, draft.path, f"{draft.use} encodes, which only 'store' does", hint)
+
+
+def _refuse_canonical(drafts: list[Draft], found: Findings) -> None:
+    """Note the stages that cannot work on an engine's own blocks."""
+    for draft in drafts:
+        if draft.cls is not None and draft.cls.canonical:
+            cause = f"{draft.use} works on tokens and heads, which `order: native` does not know"
+            found.add(draft.at, draft.path, cause, "order: canonical, or auto")
 
 
 def _place(table: Table, key: str) -> Place:

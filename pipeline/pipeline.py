@@ -343,5 +343,7 @@ def _native(spec: PipelineSpec, layout: KVLayout) -> bool:
             f"engine's block ({layout.block_tokens})"
         )
     if spec.order == "auto":
+        if any(n.cls.canonical for graph in spec.graphs.values() for n in graph.nodes):
+            return False
         return fits and not layout.rows_contiguous and layout.dense_blocks
     return spec.order == "native"

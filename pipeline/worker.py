@@ -89,9 +89,10 @@ class Worker:
                 home.push_async_callback(tier.close)
                 await tier.open()
                 self.tiers[name] = tier
+            for graph in self._spec.graphs.values():  # a stage may refuse its options or the layout
+                self.flows[graph.name] = self._flow(graph)
             async with anyio.create_task_group() as tasks:
-                for graph in self._spec.graphs.values():
-                    flow = self.flows[graph.name] = self._flow(graph)
+                for flow in self.flows.values():
                     home.callback(flow.close)
                     flow.start(tasks)
                 ready()

@@ -124,6 +124,8 @@ class Stage(ABC):
     touches_engine: ClassVar[bool] = False
     """Reads or writes the engine's cache: behind it, a batch's gates open."""
 
+    canonical: ClassVar[bool] = False
+    """Works on tokens, heads and channels, so KV must be kept in canonical order."""
     leases: ClassVar[int] = 0
     """Objects' worth of arena that a chunk needs while it passes here; reserved beforehand."""
 

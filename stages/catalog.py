@@ -13,16 +13,21 @@ from typing import Any, Literal
 Kind = Literal["stage", "tier"]
 
 STAGES = {
+    "aesgcm": "tierloom.stages.codecs.aesgcm:AesGcm",
     "decode": "tierloom.stages.decode:Decode",
+    "fp8": "tierloom.stages.codecs.fp8:Fp8",
     "gather": "tierloom.stages.gather:Gather",
     "get": "tierloom.stages.get:Get",
     "hash": "tierloom.stages.hash:Hash",
+    "int4": "tierloom.stages.codecs.int4:Int4",
+    "int8": "tierloom.stages.codecs.int8:Int8",
     "lookup": "tierloom.stages.lookup:Lookup",
     "lz4": "tierloom.stages.codecs.lz4:Lz4",
     "put": "tierloom.stages.put:Put",
     "scatter": "tierloom.stages.scatter:Scatter",
     "to_device": "tierloom.stages.move:ToDevice",
     "to_host": "tierloom.stages.move:ToHost",
+    "turboquant": "tierloom.stages.codecs.turboquant:TurboQuant",
     "zstd": "tierloom.stages.codecs.zstd:Zstd",
 }
 

@@ -2,7 +2,8 @@
 
     grow: {use: decode}
 
-A frame is verified before it is decoded. Plain frames pass untouched: scatter verifies those.
+With `keys: [FILE]`, encrypted frames too. A frame is verified before it is decoded. Plain frames
+pass untouched: scatter verifies those.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from .base import Lane, Stage
+from .codecs.keyring import Keyring
+from .codecs.shape import FrameShape, Site
 from .codecs.table import decode_frame
 from .errors import ArenaFull, BadObject, Lost
 from .object import Object, plan_frames
 
 if TYPE_CHECKING:
+    from .base import Context
     from .payload import Batch, Piece
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeOptions:
-    """None: frames say how they were encoded."""
+    """Little: frames say how they were encoded."""
+
+    keys: list[str] | None = None
+    """Key files of `aesgcm`, any of which may open a frame."""
 
 
 class Decode(Stage):
@@ -34,6 +41,11 @@ class Decode(Stage):
     gives = "kv@host/frame"
     lane = Lane.POOL
     leases = 1
+
+    def __init__(self, options: DecodeOptions, ctx: Context) -> None:
+        """Raises ConfigError where a key file cannot be used."""
+        super().__init__(options, ctx)
+        self._keys = Keyring.read(options.keys) if options.keys else None
 
     async def prepare(self, batch: Batch) -> None:
         for piece in batch.live:
@@ -58,20 +70,20 @@ class Decode(Stage):
                 continue
             try:
                 for i in batch.frames_of(piece.plain.header):
-                    _decode(piece, i)
+                    self._decode(piece, i)
             except BadObject:
                 batch.lose(piece, Lost.CORRUPT)
         return batch
 
-
-def _decode(piece: Piece, i: int) -> None:
-    """Verify and decode one frame into the plain object. Raises BadObject."""
-    assert piece.object is not None
-    assert piece.plain is not None
-    stored, plain = piece.object.header.frames[i], piece.plain.header.frames[i]
-    data = piece.object.lease.view[stored.offset : stored.offset + stored.stored]
-    if xxhash.xxh3_64_intdigest(data) != stored.checksum:
-        raise BadObject(f"frame {i} checksum does not match")
-    itemsize = piece.object.header.geometry.itemsize
-    out = decode_frame(data, stored.raw, itemsize, stored.codecs)
-    piece.plain.lease.view[plain.offset : plain.offset + plain.stored] = out
+    def _decode(self, piece: Piece, i: int) -> None:
+        """Verify and decode one frame into the plain object. Raises BadObject."""
+        assert piece.object is not None
+        assert piece.plain is not None
+        header = piece.object.header
+        stored, plain = header.frames[i], piece.plain.header.frames[i]
+        data = piece.object.lease.view[stored.offset : stored.offset + stored.stored]
+        if xxhash.xxh3_64_intdigest(data) != stored.checksum:
+            raise BadObject(f"frame {i} checksum does not match")
+        site = Site(header, i, b"", self._keys)
+        out = decode_frame(data, FrameShape.of(header, i), stored.codecs, site)
+        piece.plain.lease.view[plain.offset : plain.offset + plain.stored] = out

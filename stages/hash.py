@@ -82,6 +82,7 @@ class Chain:
             parent=self.links[first - 1] if first else self.seed,
             tokens=(last - first) * self.grain,
             place=place,
+            start=first * self.grain,
         )
 
 
@@ -96,6 +97,7 @@ def chunks(span: Span, *, chunk: int, grain: int, partial: bool) -> list[Piece]:
             tokens=min(chunk, tokens - i * chunk),
             links=links[i * step : (i + 1) * step],
             parent=links[i * step - LINK : i * step] if i else span.parent,
+            position=span.start + i * chunk if span.start >= 0 else -1,
         )
         for i in range(-(-tokens // chunk))
     ]
@@ -122,5 +124,5 @@ class Hash(Stage):
                 block = self.ctx.geometry.block_tokens
                 tokens = tokens[: len(tokens) // block * block]
             links = b"".join(grain_links(ticket.seed, tokens, c.grain))
-            span = Span(links, ticket.seed, len(tokens))
+            span = Span(links, ticket.seed, len(tokens), start=0)
         ticket.pieces = chunks(span, chunk=c.tokens, grain=c.grain, partial=c.partial)

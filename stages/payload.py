@@ -34,6 +34,8 @@ class Span(NamedTuple):
     """How many tokens the links stand for."""
     place: int = 0
     """Retrieve: tokens that are wanted of it; 0: all that are found."""
+    start: int = -1
+    """Position in the prompt of its first token; -1: not known."""
 
 
 @dataclass(slots=True)
@@ -43,12 +45,14 @@ class Piece:
     index: int
     """Which chunk of the prompt."""
     start: int
-    """Its first token."""
+    """Its first token, as the request counts them."""
     tokens: int
     links: bytes
     """Its grain links; the last is its key."""
     parent: bytes
     """The link before its first token."""
+    position: int = -1
+    """Its first token, as the whole prompt counts them; -1: not known."""
     take: int = 0
     """Retrieve: tokens of it that will be placed, from its start."""
     source: bytes = b""

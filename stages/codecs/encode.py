@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..base import Lane, Stage
 from ..payload import Encoded, EncodedFrame
-from .table import PLANES, split_planes
+from .planes import split_planes
+from .shape import FrameShape, Site
+from .table import AESGCM, MOST_CODECS, PLANES
 
 if TYPE_CHECKING:
     from ..payload import Batch, Piece
-    from .table import Bytes
+    from .shape import Bytes
 
 
 class Encode(Stage):
@@ -24,25 +26,33 @@ class Encode(Stage):
     leases = 1
 
     @abstractmethod
-    def squeeze(self, data: Bytes, itemsize: int) -> tuple[bytes, bytes]:
-        """(encoded bytes, the codec ids that were applied)."""
+    def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
+        """(encoded bytes, the codec ids that were applied); None: the frame passes as it is.
+
+        `before`: the codecs that `data` went through already; empty: it is the plain frame.
+        """
 
     def apply(self, batch: Batch) -> Batch:
         before = batch.encoder
         for piece in batch.live:
             if piece.object is None:
                 continue
-            mine = piece.encoded.setdefault(self, Encoded([None] * len(piece.object.header.frames)))
+            header = piece.object.header
+            mine = piece.encoded.setdefault(self, Encoded([None] * len(header.frames)))
             for i in batch.frames:
-                mine.frames[i] = self._frame(_source(piece, before, i))
+                source = _source(piece, before, i)
+                shape = FrameShape.of(header, i, piece.position)
+                mine.frames[i] = self.frame(source, shape, Site(header, i, source.codecs))
         batch.encoder = self
         return batch
 
-    def _frame(self, source: EncodedFrame) -> EncodedFrame:
-        data, codecs = self.squeeze(source.data, self.ctx.geometry.itemsize)
-        if len(data) >= len(source.data):
+    def frame(self, source: EncodedFrame, shape: FrameShape, site: Site) -> EncodedFrame:
+        """One frame as it goes on."""
+        full = len(source.codecs) >= MOST_CODECS - 1 or AESGCM in source.codecs
+        made = None if full else self.squeeze(source.data, shape, source.codecs)
+        if made is None or memoryview(made[0]).nbytes >= memoryview(source.data).nbytes:
             return source
-        return EncodedFrame(data, source.raw, source.codecs + codecs)
+        return EncodedFrame(_plain(made[0]), source.raw, source.codecs + made[1])
 
 
 class PlanesThen(Encode):
@@ -53,10 +63,14 @@ class PlanesThen(Encode):
     @abstractmethod
     def compress(self, data: Bytes) -> bytes: ...
 
-    def squeeze(self, data: Bytes, itemsize: int) -> tuple[bytes, bytes]:
-        if self.options.planes and itemsize > 1 and memoryview(data).nbytes % itemsize == 0:
-            return self.compress(split_planes(data, itemsize)), bytes((PLANES, self.codec))
+    def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
+        if self.options.planes and shape.itemsize > 1 and not before:
+            return self.compress(split_planes(data, shape.itemsize)), bytes((PLANES, self.codec))
         return self.compress(data), bytes((self.codec,))
+
+
+def _plain(data: Bytes) -> Bytes:
+    return data if isinstance(data, bytes) else data.cast("B")
 
 
 def _source(piece: Piece, encoder: object | None, i: int) -> EncodedFrame:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import BadObject
 from .encode import PlanesThen
 from .table import LZ4
 
 if TYPE_CHECKING:
-    from .table import Bytes
+    from .shape import Bytes, FrameShape, Site
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,3 +37,14 @@ class Lz4(PlanesThen):
 
         packed: bytes = lz4.block.compress(data, store_size=False)
         return packed
+
+
+def unlz4(data: Bytes, shape: FrameShape, site: Site | None = None) -> bytes:
+    """Inverse of `Lz4.compress`. Raises BadObject."""
+    import lz4.block
+
+    try:
+        plain: bytes = lz4.block.decompress(data, uncompressed_size=shape.nbytes)
+    except (lz4.block.LZ4BlockError, ValueError) as e:
+        raise BadObject(f"lz4: {e}") from e
+    return plain

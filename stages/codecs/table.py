@@ -1,68 +1,64 @@
 """What a frame's codec ids mean: the table that `decode` reads, so that any config reads any frame.
 
-A codec turns bytes into bytes: `encode(data, itemsize)` and `decode(data, raw, itemsize)`, `raw`
-being the length of what comes out. Ids are part of the format and never reused.
+A decoder is a function `(data, shape, site) -> bytes`, imported when its id is first met. It
+raises BadObject, and allocates nothing before it has checked every length against the shape; no
+more than the frame's own bytes then. Ids are part of the format and never reused.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import numpy as np
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BadObject
 
-Bytes = bytes | memoryview
+if TYPE_CHECKING:
+    from .shape import Bytes, FrameShape, Site
 
-PLANES, ZSTD, LZ4 = 1, 2, 3
+PLANES, ZSTD, LZ4, FP8, INT8, INT4, TURBOQUANT, RANS, CACHEGEN, AESGCM = range(1, 11)
+
+DECODERS = {
+    PLANES: "planes:join_planes",
+    ZSTD: "zstd:unzstd",
+    LZ4: "lz4:unlz4",
+    FP8: "fp8:from_fp8",
+    INT8: "int8:from_int8",
+    INT4: "int4:from_int4",
+    TURBOQUANT: "turboquant:from_turboquant",
+    AESGCM: "aesgcm:opened",
+}
+"""Where the decoders are: `module:function` in this folder."""
+
+NAMES = {
+    PLANES: "planes", ZSTD: "zstd", LZ4: "lz4", FP8: "fp8", INT8: "int8", INT4: "int4",
+    TURBOQUANT: "turboquant", RANS: "rans", CACHEGEN: "cachegen", AESGCM: "aesgcm",
+}  # fmt: skip
+
+MOST_CODECS = 8
+"""Ids that a frame's entry in the header has room for."""
 
 
 class Decoder(Protocol):
-    def __call__(self, data: Bytes, raw: int, itemsize: int) -> Bytes: ...
+    def __call__(self, data: Bytes, shape: FrameShape, site: Site | None, /) -> Bytes: ...
 
 
-def split_planes(data: Bytes, itemsize: int) -> bytes:
-    """Byte i of every element side by side, for i = 0, 1, ...: exponents compress, mantissas do
-    not."""
-    return np.frombuffer(data, np.uint8).reshape(-1, itemsize).T.tobytes()
+@lru_cache
+def decoder(codec: int) -> Decoder:
+    """The decoder of an id. Raises BadObject where there is none."""
+    if codec not in DECODERS:
+        name = f" ({NAMES[codec]})" if codec in NAMES else ""
+        raise BadObject(f"codec {codec}{name} is unknown to this version")
+    module, _, function = DECODERS[codec].partition(":")
+    found: Decoder = getattr(import_module(f"{__package__}.{module}"), function)
+    return found
 
 
-def join_planes(data: Bytes, raw: int, itemsize: int) -> bytes:
-    """Inverse of `split_planes`. Raises BadObject when the length cannot be right."""
-    flat = np.frombuffer(data, np.uint8)
-    if flat.size != raw or raw % itemsize:
-        raise BadObject(f"{flat.size} bytes of planes, expected {raw}")
-    return flat.reshape(itemsize, -1).T.tobytes()
-
-
-def _unzstd(data: Bytes, raw: int, itemsize: int) -> bytes:
-    import zstandard
-
-    try:
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=raw)
-    except zstandard.ZstdError as e:
-        raise BadObject(f"zstd: {e}") from e
-
-
-def _unlz4(data: Bytes, raw: int, itemsize: int) -> bytes:
-    import lz4.block
-
-    try:
-        plain: bytes = lz4.block.decompress(data, uncompressed_size=raw)
-    except (lz4.block.LZ4BlockError, ValueError) as e:
-        raise BadObject(f"lz4: {e}") from e
-    return plain
-
-
-DECODERS: dict[int, Decoder] = {PLANES: join_planes, ZSTD: _unzstd, LZ4: _unlz4}
-
-
-def decode_frame(data: Bytes, raw: int, itemsize: int, codecs: bytes) -> Bytes:
+def decode_frame(data: Bytes, shape: FrameShape, codecs: bytes, site: Site | None = None) -> Bytes:
     """Undo a codec chain, last first. Raises BadObject on an unknown id or a wrong length."""
-    for codec in reversed(codecs):
-        if codec not in DECODERS:
-            raise BadObject(f"codec {codec} is unknown to this version")
-        data = DECODERS[codec](data, raw, itemsize)
-    if memoryview(data).nbytes != raw:
-        raise BadObject(f"decoded to {memoryview(data).nbytes} bytes, expected {raw}")
+    for i in reversed(range(len(codecs))):
+        here = site._replace(codecs=codecs[:i]) if site else None
+        data = decoder(codecs[i])(data, shape, here)
+    if memoryview(data).nbytes != shape.nbytes:
+        raise BadObject(f"decoded to {memoryview(data).nbytes} bytes, expected {shape.nbytes}")
     return data

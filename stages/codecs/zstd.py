@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import BadObject
 from .encode import PlanesThen
 from .table import ZSTD
 
 if TYPE_CHECKING:
-    from .table import Bytes
+    from .shape import Bytes, FrameShape, Site
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,3 +42,17 @@ class Zstd(PlanesThen):
         import zstandard
 
         return zstandard.ZstdCompressor(level=self.options.level).compress(data)
+
+
+def unzstd(data: Bytes, shape: FrameShape, site: Site | None = None) -> bytes:
+    """Inverse of `Zstd.compress`. Raises BadObject. What the bytes claim to become is believed only
+    where it fits the frame: room for it is taken before they are read."""
+    import zstandard
+
+    try:
+        claimed = zstandard.get_frame_parameters(data).content_size
+        if claimed > shape.nbytes:  # not said: the largest number there is
+            raise BadObject(f"zstd: {claimed} bytes claimed, expected at most {shape.nbytes}")
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as e:
+        raise BadObject(f"zstd: {e}") from e

@@ -112,6 +112,23 @@ FILES = {
         "zstd encodes, which only 'store' does",
         "'decode' undoes whatever codec an object was written with",
     ),
+    "a codec of heads over opaque blocks": (
+        (
+            "version: 1\norder: native\ntiers: {hot: {use: memory, capacity: 1 MiB}}\ngraphs:\n"
+            "  store: {stages: {k: {use: hash}, l: {use: lookup}, g: {use: gather},"
+            " h: {use: to_host}, s: {use: int8}, p: {use: put, tier: hot}}}"
+        ),
+        "5:91", "graphs.store.stages.s",
+        "int8 works on tokens and heads, which `order: native` does not know",
+        "order: canonical, or auto",
+    ),
+    "a lossy codec behind another": (
+        HEAD + "  store: {stages: {k: {use: hash}, l: {use: lookup}, g: {use: gather},"
+        " h: {use: to_host}, z: {use: zstd}, s: {use: int8}, p: {use: put, tier: hot}}}",
+        "4:107", "graphs.store.stages.s",
+        "z gives bytes@host/frame but int8 takes kv@host/frame (kind differs)",
+        "put 'decode' between them",
+    ),
     "encoded bytes placed": (
         HEAD + "  retrieve: {stages: {k: {use: hash}, p: {use: lookup}, f: {use: get},"
         " s: {use: scatter}}}",
@@ -137,7 +154,7 @@ FILES = {
     ),
     "a base that is no word": (
         "version: 1\nextends: [a]", "2:10", "extends", "wants a preset's name or a path",
-        "known: minimal, tiered",
+        "known: lossless, minimal, tiered",
     ),
 }  # fmt: skip
 
@@ -153,10 +170,13 @@ def test_a_problem_of_a_file(checker, case) -> None:
 
 def test_a_problem_prints_its_line_and_its_cure(checker) -> None:
     (problem,) = [p for p in checker.problems("version: 1\nteirs: {}") if p.line == 2]
-    assert str(problem) == dedent("""
+    assert (
+        str(problem)
+        == dedent("""
         p.yaml:2:1: unknown key 'teirs'
             teirs: {}
             hint: did you mean 'tiers'?""").strip()
+    )
 
 
 def test_all_problems_are_told_at_once_and_in_reading_order(checker) -> None:
