@@ -74,7 +74,7 @@ class SchedulerSide:
         """Called with (key, loadable, tier) where that changes; for events."""
 
     def arrived(self, request: Any) -> None:
-        """A new request: read its switches."""
+        """A new request: read its switches, and name it."""
         try:
             said = wishes(request.kv_transfer_params)
         except ValueError as error:
@@ -231,11 +231,9 @@ class SchedulerSide:
 
     def report(self) -> dict[str, Any]:
         """Plain numbers, for tests and for the curious."""
-        return {
-            "requests": len(self._passages), "jobs": len(self.saves.jobs) if self.saves else 0,
-            "keys": len(self.mirror) if self.mirror else 0, "rate": self.worth.rate,
-            "off": self.off,
-        }  # fmt: skip
+        keys, jobs = len(self.mirror or ()), len(self.saves.jobs if self.saves else ())
+        return {"requests": len(self._passages), "jobs": jobs, "keys": keys,
+                "rate": self.worth.rate, "off": self.off}  # fmt: skip
 
     def _named(self, p: Passage) -> bool:
         """The request's chain is there; False: not yet."""
