@@ -60,7 +60,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _label(figure: Any, axes: Any, labels: list[tuple[str, tuple[float, float], str]]) -> None:
-    taken: list[Any] = []
+    from matplotlib.transforms import Bbox
+
+    points = [axes.transData.transform(at) for _, at, _ in labels]
+    taken: list[Any] = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
     for text, at, colour in labels:
         for x, y, side in PLACES:
             label = axes.annotate(
