@@ -16,8 +16,16 @@ import triton
 from aot import TARGETS, Kernel, compile_for
 
 from tierloom.triton_kernels.checksum import positional_sums
+from tierloom.triton_kernels.hadamard import hadamard
 from tierloom.triton_kernels.launch import tile_for
 from tierloom.triton_kernels.paged_copy import paged_copy
+from tierloom.triton_kernels.quantise import (
+    ELEMENTS,
+    channel_means,
+    fp8_groups,
+    int4_groups,
+    int8_groups,
+)
 from tierloom.triton_kernels.rans import rans_compact, rans_decode, rans_encode
 
 BASELINE = Path(__file__).with_name("aot_baseline.json")
@@ -71,6 +79,34 @@ def coder(fn: Any, lanes: int) -> Kernel:
     return Kernel(fn, signature, constants, warps=4 if fn is rans_compact else 1)
 
 
+def quantiser(fn: Any, constants: dict[str, Any]) -> Kernel:
+    """A quantiser of bfloat16, 4 layers of 8 heads of 128."""
+    types = {
+        "x": "*i16", "scales": "*fp32" if fn is fp8_groups else "*i16", "means": "*i16",
+        "steps": "*i16", "gains": "*i16", "signs": "*fp32", "y": "*fp32", "bad": "*i32",
+        "codes": "*i8" if fn is int8_groups else "*u8",
+    }  # fmt: skip
+    signature = {name: types.get(name, "i32") for name in fn.arg_names}
+    return Kernel(fn, signature, {"KIND": 0, **constants})
+
+
+def quantisers() -> dict[str, Kernel]:
+    """Both ways of each, as launched."""
+    rows, heads = ELEMENTS // 128, {"HEADS": 8, "DIM": 128, "BLOCK": 128, "ROWS": ELEMENTS // 128}
+    int4 = {"CHANNELS": 1024, "GROUPS": 32, "GROUP": 32, "ROWS": ELEMENTS // 32}
+    made = {"channel means": quantiser(channel_means, {"BLOCK": 128})}
+    for way, encode in (("encode", True), ("decode", False)):
+        one = {"ENCODE": encode}
+        wide = {"WIDTH": 128, "BLOCK": 128, "ROWS": rows}
+        made[f"int8 {way}"] = quantiser(int8_groups, one | wide)
+        made[f"fp8 {way}"] = quantiser(fp8_groups, one | heads)
+        made[f"int4 {way}"] = quantiser(int4_groups, one | int4)
+        turn = {"BACK": not encode, "DIM": 128, "STEPS": 7, "ROWS": rows}
+        made[f"Hadamard {way}"] = quantiser(hadamard, turn)
+    return made
+
+
+QUANTISERS = quantisers()
 WIDE = {
     **both("NHD 8x128", 1, 2048),
     **both("NHD 3x64", 1, 384),
@@ -110,15 +146,15 @@ def baseline():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [*WIDE, *OTHERS, *CODERS])
+@pytest.mark.parametrize("name", [*WIDE, *OTHERS, *CODERS, *QUANTISERS])
 def test_gate(name: str, target: str, baseline: dict) -> None:
-    report = compile_for((WIDE | OTHERS | CODERS)[name], target)
+    report = compile_for((WIDE | OTHERS | CODERS | QUANTISERS)[name], target)
     assert report.spills == 0, report
     assert report.registers <= MOST_REGISTERS, report
     if name in WIDE:
         assert 128 in report.load_bits, report
         assert 128 in report.store_bits, report
-    if name == "positional sums":
+    if name == "positional sums" or (name in QUANTISERS and name != "channel means"):
         assert 128 in report.load_bits, report
 
     cost = {"registers": report.registers, "instructions": report.instructions}
