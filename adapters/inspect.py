@@ -12,7 +12,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from ..stages.codecs.table import LZ4, PLANES, ZSTD
+from ..stages.codecs.table import NAMES
 from ..stages.errors import BadObject, ConfigError
 from ..stages.object import LINK, Header
 from ..stages.space import PAGE
@@ -20,9 +20,6 @@ from ..stages.tiers.claim import Claim
 from ..stages.tiers.disk_log import read_index
 
 _MAGIC = b"TLM1"
-_CODECS = {PLANES: "planes", ZSTD: "zstd", LZ4: "lz4"}
-
-
 def inspect_object(where: str) -> int:
     """Print an object's header and verify its frames. 0: whole, 1: damaged, 2: no object."""
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -110,7 +107,7 @@ def _fields(header: Header, where: str) -> Table:
 
 def _frames(raw: bytes, header: Header) -> tuple[Table, int]:
     """The frames as a table, each verified, and how many are bad."""
-    table = Table("frame", "layers", "offset", "stored", "raw", "codecs", "xxh3-64", "")
+    table = Table("frame", "layers", "offset", "stored", "raw", "bits", "codecs", "xxh3-64", "")
     bad = 0
     for i, frame in enumerate(header.frames):
         data = raw[frame.offset : frame.offset + frame.stored]
@@ -118,10 +115,11 @@ def _frames(raw: bytes, header: Header) -> tuple[Table, int]:
         bad += not good
         first = i * header.group
         last = min(first + header.group, header.geometry.layers) - 1
-        codecs = " ".join(_CODECS.get(c, f"unknown ({c})") for c in frame.codecs) or "none"
+        bits = 8 * frame.stored * header.geometry.itemsize / max(1, frame.raw)  # per element
+        codecs = " ".join(NAMES.get(c, f"unknown ({c})") for c in frame.codecs) or "none"
         table.add_row(
             str(i), f"{first} to {last}",
-            f"{frame.offset:,}", f"{frame.stored:,}", f"{frame.raw:,}", codecs,
+            f"{frame.offset:,}", f"{frame.stored:,}", f"{frame.raw:,}", f"{bits:.2f}", codecs,
             f"{frame.checksum:016x}", "[green]ok[/]" if good else "[red]bad[/]",
         )  # fmt: skip
     return table, bad
