@@ -74,7 +74,7 @@ class Pipeline:
         self._tables = Tables()
         self._proven: set[tuple[Any, ...]] = set()
         self._worker = Worker(
-            spec, self.geometry, layout.device, self._base.digest, replica=replica, watch=watch
+            spec, self.geometry, layout.device, self._base, replica=replica, watch=watch
         )
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
         self._flows, self._portal = self._worker.flows, self._worker.portal

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..stages.base import Stage
     from ..stages.geometry import Geometry
+    from ..stages.namespace import Namespace
     from .graph import Graph, PipelineSpec
 
 
@@ -44,13 +45,13 @@ class Worker:
     """Opened whole or not at all; `close()` gives everything back."""
 
     def __init__(
-        self, spec: PipelineSpec, geometry: Geometry, device: str, namespace: bytes, *,
+        self, spec: PipelineSpec, geometry: Geometry, device: str, names: Namespace, *,
         replica: bool = False, watch: bool = False,
     ) -> None:  # fmt: skip
-        """`namespace`: the digest that every object carries. `watch`: keep `changes`, which the
+        """`names`: whose digest every object carries. `watch`: keep `changes`, which the
         caller must empty. Raises ConfigError, TierDown."""
         self._spec, self._geometry, self._device = spec, geometry, device
-        self._namespace, self._replica, self._watch = namespace, replica, watch
+        self._names, self._replica, self._watch = names, replica, watch
         self.changes: deque[Change] = deque()
         self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
         kept = sum(spec.tiers[n].options.capacity for n in self._memory)
@@ -84,7 +85,7 @@ class Worker:
             for name, t in self._spec.tiers.items():
                 make: Any = t.cls  # every tier takes (options, context)
                 watch = partial(self._note, name) if self._watch else None
-                ctx = TierContext(self.arena, self._namespace, self._io, watch)
+                ctx = TierContext(self.arena, self._names.digest, self._io, watch)
                 tier = Guarded(make(t.options, ctx), name, t.breaker)
                 home.push_async_callback(tier.close)
                 await tier.open()
@@ -107,7 +108,7 @@ class Worker:
         g = self._geometry
         ctx = Context(
             graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
-            namespace=self._namespace, replica=self._replica,
+            namespace=self._names.digest, names=self._names, replica=self._replica,
             trusted=self._memory if self._spec.verify == "remote" else frozenset(),
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .arena import Arena
     from .geometry import Geometry
+    from .namespace import Namespace
     from .payload import Batch
     from .ticket import Ticket
     from .tiers.breaker import Guarded
@@ -96,6 +97,8 @@ class Context:
     """'cpu' or 'cuda': where the engine's cache lives."""
     namespace: bytes
     """Digest that every object of this pipeline carries."""
+    names: Namespace
+    """What `namespace` is the digest of: model, RoPE, which layers and heads of it."""
     replica: bool
     """Another process stores the same KV: this one leaves tiers that both can read to it."""
     trusted: frozenset[str]

@@ -14,6 +14,7 @@ Kind = Literal["stage", "tier"]
 
 STAGES = {
     "aesgcm": "tierloom.stages.codecs.aesgcm:AesGcm",
+    "cachegen": "tierloom.stages.codecs.cachegen:CacheGen",
     "decode": "tierloom.stages.decode:Decode",
     "fp8": "tierloom.stages.codecs.fp8:Fp8",
     "gather": "tierloom.stages.gather:Gather",

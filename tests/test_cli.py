@@ -46,7 +46,7 @@ def test_every_command_has_help(run, command) -> None:
     assert command in run("--help")[1]
 
 
-@pytest.mark.parametrize("preset", ["lossless", "minimal", "tiered"])
+@pytest.mark.parametrize("preset", ["cachegen", "lossless", "minimal", "tiered"])
 def test_check_says_ok(run, preset) -> None:
     code, out, err = run("check", preset)
     assert (code, err) == (0, "")

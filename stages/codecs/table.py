@@ -26,6 +26,7 @@ DECODERS = {
     INT8: "int8:from_int8",
     INT4: "int4:from_int4",
     TURBOQUANT: "turboquant:from_turboquant",
+    CACHEGEN: "cachegen:from_cachegen",
     AESGCM: "aesgcm:opened",
 }
 """Where the decoders are: `module:function` in this folder."""

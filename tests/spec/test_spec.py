@@ -159,7 +159,7 @@ def test_tiers_that_a_graph_leaves_out_are_warned_of(base) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["lossless", "minimal", "tiered"])
+@pytest.mark.parametrize("name", ["cachegen", "lossless", "minimal", "tiered"])
 def test_the_presets_are_right(name) -> None:
     spec = load(name)
     assert (spec.name, warnings(spec)) == (name, ())

@@ -1,0 +1,58 @@
+"""Rotary position embeddings: how fast each pair of K's channels turns, from a model's parameters.
+
+Su et al., "RoFormer", arXiv 2104.09864; scaled as Hugging Face's `rope_parameters` say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+NONE: npt.NDArray[np.float32] = np.zeros(0, np.float32)
+"""Nothing turns, or nobody knows how."""
+
+
+def frequencies(parameters: str, dim: int) -> npt.NDArray[np.float32]:
+    """Radians per token, float32 [half], of pairs (i, i + half) of a head of `dim` channels.
+
+    `parameters`: JSON as `tierloom.open(rope=)` takes it; `rope_type` default, linear or llama3.
+    Empty where it is anything else: K is then kept as it is turned, which costs bits, not truth.
+    """
+    try:
+        found = json.loads(parameters) if parameters else {}
+        freqs = _frequencies(found, dim) if isinstance(found, dict) else NONE
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return NONE
+    return freqs if np.isfinite(freqs).all() else NONE
+
+
+def _frequencies(p: dict[str, Any], dim: int) -> npt.NDArray[np.float32]:
+    kind = p.get("rope_type", "default")
+    if "rope_theta" not in p or kind not in ("default", "linear", "llama3"):
+        return NONE
+    theta = float(p["rope_theta"])
+    turned = int(dim * float(p.get("partial_rotary_factor", 1.0)))
+    if not theta > 0 or turned < 2 or turned > dim or turned % 2:
+        return NONE
+    pairs = np.arange(0, turned, 2, dtype=np.float64) / turned
+    freqs = theta**-pairs
+    if kind == "linear":
+        freqs /= float(p["factor"])
+    elif kind == "llama3":
+        freqs = _llama3(freqs, p)
+    return freqs.astype(np.float32)
+
+
+def _llama3(freqs: npt.NDArray[np.float64], p: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """Slow turns slower, quick ones as they were, and a slope between."""
+    low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
+    turns = float(p["original_max_position_embeddings"]) * freqs / (2 * math.pi)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    slow: npt.NDArray[np.float64] = freqs / float(p["factor"])
+    return (1 - share) * slow + share * freqs
