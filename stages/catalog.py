@@ -25,6 +25,7 @@ STAGES = {
     "lookup": "tierloom.stages.lookup:Lookup",
     "lz4": "tierloom.stages.codecs.lz4:Lz4",
     "put": "tierloom.stages.put:Put",
+    "rans": "tierloom.stages.codecs.rans:Rans",
     "scatter": "tierloom.stages.scatter:Scatter",
     "to_device": "tierloom.stages.move:ToDevice",
     "to_host": "tierloom.stages.move:ToHost",

@@ -27,6 +27,7 @@ DECODERS = {
     INT4: "int4:from_int4",
     TURBOQUANT: "turboquant:from_turboquant",
     CACHEGEN: "cachegen:from_cachegen",
+    RANS: "rans:from_rans",
     AESGCM: "aesgcm:opened",
 }
 """Where the decoders are: `module:function` in this folder."""

@@ -16,6 +16,8 @@ import triton
 from aot import TARGETS, Kernel, compile_for
 
 from tierloom.triton_kernels.checksum import positional_sums
+from tierloom.triton_kernels.exponent import ELEMENTS as SPLIT_ELEMENTS
+from tierloom.triton_kernels.exponent import exponents
 from tierloom.triton_kernels.hadamard import hadamard
 from tierloom.triton_kernels.launch import tile_for
 from tierloom.triton_kernels.paged_copy import paged_copy
@@ -106,7 +108,20 @@ def quantisers() -> dict[str, Kernel]:
     return made
 
 
+def splitter(shift: int, *, split: bool) -> Kernel:
+    """Splits or merges 16-bit floats; a frame's elements are a multiple of 16."""
+    types = {"x": "*i16", "symbols": "*u8", "rest": "*u8", "table": "*u8" if split else "*i16"}
+    signature = {name: types.get(name, "i32") for name in exponents.arg_names}
+    constants = {"SHIFT": shift, "SPLIT": split, "EVEN": True, "SIZE": SPLIT_ELEMENTS}
+    return Kernel(exponents, signature, constants)
+
+
 QUANTISERS = quantisers()
+SPLITTERS = {
+    f"{name} {way}": splitter(shift, split=way == "split")
+    for name, shift in (("bf16", 6), ("fp16", 8))
+    for way in ("split", "merge")
+}
 WIDE = {
     **both("NHD 8x128", 1, 2048),
     **both("NHD 3x64", 1, 384),
@@ -146,9 +161,9 @@ def baseline():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [*WIDE, *OTHERS, *CODERS, *QUANTISERS])
+@pytest.mark.parametrize("name", [*WIDE, *OTHERS, *CODERS, *QUANTISERS, *SPLITTERS])
 def test_gate(name: str, target: str, baseline: dict) -> None:
-    report = compile_for((WIDE | OTHERS | CODERS | QUANTISERS)[name], target)
+    report = compile_for((WIDE | OTHERS | CODERS | QUANTISERS | SPLITTERS)[name], target)
     assert report.spills == 0, report
     assert report.registers <= MOST_REGISTERS, report
     if name in WIDE:
@@ -156,6 +171,9 @@ def test_gate(name: str, target: str, baseline: dict) -> None:
         assert 128 in report.store_bits, report
     if name == "positional sums" or (name in QUANTISERS and name != "channel means"):
         assert 128 in report.load_bits, report
+    if name in SPLITTERS:
+        moved = report.load_bits if "split" in name else report.store_bits
+        assert 128 in moved, report
 
     cost = {"registers": report.registers, "instructions": report.instructions}
     if name in CODERS and target != "gfx942":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 IDS = tokens(200)
 LOSS = {
-    "zstd": 0.0, "lz4": 0.0, "aesgcm": 0.0,
+    "zstd": 0.0, "lz4": 0.0, "rans": 0.0, "aesgcm": 0.0,
     "int8": 0.008, "fp8": 0.03, "int4": 0.09, "turboquant": 0.11, "cachegen": 0.13,
 }  # fmt: skip
 """Noise of a Gaussian's numbers, relative."""
@@ -91,7 +91,7 @@ def test_lossy_codecs_choose_canonical_order(opened: Open, tmp_path: Path, use: 
 
 
 @pytest.mark.parametrize("order", ["2BNHD", "BHND"])
-@pytest.mark.parametrize("use", ["zstd", "aesgcm"])
+@pytest.mark.parametrize("use", ["zstd", "rans", "aesgcm"])
 def test_lossless_codecs_take_any_order(opened: Open, tmp_path: Path, use: str, order: str) -> None:
     engine = Engine(order, dim=32)
     pipe = opened(encoded(tmp_path, use), engine)
