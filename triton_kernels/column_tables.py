@@ -15,6 +15,9 @@ from numba import njit
 _ABSENT = np.float32(18)
 """Bits that a symbol costs which a table has not seen yet: more than it will."""
 
+_NEAR = 8
+"""Tables to each side of a column's own that it is tried with: the order of their means lasts."""
+
 
 @njit(nogil=True, cache=True)
 def count_columns(symbols, counts):
@@ -35,7 +38,8 @@ def cluster(counts, turns, choice, tables):
     ``tables`` int64 [K, NS], the sums of the columns of each.
 
     Starts with columns in the order of their mean symbol, cut into K equal parts; then `turns`
-    times, each goes where it costs least, the first of equals. A table may end up empty.
+    times, each goes where it costs least, the first of equals, among the tables near its own. A
+    table may end up empty.
     """
     columns, ns = counts.shape
     many = tables.shape[0]
@@ -59,14 +63,16 @@ def cluster(counts, turns, choice, tables):
                 n = tables[k, s]
                 price[s, k] = whole - np.log2(np.float32(n)) if n else _ABSENT
         for c in range(columns):
-            bits[:] = 0
+            first = min(max(np.int64(choice[c]) - _NEAR, 0), max(many - 2 * _NEAR, 0))
+            near = bits[: min(many, 2 * _NEAR)]
+            near[:] = 0
             for s in range(ns):
                 n = counts[c, s]
                 if n:
-                    times, row = np.float32(n), price[s]
-                    for k in range(many):
-                        bits[k] += times * row[k]
-            choice[c] = np.argmin(bits)
+                    times, row = np.float32(n), price[s, first:]
+                    for k in range(near.shape[0]):
+                        near[k] += times * row[k]
+            choice[c] = first + np.argmin(near)
         _sum(counts, choice, tables)
 
 

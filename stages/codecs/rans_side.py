@@ -18,6 +18,10 @@ _WEIGHTS = np.array([(4 + level % 4) << (level // 4) for level in range(64)], np
 LEVEL_BITS = 6
 _ENOUGH_ROWS = 64
 """With so many tokens, channels can tell their tables."""
+_WIDEST = 2048
+"""Channels of a token that are looked for: more take time."""
+_WORTH = 0.02
+"""Bits an element that wider rows must save: less is chance, and more columns take time."""
 
 
 def alphabet(known: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint16]:
@@ -71,13 +75,13 @@ def columns_of(plane: npt.NDArray[np.uint8], tokens: int, channels: int) -> int:
     x = plane.astype(np.float32) - np.float32(plane.mean())
     spread = float(np.square(x).mean()) or 1.0
     best, most = channels, -np.inf
-    for width in [w for w in range(8, min(channels, 4096) + 1) if channels % w == 0]:
+    for width in [w for w in range(8, min(channels, _WIDEST) + 1) if channels % w == 0]:
         if width >= n:
             break
         within = spread - float(np.square(x.reshape(-1, width).mean(axis=0)).mean())
         share = within / spread * (n - 1) / (n - width)
         score = -0.5 * np.log2(min(max(share, 1e-3), 1.0)) - 5 * width / n
-        if score > most:
+        if score > most + _WORTH:
             best, most = width, score
     return best
 

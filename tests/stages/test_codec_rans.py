@@ -111,6 +111,18 @@ def test_frequencies_add_up_and_follow_counts(counts: list[int], bits: int) -> N
         assert ((freq > 0) == (tables > 0)).all()
 
 
+@pytest.mark.parametrize("period", [24, 192])
+def test_channels_are_found_in_opaque_rows(period: int) -> None:
+    rng = np.random.default_rng(0)
+    means = rng.integers(20, 80, period)
+    rows = rng.integers(0, 8, (16, 16, period)) + means
+    plane = rows.astype(np.uint8).reshape(-1)
+    assert rans_side.columns_of(plane, 16, 16 * period) == period
+    assert rans_side.columns_of(plane, 256, period) == period
+    still = np.zeros_like(plane)
+    assert 16 * period % rans_side.columns_of(still, 16, 16 * period) == 0
+
+
 @given(values=st.lists(st.integers(0, 63), max_size=100), bits=st.integers(6, 8))
 def test_values_side_by_side(values: list[int], bits: int) -> None:
     made = rans_side.packed(np.array(values, np.uint8), bits)
