@@ -60,6 +60,7 @@ bench: $(READY)
 
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
+	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
 
 quality: $(READY)
 	-$(BIN)/python -c "import matplotlib" 2> /dev/null || \
