@@ -157,6 +157,22 @@ def quality(
     raise typer.Exit(run_quality(model, codec, json, documents))
 
 
+@app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Option(metavar="smollm2|DIR", help="The model to learn from.")
+    ] = "smollm2",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where to write; not said: where it is found."),
+    ] = None,
+) -> None:
+    """Learn once how a model's KV is best coded; the codec `cachegen` finds the file by itself."""
+    from .calibrate import run_calibrate
+
+    raise typer.Exit(run_calibrate(model, out))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Measure store and retrieve on this machine.

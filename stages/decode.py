@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from .base import Lane, Stage
+from .codecs import calibration
 from .codecs.keyring import Keyring
 from .codecs.shape import FrameShape, Site
 from .codecs.table import decode_frame
@@ -31,6 +32,8 @@ class DecodeOptions:
 
     keys: list[str] | None = None
     """Key files of `aesgcm`, any of which may open a frame."""
+    calibrations: list[str] | None = None
+    """Files of `tierloom calibrate` that lie elsewhere than in ~/.cache/tierloom/calibrations."""
 
 
 class Decode(Stage):
@@ -43,8 +46,10 @@ class Decode(Stage):
     leases = 1
 
     def __init__(self, options: DecodeOptions, ctx: Context) -> None:
-        """Raises ConfigError where a key file cannot be used."""
+        """Raises ConfigError where a key file or calibration cannot be used."""
         super().__init__(options, ctx)
+        for path in options.calibrations or ():
+            calibration.read(path)
         self._keys = Keyring.read(options.keys) if options.keys else None
 
     async def prepare(self, batch: Batch) -> None:

@@ -1,0 +1,199 @@
+"""`tierloom calibrate`: what `cachegen` should know of a model, learned from a few texts.
+
+A prefill in float32 over texts that ship with Python gathers, for every channel, the mean of K
+(before its position embedding) and V, how strongly queries look at K's channel, and how strongly
+the projection behind attention listens to V's. Steps go against those weights: an error costs the
+model the same wherever it falls (rate-distortion with diagonal weights; CacheGen, arXiv 2310.07240,
+gives finer steps to earlier layers by hand). What symbols then are left, is counted, and channels
+that are alike share a table.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ..stages.codecs import calibration as files
+from ..stages.codecs.cachegen import FIRST
+from ..stages.codecs.cachegen_tables import Codebook, fitted, standard
+from ..stages.codecs.rope import frequencies
+from ..stages.errors import LayoutError
+from ..triton_kernels.cachegen_cpu import CENTRE, SYMBOLS, turns
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from .quality_measure import Subject
+
+    Floats = npt.NDArray[np.float32]
+
+TOKENS = 1024
+"""Of each text, at most."""
+FACTORS = {"high": (0.14, 0.17), "default": (0.38, 0.46), "small": (0.75, 0.90)}
+"""Steps of K and V, as shares of the weighted deviation of a layer. Found on these texts."""
+TABLES = 64
+_TURNS = 10
+_ATTENTION = "tierloom_calibrate"
+_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Of one model."""
+
+    kv: list[Floats]
+    """Per text, [2, layers, tokens, channels], K turned back, without a sequence's first tokens."""
+    weights: Floats
+    """[2, layers, channels]: what an error of 1 in this channel costs, in a unit of its plane's."""
+
+
+def run_calibrate(model: str, out: Path | None) -> int:
+    """Calibrate `model` (`smollm2` or a folder), and write the file. Raises ConfigError."""
+    if importlib.util.find_spec("transformers") is None:
+        from .quality import QualityNeeds
+
+        raise QualityNeeds("transformers is not installed: pip install 'tierloom[hf]'")
+    from .quality_measure import load_subject
+
+    console = Console(highlight=False)
+    with console.status(f"Loading {model}"):
+        subject = load_subject(model)
+    with console.status("Reading texts"):
+        data = calibrate(subject)
+    if out is None:
+        out = files.folder() / f"{subject.name}-{subject.weights[:12]}{files.SUFFIX}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_bytes(data)
+    part.replace(out)
+    found = files.read(out)
+    console.print(f"{out}: calibration {found.id:016x} of {subject.name}, {len(data) >> 10} KiB")
+    return 0
+
+
+def calibrate(subject: Subject, factors: dict[str, tuple[float, float]] = FACTORS) -> bytes:
+    """The file's bytes. Leaves the model in float32. Raises LayoutError for what has no K and V."""
+    seen = observe(subject)
+    freqs = frequencies(subject.rope, subject.shape.dim)
+    means, steps = measured(seen, factors)
+    tabid = np.empty(steps.shape, np.uint8)
+    tensors: dict[str, Any] = {"freqs": freqs, "means": means, "steps": steps, "tabid": tabid}
+    for i, level in enumerate(files.LEVELS):
+        counts = sum(_counts(kv, means, steps[i]) for kv in seen.kv)
+        tabid[i], tensors[f"tables.{level}"] = shared(np.asarray(counts), means.shape)
+    models = json.dumps(_fingerprints(subject))
+    return files.packed(tensors, {"dim": str(subject.shape.dim), "models": models})
+
+
+@torch.no_grad()
+def observe(subject: Subject) -> Seen:
+    """Run the texts through the model."""
+    from transformers import AttentionInterface, DynamicCache
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from .quality_documents import calibration_texts
+    from .quality_measure import kv_of
+
+    shape, model = subject.shape, subject.model
+    queries = np.zeros((shape.layers, shape.heads, shape.dim))
+    listened = np.ones((shape.layers, shape.heads, shape.dim))
+
+    def attention(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        layer = int(module.layer_idx)
+        square = query.double().square().mean((0, 2))  # [query heads, dim]
+        queries[layer] += square.reshape(shape.heads, -1, shape.dim).mean(1).numpy()
+        for name in _PROJECTIONS:
+            weight = getattr(getattr(module, name, None), "weight", None)
+            if weight is not None and weight.shape[1] == square.numel():
+                cut = weight.double().square().sum(0).reshape(shape.heads, -1, shape.dim)
+                listened[layer] = cut.mean(1).numpy()
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register(_ATTENTION, attention)
+    freqs = frequencies(subject.rope, shape.dim)
+    before, kept = model.config._attn_implementation, []
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        for text in calibration_texts():
+            ids = subject.encode(text)[: min(TOKENS, subject.positions - 1)]
+            if len(ids) > 2 * FIRST:
+                cache = DynamicCache(config=model.config)
+                model.base_model(
+                    input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
+                )
+                kept.append(turned_back(kv_of(cache, len(ids)).float().numpy(), freqs))
+    finally:
+        model.set_attn_implementation(before)
+    if not kept or not queries.any():
+        raise LayoutError("the model's attention showed no queries: it cannot be calibrated")
+    half = len(freqs)
+    both = (queries[..., :half] + queries[..., half : 2 * half]) / 2  # turning mixes the two
+    queries[..., :half] = queries[..., half : 2 * half] = both
+    weights = np.sqrt(np.stack([queries, listened]).reshape(2, shape.layers, -1))
+    return Seen(kept, np.maximum(weights, 1e-3 * weights.max(2, keepdims=True)).astype(np.float32))
+
+
+def turned_back(kv: Floats, freqs: Floats) -> Floats:
+    """`kv` [2, layers, tokens, heads, dim] as `Seen.kv` has it."""
+    half = len(freqs)
+    cos, sin = (t[:, None] for t in turns(0, kv.shape[2], freqs))
+    a, b = kv[0, ..., :half].copy(), kv[0, ..., half : 2 * half].copy()
+    kv[0, ..., :half] = a * cos + b * sin
+    kv[0, ..., half : 2 * half] = b * cos - a * sin
+    return kv[:, :, FIRST:].reshape(2, kv.shape[1], kv.shape[2] - FIRST, -1)
+
+
+def measured(seen: Seen, factors: dict[str, tuple[float, float]]) -> tuple[Floats, Floats]:
+    """Means [2, layers, channels] and steps [levels, 2, layers, channels]."""
+    total = sum(kv.shape[2] for kv in seen.kv)
+    means = sum(kv.sum(2, dtype=np.float64) for kv in seen.kv) / total
+    spread = sum(np.square(kv - means[:, :, None]).sum(2) for kv in seen.kv) / total
+    weighted = np.sqrt((spread * np.square(seen.weights)).mean(2, keepdims=True))
+    unit = np.maximum(weighted, 1e-20) / seen.weights
+    steps = np.stack([np.array(factors[n])[:, None, None] * unit for n in files.LEVELS])
+    return means.astype(np.float32), steps.astype(np.float32)
+
+
+def _counts(kv: Floats, means: Floats, steps: Floats) -> npt.NDArray[np.int64]:
+    """How often each symbol comes, [2 * layers * channels, SYMBOLS]; what is far off escapes."""
+    q = np.rint((kv - means[:, :, None]) / steps[:, :, None]).transpose(0, 1, 3, 2)
+    symbols = (np.clip(q, -CENTRE, CENTRE).astype(np.int64) + CENTRE) % SYMBOLS
+    rows = symbols.reshape(-1, symbols.shape[3])
+    at = np.arange(len(rows))[:, None] * SYMBOLS + rows
+    return np.bincount(at.ravel(), minlength=len(rows) * SYMBOLS).reshape(-1, SYMBOLS)
+
+
+def shared(
+    counts: npt.NDArray[np.int64], shape: tuple[int, ...]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]:
+    """Tables' numbers of `shape`, and at most 64 tables [tables, SYMBOLS]: each channel goes to the
+    table that codes it shortest, each table becomes what its channels need (Lloyd). It begins with
+    the standard tables, and integers decide: the same counts give the same tables."""
+    costs = standard().costs
+    freq = np.zeros((0, SYMBOLS), np.uint16)
+    for _ in range(_TURNS):
+        chosen = (counts.astype(np.float64) @ costs.T.astype(np.float64)).argmin(1)
+        used, tabid = np.unique(chosen, return_inverse=True)
+        freq = fitted(np.stack([counts[chosen == k].sum(0) for k in used]))
+        costs = Codebook.of(freq).costs
+    return tabid.reshape(shape).astype(np.uint8), freq
+
+
+def _fingerprints(subject: Subject) -> list[str]:
+    """Of the weights in float32, and as they were kept: fingerprints tell dtypes apart."""
+    from .transformers_model import fingerprint
+
+    found = [subject.weights]
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(w, w.to(dtype).float()) for w in subject.model.state_dict().values()):
+            found.append(fingerprint(subject.model.to(dtype)))
+            subject.model.float()
+    return found
