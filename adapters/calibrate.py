@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 TOKENS = 1024
 """Of each text, at most."""
 FACTORS = {"high": (0.14, 0.17), "default": (0.38, 0.46), "small": (0.75, 0.90)}
-"""Steps of K and V, as shares of the weighted deviation of a layer. Found on these texts."""
+"""Steps of K and V, as shares of the weighted deviation: of all layers' K, of each layer's V. Found
+on these texts."""
 TABLES = 64
 _TURNS = 10
 _ATTENTION = "tierloom_calibrate"
@@ -156,8 +157,9 @@ def measured(seen: Seen, factors: dict[str, tuple[float, float]]) -> tuple[Float
     total = sum(kv.shape[2] for kv in seen.kv)
     means = sum(kv.sum(2, dtype=np.float64) for kv in seen.kv) / total
     spread = sum(np.square(kv - means[:, :, None]).sum(2) for kv in seen.kv) / total
-    weighted = np.sqrt((spread * np.square(seen.weights)).mean(2, keepdims=True))
-    unit = np.maximum(weighted, 1e-20) / seen.weights
+    weighted = np.maximum(np.sqrt((spread * np.square(seen.weights)).mean(2, keepdims=True)), 1e-20)
+    weighted[0] = np.exp(np.log(weighted[0]).mean())  # what K errs adds to logits, in any layer
+    unit = weighted / seen.weights
     steps = np.stack([np.array(factors[n])[:, None, None] * unit for n in files.LEVELS])
     return means.astype(np.float32), steps.astype(np.float32)
 

@@ -167,6 +167,8 @@ def test_nothing_is_touched_outside_of_buffers(tmp_path: Path) -> None:
         "import test_codec_quantisers as t\n"
         "for c in (t.TestInt8, t.TestFp8, t.TestInt4, t.TestTurboQuant, t.TestTurboQuant3):\n"
         "    c().fuzz(2000)\n"
+        "import test_codec_cachegen\n"
+        "test_codec_cachegen.TestCacheGen().fuzz(2000)\n"
         "print('done')"
     )
     here = Path(__file__).parent

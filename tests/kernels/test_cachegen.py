@@ -1,0 +1,91 @@
+"""cachegen's numba kernels against their reference, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tierloom.triton_kernels import cachegen_cpu as cpu
+from tierloom.triton_kernels import cachegen_reference as reference
+
+BITS = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
+
+
+def bits_of(x: torch.Tensor) -> Any:
+    """As encoders have it: read-only bits."""
+    made = np.frombuffer(x.contiguous().view(torch.uint8).numpy().tobytes(), BITS[x.dtype])
+    return made.reshape(x.shape)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize(
+    ("first", "turned", "half"), [(0, 0, 0), (4, 2, 32), (1, 3, 16), (0, 4, 1)]
+)
+def test_there_and_back(dtype: torch.dtype, first: int, turned: int, half: int) -> None:
+    make = torch.Generator().manual_seed(half)
+    x = (torch.randn(4, 37, 192, generator=make) * 3).to(dtype)
+    rng = np.random.default_rng(half)
+    means = rng.normal(size=(4, 192)).astype(np.float32)
+    steps = rng.uniform(0.002, 0.5, (4, 192)).astype(np.float32)
+    steps[2, 5] = 0
+    freqs = (10000.0 ** -(np.arange(half) / max(half, 1))).astype(np.float32)
+    place = first, turned, *cpu.turns(512, 37, freqs), 64
+    q = np.full((4, 37 - first, 192), 77, np.int16)
+    assert cpu.quantise(bits_of(x), *place, means, steps, q)
+    plain = x.float().numpy()
+    wanted = reference.quantise_reference(plain, *place, means, steps)
+    assert np.array_equal(q, wanted)
+
+    reach = np.array([127, 9, 1], np.int32)
+    tabid = rng.integers(0, 3, (4, 192)).astype(np.uint8)
+    symbols, room = np.full(q.shape, 77, np.uint8), q.size
+    places, values = np.empty(room, np.uint32), np.empty(room, np.int32)
+    found = cpu.to_symbols(q, reach, tabid, symbols, places, values)
+    for ours, theirs in zip(
+        (symbols, places[:found], values[:found]),
+        reference.symbols_reference(q, reach, tabid), strict=True,
+    ):  # fmt: skip
+        assert np.array_equal(ours, theirs)
+    assert cpu.to_symbols(q, reach, tabid, symbols, places[:0], values[:0]) == found
+
+    back = np.full(x.shape, 77, BITS[dtype])
+    escapes = places[:found].copy(), values[:found].copy()
+    assert cpu.dequantise(symbols, *place, means, steps, *escapes, back) == found
+    exact = reference.dequantise_reference(q.astype(np.int32), *place, means, steps)
+    assert (back[:, :first] == 77).all()
+    assert np.array_equal(back[:, first:], bits_of(torch.from_numpy(exact).to(dtype)))
+
+
+def test_moments() -> None:
+    x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)) + 100
+    freqs = np.float32([0.5, 0.1])
+    cos, sin = cpu.turns(7, 50, freqs)
+    means, spreads = np.empty((2, 2, 64))
+    assert cpu.moments(bits_of(x), 3, 1, cos, sin, 64, means, spreads)
+    steps = np.full((2, 64), 2.0**-6, np.float32)
+    q = reference.quantise_reference(x.numpy(), 3, 1, cos, sin, 64, 0 * steps, steps) * 2.0**-6
+    np.testing.assert_allclose(means, q.mean(1), atol=2.0**-7)
+    np.testing.assert_allclose(spreads, q.var(1), rtol=1e-4, atol=0.02)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_what_cannot_be_rounded(bad: float) -> None:
+    x = torch.zeros(1, 3, 64)
+    x[0, 2, 63] = bad
+    none = np.zeros((3, 0), np.float32)
+    scales = np.zeros((1, 64), np.float32), np.ones((1, 64), np.float32)
+    q = np.empty((1, 3, 64), np.int16)
+    assert not cpu.quantise(bits_of(x), 0, 0, none, none, 64, *scales, q)
+
+
+def test_the_cheapest_table_is_chosen() -> None:
+    rng = np.random.default_rng(0)
+    q = rng.integers(-200, 200, (2, 40, 33)).astype(np.int16)
+    costs = rng.integers(0, 9000, (64, 256)).astype(np.int32)
+    tabid = np.empty((2, 33), np.uint8)
+    cpu.choose_tables(q, costs, tabid)
+    total = costs[:, np.clip(q.astype(int) + 128, 0, 255)].sum(2)
+    assert np.array_equal(tabid, total.argmin(0))
