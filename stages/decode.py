@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from .base import Lane, Stage
-from .codecs import calibration
 from .codecs.keyring import Keyring
 from .codecs.shape import FrameShape, Site
 from .codecs.table import decode_frame
@@ -48,8 +47,11 @@ class Decode(Stage):
     def __init__(self, options: DecodeOptions, ctx: Context) -> None:
         """Raises ConfigError where a key file or calibration cannot be used."""
         super().__init__(options, ctx)
-        for path in options.calibrations or ():
-            calibration.read(path)
+        if options.calibrations:
+            from .codecs import calibration  # brings numba, which checking a file must not
+
+            for path in options.calibrations:
+                calibration.read(path)
         self._keys = Keyring.read(options.keys) if options.keys else None
 
     async def prepare(self, batch: Batch) -> None:
