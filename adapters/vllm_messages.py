@@ -36,6 +36,8 @@ class Load(NamedTuple):
     """Tokens of the prompt."""
     seconds: float
     """How long it may take."""
+    layered: bool
+    """It runs within the step, ahead of the model; otherwise between steps."""
 
 
 class Save(NamedTuple):
@@ -109,7 +111,7 @@ class Told:
     hello: Hello | None = None
     seen: list[Seen] = field(default_factory=list)
     more: bool = False
-    """There is more to see, which follows with the next steps."""
+    """There is more to see, which follows with the next steps that have something to see."""
     captured: list[int] = field(default_factory=list)
     """Jobs that need their blocks no more."""
     ended: list[int] = field(default_factory=list)

@@ -175,9 +175,7 @@ def _overrides(
 ) -> dict[str, Any]:
     """The user's, and what several processes or groups must not share: folders and budgets."""
     overrides = dict(conf.overrides)
-    if conf.settings.save == "layer" or (
-        conf.settings.save == "auto" and share.layout.device != "cpu"
-    ):
+    if conf.settings.saves_by_layer(share.layout.device):
         overrides.setdefault("graphs.store.pace.by", "layer")
     if conf.settings.keys == "engine" and hash_block:
         overrides["chunk.grain"] = hash_block

@@ -68,6 +68,17 @@ class Passage:
         self._extend(chain, request.num_tokens)
         return chain
 
+    def sources(self, tokens: int) -> dict[str, int]:
+        """Tier to tokens, for the `tokens` of the plan behind what vLLM's own cache has."""
+        out: dict[str, int] = {}
+        at = 0
+        for part in self.plan:
+            n = min(at + part.tokens, self.start + tokens) - max(at, self.start)
+            at += part.tokens
+            if n > 0:
+                out[part.tier] = out.get(part.tier, 0) + n
+        return out
+
     def _extend(self, chain: Chain, upto: int) -> None:
         fresh = self.request.all_token_ids[chain.tokens : upto]
         # struct is more than twice as quick here as array or numpy, and this is the engine's time

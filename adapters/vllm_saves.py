@@ -88,7 +88,7 @@ class Saves:
                 self._save(p, min(known, p.most), blocks, tail=tail)
                 p.prompt_saved = p.prompt_saved or tail
         for save in self._waiting.copy():  # blocks that were taken away cannot be read any more
-            if self.jobs[save.job].passage.request.status == RequestStatus.PREEMPTED:
+            if _lost_blocks(self.jobs[save.job].passage.request, output):
                 self._waiting.remove(save)
                 self._cancel(save.job)
         if doubt:
@@ -114,13 +114,12 @@ class Saves:
             self._save(p, known, blocks, tail=True)
         return bool(p.jobs)
 
-    def fenced(self) -> list[int]:
+    def fenced(self, output: Any) -> list[int]:
         """Jobs whose blocks were taken from their request, and may be overwritten."""
         return [
             number
             for number, job in self.jobs.items()
-            if number in job.passage.jobs
-            and job.passage.request.status == RequestStatus.PREEMPTED
+            if number in job.passage.jobs and _lost_blocks(job.passage.request, output)
         ]
 
     def heard(self, worker: int, told: Told) -> None:
@@ -185,6 +184,12 @@ class Saves:
     def _is_kept(self, key: bytes) -> bool:
         assert self._mirror is not None
         return key in self._promised or self._mirror.has(key)
+
+
+def _lost_blocks(request: Any, output: Any) -> bool:
+    """A request was preempted; by a reset of the cache it may be running again already."""
+    again = getattr(output, "preempted_req_ids", None) or ()
+    return request.status == RequestStatus.PREEMPTED or request.request_id in again
 
 
 def part_of(ids: list[int], size: int, start: int, end: int) -> list[tuple[int, int]]:

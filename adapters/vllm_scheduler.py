@@ -24,6 +24,7 @@ from .vllm_settings import Wishes, wishes
 from .vllm_worth import Worth
 
 if TYPE_CHECKING:
+    from .vllm_messages import Blocks
     from .vllm_settings import Configured
 
 log = logging.getLogger("tierloom.vllm")
@@ -51,7 +52,7 @@ class SchedulerSide:
         self.hello: Hello | None = None
         self._hellos: dict[int, Hello] = {}
         self._behind: set[int] = set()
-        """Workers that have more to tell of what they keep."""
+        """Workers that have yet to tell all that they kept when they began."""
         self._early: list[tuple[int, list[Seen]]] = []
         """What workers told before all had said what they are."""
         self.mirror: Mirror | None = None
@@ -126,9 +127,7 @@ class SchedulerSide:
         except Exception:
             log.exception("request %s cannot be loaded", request.request_id)
             if tokens:
-                name, empty = request.request_id, Span(b"", b"", 0, tokens)
-                tables = tuple(blocks.get_block_ids())
-                self._to_load.append(Load(name, empty, tables, 0, 0, request.num_tokens, 0.0))
+                self._send(request, Span(b"", b"", 0, tokens), tuple(blocks.get_block_ids()), 0, 0)
 
     def _allot(self, request: Any, blocks: Any, tokens: int) -> None:
         p = self._passages.get(request.request_id)
@@ -151,26 +150,23 @@ class SchedulerSide:
             ]
             for ids, size in zip(blocks.get_block_ids(), self._groups, strict=True)
         )
-        total, seconds = request.num_tokens, self.worth.seconds(self.hello, tokens)
-        self._to_load.append(
-            Load(request.request_id, span, tables, first * chunk, p.start, total, seconds)
-        )
+        self._send(request, span, tables, first * chunk, p.start)
         p.loading = self._asynchronous
-        if not self._asynchronous:
-            self._doubt[request.request_id] = set()
+
+    def _send(self, request: Any, span: Span, tables: Blocks, start: int, fresh: int) -> None:
+        assert self.hello is not None
+        name, layered = request.request_id, not self._asynchronous
+        seconds = self.worth.seconds(self.hello, span.place)
+        load = Load(name, span, tables, start, fresh, request.num_tokens, seconds, layered)
+        self._to_load.append(load)
+        if layered:
+            self._doubt[name] = set()
             self._doubt_until = time.monotonic() + _DOUBT
 
     def sources(self, request: Any, tokens: int) -> dict[str, int]:
         """Tier to tokens, for the `tokens` that are loaded."""
         p = self._passages.get(request.request_id)
-        out: dict[str, int] = {}
-        at = 0
-        for part in p.plan if p else ():
-            n = min(at + part.tokens, p.start + tokens) - max(at, p.start) if p else 0
-            at += part.tokens
-            if n > 0:
-                out[part.tier] = out.get(part.tier, 0) + n
-        return out
+        return p.sources(tokens) if p is not None else {}
 
     def finished(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
         """A request has ended, in whatever way. True: its blocks are still needed."""
@@ -204,9 +200,10 @@ class SchedulerSide:
                 )
             except Exception:  # loads that vLLM waits for must go out, whatever happens here
                 log.exception("saves could not be planned; this step goes on without")
-            plan.fenced = self.saves.fenced()
-            plan.held = [name for name in self._held if not self.saves.waits(name)]
-            self._held = [name for name in self._held if self.saves.waits(name)]
+            plan.fenced = self.saves.fenced(output)
+            held, self._held = self._held, []
+            for name in held:
+                (self._held if self.saves.waits(name) else plan.held).append(name)
         self.worth.step(output.total_num_scheduled_tokens)
         return plan
 
@@ -231,8 +228,8 @@ class SchedulerSide:
 
     def report(self) -> dict[str, Any]:
         """Plain numbers, for tests and for the curious."""
-        keys, jobs = len(self.mirror or ()), len(self.saves.jobs if self.saves else ())
-        return {"requests": len(self._passages), "jobs": jobs, "keys": keys,
+        jobs = self.saves.jobs if self.saves else ()
+        return {"requests": len(self._passages), "jobs": len(jobs), "keys": len(self.mirror or ()),
                 "rate": self.worth.rate, "off": self.off}  # fmt: skip
 
     def _named(self, p: Passage) -> bool:
@@ -291,8 +288,10 @@ class SchedulerSide:
     def _hear(self, worker: int, told: Told) -> None:
         if told.hello is not None:
             self._greet(worker, told.hello)
-        if told.seen:
-            (self._behind.add if told.more else self._behind.discard)(worker)
+            if told.more:
+                self._behind.add(worker)
+        elif told.seen and not told.more:
+            self._behind.discard(worker)
         if self.hello is not None and self.mirror is not None:
             for seen in told.seen:
                 share = worker * self.hello.shares + seen.share

@@ -60,6 +60,10 @@ class Settings:
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
 
+    def saves_by_layer(self, device: str) -> bool:
+        """How KV that lies on `device` is saved."""
+        return self.save == "layer" or (self.save == "auto" and device != "cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Configured:

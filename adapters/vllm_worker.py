@@ -131,7 +131,7 @@ class WorkerSide:
         """Set out to load what the plan says, and to ask what it asks."""
         for load in plan.loads:
             made = Loading(load, self._tickets("load", self._retrieve, load))
-            if self._loads_by_layer:
+            if load.layered:
                 self._layered.append(made)
             else:
                 self._loading[load.request] = made
@@ -172,15 +172,8 @@ class WorkerSide:
 
     @property
     def _saves_by_layer(self) -> bool:
-        how = self.conf.settings.save
-        return bool(self.pipes) and (
-            how == "layer" or (how == "auto" and self.pipes[0].share.layout.device != "cpu")
-        )
-
-    @property
-    def _loads_by_layer(self) -> bool:
-        """What fails with several groups is reported by request, and so must not be under way."""
-        return self.conf.settings.load == "layer" and len(self.pipes) == 1
+        settings = self.conf.settings
+        return bool(self.pipes) and settings.saves_by_layer(self.pipes[0].share.layout.device)
 
     def _begin_saves(self, saves: list[Save]) -> None:
         layered = self._saves_by_layer
@@ -210,7 +203,7 @@ class WorkerSide:
         return begin(save.span, p.caches, blocks=p.blocks(save.blocks[p.share.group]))
 
     def _retrieve(self, p: Pipe, load: Load) -> Ticket:
-        begin = p.pipe.begin_retrieve if self._loads_by_layer else p.pipe.retrieve
+        begin = p.pipe.begin_retrieve if load.layered else p.pipe.retrieve
         blocks = p.blocks(load.blocks[p.share.group])
         return begin(load.span, p.caches, blocks=blocks, deadline=load.seconds)
 
@@ -286,7 +279,7 @@ class WorkerSide:
         for share, p in enumerate(self.pipes):
             changes = p.pipe.changes(self._many)
             self._told.seen += [Seen(share, *change) for change in changes]
-            self._told.more = self._told.more or len(changes) == self._many
+            self._told.more = self._told.more or p.pipe.unseen > 0
         for request, futures in list(self._asked.items()):
             if all(f.done() for f in futures):
                 del self._asked[request]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache, partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,10 +64,11 @@ class Pipeline:
         self.off: str | None = None
         """Why nothing is cached any more; None: all is well."""
         self.prefill_rate = 0.0
+        bound = sha256(layout.fingerprint + backend.encode()).digest()
         self._base = Namespace(
             model=model, weights=weights, rope=rope, geometry=str(self.geometry),
             layers=layers or (0, layout.layers), heads=heads or (0, layout.heads), part=part,
-            layout=_fingerprint(layout, backend) if self.native else b"",
+            layout=bound if self.native else b"",
             chunk=(spec.chunk.tokens, spec.chunk.grain),
         )  # fmt: skip
         self._seed = lru_cache(1024)(self._seed_of)
@@ -187,17 +188,21 @@ class Pipeline:
         async def all_of_it() -> int:
             return sum([await tier.clear() for tier in self.tiers.values()])
 
-        if not wait:
-            self._portal.begin(all_of_it)
-            return 0
-        count: int = self._portal.call(all_of_it)
-        return count
+        if wait:
+            return int(self._portal.call(all_of_it))
+        self._portal.begin(all_of_it)
+        return 0
 
     def changes(self, most: int = 4096) -> list[Change]:
         """What came to local tiers and went since the last call, in order, up to `most`; begins
         with what was there at the start. Pipelines opened with `watch` only."""
         seen = self._worker.changes
         return [seen.popleft() for _ in range(min(most, len(seen)))]
+
+    @property
+    def unseen(self) -> int:
+        """How many changes are left for the next call of `changes()`."""
+        return len(self._worker.changes)
 
     def whole(self, layers: int, heads: int) -> Namespace:
         """The namespace of the whole model of which this pipeline holds a share; what it holds all
@@ -328,10 +333,6 @@ class Pipeline:
     def _check_open(self) -> None:
         if self._closed or not self._portal.alive:
             raise Closed("the pipeline is closed: open a new one")
-
-
-def _fingerprint(layout: KVLayout, backend: str) -> bytes:
-    return hashlib.sha256(layout.fingerprint + backend.encode()).digest()
 
 
 def _native(spec: PipelineSpec, layout: KVLayout) -> bool:

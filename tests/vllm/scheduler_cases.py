@@ -1,0 +1,170 @@
+"""The scheduler's side of the connector, without an engine: run by vLLM's own Python.
+
+What an engine reaches only by chance of timing is set up by hand here. Prints the names of the
+cases that held.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace as Bag
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from tierloom.adapters.vllm_messages import Hello, News, Seen, Told
+from tierloom.adapters.vllm_scheduler import SchedulerSide
+from tierloom.adapters.vllm_settings import configured
+from tierloom.stages.hash import Chain
+from tierloom.stages.namespace import Namespace
+
+WHOLE = Namespace(model="m")
+TOKENS = 1024
+
+
+def side(load: str = "async") -> SchedulerSide:
+    transfer = Bag(is_kv_consumer=True, is_kv_producer=True)
+    config: Any = Bag(
+        kv_transfer_config=transfer,
+        parallel_config=Bag(world_size=1),
+        max_concurrent_batches=1,
+    )
+    group = Bag(kv_cache_spec=Bag(block_size=32))
+    caches = Bag(kv_cache_groups=[group], cache_hit_alignment_tokens=32, hash_block_size=32)
+    return SchedulerSide(config, caches, configured({"tierloom.load": load}))
+
+
+def hello() -> Hello:
+    return Hello(
+        whole=WHOLE, grain=32, chunk=256, unit=32, shares=1, tiers=("hot",), remote="", uses={},
+        worth="always", deadline=1.0, token_bytes=1000, off="",
+    )  # fmt: skip
+
+
+def request(name: str = "r", seed: int = 0) -> Any:
+    tokens = [(seed + i) % 1000 for i in range(TOKENS)]
+    return Bag(
+        request_id=name, kv_transfer_params=None, prompt_embeds=None, prompt_token_ids=tokens,
+        lora_request=None, num_tokens=TOKENS, num_prompt_tokens=TOKENS, all_token_ids=tokens,
+        mm_features=[], block_hashes=[], cache_salt=None, num_computed_tokens=0,
+        status=RequestStatus.RUNNING,
+    )  # fmt: skip
+
+
+def step(scheduler: SchedulerSide, *names: str, tokens: int = TOKENS, again: Any = None) -> Any:
+    state = Bag(get_block_ids=lambda _: (list(range(1, TOKENS // 32 + 1)),))
+    return scheduler.plan(
+        Bag(
+            total_num_scheduled_tokens=tokens * len(names),
+            num_scheduled_tokens=dict.fromkeys(names, tokens),
+            kv_connector_block_state=state,
+            preempted_req_ids=again,
+        )
+    )
+
+
+def tell(scheduler: SchedulerSide, **told: Any) -> None:
+    scheduler.heard(News({0: Told(**told)}))
+
+
+def seen(chunks: int, seed: int = 0) -> list[Seen]:
+    import numpy as np
+
+    chain = Chain(WHOLE.digest, 32)
+    chain.extend(np.array([(seed + i) % 1000 for i in range(TOKENS)], np.int32))
+    parts = [b"".join(chain.links[i : i + 8]) for i in range(0, 8 * chunks, 8)]
+    return [Seen(0, "hot", True, part) for part in parts]
+
+
+def a_request_waits_until_all_is_told_and_not_again() -> None:
+    scheduler, first = side(), request()
+    scheduler.arrived(first)
+    assert scheduler.matched(first, 0) == (None, False)
+    tell(scheduler, hello=hello(), seen=seen(1), more=True)
+    assert scheduler.matched(first, 0) == (None, False), "there is more to come"
+    tell(scheduler, seen=seen(4)[1:], more=False)
+    assert scheduler.matched(first, 0) == (992, True)
+    tell(scheduler, seen=seen(2, seed=7), more=True)  # busy, long after the start
+    second = request("s")
+    scheduler.arrived(second)
+    assert scheduler.matched(second, 0) == (992, True)
+
+
+def a_reset_that_preempts_is_fenced_though_the_request_runs_again() -> None:
+    for again, status in ((None, RequestStatus.PREEMPTED), ({"r"}, RequestStatus.RUNNING)):
+        scheduler, one = side(), request()
+        tell(scheduler, hello=hello())
+        scheduler.arrived(one)
+        saves = step(scheduler, "r").saves
+        assert [save.span.tokens for save in saves] == [TOKENS]
+        assert step(scheduler).fenced == []
+        one.status = status
+        assert step(scheduler, again=again).fenced == [saves[0].job]
+        tell(scheduler, captured=[saves[0].job])
+        assert step(scheduler, again=again).fenced == []
+
+
+def what_waits_is_dropped_when_its_blocks_are_taken() -> None:
+    for again, status in ((None, RequestStatus.PREEMPTED), ({"r"}, RequestStatus.RUNNING)):
+        scheduler, one = in_doubt()
+        assert step(scheduler, "r", tokens=TOKENS).saves == [], "the load may still fail"
+        one.status = status
+        assert step(scheduler, again=again).saves == []
+        tell(scheduler, loaded=["r"])
+        assert step(scheduler).saves == []
+        assert not scheduler.saves.jobs  # type: ignore[union-attr]
+
+
+def saves_wait_for_a_load_within_the_step() -> None:
+    scheduler, _ = in_doubt()
+    assert step(scheduler, "r").saves == []
+    tell(scheduler, loaded=["r"])
+    assert [save.request for save in step(scheduler).saves] == ["r"]
+
+
+def a_load_that_failed_within_the_step_spoils_them() -> None:
+    scheduler, one = in_doubt()
+    assert step(scheduler, "r").saves == []
+    assert scheduler.finished(one, ([],)), "its blocks are needed as long as the save waits"
+    assert step(scheduler).held == [], "and are not given back before it has gone out"
+    tell(scheduler, loaded=["r"], failed=["r"])
+    last = step(scheduler)
+    assert (last.saves, last.held) == ([], ["r"])
+    assert scheduler.report()["jobs"] == 0
+
+
+def a_load_that_cannot_be_made_is_in_doubt_too() -> None:
+    scheduler, one = side("layer"), request()
+    tell(scheduler, hello=hello(), seen=seen(2))
+    scheduler.arrived(one)
+    assert scheduler.matched(one, 0) == (512, False)
+    broken = Bag(get_block_ids=lambda: ([1], [2]))  # more groups than there are
+    scheduler.allotted(one, broken, 512)
+    plan = step(scheduler, "r")
+    assert [(load.span.tokens, load.layered) for load in plan.loads] == [(0, True)]
+    assert plan.saves == []
+
+
+def in_doubt() -> tuple[SchedulerSide, Any]:
+    """A request of which two chunks are loaded within the step, and the rest is computed."""
+    scheduler, one = side("layer"), request()
+    tell(scheduler, hello=hello(), seen=seen(2))
+    scheduler.arrived(one)
+    assert scheduler.matched(one, 0) == (512, False)
+    blocks = Bag(get_block_ids=lambda: (list(range(1, TOKENS // 32 + 1)),))
+    scheduler.allotted(one, blocks, 512)
+    return scheduler, one
+
+
+CASES = [
+    a_request_waits_until_all_is_told_and_not_again,
+    a_reset_that_preempts_is_fenced_though_the_request_runs_again,
+    what_waits_is_dropped_when_its_blocks_are_taken,
+    saves_wait_for_a_load_within_the_step,
+    a_load_that_failed_within_the_step_spoils_them,
+    a_load_that_cannot_be_made_is_in_doubt_too,
+]
+
+if __name__ == "__main__":
+    for case in CASES:
+        case()
+        print(case.__name__, flush=True)
