@@ -24,6 +24,7 @@ STAGES = {
     "int8": "tierloom.stages.codecs.int8:Int8",
     "lookup": "tierloom.stages.lookup:Lookup",
     "lz4": "tierloom.stages.codecs.lz4:Lz4",
+    "progressive": "tierloom.stages.codecs.progressive:Progressive",
     "put": "tierloom.stages.put:Put",
     "rans": "tierloom.stages.codecs.rans:Rans",
     "scatter": "tierloom.stages.scatter:Scatter",

@@ -16,12 +16,13 @@ import xxhash
 from .base import Lane, Stage
 from .codecs.keyring import Keyring
 from .codecs.shape import FrameShape, Site
-from .codecs.table import decode_frame
+from .codecs.table import decode_frame, undo
 from .errors import ArenaFull, BadObject, Lost
-from .object import Object, plan_frames
+from .object import LINK, Object, header_size, plan_frames
 
 if TYPE_CHECKING:
     from .base import Context
+    from .codecs.shape import Bytes
     from .payload import Batch, Piece
 
 
@@ -61,8 +62,9 @@ class Decode(Stage):
             header = piece.object.header
             if not any(f.codecs for f in header.frames):
                 continue
-            raw = [f.raw for f in header.frames]
-            plain = header._replace(frames=plan_frames(header.header_bytes, raw, raw))
+            raw = [f.raw for f in header.frames[: header.groups]]
+            size = header_size(len(raw), len(header.links) // LINK)
+            plain = header._replace(frames=plan_frames(size, raw, raw), scans=1)
             try:
                 lease = self.ctx.arena.lease(plain.nbytes)
             except ArenaFull:
@@ -83,14 +85,26 @@ class Decode(Stage):
         return batch
 
     def _decode(self, piece: Piece, i: int) -> None:
-        """Verify and decode one frame into the plain object. Raises BadObject."""
+        """Verify and decode a layer group, as fine as its scans have come, into the plain object.
+        Raises BadObject."""
         assert piece.object is not None
         assert piece.plain is not None
-        header = piece.object.header
-        stored, plain = header.frames[i], piece.plain.header.frames[i]
-        data = piece.object.lease.view[stored.offset : stored.offset + stored.stored]
+        header, plain = piece.object.header, piece.plain.header.frames[i]
+        shape, first = FrameShape.of(header, i), header.frames[i].codecs
+        whole = 0 if header.scans == 1 else 1
+        scans = [
+            self._opened(piece.object, j, shape, whole)
+            for j in range(i, piece.object.loaded, header.groups)
+        ]
+        data = scans[0] if len(scans) == 1 else b"".join(scans)
+        out = decode_frame(data, shape, first[:whole])
+        piece.plain.lease.view[plain.offset : plain.offset + plain.stored] = out
+
+    def _opened(self, object: Object, i: int, shape: FrameShape, down_to: int) -> Bytes:
+        """A frame, verified, without its codecs but the first `down_to`. Raises BadObject."""
+        stored = object.header.frames[i]
+        data = object.lease.view[stored.offset : stored.offset + stored.stored]
         if xxhash.xxh3_64_intdigest(data) != stored.checksum:
             raise BadObject(f"frame {i} checksum does not match")
-        site = Site(header, i, b"", self._keys)
-        out = decode_frame(data, FrameShape.of(header, i), stored.codecs, site)
-        piece.plain.lease.view[plain.offset : plain.offset + plain.stored] = out
+        site = Site(object.header, i, b"", self._keys)
+        return undo(data, shape, stored.codecs, site, down_to=down_to)

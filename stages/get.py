@@ -4,16 +4,21 @@
 
 Each object comes from the first tier of its plan that delivers it; what comes from a colder tier
 and proves whole is promoted, in place: the lease it was read into becomes the memory tier's.
+
+Of progressive objects all coarse scans are read first, and then as many finer ones as there is
+time for (`adapt.py`). What was not read to its end is not promoted.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import anyio
 
+from .adapt import Outlook
 from .base import LoopStage
 from .errors import Lost
 from .options import parse_seconds
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from .base import Context
     from .geometry import Geometry
     from .payload import Batch, Piece, Scope
+    from .tiers.breaker import Guarded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +39,9 @@ class GetOptions:
     """Memory tier that takes what a colder tier delivered."""
     hedge: Annotated[float, parse_seconds] | None = None
     """Ask the next tier that has an object when the first has not answered for this long."""
+    within: Annotated[float, parse_seconds] | None = None
+    """Progressive objects: read as much of each as keeps this time to the first token, counted from
+    the request's start. None: as much as comes before the deadline."""
 
 
 class Get(LoopStage):
@@ -91,28 +100,87 @@ class Get(LoopStage):
         self, batch: Batch, name: str, group: list[Piece], again: list[Piece]
     ) -> None:
         """Read a group from one tier; put what it lost, and another may have, on `again`."""
+        tier = self.ctx.tiers[name]
+        outlook = self._outlook(batch, group, tier)
+        if self._enough(batch, group, outlook, tier):
+            return
         reads = [Read(p.source, batch.frames.stop) for p in group]
-        patience = self.options.hedge if all(len(p.tiers) > 1 for p in group) else None
+        hedge = self.options.hedge if all(len(p.tiers) > 1 for p in group) else None
+        patience = min(filter(None, (hedge, outlook.patience())), default=None)
+        began = time.monotonic()
         try:
             with anyio.move_on_after(patience):
-                await self.ctx.tiers[name].read(reads)
+                await tier.read(reads)
                 await self._rest(batch, name, reads)
+            seconds = time.monotonic() - began
+            came = []
             for piece, read in zip(group, reads, strict=True):
                 code = _judge(batch, piece, read, self.ctx.geometry)
                 if code is None:
                     piece.object, read.object = read.object, None  # the piece has the lease now
                     piece.took = {name}
                     batch.ticket.deliver(name)
+                    came.append(piece)
                     continue
                 piece.tiers = piece.tiers[1:]
                 if piece.tiers:
                     again.append(piece)
                 else:
                     batch.lose(piece, code)
+            outlook = outlook._replace(left=outlook.left - seconds)
+            await self._finer(tier, came, outlook, seconds)
         finally:
             for read in reads:
                 if read.object is not None:
                     read.object.lease.release()
+
+    def _outlook(self, batch: Batch, group: list[Piece], tier: Guarded) -> Outlook:
+        """What is known of a group of pieces before they are read."""
+        ticket = batch.ticket
+        end = ticket.deadline
+        if self.options.within is not None:
+            end = min(end, ticket.started + self.options.within)
+        here = sum(p.take for p in group)
+        first = group[0].index
+        behind = sum(p.take for p in ticket.pieces if p.index > first and p.object is None) - here
+        compute = 0.0
+        if ticket.prefill_rate and self.options.within is not None:
+            total = ticket.span.tokens if ticket.span else len(ticket.tokens)
+            compute = (total - group[0].start) / ticket.prefill_rate
+        left = end - time.monotonic()
+        return Outlook(left, compute, tier.reads.per_byte, max(0, behind) / here)
+
+    def _enough(self, batch: Batch, group: list[Piece], outlook: Outlook, tier: Guarded) -> bool:
+        """Lose what is quicker to compute by now, and so all that lies behind it."""
+        g, ticket = self.ctx.geometry, batch.ticket
+        coarsest = tier.share * sum(g.frame_bytes(g.layers, p.take) for p in group)
+        if outlook.hopeless(coarsest):
+            ticket.enough = min(ticket.enough, group[0].index)
+        late = [p for p in group if p.index >= ticket.enough]
+        for piece in late:
+            batch.lose(piece, Lost.LATE)
+        return len(late) == len(group)
+
+    async def _finer(
+        self, tier: Guarded, pieces: list[Piece], outlook: Outlook, seconds: float
+    ) -> None:
+        """Progressive objects, whose coarsest scans took so many seconds: read one scan more of
+        each, and one more, while there is time."""
+        objects = [p.object for p in pieces if p.object and p.object.header.scans > 1]
+        if not objects:
+            return
+        now, began = seconds / sum(o.arrived for o in objects), time.monotonic()
+        for scan in range(2, max(o.header.scans for o in objects) + 1):
+            reads = [Read(o.header.key, scan * o.header.groups, o) for o in objects]
+            upto = sum(o.bytes_upto(r.upto) for o, r in zip(objects, reads, strict=True))
+            left = outlook.left - (time.monotonic() - began)
+            step = upto - sum(o.arrived for o in objects)
+            if not outlook._replace(left=left).finer(step, upto, now):
+                return
+            with anyio.move_on_after(left):
+                await tier.read(reads)
+            if any(r.lost is not None for r in reads):
+                return  # what has come will do
 
     async def _rest(self, batch: Batch, name: str, reads: list[Read]) -> None:
         """Load to the end what turns out to be cut into other layer groups than ours."""
@@ -136,6 +204,8 @@ class Get(LoopStage):
             if piece.lost is Lost.CORRUPT:
                 bad.append((tier, piece.source))
             elif tier != self.options.promote and piece.nbytes:  # placed to the last frame
+                if piece.object.loaded < len(piece.object.header.frames):
+                    continue
                 piece.object.sealed = True
                 promote.append(piece.object)
         try:

@@ -4,6 +4,9 @@ A header (4 KiB, or the next multiple when a model has very many layers), then o
 group, each aligned to 4 KiB. Little-endian; parsed with `struct`; nothing is ever unpickled. The
 header carries its own checksum and one for every frame, so no byte is believed unverified.
 
+A progressive codec writes several scans, each a frame per layer group: all groups coarsely, then
+what makes them finer. So a part of the object, from its start, is all of it at a coarser level.
+
     offset size field
          0    4 magic "TLM1"
          4    2 version (1)
@@ -14,9 +17,10 @@ header carries its own checksum and one for every frame, so no byte is believed 
         32   32 key
         64   32 namespace digest
         96   32 parent link (the prefix under which this KV was captured)
-       128   32 sha256 of the tokens as little-endian int32 160   40 tokens, grain, group, kv,
-       layers, heads, dim, block_tokens, dtype, frames, links 200   .. frames x 40: offset, stored
-       bytes, raw bytes, xxh3-64 of the stored bytes, codec chain
+       128   32 sha256 of the tokens as little-endian int32
+       160   40 tokens, grain, group, kv, layers, heads, dim, block_tokens, dtype, frames, links,
+                scans beyond the first
+       200   .. frames x 40: offset, stored bytes, raw bytes, xxh3-64 of the stored bytes, codecs
         ..   .. links x 32: the chain's grain links inside the chunk, the last of which is the key
 """
 
@@ -65,7 +69,7 @@ class Frame(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What an object says of itself. `frames` in layer order, `group` layers each."""
+    """What an object says of itself. `frames` in layer order, `group` layers each, scan by scan."""
 
     key: bytes
     namespace: bytes
@@ -77,6 +81,12 @@ class Header(NamedTuple):
     geometry: Geometry
     frames: tuple[Frame, ...]
     links: bytes
+    scans: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Layer groups, which are the frames of one scan."""
+        return -(-self.geometry.layers // self.group) if self.group else 0
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +105,7 @@ class Header(NamedTuple):
             _MAGIC, _VERSION, _NATIVE if g.native else 0, size, 0, self.nbytes,
             self.key, self.namespace, self.parent, self.token_digest,
             self.tokens, self.grain, self.group, g.kv, g.layers, g.heads, g.dim, g.block_tokens,
-            _NAMES.index(g.dtype), len(self.frames), len(self.links) // LINK, 0,
+            _NAMES.index(g.dtype), len(self.frames), len(self.links) // LINK, self.scans - 1,
         )  # fmt: skip
         table = _table(len(self.frames)).pack(*chain.from_iterable(self.frames))
         page = bytearray((fixed + table + self.links).ljust(size, b"\0"))
@@ -138,7 +148,7 @@ class Header(NamedTuple):
             raise BadObject("header checksum does not match")
         (
             _, _, flags, _, _, nbytes, own, space, parent, digest,
-            tokens, grain, group, kv, layers, heads, dim, block, dtype, nframes, nlinks, _,
+            tokens, grain, group, kv, layers, heads, dim, block, dtype, nframes, nlinks, finer,
         ) = _FIXED.unpack_from(page)  # fmt: skip
         if key and own != key:
             raise BadObject(f"holds object {own.hex()[:16]}, not {key.hex()[:16]}")
@@ -159,28 +169,29 @@ class Header(NamedTuple):
                 kv=kv, layers=layers, heads=heads, dim=dim, dtype=_NAMES[dtype],
                 block_tokens=block, native=bool(flags & _NATIVE),
             ),
-            links=bytes(page[at : at + nlinks * LINK]),
+            links=bytes(page[at : at + nlinks * LINK]), scans=1 + finer,
         )  # fmt: skip
         header._check_frames(nbytes, size)
         return header
 
     def _check_frames(self, nbytes: int, header_bytes: int) -> None:
-        """Raise BadObject unless frames lie in order, apart, inside the object, one per group."""
-        groups = -(-self.geometry.layers // self.group) if self.group else 0
-        if not groups or len(self.frames) != groups:
+        """Raise BadObject unless frames lie in order, apart, inside the object, one per group and
+        scan."""
+        groups = self.groups
+        if not groups or len(self.frames) != groups * self.scans:
             raise BadObject("frame count does not match the layers")
         if not self.tokens or not self.links or self.links[-LINK:] != self.key:
             raise BadObject("links do not end in the key")
         end = header_bytes
         for i, f in enumerate(self.frames):
-            layers = min(self.group, self.geometry.layers - i * self.group)
+            layers = min(self.group, self.geometry.layers - i % groups * self.group)
             if (
                 f.offset != end
                 or not f.stored
                 or f.raw != self.geometry.frame_bytes(layers, self.tokens)
             ):
                 raise BadObject(f"frame {i} contradicts the geometry")
-            if not f.codecs and f.stored != f.raw:
+            if not f.codecs and (f.stored != f.raw or self.scans > 1):
                 raise BadObject(f"frame {i} is plain but {f.stored} of {f.raw} bytes long")
             end = f.offset + aligned(f.stored)
         if end != nbytes:
@@ -218,6 +229,18 @@ class Object:
     lease: Lease
     loaded: int = 0
     sealed: bool = False
+
+    @property
+    def arrived(self) -> int:
+        """Bytes that have come, header included."""
+        return self.bytes_upto(self.loaded)
+
+    def bytes_upto(self, frame: int) -> int:
+        """Bytes of the object up to, not including, this frame; 0 where it is the first."""
+        if not frame:
+            return 0
+        last = self.header.frames[min(frame, len(self.header.frames)) - 1]
+        return last.offset + last.stored
 
     def seal(self, checksums: Sequence[int]) -> None:
         """Write the header in front of the frames. The bytes are then a whole object."""

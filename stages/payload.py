@@ -86,6 +86,8 @@ class Encoded:
     """A chunk's frames as an encoder left them, until all are there and become one object."""
 
     frames: list[EncodedFrame | None]
+    """Those of all scans, scan by scan."""
+    scans: int = 1
     object: Object | None = None
     lock: anyio.Lock = field(default_factory=anyio.Lock)
     """Held while the object is put together, when two tiers want it at once."""
@@ -142,11 +144,11 @@ class Batch:
         return [p for p in self.scope.pieces if p.lost is None and p.index not in self.lost]
 
     def frames_of(self, header: Header) -> range:
-        """The frames of an object that go with this batch. One that was written with another layer
-        group goes whole, with the first wave."""
+        """The frames of an object's first scan that go with this batch. One that was written with
+        another layer group goes whole, with the first wave."""
         if header.group == self.ticket.group:
             return self.frames
-        return range(len(header.frames) if self.frames.start == 0 else 0)
+        return range(header.groups if self.frames.start == 0 else 0)
 
     def lose(self, piece: Piece, code: Lost) -> None:
         self.ticket.tally(code)

@@ -15,7 +15,7 @@ import xxhash
 from .base import LoopStage
 from .errors import ArenaFull, Lost
 from .lookup import in_slices
-from .object import Object, plan_frames
+from .object import LINK, Object, header_size, plan_frames
 
 if TYPE_CHECKING:
     from .payload import Batch, Encoded, EncodedFrame, Piece
@@ -84,12 +84,14 @@ class Put(LoopStage):
 
     async def _assemble(self, batch: Batch, plain: Object, encoded: Encoded) -> Object:
         frames = [f for f in encoded.frames if f is not None]
+        size = header_size(len(frames), len(plain.header.links) // LINK)
         header = plain.header._replace(
+            scans=encoded.scans,
             frames=tuple(
                 f._replace(codecs=e.codecs)
                 for f, e in zip(
                     plan_frames(
-                        plain.header.header_bytes,
+                        size,
                         [f.raw for f in frames],
                         [len(f.data) for f in frames],
                     ),

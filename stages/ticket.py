@@ -94,6 +94,8 @@ class Ticket:
         """Entered by whoever touches the caller's tensors; inside, `stop` must be looked at."""
         self.cancelled: Lost | None = None
         self.pieces: list[Piece] = []
+        self.enough = 1 << 62
+        """Retrieve: from this chunk on, computing is quicker than reading."""
         self.kept_already = 0
         self.lost: dict[Lost, int] = {}
         self.delivered: dict[str, int] = {}

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _VERSION = b"\x01"
 _NONCE, _TAG = 12, 16
 _HEAD = 1 + KEY_ID + _NONCE
+_MORE = 64
+"""Bytes that a codec may have added to a frame that it could not shrink."""
 _SLICE = 1 << 17
 """Bytes between two chances for another thread to take the GIL, which OpenSSL's caller keeps."""
 
@@ -79,7 +81,8 @@ def opened(data: Bytes, shape: FrameShape, site: Site | None) -> bytes:
     if site is None or site.keys is None:
         raise BadObject("encrypted, and `decode` has no keys: say keys: [FILE]")
     view = memoryview(data)
-    if not _HEAD + _TAG < view.nbytes <= _HEAD + _TAG + shape.nbytes or view[:1] != _VERSION:
+    ours = view.nbytes - _HEAD - _TAG
+    if not 0 < ours <= shape.nbytes + _MORE or view[:1] != _VERSION:
         raise BadObject(f"{view.nbytes} bytes cannot be an encrypted frame")
     from cryptography.exceptions import InvalidTag
 

@@ -81,12 +81,20 @@ def fitted(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.uint16]:
 @lru_cache(1)
 def standard() -> Codebook:
     """The 64 tables that need no calibration."""
+    return Codebook.of(fitted(shapes()))
+
+
+@lru_cache(1)
+def shapes() -> npt.NDArray[np.int64]:
+    """Counts [64, SYMBOLS] of what those tables are made for."""
     rows = []
     for square in (True, False):
         for i in range(WIDTHS):
             width = _EXACT.multiply(_power(i), Decimal("0.1"))
             rows.append(_shape(width, square))
-    return Codebook.of(fitted(np.array(rows, np.int64)))
+    made = np.array(rows, np.int64)
+    made.flags.writeable = False
+    return made
 
 
 def _power(i: int) -> Decimal:

@@ -13,7 +13,7 @@ from .shape import FrameShape, Site
 from .table import AESGCM, MOST_CODECS, PLANES
 
 if TYPE_CHECKING:
-    from ..payload import Batch, Piece
+    from ..payload import Batch
     from .shape import Bytes
 
 
@@ -24,6 +24,9 @@ class Encode(Stage):
     gives = "bytes@host/frame"
     lane = Lane.POOL
     leases = 1
+
+    scans: int = 1
+    """Frames that each frame becomes, from coarse to fine."""
 
     @abstractmethod
     def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
@@ -38,13 +41,27 @@ class Encode(Stage):
             if piece.object is None:
                 continue
             header = piece.object.header
-            mine = piece.encoded.setdefault(self, Encoded([None] * len(header.frames)))
+            past = None if before is None else piece.encoded[before]
+            scans, groups = past.scans if past else self.scans, header.groups
+            mine = piece.encoded.setdefault(self, Encoded([None] * (scans * groups), scans))
             for i in batch.frames:
-                source = _source(piece, before, i)
                 shape = FrameShape.of(header, i, piece.position)
-                mine.frames[i] = self.frame(source, shape, Site(header, i, source.codecs))
+                if past is None:
+                    f = header.frames[i]
+                    plain = piece.object.lease.view[f.offset : f.offset + f.stored]
+                    source = EncodedFrame(plain, f.raw, b"")
+                    mine.frames[i::groups] = self.parts(source, shape, Site(header, i, b""))
+                    continue
+                for j in range(i, scans * groups, groups):
+                    frame = past.frames[j]
+                    assert frame is not None, "waves reach a branch's stages in order"
+                    mine.frames[j] = self.frame(frame, shape, Site(header, j, frame.codecs))
         batch.encoder = self
         return batch
+
+    def parts(self, source: EncodedFrame, shape: FrameShape, site: Site) -> list[EncodedFrame]:
+        """A plain frame as it goes on: one frame of each scan."""
+        return [self.frame(source, shape, site)]
 
     def frame(self, source: EncodedFrame, shape: FrameShape, site: Site) -> EncodedFrame:
         """One frame as it goes on."""
@@ -71,14 +88,3 @@ class PlanesThen(Encode):
 
 def _plain(data: Bytes) -> Bytes:
     return data if isinstance(data, bytes) else data.cast("B")
-
-
-def _source(piece: Piece, encoder: object | None, i: int) -> EncodedFrame:
-    """Frame i as the stage before left it."""
-    if encoder is not None:
-        frame = piece.encoded[encoder].frames[i]
-        assert frame is not None, "waves reach a branch's stages in order"
-        return frame
-    assert piece.object is not None
-    f = piece.object.header.frames[i]
-    return EncodedFrame(piece.object.lease.view[f.offset : f.offset + f.stored], f.raw, b"")

@@ -46,10 +46,7 @@ class Lossy(Encode):
     def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
         if before or shape.dtype not in ELEMENTS:
             return None
-        flat = read_only(np.frombuffer(data, ELEMENTS[shape.dtype]))
-        made = self.quantise(
-            flat.reshape(shape.planes, shape.tokens, shape.heads, shape.dim), shape
-        )
+        made = self.quantise(elements(data, shape), shape)
         return None if made is None else (made, bytes((self.codec,)))
 
     def _warm_up(self) -> None:
@@ -72,6 +69,12 @@ def head_of(data: Bytes, layout: Struct, shape: FrameShape) -> tuple[int, ...]:
     if fields[0] != 1:
         raise BadObject(f"version {fields[0]} of a codec is unknown to this tierloom")
     return fields
+
+
+def elements(data: Bytes, shape: FrameShape) -> npt.NDArray[Any]:
+    """A plain frame's element bits ``[planes, tokens, heads, dim]``, read-only."""
+    flat = read_only(np.frombuffer(data, ELEMENTS[shape.dtype]))
+    return flat.reshape(shape.planes, shape.tokens, shape.heads, shape.dim)
 
 
 def blank(shape: FrameShape) -> npt.NDArray[Any]:

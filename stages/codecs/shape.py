@@ -44,7 +44,7 @@ class FrameShape(NamedTuple):
     @classmethod
     def of(cls, header: Header, index: int, start: int = -1) -> FrameShape:
         """The shape of frame `index` of an object."""
-        g, first = header.geometry, index * header.group
+        g, first = header.geometry, index % header.groups * header.group
         return cls(
             g.kv, min(header.group, g.layers - first), g.rows(header.tokens), g.heads, g.dim,
             g.dtype, first, start,

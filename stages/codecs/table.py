@@ -16,7 +16,7 @@ from ..errors import BadObject
 if TYPE_CHECKING:
     from .shape import Bytes, FrameShape, Site
 
-PLANES, ZSTD, LZ4, FP8, INT8, INT4, TURBOQUANT, RANS, CACHEGEN, AESGCM = range(1, 11)
+PLANES, ZSTD, LZ4, FP8, INT8, INT4, TURBOQUANT, RANS, CACHEGEN, AESGCM, PROGRESSIVE = range(1, 12)
 
 DECODERS = {
     PLANES: "planes:join_planes",
@@ -29,12 +29,14 @@ DECODERS = {
     CACHEGEN: "cachegen:from_cachegen",
     RANS: "rans:from_rans",
     AESGCM: "aesgcm:opened",
+    PROGRESSIVE: "progressive:from_progressive",
 }
 """Where the decoders are: `module:function` in this folder."""
 
 NAMES = {
     PLANES: "planes", ZSTD: "zstd", LZ4: "lz4", FP8: "fp8", INT8: "int8", INT4: "int4",
     TURBOQUANT: "turboquant", RANS: "rans", CACHEGEN: "cachegen", AESGCM: "aesgcm",
+    PROGRESSIVE: "progressive",
 }  # fmt: skip
 
 MOST_CODECS = 8
@@ -58,9 +60,17 @@ def decoder(codec: int) -> Decoder:
 
 def decode_frame(data: Bytes, shape: FrameShape, codecs: bytes, site: Site | None = None) -> Bytes:
     """Undo a codec chain, last first. Raises BadObject on an unknown id or a wrong length."""
-    for i in reversed(range(len(codecs))):
-        here = site._replace(codecs=codecs[:i]) if site else None
-        data = decoder(codecs[i])(data, shape, here)
+    data = undo(data, shape, codecs, site)
     if memoryview(data).nbytes != shape.nbytes:
         raise BadObject(f"decoded to {memoryview(data).nbytes} bytes, expected {shape.nbytes}")
+    return data
+
+
+def undo(
+    data: Bytes, shape: FrameShape, codecs: bytes, site: Site | None = None, *, down_to: int = 0
+) -> Bytes:
+    """Undo the codecs of a chain from the last down to number `down_to`. Raises BadObject."""
+    for i in reversed(range(down_to, len(codecs))):
+        here = site._replace(codecs=codecs[:i]) if site else None
+        data = decoder(codecs[i])(data, shape, here)
     return data

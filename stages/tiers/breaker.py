@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_STALE = 60.0
+"""Seconds after which what reads have cost may be so no more."""
 _PATIENCE = 10  # opening and closing may take so many times the limit of a call
 
 
@@ -117,7 +119,9 @@ class Guarded(Tier):
         self._limits, self._clock = limits, clock
         self._opened = self._probing = self._puzzled = False
         self._failures = 0
-        self._retry = 0.0
+        self._retry = self._read_at = 0.0
+        self.share = 1.0
+        """Bytes read of objects per byte of their KV; progressive ones: of what is read first."""
 
     @property
     def available(self) -> bool:
@@ -127,8 +131,11 @@ class Guarded(Tier):
         return not self._probing and self._clock() >= self._retry
 
     def cost(self, nbytes: int) -> float | None:
-        """Seconds that reading so many bytes should take; None before the first read."""
-        return self.reads.of(nbytes)
+        """Seconds that reading so many bytes of plain KV should take, encoded as this tier has it;
+        None before the first read, and when the last is long ago: it was slow, perhaps."""
+        if self._clock() - self._read_at > _STALE:
+            return None
+        return self.reads.of(round(nbytes * self.share))
 
     def figures(self) -> dict[str, float]:
         """Counters and holdings as plain numbers."""
@@ -177,13 +184,17 @@ class Guarded(Tier):
 
     async def read(self, reads: Sequence[Read]) -> None:
         fresh = [read for read in reads if read.object is None]
-        before = sum(_loaded(read) for read in reads)
+        before = sum(r.object.arrived for r in reads if r.object)
         began = self._clock()
         failed = await self._call(lambda: self.tier.read(reads))
         if failed is None:
-            nbytes = sum(_loaded(read) for read in reads) - before
+            nbytes = sum(r.object.arrived for r in reads if r.object) - before
             if nbytes:
                 self.reads.add(nbytes, self._clock() - began)
+                self._read_at = self._clock()
+            for read in fresh:
+                if read.object is not None and read.object.loaded:
+                    self.share += (_share(read.object) - self.share) / min(10, self.reads.reads)
             return
         for read in reads:
             read.lost = failed
@@ -249,9 +260,8 @@ class Guarded(Tier):
         self._retry = self._clock() + self._limits.probe
 
 
-def _loaded(read: Read) -> int:
-    """Bytes that have come, header included."""
-    if read.object is None or not read.object.loaded:
-        return 0
-    last = read.object.header.frames[read.object.loaded - 1]
-    return last.offset + last.stored
+def _share(object: Object) -> float:
+    """Bytes that have come, per byte of the KV that they stand for."""
+    header = object.header
+    groups = min(object.loaded, header.groups)
+    return object.arrived / sum(f.raw for f in header.frames[:groups])

@@ -70,7 +70,7 @@ def test_every_decoder_is_there_and_has_a_name() -> None:
     names = dict(zip(table.NAMES.values(), table.NAMES, strict=True))
     assert names == {
         "planes": 1, "zstd": 2, "lz4": 3, "fp8": 4, "int8": 5, "int4": 6, "turboquant": 7,
-        "rans": 8, "cachegen": 9, "aesgcm": 10,
+        "rans": 8, "cachegen": 9, "aesgcm": 10, "progressive": 11,
     }, "ids are part of the format"  # fmt: skip
 
 

@@ -37,6 +37,14 @@ def header(tokens: int = 50, group: int = 2) -> Header:
     )
 
 
+def scanned(h: Header, scans: int, codecs: bytes = b"\x0b") -> Header:
+    """The same as a progressive codec would leave it; plain where no codecs are said."""
+    raw = [f.raw for f in h.frames] * scans
+    stored = [n // 8 if codecs else n for n in raw]
+    frames = plan_frames(header_size(len(raw), 2), raw, stored)
+    return h._replace(frames=tuple(f._replace(codecs=codecs) for f in frames), scans=scans)
+
+
 def whole() -> bytes:
     """A sealed object as bytes, its frames filled with a counter."""
     h, arena = header(), Arena(1 << 20, huge_pages=False)
@@ -97,6 +105,14 @@ def test_a_header_says_what_was_said() -> None:
     assert [f._replace(checksum=0) for f in h.frames] == list(plain.frames)
 
 
+@pytest.mark.parametrize("scans", [1, 2, 3])
+def test_scans(scans: int) -> None:
+    h = scanned(header(), scans)
+    assert Header.unpack(h.pack()) == h
+    assert h.groups == 3
+    assert len(h.frames) == 3 * scans
+
+
 @given(st.integers(0, len(whole()) * 8 - 1))
 def test_no_flipped_bit_is_believed(bit: int) -> None:
     raw = bytearray(whole())
@@ -146,6 +162,10 @@ def test_another_object_is_not_taken_for_this_one() -> None:
         {"links": b""},
         {"links": b"x" * 64},
         {"group": 3},
+        {"scans": 3},
+        {"scans": 2, "frames": header().frames[:2]},
+        {"scans": 2, "frames": scanned(header(), 2, b"").frames},
+        {"scans": 1, "frames": scanned(header(), 2).frames},
     ],
     ids=str,
 )

@@ -1,0 +1,48 @@
+"""How much of progressive objects to read, and when to compute instead.
+
+After CacheGen's controller (arXiv 2310.07240, section 5.3), which before each chunk chooses one of
+several encodings by the throughput of the chunk before, or has the chunk computed. Here a chunk is
+one stream whose beginning is all of it, coarsely. So nothing must be foretold for the chunk at
+hand: its coarsest scan is read, that shows what the link gives now, and finer scans follow while
+there is time for them and for the same of all chunks behind. And what was begun can be given up at
+the last moment at which computing the rest still ends in time. Only chunks behind are foretold, by
+what bytes have taken on average, which one slow chunk does not upset.
+
+Pure: `get` drives it by the clock, and a test by simulated links.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SPARE = 0.9
+"""Share of the time left that is planned with; the rest is for decoding, placing and surprise."""
+
+
+class Outlook(NamedTuple):
+    """What is known of chunks that travel together, when they are about to be read."""
+
+    left: float
+    """Seconds until all should be in place, or computed."""
+    compute: float
+    """Seconds to compute these chunks and all behind; 0: not known."""
+    usual: float
+    """Seconds that a byte has taken on average; 0: not known."""
+    behind: float
+    """How many times as much as these comes behind them."""
+
+    def hopeless(self, coarsest: float) -> bool:
+        """Computing is quicker than reading even the coarsest scan of these and all behind, which
+        has `coarsest` bytes here."""
+        return bool(self.compute) and coarsest * (1 + self.behind) * self.usual > self.compute
+
+    def patience(self) -> float | None:
+        """Seconds that the coarsest scan may take: then computing can still end in time. None:
+        computing would be too late already, or nobody knows."""
+        last = self.left - self.compute
+        return last if self.compute and last > 0 else None
+
+    def finer(self, step: int, upto: int, now: float) -> bool:
+        """Whether there is time for one scan more: `step` bytes here, with which `upto` bytes here
+        are read in all, as much of each chunk behind. `now`: seconds a byte takes just now."""
+        return step * now + self.behind * upto * (self.usual or now) <= SPARE * self.left
