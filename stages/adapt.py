@@ -4,9 +4,10 @@ After CacheGen's controller (arXiv 2310.07240, section 5.3), which before each c
 several encodings by the throughput of the chunk before, or has the chunk computed. Here a chunk is
 one stream whose beginning is all of it, coarsely. So nothing must be foretold for the chunk at
 hand: its coarsest scan is read, that shows what the link gives now, and finer scans follow while
-there is time for them and for the same of all chunks behind. And what was begun can be given up at
-the last moment at which computing the rest still ends in time. Only chunks behind are foretold, by
-what bytes have taken on average, which one slow chunk does not upset.
+there is time for them and for the same of all chunks behind. What was begun is given up at the last
+moment at which computing the rest still ends in time; and whatever a link does, nobody waits longer
+than all would have taken to compute, and one group more. Only chunks behind are foretold, by what
+bytes have taken on average, which one slow chunk does not upset.
 
 Pure: `get` drives it by the clock, and a test by simulated links.
 """
@@ -20,29 +21,44 @@ SPARE = 0.9
 
 
 class Outlook(NamedTuple):
-    """What is known of chunks that travel together, when they are about to be read."""
+    """What is known of a group of chunks that travel together, when they are about to be read."""
 
     left: float
     """Seconds until all should be in place, or computed."""
-    compute: float
-    """Seconds to compute these chunks and all behind; 0: not known."""
     usual: float
     """Seconds that a byte has taken on average; 0: not known."""
     behind: float
     """How many times as much as these comes behind them."""
+    compute: float = 0.0
+    """Seconds to compute these chunks and all behind; 0: not known."""
+    ahead: float = 0.0
+    """Seconds by which computing what is in place would have ended later than now."""
 
     def hopeless(self, coarsest: float) -> bool:
         """Computing is quicker than reading even the coarsest scan of these and all behind, which
-        has `coarsest` bytes here."""
-        return bool(self.compute) and coarsest * (1 + self.behind) * self.usual > self.compute
+        has `coarsest` bytes here; or too much time is lost already."""
+        reading = coarsest * (1 + self.behind) * self.usual
+        return bool(self.compute) and (reading > self.compute or self._slack <= 0)
 
     def patience(self) -> float | None:
-        """Seconds that the coarsest scan may take: then computing can still end in time. None:
-        computing would be too late already, or nobody knows."""
-        last = self.left - self.compute
-        return last if self.compute and last > 0 else None
+        """Seconds that the coarsest scan may take before these and all behind are computed. None:
+        how long that takes is not known."""
+        if not self.compute:
+            return None
+        in_time = self.left - self.compute
+        return min(self._slack, in_time) if in_time > 0 else self._slack
+
+    @property
+    def _slack(self) -> float:
+        return self.ahead + self.compute / (1 + self.behind)
 
     def finer(self, step: int, upto: int, now: float) -> bool:
         """Whether there is time for one scan more: `step` bytes here, with which `upto` bytes here
         are read in all, as much of each chunk behind. `now`: seconds a byte takes just now."""
+        if self.compute and step * now > self._slack:
+            return False
         return step * now + self.behind * upto * (self.usual or now) <= SPARE * self.left
+
+    def after(self, seconds: float) -> Outlook:
+        """The same, so many seconds later."""
+        return self._replace(left=self.left - seconds, ahead=self.ahead - seconds)

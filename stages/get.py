@@ -127,8 +127,7 @@ class Get(LoopStage):
                     again.append(piece)
                 else:
                     batch.lose(piece, code)
-            outlook = outlook._replace(left=outlook.left - seconds)
-            await self._finer(tier, came, outlook, seconds)
+            await self._finer(tier, came, outlook.after(seconds), seconds)
         finally:
             for read in reads:
                 if read.object is not None:
@@ -137,18 +136,20 @@ class Get(LoopStage):
     def _outlook(self, batch: Batch, group: list[Piece], tier: Guarded) -> Outlook:
         """What is known of a group of pieces before they are read."""
         ticket = batch.ticket
-        end = ticket.deadline
-        if self.options.within is not None:
-            end = min(end, ticket.started + self.options.within)
         here = sum(p.take for p in group)
         first = group[0].index
         behind = sum(p.take for p in ticket.pieces if p.index > first and p.object is None) - here
-        compute = 0.0
-        if ticket.prefill_rate and self.options.within is not None:
-            total = ticket.span.tokens if ticket.span else len(ticket.tokens)
-            compute = (total - group[0].start) / ticket.prefill_rate
-        left = end - time.monotonic()
-        return Outlook(left, compute, tier.reads.per_byte, max(0, behind) / here)
+        now = time.monotonic()
+        outlook = Outlook(ticket.deadline - now, tier.reads.per_byte, max(0, behind) / here)
+        if self.options.within is None:
+            return outlook
+        left = min(outlook.left, ticket.started + self.options.within - now)
+        if not ticket.prefill_rate:
+            return outlook._replace(left=left)
+        total = ticket.span.tokens if ticket.span else len(ticket.tokens)
+        compute = (total - group[0].start) / ticket.prefill_rate
+        ahead = total / ticket.prefill_rate - compute - (now - ticket.started)
+        return outlook._replace(left=min(left, compute + ahead), compute=compute, ahead=ahead)
 
     def _enough(self, batch: Batch, group: list[Piece], outlook: Outlook, tier: Guarded) -> bool:
         """Lose what is quicker to compute by now, and so all that lies behind it."""
@@ -173,11 +174,10 @@ class Get(LoopStage):
         for scan in range(2, max(o.header.scans for o in objects) + 1):
             reads = [Read(o.header.key, scan * o.header.groups, o) for o in objects]
             upto = sum(o.bytes_upto(r.upto) for o, r in zip(objects, reads, strict=True))
-            left = outlook.left - (time.monotonic() - began)
-            step = upto - sum(o.arrived for o in objects)
-            if not outlook._replace(left=left).finer(step, upto, now):
+            later = outlook.after(time.monotonic() - began)
+            if not later.finer(upto - sum(o.arrived for o in objects), upto, now):
                 return
-            with anyio.move_on_after(left):
+            with anyio.move_on_after(later.left):
                 await tier.read(reads)
             if any(r.lost is not None for r in reads):
                 return  # what has come will do
