@@ -15,7 +15,9 @@ from tierloom.adapters.quality_arms import Stored
 from tierloom.adapters.quality_documents import Sizes
 from tierloom.adapters.quality_measure import references, score, subject_of
 from tierloom.stages.codecs import calibration
-from tierloom.stages.codecs.cachegen import _HEAD, LEVELS, CacheGen, CacheGenOptions, Head
+from tierloom.stages.codecs.cachegen import CacheGen, CacheGenOptions
+from tierloom.stages.codecs.cachegen_coder import HEAD, Head
+from tierloom.stages.codecs.cachegen_frame import STEPS
 from tierloom.stages.codecs.shape import FrameShape, Site
 from tierloom.stages.codecs.table import decode_frame
 from tierloom.stages.errors import BadObject, ConfigError, TierloomError
@@ -114,7 +116,7 @@ def test_safetensors_reads_it(data: bytes) -> None:
 
 
 def test_frames_are_smaller_and_as_good(subject: Subject) -> None:
-    data = calibrate.calibrate(subject, LEVELS)  # steps as they are without it
+    data = calibrate.calibrate(subject, STEPS)  # steps as they are without it
     captured = references(subject, TINY, 2)
     found = []
     for with_file in (False, True):
@@ -133,7 +135,7 @@ def test_a_frame_names_its_calibration(data: bytes, kv: torch.Tensor, start: int
     path = kept(data)
     part = kv[:, :, start : start + 64]
     frame, shape, site = encoded(path, part, start)
-    assert Head(*_HEAD.unpack_from(frame.data)).calibration == calibration.read(path).id
+    assert Head(*HEAD.unpack_from(frame.data)).calibration == calibration.read(path).id
     out = decode_frame(frame.data, shape, frame.codecs, site)
     y = torch.frombuffer(bytearray(out), dtype=torch.bfloat16).view(part.shape).float()
     assert (y - part.float()).norm() < 0.2 * part.float().norm()
@@ -156,16 +158,16 @@ def test_without_its_calibration_a_frame_is_a_miss(
 
 def test_another_start_or_layer_is_another_frame(data: bytes, kv: torch.Tensor) -> None:
     frame, shape, site = encoded(kept(data), kv[:, :, :64], 0)
-    head = Head(*_HEAD.unpack_from(frame.data))
+    head = Head(*HEAD.unpack_from(frame.data))
     for change in ({"layer": 1}, {"kv_head": 1}, {"level": 3}, {"calibration": 1}):
-        wrong = _HEAD.pack(*head._replace(**change)) + bytes(frame.data)[_HEAD.size :]
+        wrong = HEAD.pack(*head._replace(**change)) + bytes(frame.data)[HEAD.size :]
         with pytest.raises(BadObject):
             decode_frame(wrong, shape, frame.codecs, site)
 
 
 def test_what_the_model_never_did_is_coded_without(data: bytes, kv: torch.Tensor) -> None:
     frame, shape, site = encoded(kept(data), kv[:, :, :64] * 1e9, 0)
-    assert Head(*_HEAD.unpack_from(frame.data)).calibration == 0
+    assert Head(*HEAD.unpack_from(frame.data)).calibration == 0
     decode_frame(frame.data, shape, frame.codecs, site)
 
 

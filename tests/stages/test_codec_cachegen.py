@@ -11,7 +11,8 @@ import pytest
 import torch
 from contracts import CodecContract, noise
 
-from tierloom.stages.codecs.cachegen import _HEAD, CacheGen, CacheGenOptions, Head
+from tierloom.stages.codecs.cachegen import CacheGen, CacheGenOptions
+from tierloom.stages.codecs.cachegen_coder import HEAD, Head
 from tierloom.stages.codecs.cachegen_tables import standard
 from tierloom.stages.codecs.encode import Encode
 from tierloom.stages.codecs.rope import frequencies
@@ -94,7 +95,7 @@ def test_side_data_at_256_tokens() -> None:
     """All but words and spared tokens: at most 0.12 bits an element, on a small model's frame."""
     x = noise(2, 4, 256, 3, 64).bfloat16()
     frame, _, _ = TestCacheGen().encode(x, 256)
-    words = Head(*_HEAD.unpack_from(frame.data)).words
+    words = Head(*HEAD.unpack_from(frame.data)).words
     assert 8 * (len(frame.data) - 2 * words) <= 0.12 * x.numel()
 
 
@@ -103,7 +104,7 @@ def test_escapes() -> None:
     x = noise(2, 2, 256, 2, 64).bfloat16()
     x[1, 1, 100, 1, 7], x[0, 0, 9, 0, 0], x[1, 0, 255, 1, 63] = 400, -900, 1000
     frame, y = TestCacheGen().there_and_back(x, 256)
-    assert Head(*_HEAD.unpack_from(frame.data)).escapes >= 3
+    assert Head(*HEAD.unpack_from(frame.data)).escapes >= 3
     assert (x - y).abs().max() < 8
 
 
