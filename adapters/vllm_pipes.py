@@ -15,6 +15,7 @@ import numpy as np
 
 from ..pipeline.check import load
 from ..pipeline.pipeline import Pipeline
+from ..stages.base import ModelFacts
 from ..stages.errors import LayoutError
 from ..stages.lookup import Lookup
 from .vllm_identity import weights_id
@@ -114,6 +115,7 @@ def open_pipes(
                 model=conf.settings.name, weights=weights,
                 layers=None if alone else (first, last), heads=heads, part=share.part,
                 backend=share.backend, replica=twin, watch=True,
+                facts=ModelFacts(model.get_total_num_hidden_layers()),
             )  # fmt: skip
             pipes.append(Pipe(share, pipe))
             _prove(share, pipe)

@@ -25,6 +25,7 @@ from .worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ..stages.base import ModelFacts
     from ..stages.layout import KVLayout
     from ..stages.ticket import Receipt
     from .graph import PipelineSpec
@@ -52,12 +53,13 @@ class Pipeline:
         heads: tuple[int, int] | None = None,
         part: str = "",
         backend: str = "",
+        facts: ModelFacts | None = None,
         replica: bool = False,
         watch: bool = False,
     ) -> None:
         """`layers`, `heads`, `part`: which share of the model's KV `layout` holds. `backend`: whose
         native blocks these are, where the layout alone does not say it. `replica`: another process
-        stores the same KV. `watch`: `changes()` will be called. Raises ConfigError, TierDown."""
+        has the same KV. `watch`: `changes()` will be called. Raises ConfigError, TierDown."""
         self.spec, self.layout = spec, layout
         self.native = _native(spec, layout)
         self.geometry = layout.geometry(native=self.native)
@@ -75,7 +77,7 @@ class Pipeline:
         self._tables = Tables()
         self._proven: set[tuple[Any, ...]] = set()
         self._worker = Worker(
-            spec, self.geometry, layout.device, self._base, replica=replica, watch=watch
+            spec, self.geometry, layout.device, self._base, facts, replica=replica, watch=watch
         )
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
         self._flows, self._portal = self._worker.flows, self._worker.portal
@@ -304,9 +306,7 @@ class Pipeline:
 
     def _question(self, tokens: Any, **names: Any) -> Ticket:
         """A ticket that only asks."""
-        return self._ticket(
-            "retrieve", tokens, np.empty(0, np.int64), None, None, **names
-        )
+        return self._ticket("retrieve", tokens, np.empty(0, np.int64), None, None, **names)
 
     def _seed_of(self, salt: str, adapter: str, tags: tuple[tuple[str, str], ...]) -> bytes:
         """The digest that starts a tenant's chains."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 
 from ..stages.arena import Arena
-from ..stages.base import Context
+from ..stages.base import Context, ModelFacts
 from ..stages.copy import warm_up
 from ..stages.errors import Lost
 from ..stages.space import PAGE
@@ -45,13 +45,14 @@ class Worker:
     """Opened whole or not at all; `close()` gives everything back."""
 
     def __init__(
-        self, spec: PipelineSpec, geometry: Geometry, device: str, names: Namespace, *,
-        replica: bool = False, watch: bool = False,
+        self, spec: PipelineSpec, geometry: Geometry, device: str, names: Namespace,
+        facts: ModelFacts | None = None, *, replica: bool = False, watch: bool = False,
     ) -> None:  # fmt: skip
         """`names`: whose digest every object carries. `watch`: keep `changes`, which the
         caller must empty. Raises ConfigError, TierDown."""
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
+        self._facts = facts or ModelFacts()
         self.changes: deque[Change] = deque()
         self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
         kept = sum(spec.tiers[n].options.capacity for n in self._memory)
@@ -108,7 +109,8 @@ class Worker:
         g = self._geometry
         ctx = Context(
             graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
-            namespace=self._names.digest, names=self._names, replica=self._replica,
+            namespace=self._names.digest, names=self._names, facts=self._facts,
+            replica=self._replica,
             trusted=self._memory if self._spec.verify == "remote" else frozenset(),
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip

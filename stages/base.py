@@ -86,6 +86,14 @@ class ChunkOptions:
             raise ValueError(f"grain {self.grain} does not divide tokens {self.tokens}")
 
 
+class ModelFacts(NamedTuple):
+    """What an engine knows of the whole model, of which a pipeline may keep a share. No part of any
+    name: it says how KV is best coded, not whose it is."""
+
+    layers: int = 0
+    """0: not known."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
     """What a stage may know: the pipeline it serves, nothing of the graph it stands in."""
@@ -99,6 +107,7 @@ class Context:
     """Digest that every object of this pipeline carries."""
     names: Namespace
     """What `namespace` is the digest of: model, RoPE, which layers and heads of it."""
+    facts: ModelFacts
     replica: bool
     """Another process stores the same KV: this one leaves tiers that both can read to it."""
     trusted: frozenset[str]

@@ -184,6 +184,63 @@ def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, valu
     return used
 
 
+@njit(nogil=True, cache=True)
+def quantise_tokens(x, most, tops, q):
+    """CacheGen's own rule: ``x ~ q / most * top``, where `top` is the largest |x| of a token.
+
+    x bits [planes, tokens, channels]; `most` int32 [planes], the largest q; `tops` bits like x
+    [planes, tokens] and q int16 like x are filled. False where a number is not finite."""
+    planes, tokens, channels = x.shape
+    for p in range(planes):
+        limit = _F(most[p])
+        for t in range(tokens):
+            row, out = x[p, t], q[p, t]
+            top = magnitude(row[0])
+            for c in range(channels):
+                top = max(top, magnitude(row[c]))
+            top = as_like(top, row[0])
+            if infinite(top):
+                return False
+            tops[p, t] = top
+            scale = to_float(top)
+            scale = scale if scale > _F(0) else _F(1)
+            for c in range(channels):
+                r = (to_float(row[c]) / scale * limit + _MAGIC) - _MAGIC
+                out[c] = np.int16(np.int32(r))
+    return True
+
+
+@njit(nogil=True, cache=True)
+def dequantise_tokens(symbols, centres, most, tops, places, values, x):
+    """The inverse of `quantise_tokens` and `to_symbols`, between which `centres` int8 [planes,
+    channels] were taken from q; fills `x`. Returns what `dequantise` does; -1 where a top is not
+    finite."""
+    planes, tokens, channels = symbols.shape
+    y = np.empty(channels, np.float32)
+    used = np.int64(0)
+    row_at = np.int64(0)
+    for p in range(planes):
+        limit = _F(most[p])
+        for t in range(tokens):
+            if infinite(magnitude(tops[p, t])):
+                return np.int64(-1)
+            row, top = symbols[p, t], to_float(tops[p, t])
+            for c in range(channels):
+                q = np.int32(row[c]) - np.int32(CENTRE) + np.int32(centres[p, c])
+                y[c] = _F(q) / limit * top
+            while used < len(places):
+                at = np.int64(places[used]) - row_at
+                if at < 0 or at >= channels:
+                    break
+                y[at] = _F(values[used] + centres[p, at]) / limit * top
+                used += 1
+            row_at += channels
+            out = x[p, t]
+            for c in range(channels):
+                out[c] = to_bits(y[c], out[c])
+    return used
+
+
 @njit(nogil=True)
 def _load(row, y):
     """`y` float32 becomes the row; False where a number is not finite."""

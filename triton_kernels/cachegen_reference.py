@@ -44,6 +44,26 @@ def dequantise_reference(
     return y
 
 
+def quantise_tokens_reference(
+    x: Floats, most: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int16], Floats]:
+    """q like x [planes, tokens, channels], and the largest |x| of each token."""
+    tops = np.abs(x).max(axis=2)
+    scale = np.where(tops > 0, tops, np.float32(1))[..., None]
+    limit = most.astype(np.float32)[:, None, None]
+    q: npt.NDArray[np.int16] = np.rint(x / scale * limit).astype(np.int16)
+    return q, tops
+
+
+def dequantise_tokens_reference(
+    q: npt.NDArray[np.int32], most: npt.NDArray[np.int32], tops: Floats
+) -> Floats:
+    """x like q, before it is rounded to its dtype."""
+    limit = most.astype(np.float32)[:, None, None]
+    y: Floats = q.astype(np.float32) / limit * tops[..., None]
+    return y
+
+
 def _turn(y: Floats, cos: Floats, sin: Floats, dim: int) -> Floats:
     planes, tokens, channels = y.shape
     half = cos.shape[1]

@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ConfigError
-from . import cachegen_frame
+from ..errors import BadObject, ConfigError
+from . import cachegen_frame, cachegen_paper
 from .cachegen_coder import HEAD, Head, grid_of
 from .cachegen_frame import STEPS, Frame, modelled
 from .calibration import for_model, read
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .lossy import Array
     from .shape import Bytes, FrameShape, Site
 
+LEVELS = (*STEPS, *cachegen_paper.BINS)
+"""By number, as heads name them."""
 FIRST = 4
 """Tokens at the start of a sequence that are kept as they are."""
 
@@ -41,40 +43,45 @@ FIRST = 4
 class CacheGenOptions:
     """How much may be lost."""
 
-    level: Literal["high", "default", "small"] = "default"
-    """About 4.8, 3.3 and 2.4 bits an element; KL on a small model 7e-4, 5e-3 and 3e-2 nats."""
+    level: Literal["high", "default", "small", "paper-1", "paper-2", "paper-3"] = "default"
+    """About 4.8, 3.3 and 2.4 bits an element; KL on a small model 7e-4, 5e-3 and 3e-2 nats. Those
+    of `paper` quantise as CacheGen's released code does (3 loses least), for comparison."""
     calibration: str | None = None
     """A file that `tierloom calibrate` wrote; none: that of the model, where there is one in
     ~/.cache/tierloom/calibrations. Readers need it too."""
 
 
 class CacheGen(Lossy):
-    """Frames as in `cachegen_frame.py`."""
+    """Frames as in `cachegen_frame.py`, or as in `cachegen_paper.py`, which the level says."""
 
     Options = CacheGenOptions
     codec = CACHEGEN
 
     def __init__(self, options: CacheGenOptions, ctx: Context) -> None:
-        self._freqs, self._layer, self._head = NONE, 0, 0
+        self._freqs, self._layer, self._head, self._depth = NONE, 0, 0, 0
         if ctx is not None:
+            self._depth = max(ctx.facts.layers, ctx.names.layers[1])
             self._layer, self._head = ctx.names.layers[0], ctx.names.heads[0]
             self._freqs = frequencies(ctx.names.rope, ctx.geometry.dim)
         self._model = _model(options, ctx)
         super().__init__(options, ctx)
 
     def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+        rows = x.reshape(shape.planes, shape.tokens, shape.channels)
+        layer, level = self._layer + shape.first_layer, LEVELS.index(self.options.level)
+        if self.options.level in cachegen_paper.BINS:
+            depth = max(self._depth, layer + shape.layers)
+            most = cachegen_paper.most_of(self.options.level, shape, layer, depth)
+            head = Head(1, level, 0, 0, layer, self._head, 0, 0, 0, 0)
+            return cachegen_paper.encoded(rows, head, shape, most)
         first = min(max(FIRST - shape.start, 0), shape.tokens) if shape.start >= 0 else 0
         grid = grid_of(shape, first)
         if grid is None:
             return None
         known = shape.start >= 0 and shape.kv == 2  # one plane of K and V is a latent
         model = self._model if known else None
-        level = list(STEPS).index(self.options.level)
-        head = Head(
-            1, level, first, 0, self._layer + shape.first_layer, self._head,
-            max(shape.start, 0), 0, 0, model.id if model else 0,
-        )  # fmt: skip
-        rows = x.reshape(shape.planes, shape.tokens, shape.channels)
+        start, id = max(shape.start, 0), model.id if model else 0
+        head = Head(1, level, first, 0, layer, self._head, start, 0, 0, id)
         if model:
             frame = Frame(head, shape, grid, model.freqs)
             made = frame.encoded(rows, modelled(model, head, shape), ())
@@ -88,7 +95,12 @@ class CacheGen(Lossy):
 
 def from_cachegen(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
     """Inverse of `CacheGen.quantise`. Raises BadObject, also where a calibration is not at hand."""
-    return cachegen_frame.decoded(data, Head(*head_of(data, HEAD, shape)), shape)
+    head = Head(*head_of(data, HEAD, shape))
+    if head.level >= len(LEVELS):
+        raise BadObject(f"cachegen: level {head.level} is unknown to this tierloom")
+    if LEVELS[head.level] in cachegen_paper.BINS:
+        return cachegen_paper.decoded(data, head, shape)
+    return cachegen_frame.decoded(data, head, shape)
 
 
 def _model(options: CacheGenOptions, ctx: Context | None) -> Calibration | None:

@@ -16,7 +16,7 @@ from ...triton_kernels.rans_cpu import decode_streams, encode_streams
 from ...triton_kernels.rans_format import DONE, StreamGrid
 from ..errors import BadObject
 from .cachegen_tables import BITS
-from .shape import ELEMENTS
+from .shape import ELEMENTS, fresh
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -88,6 +88,19 @@ def coded(
     found = encode_streams(grid, book.tables, symbols, tabid, words, counts, states, status)
     assert (status == DONE).all(), "every symbol within reach has a frequency"
     return states, counts, places, values, first, words[:found]
+
+
+def framed(
+    head: Head, shape: FrameShape, grid: StreamGrid, parts: tuple[Array, ...],
+    own: tuple[Array, ...], own_parts: tuple[Part, ...],
+) -> memoryview:  # fmt: skip
+    """A frame's bytes: its head, `parts` as `coded` leaves them, and arrays of its own, if any."""
+    head = head._replace(escapes=len(parts[2]), words=len(parts[5]))
+    layout = coded_parts(shape, head, grid) + (own_parts if own else ())
+    made, arrays = fresh(HEAD.pack(*head), layout)
+    for array, part in zip(arrays, (*parts, *own), strict=True):
+        array[...] = part
+    return made
 
 
 def symbols_of(

@@ -14,11 +14,11 @@ import numpy as np
 
 from ...triton_kernels import cachegen_cpu as cpu
 from ..errors import BadObject
-from .cachegen_coder import HEAD, coded, coded_parts, grid_of, symbols_of
+from .cachegen_coder import HEAD, coded, coded_parts, framed, grid_of, symbols_of
 from .cachegen_tables import Codebook, standard
 from .calibration import by_id
 from .lossy import as_bytes, blank
-from .shape import fresh, parted
+from .shape import parted
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -130,19 +130,6 @@ def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
     if used != len(places):
         raise BadObject("cachegen: escapes out of their places")
     return as_bytes(x)
-
-
-def framed(
-    head: Head, shape: FrameShape, grid: StreamGrid, parts: tuple[Array, ...],
-    own: tuple[Array, ...], own_parts: tuple[Part, ...],
-) -> memoryview:  # fmt: skip
-    """A frame's bytes: its head, `parts` as `coded` leaves them, and arrays of its own, if any."""
-    head = head._replace(escapes=len(parts[2]), words=len(parts[5]))
-    layout = coded_parts(shape, head, grid) + (own_parts if own else ())
-    made, arrays = fresh(HEAD.pack(*head), layout)
-    for array, part in zip(arrays, (*parts, *own), strict=True):
-        array[...] = part
-    return made
 
 
 def modelled(model: Calibration, head: Head, shape: FrameShape) -> Profile:

@@ -59,6 +59,37 @@ def test_there_and_back(dtype: torch.dtype, first: int, turned: int, half: int) 
     assert np.array_equal(back[:, first:], bits_of(torch.from_numpy(exact).to(dtype)))
 
 
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_tokens_there_and_back(dtype: torch.dtype) -> None:
+    """The rule of the paper."""
+    make = torch.Generator().manual_seed(7)
+    x = (torch.randn(4, 37, 192, generator=make) * 3).to(dtype)
+    x[1, 5] = 0
+    most = np.array([15, 7, 5, 1], np.int32)
+    q, tops = np.full(x.shape, 77, np.int16), np.full(x.shape[:2], 77, BITS[dtype])
+    assert cpu.quantise_tokens(bits_of(x), most, tops, q)
+    wanted, largest = reference.quantise_tokens_reference(x.float().numpy(), most)
+    assert np.array_equal(q, wanted)
+    assert np.array_equal(tops, bits_of(torch.from_numpy(largest).to(dtype)))
+    assert np.abs(q).max((1, 2)).tolist() == most.tolist()
+
+    centres = np.rint(wanted.mean(1)).astype(np.int8)
+    centres[2] = -9
+    q -= centres[:, None]
+    reach, tabid = np.array([127, 3], np.int32), np.zeros((4, 192), np.uint8)
+    tabid[0, ::2] = 1
+    symbols = np.full(q.shape, 77, np.uint8)
+    places, values = np.empty(q.size, np.uint32), np.empty(q.size, np.int32)
+    found = cpu.to_symbols(q, reach, tabid, symbols, places, values)
+    back = np.full(x.shape, 77, BITS[dtype])
+    escapes = places[:found].copy(), values[:found].copy()
+    assert cpu.dequantise_tokens(symbols, centres, most, tops, *escapes, back) == found > 0
+    exact = reference.dequantise_tokens_reference(wanted.astype(np.int32), most, largest)
+    assert np.array_equal(back, bits_of(torch.from_numpy(exact).to(dtype)))
+    tops[3, 36] = bits_of(torch.tensor([float("inf")], dtype=dtype))[0]
+    assert cpu.dequantise_tokens(symbols, centres, most, tops, *escapes, back) == -1
+
+
 def test_moments() -> None:
     x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)) + 100
     freqs = np.float32([0.5, 0.1])
@@ -79,6 +110,9 @@ def test_what_cannot_be_rounded(bad: float) -> None:
     scales = np.zeros((1, 64), np.float32), np.ones((1, 64), np.float32)
     q = np.empty((1, 3, 64), np.int16)
     assert not cpu.quantise(bits_of(x), 0, 0, none, none, 64, *scales, q)
+    if not np.isfinite(bad):
+        most, tops = np.ones(1, np.int32), np.empty((1, 3), np.uint32)
+        assert not cpu.quantise_tokens(bits_of(x), most, tops, q)
 
 
 def test_the_cheapest_table_is_chosen() -> None:

@@ -11,11 +11,15 @@ import pytest
 import torch
 from contracts import CodecContract, noise
 
-from tierloom.stages.codecs.cachegen import CacheGen, CacheGenOptions
+from tierloom.stages.codecs import cachegen_paper
+from tierloom.stages.codecs.cachegen import LEVELS, CacheGen, CacheGenOptions
 from tierloom.stages.codecs.cachegen_coder import HEAD, Head
+from tierloom.stages.codecs.cachegen_paper import most_of
 from tierloom.stages.codecs.cachegen_tables import standard
 from tierloom.stages.codecs.encode import Encode
 from tierloom.stages.codecs.rope import frequencies
+from tierloom.stages.codecs.shape import FrameShape
+from tierloom.stages.errors import BadObject
 
 ROPE = '{"rope_type": "default", "rope_theta": 10000.0}'
 
@@ -67,6 +71,67 @@ class TestSmall(TestCacheGen):
     level = "small"
     step = 0.85
     per_element = 2.85
+
+
+class TestPaper(CodecContract):
+    """CacheGen's own quantiser: half of a token's largest number over the largest symbol."""
+
+    level = "paper-3"
+    per_element = 4.3
+
+    def encoder(self) -> Encode:
+        return CacheGen(CacheGenOptions(level=self.level), None)  # type: ignore[arg-type]
+
+    def check(self, x: Any, y: Any) -> None:
+        tops = x.abs().amax((3, 4), keepdim=True).double()
+        most = most_of(self.level, FrameShape(*x.shape, "float32"), 0, x.shape[1])
+        bound = 0.5 * tops / torch.from_numpy(most).view(*x.shape[:2], 1, 1, 1)
+        assert ((x.double() - y.double()).abs() <= bound * 1.001 + 2**-8 * tops + 1e-6).all()
+
+
+class TestPaper2(TestPaper):
+    level = "paper-2"
+    per_element = 3.7
+
+
+class TestPaper1(TestPaper):
+    level = "paper-1"
+    per_element = 3.0
+
+
+@pytest.mark.parametrize("level", cachegen_paper.BINS)
+def test_bins_of_the_paper(level: str) -> None:
+    """Of Mistral-7B, 32 layers, as its artifact has them; of others in the same shares."""
+    shape = FrameShape(2, 4, 1, 1, 1, "bfloat16")
+    most = [most_of(level, shape, i, 32).tolist() for i in range(0, 32, 4)]
+    k, v = ([2 * m + 2 for row in most for m in row[at]] for at in (slice(4), slice(4, 8)))
+    assert (k, v) == {
+        "paper-3": ([32] * 32, [32] * 32),
+        "paper-2": ([32] * 10 + [16] * 22, [32] * 2 + [16] * 30),
+        "paper-1": ([16] * 20 + [12] * 12, [16] * 2 + [12] * 30),
+    }[level]
+    deep = most_of(level, shape._replace(layers=80), 0, 80).tolist()  # 2.5 times as many
+    assert [2 * m + 2 for m in deep[:80]] == [k[2 * i // 5] for i in range(80)]
+
+
+def test_a_symbol_more_than_the_paper_has_is_refused() -> None:
+    case = TestPaper()
+    frame, shape, site = case.encode(noise(2, 1, 40, 2, 64).bfloat16(), 0)
+    data, at = bytearray(frame.data), len(frame.data) - 2 * (1 + 2 * 40 + 2 * 128)
+    assert data[at : at + 2] == bytes((15, 15))
+    data[at] = 0
+    case.refused(frame._replace(data=bytes(data)), shape, site)
+    data[at : at + 4] = bytes((15, 15, 0x80, 0x7F))  # the first scale: infinite
+    case.refused(frame._replace(data=bytes(data)), shape, site)
+
+
+def test_a_level_of_the_future_is_refused() -> None:
+    case = TestCacheGen()
+    frame, shape, site = case.encode(noise(2, 1, 40, 2, 64).bfloat16(), 0)
+    data = bytearray(frame.data)
+    data[1] = len(LEVELS)
+    with pytest.raises(BadObject, match="level 6 is unknown"):
+        case.decode(frame._replace(data=bytes(data)), shape, site)
 
 
 def test_k_turned_back_is_closer_for_the_same_bits() -> None:
