@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from ..stages.codecs import calibration as files
-from ..stages.codecs.cachegen import FIRST
+from ..stages.codecs.cachegen_coder import FIRST
 from ..stages.codecs.cachegen_tables import Codebook, fitted, standard
 from ..stages.codecs.rope import frequencies
 from ..stages.errors import LayoutError

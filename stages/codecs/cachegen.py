@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import BadObject, ConfigError
 from . import cachegen_frame, cachegen_paper
-from .cachegen_coder import HEAD, Head, grid_of
+from .cachegen_coder import HEAD, Head, grid_of, spared
 from .cachegen_frame import STEPS, Frame, modelled
 from .calibration import for_model, read
 from .lossy import Lossy, head_of
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 LEVELS = (*STEPS, *cachegen_paper.BINS)
 """By number, as heads name them."""
-FIRST = 4
-"""Tokens at the start of a sequence that are kept as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +72,7 @@ class CacheGen(Lossy):
             most = cachegen_paper.most_of(self.options.level, shape, layer, depth)
             head = Head(1, level, 0, 0, layer, self._head, 0, 0, 0, 0)
             return cachegen_paper.encoded(rows, head, shape, most)
-        first = min(max(FIRST - shape.start, 0), shape.tokens) if shape.start >= 0 else 0
+        first = spared(shape)
         grid = grid_of(shape, first)
         if grid is None:
             return None

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     Tables = npt.NDArray[np.uint8]
 
 HEAD = Struct("<BBBxHHHxxIIIQ")
+FIRST = 4
+"""Tokens at the start of a sequence that are kept as they are."""
 
 
 class Head(NamedTuple):
@@ -48,6 +50,11 @@ class Head(NamedTuple):
     words: int
     calibration: int
     """0: means, steps and tables' numbers are in the frame."""
+
+
+def spared(shape: FrameShape) -> int:
+    """How many tokens of a frame are kept as they are."""
+    return min(max(FIRST - shape.start, 0), shape.tokens) if shape.start >= 0 else 0
 
 
 def grid_of(shape: FrameShape, first: int) -> StreamGrid | None:
@@ -81,7 +88,7 @@ def coded(
 ) -> tuple[Array, ...]:
     """Numbers q int16 [planes, tokens, channels] as the arrays of `coded_parts`; `first` are the
     tokens that stand before them."""
-    symbols, places, values = _symbols(q, book, tabid)
+    symbols, places, values = to_symbols(q, book, tabid)
     lanes = (grid.planes, grid.groups, grid.lanes)
     counts, status = np.empty(lanes[:2], np.uint32), np.empty(lanes[:2], np.uint8)
     states, words = np.empty(lanes, np.uint32), np.empty(grid.most_words(BITS), np.uint16)
@@ -116,7 +123,7 @@ def symbols_of(
     return symbols
 
 
-def _symbols(q: Array, book: Codebook, tabid: Tables) -> tuple[Array, Array, Array]:
+def to_symbols(q: Array, book: Codebook, tabid: Tables) -> tuple[Array, Array, Array]:
     """Symbols like q, and the escapes: places uint32 and values int32."""
     symbols = np.empty(q.shape, np.uint8)
     room = q.size // 256

@@ -36,7 +36,7 @@ STEPS = {"high": (0.15, 0.15), "default": (0.42, 0.42), "small": (0.85, 0.85)}
 on texts to calibrate by; with other shares of K to V the same bits cost more."""
 _LEAST = 1e-30
 """Deviations below it are of planes that stand still: the inverse of a step would not be finite."""
-_MOST = 2e36
+MOST = 2e36
 """Of a scale: means of 127 units are finite."""
 
 
@@ -67,7 +67,7 @@ class Frame:
             return None
         steps, units, means = found
         tabid = np.empty(means.shape, np.uint8)
-        profile = Profile(_floats(means, units), _spread(steps, means.shape), tabid, standard())
+        profile = Profile(floats(means, units), spread(steps, means.shape), tabid, standard())
         return profile, (freqs, steps, units, means, tabid)
 
     def encoded(self, rows: Array, profile: Profile, own: tuple[Array, ...]) -> memoryview | None:
@@ -80,7 +80,7 @@ class Frame:
         if own:
             cpu.choose_tables(q, profile.book.costs, profile.tabid)
         parts = coded(q, profile.book, profile.tabid, grid, rows[:, : self.head.first])
-        return framed(self.head, shape, grid, parts, own, _own_parts(shape, self.head))
+        return framed(self.head, shape, grid, parts, own, own_parts(shape, self.head))
 
     def _measured(
         self, rows: Array, factors: tuple[float, float]
@@ -96,7 +96,7 @@ class Frame:
         units = np.abs(means).max(axis=1) / 127
         units = np.where(units > _LEAST, units, 0)
         near = np.rint(np.divide(means, units[:, None], where=units[:, None] > 0, out=means * 0))
-        if not max(steps.max(), units.max()) < _MOST:
+        if not max(steps.max(), units.max()) < MOST:
             return None
         scales = steps.astype(np.float32), units.astype(np.float32)
         return *scales, near.clip(-127, 127).astype(np.int8)
@@ -108,8 +108,8 @@ def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
     halved = head.half or head.calibration
     if grid is None or 2 * head.half > shape.dim or (halved and shape.kv != 2):
         raise BadObject(f"cachegen: {head} in {shape}")
-    own_parts = () if head.calibration else _own_parts(shape, head)
-    parts = parted(data, HEAD.size, (*coded_parts(shape, head, grid), *own_parts))
+    more = () if head.calibration else own_parts(shape, head)
+    parts = parted(data, HEAD.size, (*coded_parts(shape, head, grid), *more))
     # Copies are writable, as compiled code knows its arrays.
     states, counts, places, values, spared, words, *own = (part.copy() for part in parts)
     if head.calibration:
@@ -117,9 +117,9 @@ def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
         freqs, profile = model.freqs, modelled(model, head, shape)
     else:
         freqs, steps, units, means, tabid = own
-        if not all((np.abs(a) <= _MOST).all() for a in (freqs, steps, units)):
+        if not all((np.abs(a) <= MOST).all() for a in (freqs, steps, units)):
             raise BadObject("cachegen: scales that no encoder writes")
-        scales = _floats(means, units), _spread(steps, means.shape)
+        scales = floats(means, units), spread(steps, means.shape)
         profile = Profile(*scales, tabid, standard())
     symbols = symbols_of(states, counts, words, profile.book, profile.tabid, grid)
     x = blank(shape)
@@ -147,7 +147,7 @@ def place(head: Head, shape: FrameShape, freqs: Array) -> tuple[int, int, Array,
     return head.first, shape.layers if len(freqs) else 0, *turns, shape.dim
 
 
-def _own_parts(shape: FrameShape, head: Head) -> tuple[Part, ...]:
+def own_parts(shape: FrameShape, head: Head) -> tuple[Part, ...]:
     planes, channels = shape.planes, shape.channels
     return (
         (np.float32, (head.half,)),
@@ -163,10 +163,10 @@ def _turns(start: int, tokens: int, freqs: bytes) -> Turns:
     return cpu.turns(start, tokens, np.frombuffer(freqs, np.float32))
 
 
-def _floats(means: Array, units: Array) -> npt.NDArray[np.float32]:
+def floats(means: Array, units: Array) -> npt.NDArray[np.float32]:
     made: npt.NDArray[np.float32] = means * units[:, None]
     return made
 
 
-def _spread(steps: Array, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def spread(steps: Array, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return np.broadcast_to(steps[:, None], shape).copy()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from contracts import CodecContract, header_of, noise
 
-from tierloom.stages.codecs import cachegen
+from tierloom.stages.codecs import cachegen, cachegen_frame
 from tierloom.stages.codecs.cachegen import CacheGen, CacheGenOptions
 from tierloom.stages.codecs.encode import Encode
 from tierloom.stages.codecs.progressive import STEP, Progressive, ProgressiveOptions
@@ -97,7 +97,7 @@ def test_scans_cost_little_more_than_the_level_alone(
     scans, shape = scans_of(x, start)
     for n in (1, 2, 3):
         step = STEP / 3 ** (n - 1)
-        monkeypatch.setitem(cachegen.LEVELS, "high", (step, step))
+        monkeypatch.setitem(cachegen_frame.STEPS, "high", (step, step))
         alone = CacheGen(CacheGenOptions(level="high"), None)  # type: ignore[arg-type]
         alone._freqs = frequencies(ROPE, 64)
         bits = x.contiguous().view(torch.int32).numpy().view(np.uint32)
