@@ -12,7 +12,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from ..stages.codecs.table import NAMES
+from ..stages.codecs.table import CACHEGEN, NAMES, PROGRESSIVE
 from ..stages.errors import BadObject, ConfigError
 from ..stages.object import LINK, Header
 from ..stages.space import PAGE
@@ -113,13 +113,31 @@ def _frames(raw: bytes, header: Header) -> tuple[Table, int]:
         data = raw[frame.offset : frame.offset + frame.stored]
         good = xxhash.xxh3_64_intdigest(data) == frame.checksum
         bad += not good
-        first = i * header.group
+        first = i % header.groups * header.group
         last = min(first + header.group, header.geometry.layers) - 1
         bits = 8 * frame.stored * header.geometry.itemsize / max(1, frame.raw)  # per element
         codecs = " ".join(NAMES.get(c, f"unknown ({c})") for c in frame.codecs) or "none"
+        codecs += _level(data, frame.codecs, i // header.groups) if good else ""
         table.add_row(
             str(i), f"{first} to {last}",
             f"{frame.offset:,}", f"{frame.stored:,}", f"{frame.raw:,}", f"{bits:.2f}", codecs,
             f"{frame.checksum:016x}", "[green]ok[/]" if good else "[red]bad[/]",
         )  # fmt: skip
     return table, bad
+
+
+def _level(data: bytes, codecs: bytes, scan: int) -> str:
+    """What else there is to say of a frame, where it can be read without a key."""
+    if codecs[:1] not in (bytes((PROGRESSIVE,)), bytes((CACHEGEN,))):
+        return ""
+    from ..stages.codecs import progressive  # brings numba, which a plain object can do without
+    from ..stages.codecs.cachegen import LEVELS
+    from ..stages.codecs.cachegen_coder import HEAD, Head
+
+    if codecs[0] == PROGRESSIVE:
+        return f", to {progressive.LEVELS[scan]}" if scan < len(progressive.LEVELS) else ""
+    if codecs != bytes((CACHEGEN,)) or len(data) < HEAD.size:
+        return ""
+    head = Head(*HEAD.unpack_from(data))
+    level = LEVELS[head.level] if head.level < len(LEVELS) else f"level {head.level}"
+    return f", {level}" + (f" by calibration {head.calibration:016x}" if head.calibration else "")
