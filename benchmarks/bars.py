@@ -38,5 +38,9 @@ BARS = (
     Bar(r"test_hash\[256", "m_tokens_per_s", False, 60, "M tokens/s"),
     Bar(r"test_hash\[32", "m_tokens_per_s", False, 25, "M tokens/s"),
     Bar(r"test_runner\[16", "us_per_chunk", True, 25, "us/chunk"),
+    # The peer: 12 MB/s encoded, 13 decoded.
+    Bar(r"test_codec\[cachegen .*-encode", "mb_per_cpu_s", False, 60, "MB per CPU s"),
+    Bar(r"test_codec\[cachegen .*-decode", "mb_per_cpu_s", False, 130, "MB per CPU s"),
+    Bar(r"test_codec\[int[48]-", "mb_per_cpu_s", False, 1000, "MB per CPU s"),
     Bar(r"test_capacity", "resident_least", False, 0.97, "resident"),
 )

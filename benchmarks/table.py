@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 COLUMNS = ("benchmark", "GB/s", "CPU s/GB", "of memcpy", "x disk", "other", "bar")
-GROUPS = ("store", "retrieve", "kernels", "hash", "graph", "capacity")
+GROUPS = ("store", "retrieve", "kernels", "codecs,", "hash", "graph", "capacity")
 OTHER = {
     "m_tokens_per_s": "{:g} M tokens/s", "m_tokens_per_cpu_s": "{:g} per CPU s",
     "of_sha256": "{:.2f} of one sha256", "us_per_chunk": "{:g} us/chunk",
     "us_kernels": "+ {:g} in kernels", "us_wall_per_request": "{:g} us wall/request",
     "resident": "{:.2%} resident", "resident_least": "least {:.2%}", "payload": "{:.2%} payload",
+    "mb_per_cpu_s": "{:g} MB per CPU s", "bits": "{:g} bits per element",
     "disk_gb_per_s": "disk {:.2f} GB/s",
 }  # fmt: skip
 
