@@ -196,33 +196,12 @@ def _move(
     GATHER: tl.constexpr,
     TILE_BYTES: tl.constexpr,
 ):
-    """Move a tile in pieces of PIECE bytes. WIDE: whatever is added up is a multiple of 16 bytes.
-
-    Strides are divided by 16 and multiplied again so that the compiler sees it: it then joins
-    four words into one access.
-    """
-    DTYPE: tl.constexpr = (
-        tl.int8 if PIECE == 1 else tl.int16 if PIECE == 2 else tl.int32 if PIECE == 4 else tl.int64
-    )
+    """Move a tile in pieces of PIECE bytes."""
     HEAD: tl.constexpr = HEAD_BYTES // PIECE
     WIDTH: tl.constexpr = TILE_BYTES // PIECE
-    UNIT: tl.constexpr = 16 if WIDE else PIECE
-    base = tl.load(plane).to(tl.pointer_type(DTYPE))
-    if WIDE:
-        base = tl.multiple_of(base, 16)
-    block_step = tl.load(plane + 1) // UNIT * (UNIT // PIECE)
-    token_step = tl.load(plane + 2) // UNIT * (UNIT // PIECE)
-    head_step = tl.load(plane + 3) // UNIT * (UNIT // PIECE)
     piece = tile * WIDTH + tl.arange(0, WIDTH)
-    if WIDE:
-        channel = piece % HEAD
-    else:
-        channel = (piece % HEAD) * (tl.load(plane + 4) // PIECE)
-    if HEADS > 1:
-        channel = channel + (piece // HEAD) * head_step
-    there = (slot // BLOCK_TOKENS) * block_step + (slot % BLOCK_TOKENS) * token_step
-    there = base + there[:, None] + channel[None, :]
-    here = tl.multiple_of(frame.to(tl.pointer_type(DTYPE)), 16)
+    there = cells(plane, slot, piece, BLOCK_TOKENS, HEADS, HEAD, PIECE, WIDE)
+    here = tl.multiple_of(frame.to(there.dtype), 16)
     here = here + (row * (HEADS * HEAD))[:, None] + piece[None, :]
     inside = (piece < HEADS * HEAD)[None, :]
     taken = (slot >= 0)[:, None] & inside
@@ -232,3 +211,39 @@ def _move(
     else:
         value = tl.load(here, mask=taken, eviction_policy="evict_first")
         tl.store(there, value, mask=taken)
+
+
+@triton.jit
+def cells(
+    plane,
+    slot,
+    piece,
+    BLOCK_TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    PIECE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Pointers [slots, pieces] into a plane whose rows are HEADS times HEAD pieces of PIECE bytes.
+
+    WIDE: whatever is added up is a multiple of 16 bytes. Strides are divided by 16 and multiplied
+    again so that the compiler sees it: it then joins pieces into one access.
+    """
+    DTYPE: tl.constexpr = (
+        tl.int8 if PIECE == 1 else tl.int16 if PIECE == 2 else tl.int32 if PIECE == 4 else tl.int64
+    )
+    UNIT: tl.constexpr = 16 if WIDE else PIECE
+    base = tl.load(plane).to(tl.pointer_type(DTYPE))
+    if WIDE:
+        base = tl.multiple_of(base, 16)
+    block_step = tl.load(plane + 1) // UNIT * (UNIT // PIECE)
+    token_step = tl.load(plane + 2) // UNIT * (UNIT // PIECE)
+    head_step = tl.load(plane + 3) // UNIT * (UNIT // PIECE)
+    if WIDE:
+        channel = piece % HEAD
+    else:
+        channel = (piece % HEAD) * (tl.load(plane + 4) // PIECE)
+    if HEADS > 1:
+        channel = channel + (piece // HEAD) * head_step
+    row = (slot // BLOCK_TOKENS) * block_step + (slot % BLOCK_TOKENS) * token_step
+    return base + row[:, None] + channel[None, :]

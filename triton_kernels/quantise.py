@@ -216,7 +216,11 @@ def int4_groups(
 @triton.jit
 def read(x, at, mask, KIND: tl.constexpr):
     """Element bits as float32."""
-    bits = tl.load(x + at, mask=mask, other=0)
+    return float_of(tl.load(x + at, mask=mask, other=0), KIND)
+
+
+@triton.jit
+def float_of(bits, KIND: tl.constexpr):
     if KIND == _BF16:
         y = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif KIND == _FP16:
