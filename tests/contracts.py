@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -30,7 +34,6 @@ from tierloom.stages.tiers.base import Read, Tier, TierContext
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
 
     from tierloom.stages.codecs.encode import Encode
     from tierloom.stages.codecs.keyring import Keyring
@@ -642,6 +645,30 @@ class CodecContract:
                 else:
                     assert memoryview(out).nbytes == shape.nbytes
         return refused
+
+
+_BOUNDED = """
+import importlib, sys
+sys.path[:0] = sys.argv[1:3]
+for name in sys.argv[3:]:
+    file, contract = name.split(":")
+    getattr(importlib.import_module(file), contract)().fuzz(2000)
+print("done")
+"""
+
+
+def fuzz_with_bounds_checks(cache: Path, *contracts: str) -> None:
+    """Mutated frames for every `file:Class` in tests/stages, by kernels compiled with bounds
+    checks, which are kept in the folder `cache`: nothing is touched outside of buffers."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", _BOUNDED, str(here / "stages"), str(here), *contracts],
+        env={**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.stdout == "done\n", done.stderr
 
 
 def noise(*shape: int) -> Any:

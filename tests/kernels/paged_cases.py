@@ -8,13 +8,20 @@ from math import prod
 import numpy as np
 import torch
 
+from tierloom.stages.layout import KVLayout
 from tierloom.triton_kernels.planes import FrameTable, PlaneTable
 
 POISON = 0xA5
 GUARD = 64
 """Poisoned bytes on both sides of everything that a kernel writes."""
 
+POOLS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")
+"""All layers in one tensor, whose order of dimensions this is; an engine hands it out as a view
+[B, H, N, C] per layer (C: K and V side by side), and `KVLayout` makes the table."""
+NATIVE = tuple(f"{order} native" for order in POOLS)
+"""The same, in whole blocks: their slots are blocks, as many as there are slots otherwise."""
 LAYOUTS = (
+    *POOLS,
     "kv-first NHD",  # [2, nb, bs, H, D]
     "block-first NHD",  # [nb, 2, bs, H, D]
     "pairs NHD",  # K and V each [nb, bs, H, D]
@@ -59,6 +66,18 @@ class Cache:
         return [buffer.cpu().numpy().tobytes() for buffer in self.buffers]
 
 
+@dataclass
+class Pool(Cache):
+    """All layers in one buffer; `layers` are the engine's views of it."""
+
+    layers: list[torch.Tensor]
+
+    @property
+    def table(self) -> PlaneTable:
+        layout = KVLayout.from_tensors(self.layers, order="BHNC")
+        return layout.planes(self.layers, native=self.layout in NATIVE)
+
+
 def make_cache(
     layout: str,
     *,
@@ -84,9 +103,17 @@ def make_cache(
         "concatenated": (nb, h, bs, 2 * d),
         "concatenated, K transposed": (nb, h, bs * 2 * d),
     }
+    generator = torch.Generator().manual_seed(seed or 0)
+    if layout in POOLS or layout in NATIVE:
+        size = {"L": layers, "B": nb, "N": bs, "H": h, "C": 2 * d}
+        if layout in NATIVE:
+            size["B"] *= bs
+        raw = poisoned(prod(size.values()) * dtype.itemsize + 2 * GUARD)
+        if seed is not None:
+            raw.random_(0, 256, generator=generator)
+        return _pool(layout, raw.to(device), size, dtype)
     shape = shapes[layout]
     pairs = layout.startswith(("pairs", "token"))
-    generator = torch.Generator().manual_seed(seed or 0)
     buffers: list[torch.Tensor] = []
     halves: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for _ in range(layers):
@@ -101,6 +128,18 @@ def make_cache(
         for half, view in zip(halves, _views(layout, made, bs, d), strict=False):
             half.append(view)
     return Cache(layout, buffers, [*halves[0], *halves[1]], 1 if layout == "MLA" else 2)
+
+
+def _pool(layout: str, raw: torch.Tensor, size: dict[str, int], dtype: torch.dtype) -> Pool:
+    order = layout.removesuffix(" native")
+    whole = raw[GUARD:-GUARD].view(dtype).view([size[letter] for letter in order])
+    layers = list(whole.permute([order.index(letter) for letter in "LBHNC"]))
+    if layout in NATIVE:
+        inner = ["BHNC".index(letter) for letter in order if letter in "NHC"]
+        blocks = [layer.permute(0, *inner).flatten(1)[:, None, None] for layer in layers]
+        return Pool(layout, [raw], blocks, 1, layers)
+    halves = [layer.transpose(1, 2).unflatten(3, (2, -1)).unbind(3) for layer in layers]
+    return Pool(layout, [raw], [k for k, _ in halves] + [v for _, v in halves], 2, layers)
 
 
 def _views(layout: str, made: list[torch.Tensor], bs: int, d: int) -> list[torch.Tensor]:

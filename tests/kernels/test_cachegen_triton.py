@@ -225,9 +225,9 @@ def test_dtypes(device: str, dtype: torch.dtype) -> None:
     check(Case("pairs NHD", dtype, 12), device)
 
 
-@pytest.mark.parametrize("layout", ["pairs HND", "MLA", "concatenated, K transposed"])
+@pytest.mark.parametrize("layout", ["BLHNC", "MLA", "concatenated, K transposed"])
 def test_layouts(device: str, layout: str) -> None:
-    """K and V; a latent; a cache whose K moves element by element and V as words."""
+    """All layers in one tensor; a latent; K element by element beside V as words."""
     check(Case(layout, torch.bfloat16, 0 if layout == "MLA" else 12, order="permuted"), device)
 
 

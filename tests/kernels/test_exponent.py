@@ -6,34 +6,18 @@ a CUDA device.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from interpreter import run_interpreted
 
 from tierloom.triton_kernels import exponent_reference as reference
 from tierloom.triton_kernels.column_tables import cluster, count_columns
 from tierloom.triton_kernels.exponent import launch_merge, launch_split
 from tierloom.triton_kernels.exponent_cpu import SHIFTS, count_tops, merge, rest_bytes, split
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIZES = [1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 1000, 4096]
 POISON = 0xA5
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "interpreter":
-        if not INTERPRETED:
-            pytest.skip("test_under_the_interpreter runs it in a child process")
-        return "cpu"
-    if INTERPRETED or not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device and compiled kernels")
-    return "cuda"
 
 
 def case(n: int, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -117,20 +101,5 @@ def test_columns_with_like_symbols_share_a_table() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="it is")
 def test_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-k", "interpreter and not under",
-            "-p", "no:cacheprovider", __file__,
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) >= 40
-    assert "skipped" not in done.stdout, done.stdout
+    run_interpreted(__file__, least=40)

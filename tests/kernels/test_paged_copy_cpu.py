@@ -12,7 +12,7 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_cases import LAYOUTS, Cache, make_cache, make_frames, make_slots
+from paged_cases import LAYOUTS, NATIVE, Cache, make_cache, make_frames, make_slots
 
 from tierloom.triton_kernels import reference
 from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
@@ -67,7 +67,7 @@ def check_round_trip(shape: dict[str, object], layout: str, order: str, shift: i
 
 
 @pytest.mark.parametrize("order", ["permuted", "runs", "holes"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *NATIVE])
 def test_layouts(layout: str, order: str) -> None:
     check_round_trip({**SMALL, "dtype": torch.bfloat16}, layout, order, shift=0)
 
@@ -78,7 +78,7 @@ def test_dtypes(layout: str, dtype: torch.dtype) -> None:
     check_round_trip({**SMALL, "dtype": dtype}, layout, "runs", shift=0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *NATIVE])
 def test_rows_and_frames_at_odd_addresses(layout: str) -> None:
     odd = {**SMALL, "heads": 3, "dim": 7, "block_tokens": 5, "dtype": torch.uint8}
     check_round_trip(odd, layout, "holes", shift=1)
@@ -86,7 +86,7 @@ def test_rows_and_frames_at_odd_addresses(layout: str) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from([*LAYOUTS, *NATIVE]),
     dtype=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
     order=st.sampled_from(["permuted", "runs", "holes"]),
     heads=st.integers(1, 4),

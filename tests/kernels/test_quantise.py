@@ -6,14 +6,10 @@ a CUDA device.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from interpreter import run_interpreted
 from quantise_cases import (
     Case,
     as_bytes,
@@ -28,21 +24,9 @@ from quantise_cases import (
 from tierloom.triton_kernels import quantise_cpu, turboquant_cpu
 from tierloom.triton_kernels import quantise_reference as reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(2, 9, 3, 64), (4, 70, 2, 32), (2, 5, 1, 96), (2, 7, 2, 20)]
 """The last fills no int4 group."""
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "interpreter":
-        if not INTERPRETED:
-            pytest.skip("test_under_the_interpreter runs it in a child process")
-        return "cpu"
-    if INTERPRETED or not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device and compiled kernels")
-    return "cuda"
 
 
 def differing(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:
@@ -125,20 +109,5 @@ def test_hadamard(dtype: torch.dtype, dim: int, device: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="it is")
 def test_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-k", "interpreter and not under",
-            "-p", "no:cacheprovider", __file__,
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) >= 30
-    assert "skipped" not in done.stdout, done.stdout
+    run_interpreted(__file__, least=30)

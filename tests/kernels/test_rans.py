@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,20 +284,3 @@ def test_threads_do_not_disturb_one_another() -> None:
             assert all((a == b).all() for a, b in zip(one.arrays(), many.arrays(), strict=True))
         for case, symbols in zip(cases, pool.map(Case.decoded, cases, alone), strict=True):
             assert (symbols == case.symbols).all()
-
-
-@pytest.mark.slow
-def test_kernels_under_the_interpreter() -> None:
-    tests = Path(__file__).with_name("test_rans_triton.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "not cuda", "-p", "no:cacheprovider", tests],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed, done.stdout
-    assert int(passed[1]) >= 12
-    assert "skipped" not in done.stdout, done.stdout

@@ -5,11 +5,10 @@ Each test runs twice, as in `test_triton.py`; the interpreter pays per step, so 
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
+from interpreter import INTERPRETED, run_interpreted
 from paged_cases import GUARD, POISON
 from rans_cases import Case, Streams, fenced, make_case
 
@@ -20,19 +19,6 @@ from tierloom.triton_kernels.rans import (
 )
 from tierloom.triton_kernels.rans_format import BAD, DONE, StreamGrid
 from tierloom.triton_kernels.rans_tables import RansTables
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "interpreter":
-        if not INTERPRETED:
-            pytest.skip("test_rans.py runs it in a child process")
-        return "cpu"
-    if INTERPRETED or not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device and compiled kernels")
-    return "cuda"
 
 
 class Guarded:
@@ -198,3 +184,8 @@ def test_shapes_that_are_not_the_grids_are_refused() -> None:
         launch_encode_streams(case.grid, tables, symbols[:, 1:], tabid, *out)
     with pytest.raises(ValueError, match="tabid is"):
         launch_decode_streams(case.grid, tables, *out[:3], tabid[1:], symbols, out[3])
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    run_interpreted(__file__, least=12)

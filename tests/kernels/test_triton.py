@@ -1,17 +1,15 @@
 """The Triton kernels against the reference and the numba twins, byte for byte.
 
-Each test runs twice: under Triton's interpreter, in the child process that
-`test_interpreter.py` starts, and on a CUDA device.
+Each test runs twice: under Triton's interpreter, in a child process, and on a CUDA device.
 """
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from paged_cases import LAYOUTS, make_cache, make_frames, make_slots
+from interpreter import run_interpreted
+from paged_cases import LAYOUTS, NATIVE, make_cache, make_frames, make_slots
 
 from tierloom.triton_kernels import reference
 from tierloom.triton_kernels.checksum import launch_positional_sums, positional_sums_cpu
@@ -20,23 +18,11 @@ from tierloom.triton_kernels.paged_copy import DeviceFrames, DevicePlanes, launc
 from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
 from tierloom.triton_kernels.planes import PlaneTable
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GO = np.zeros(1, np.uint8)
 GROUPS, ROWS, TAKE = [(0, 2), (1, 2)], [9, 5], [9, 3]
 TILE = Tile(rows=4, nbytes=64, warps=4)
 """Smaller than any case, so that rows and row bytes both need several tiles."""
 SHAPE = {"layers": 2, "blocks": 6, "block_tokens": 4, "heads": 2, "dim": 24}
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "interpreter":
-        if not INTERPRETED:
-            pytest.skip("test_interpreter.py runs it in a child process")
-        return "cpu"
-    if INTERPRETED or not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device and compiled kernels")
-    return "cuda"
 
 
 def check_round_trip(device: str, layout: str, tile: Tile | None, **shape: object) -> None:
@@ -85,7 +71,9 @@ def test_rows_of_odd_sizes(device: str, layout: str) -> None:
     check_round_trip(device, layout, TILE, dim=7, heads=3, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("layout", ["pairs NHD", "pairs HND", "concatenated, K transposed"])
+@pytest.mark.parametrize(
+    "layout", ["pairs NHD", "pairs HND", "concatenated, K transposed", *NATIVE]
+)
 def test_tiles_that_the_launcher_chooses(device: str, layout: str) -> None:
     check_round_trip(device, layout, None)
 
@@ -178,3 +166,8 @@ def test_positional_sums_see_words_swapped_and_shifted() -> None:
         positional_sums_cpu(np.array([words.ctypes.data]), np.array([words.nbytes]), sums)
         seen.add(tuple(sums[0].tolist()))
     assert len(seen) == 4
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    run_interpreted(__file__, least=25)

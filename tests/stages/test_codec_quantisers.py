@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contracts import CodecContract, header_of, noise
+from contracts import CodecContract, fuzz_with_bounds_checks, header_of, noise
 
 from tierloom.stages.codecs.encode import Encode
 from tierloom.stages.codecs.fp8 import Fp8, Fp8Options
@@ -161,22 +158,6 @@ class TestTurboQuant3(TestTurboQuant):
 
 @pytest.mark.slow
 def test_nothing_is_touched_outside_of_buffers(tmp_path: Path) -> None:
-    """Mutated frames again, by kernels compiled with bounds checks."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "import test_codec_quantisers as t\n"
-        "for c in (t.TestInt8, t.TestFp8, t.TestInt4, t.TestTurboQuant, t.TestTurboQuant3):\n"
-        "    c().fuzz(2000)\n"
-        "import test_codec_cachegen\n"
-        "test_codec_cachegen.TestCacheGen().fuzz(2000)\n"
-        "print('done')"
-    )
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(here), str(here.parent)],
-        env={**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.stdout == "done\n", done.stderr
+    lossy = ("TestInt8", "TestFp8", "TestInt4", "TestTurboQuant", "TestTurboQuant3")
+    mine = [f"test_codec_quantisers:{name}" for name in lossy]
+    fuzz_with_bounds_checks(tmp_path, *mine, "test_codec_cachegen:TestCacheGen")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from contracts import CodecContract, noise
+from contracts import CodecContract, fuzz_with_bounds_checks, noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -132,19 +129,4 @@ def test_values_side_by_side(values: list[int], bits: int) -> None:
 
 @pytest.mark.slow
 def test_nothing_is_touched_outside_of_buffers(tmp_path: Path) -> None:
-    """Mutated frames again, by kernels compiled with bounds checks."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "import test_codec_rans as t\n"
-        "t.TestRans().fuzz(2000)\n"
-        "print('done')"
-    )
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(here), str(here.parent)],
-        env={**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.stdout == "done\n", done.stderr
+    fuzz_with_bounds_checks(tmp_path, "test_codec_rans:TestRans")
