@@ -34,7 +34,7 @@ def _launch(x, symbols, rest, table, shift, *, split: bool, elements: int | None
     even = n % 16 == 0
     exponents[(max(1, triton.cdiv(run, size)),)](
         x, symbols, rest, table, n // 16 if even else n, run // 16,
-        SHIFT=shift, SPLIT=split, EVEN=even, SIZE=size,
+        SHIFT=shift, SPLIT=split, EVEN=even, SIZE=size, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -77,12 +77,14 @@ def launch_encode_streams(
         LANES=grid.lanes,
         BITS=tables.bits,
         num_warps=1,
+        enable_fp_fusion=False,
     )
     pieces = max(1, triton.cdiv(room, _COMPACT_WORDS))
     rans_compact[(grid.streams, pieces)](
         *(scratch, counts, _ends(counts), words, status, room, words.numel()),
         WORDS=_COMPACT_WORDS,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 
@@ -109,6 +111,7 @@ def launch_decode_streams(
         LANES=grid.lanes,
         BITS=tables.bits,
         num_warps=1,
+        enable_fp_fusion=False,
     )
 
 

@@ -41,9 +41,10 @@ def test_numba_as_plain_torch(dtype: torch.dtype, shape: tuple, first: int) -> N
     assert not differing(by_reference(case), by_numba(case))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [*((dtype, None) for dtype in DTYPES), (torch.bfloat16, 2)], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [None, 2])
 def test_triton_as_numba(dtype: torch.dtype, shape: tuple, rows: int | None, device: str) -> None:
     case = make_case(dtype, shape, first=3, group=4)
     assert not differing(by_numba(case), by_triton(case, device, rows))
@@ -110,4 +111,4 @@ def test_hadamard(dtype: torch.dtype, dim: int, device: str) -> None:
 
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
-    run_interpreted(__file__, least=30)
+    run_interpreted(__file__, least=25)
