@@ -105,8 +105,8 @@ def launch_encode(
     `slots` as for `launch_paged_copy`: the row of slot -1 is one of zeros. `means` and `steps`
     float32 [any, channels]. `bad` int32 [frames] becomes 1 where a number is not finite or too many
     steps off: what was written for that frame is then of no use. `kind` is the cache's dtype;
-    `shape`: rows and channels of a program. Enqueues; nothing is validated, nothing waits; all
-    tensors must stay alive until the kernel is done.
+    `shape`: rows and channels of a program. At most 65535 frames a launch. Enqueues; nothing is
+    validated, nothing waits; all tensors must stay alive until the kernel is done.
     """
     grid, tile = _grid(planes, frames, shape)
     encode_pages[grid](

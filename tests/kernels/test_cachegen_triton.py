@@ -324,5 +324,6 @@ def test_escapes_without_room(device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__, least=20)

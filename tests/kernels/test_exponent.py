@@ -101,5 +101,6 @@ def test_columns_with_like_symbols_share_a_table() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__, least=40)

@@ -46,7 +46,7 @@ def test_numba_as_plain_torch(dtype: torch.dtype, shape: tuple, first: int) -> N
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_triton_as_numba(dtype: torch.dtype, shape: tuple, rows: int | None, device: str) -> None:
-    case = make_case(dtype, shape, first=3, group=4)
+    case = make_case(dtype, shape, first=3, group=8)
     assert not differing(by_numba(case), by_triton(case, device, rows))
 
 
@@ -110,5 +110,6 @@ def test_hadamard(dtype: torch.dtype, dim: int, device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__, least=25)

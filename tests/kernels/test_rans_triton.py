@@ -187,5 +187,6 @@ def test_shapes_that_are_not_the_grids_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__, least=12)

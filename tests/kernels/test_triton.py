@@ -169,5 +169,6 @@ def test_positional_sums_see_words_swapped_and_shifted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__, least=25)
