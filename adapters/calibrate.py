@@ -40,7 +40,8 @@ TOKENS = 1024
 FACTORS = {"high": (0.12, 0.145), "default": (0.32, 0.39), "small": (0.75, 0.90)}
 """Steps of K and V, as shares of the weighted deviation: of all layers' K, of each layer's V. Found
 on these texts."""
-TABLES = 64
+TRANSFORMED = {"small": (0.75, 0.65)}
+"""The same where heads are transformed first."""
 _TURNS = 10
 _ATTENTION = "tierloom_calibrate"
 _PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
@@ -54,9 +55,11 @@ class Seen:
     """Per text, [2, layers, tokens, channels], K turned back, without a sequence's first tokens."""
     weights: Floats
     """[2, layers, channels]: what an error of 1 in this channel costs, in a unit of its plane's."""
+    metric: Floats
+    """[2, layers, heads, dim, dim]: what errors in a head's channels cost together, squared."""
 
 
-def run_calibrate(model: str, out: Path | None) -> int:
+def run_calibrate(model: str, out: Path | None, transform: bool) -> int:
     """Calibrate `model` (`smollm2` or a folder), and write the file. Raises ConfigError."""
     if importlib.util.find_spec("transformers") is None:
         from .quality import QualityNeeds
@@ -68,7 +71,7 @@ def run_calibrate(model: str, out: Path | None) -> int:
     with console.status(f"Loading {model}"):
         subject = load_subject(model)
     with console.status("Reading texts"):
-        data = calibrate(subject)
+        data = calibrate(subject, transformed=TRANSFORMED if transform else None)
     if out is None:
         out = files.folder() / f"{subject.name}-{subject.weights[:12]}{files.SUFFIX}"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,18 +83,38 @@ def run_calibrate(model: str, out: Path | None) -> int:
     return 0
 
 
-def calibrate(subject: Subject, factors: dict[str, tuple[float, float]] = FACTORS) -> bytes:
-    """The file's bytes. Leaves the model in float32. Raises LayoutError for what has no K and V."""
-    seen = observe(subject)
+def calibrate(
+    subject: Subject,
+    factors: dict[str, tuple[float, float]] = FACTORS,
+    transformed: dict[str, tuple[float, float]] | None = None,
+) -> bytes:
+    """The file's bytes. Leaves the model in float32. Raises LayoutError for what has no K and V.
+    `transformed`: factors of levels that get a transform of each head, instead of the others."""
+    return learned(observe(subject), subject, factors, transformed or {})
+
+
+def learned(
+    seen: Seen, subject: Subject, factors: dict[str, tuple[float, float]],
+    transformed: dict[str, tuple[float, float]],
+) -> bytes:  # fmt: skip
+    """The file's bytes, of what was seen."""
     freqs = frequencies(subject.rope, subject.shape.dim)
     means, steps = measured(seen, factors)
     tabid = np.empty(steps.shape, np.uint8)
     tensors: dict[str, Any] = {"freqs": freqs, "means": means, "steps": steps, "tabid": tabid}
+    if transformed:
+        tensors["transforms"], size = transforms(seen, means)
     for i, level in enumerate(files.LEVELS):
-        counts = sum(_counts(kv, means, steps[i]) for kv in seen.kv)
+        around = (kv - means[:, :, None] for kv in seen.kv)
+        if level in transformed:
+            around = (through(y, tensors["transforms"]) for y in around)
+            steps[i] = _unit(seen, means) / size * np.array(transformed[level])[:, None, None]
+        counts = sum(_counts(y, steps[i]) for y in around)
         tabid[i], tensors[f"tables.{level}"] = shared(np.asarray(counts), means.shape)
-    models = json.dumps(_fingerprints(subject))
-    return files.packed(tensors, {"dim": str(subject.shape.dim), "models": models})
+    return files.packed(tensors, {
+        "dim": str(subject.shape.dim), "models": json.dumps(_fingerprints(subject)),
+        "transformed": json.dumps(sorted(transformed)),
+    })  # fmt: skip
 
 
 @torch.no_grad()
@@ -105,7 +128,7 @@ def observe(subject: Subject) -> Seen:
 
     shape, model = subject.shape, subject.model
     queries = np.zeros((shape.layers, shape.heads, shape.dim))
-    listened = np.ones((shape.layers, shape.heads, shape.dim))
+    listened = np.broadcast_to(np.eye(shape.dim), (*queries.shape, shape.dim)).copy()
 
     def attention(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         layer = int(module.layer_idx)
@@ -114,8 +137,8 @@ def observe(subject: Subject) -> Seen:
         for name in _PROJECTIONS:
             weight = getattr(getattr(module, name, None), "weight", None)
             if weight is not None and weight.shape[1] == square.numel():
-                cut = weight.double().square().sum(0).reshape(shape.heads, -1, shape.dim)
-                listened[layer] = cut.mean(1).numpy()
+                cut = weight.double().T.reshape(shape.heads, -1, shape.dim, len(weight))
+                listened[layer] = (cut @ cut.mT).mean(1).numpy()
         return sdpa_attention_forward(module, query, *args, **kwargs)
 
     AttentionInterface.register(_ATTENTION, attention)
@@ -138,8 +161,10 @@ def observe(subject: Subject) -> Seen:
     half = len(freqs)
     both = (queries[..., :half] + queries[..., half : 2 * half]) / 2  # turning mixes the two
     queries[..., :half] = queries[..., half : 2 * half] = both
-    weights = np.sqrt(np.stack([queries, listened]).reshape(2, shape.layers, -1))
-    return Seen(kept, np.maximum(weights, 1e-3 * weights.max(2, keepdims=True)).astype(np.float32))
+    metric = np.stack([queries[..., None] * np.eye(shape.dim), listened])
+    weights = np.sqrt(np.diagonal(metric, 0, 3, 4).reshape(2, shape.layers, -1))
+    weights = np.maximum(weights, 1e-3 * weights.max(2, keepdims=True))
+    return Seen(kept, weights.astype(np.float32), metric.astype(np.float32))
 
 
 def turned_back(kv: Floats, freqs: Floats) -> Floats:
@@ -156,17 +181,52 @@ def measured(seen: Seen, factors: dict[str, tuple[float, float]]) -> tuple[Float
     """Means [2, layers, channels] and steps [levels, 2, layers, channels]."""
     total = sum(kv.shape[2] for kv in seen.kv)
     means = sum(kv.sum(2, dtype=np.float64) for kv in seen.kv) / total
-    spread = sum(np.square(kv - means[:, :, None]).sum(2) for kv in seen.kv) / total
-    weighted = np.maximum(np.sqrt((spread * np.square(seen.weights)).mean(2, keepdims=True)), 1e-20)
-    weighted[0] = np.exp(np.log(weighted[0]).mean())  # what K errs adds to logits, in any layer
-    unit = weighted / seen.weights
+    unit = _unit(seen, means) / seen.weights
     steps = np.stack([np.array(factors[n])[:, None, None] * unit for n in files.LEVELS])
     return means.astype(np.float32), steps.astype(np.float32)
 
 
-def _counts(kv: Floats, means: Floats, steps: Floats) -> npt.NDArray[np.int64]:
+def _unit(seen: Seen, means: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Weighted deviations around the means, [2, layers, 1]: of all layers' K, of each one's V."""
+    total = sum(kv.shape[2] for kv in seen.kv)
+    spread = sum(np.square(kv - means[:, :, None]).sum(2) for kv in seen.kv) / total
+    weighted = np.maximum(np.sqrt((spread * np.square(seen.weights)).mean(2, keepdims=True)), 1e-20)
+    weighted[0] = np.exp(np.log(weighted[0]).mean())  # what K errs adds to logits, in any layer
+    found: npt.NDArray[np.float64] = weighted
+    return found
+
+
+def transforms(
+    seen: Seen, means: Floats
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float64]]:
+    """For each head the matrix that makes coefficients of its channels, [2, layers, heads, dim,
+    dim]: uncorrelated, and an error of 1 in any of them costs the model the same (principal
+    components in the metric of what reads them: queries K, the projection behind attention V).
+    And how much that is, [2, layers, 1], which keeps the matrices within float16."""
+    dim = seen.metric.shape[-1]
+    value, vector = np.linalg.eigh(seen.metric.astype(np.float64))
+    root = np.sqrt(np.maximum(value, 1e-6 * value[..., -1:]))
+    half = (vector * root[..., None, :]) @ vector.swapaxes(-1, -2)
+    covariance = np.zeros(half.shape)
+    for kv in seen.kv:
+        y = (kv - means[:, :, None]).reshape(*kv.shape[:3], -1, dim).transpose(0, 1, 3, 2, 4)
+        covariance += y.swapaxes(-1, -2) @ y
+    basis = np.linalg.eigh(half @ covariance @ half)[1]
+    found = basis.swapaxes(-1, -2) @ half
+    size = np.abs(found).max((2, 3, 4))[..., None]
+    return (found / size[..., None, None]).astype(np.float16), size
+
+
+def through(y: Floats, matrices: npt.NDArray[np.float16]) -> Floats:
+    """Coefficients [2, layers, tokens, channels] of what lies around the means."""
+    heads = y.reshape(*y.shape[:3], *matrices.shape[2:4]).transpose(0, 1, 3, 2, 4)
+    made = heads @ matrices.astype(np.float32).swapaxes(-1, -2)
+    return made.transpose(0, 1, 3, 2, 4).reshape(y.shape)
+
+
+def _counts(around: Floats, steps: Floats) -> npt.NDArray[np.int64]:
     """How often each symbol comes, [2 * layers * channels, SYMBOLS]; what is far off escapes."""
-    q = np.rint((kv - means[:, :, None]) / steps[:, :, None]).transpose(0, 1, 3, 2)
+    q = np.rint(around / steps[:, :, None]).transpose(0, 1, 3, 2)
     symbols = (np.clip(q, -CENTRE, CENTRE).astype(np.int64) + CENTRE) % SYMBOLS
     rows = symbols.reshape(-1, symbols.shape[3])
     at = np.arange(len(rows))[:, None] * SYMBOLS + rows

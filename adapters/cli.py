@@ -166,11 +166,15 @@ def calibrate(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Where to write; not said: where it is found."),
     ] = None,
+    transform: Annotated[
+        bool,
+        typer.Option(help="Also a transform of each head, for level small: a larger file."),
+    ] = True,
 ) -> None:
     """Learn once how a model's KV is best coded; the codec `cachegen` finds the file by itself."""
     from .calibrate import run_calibrate
 
-    raise typer.Exit(run_calibrate(model, out))
+    raise typer.Exit(run_calibrate(model, out, transform))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

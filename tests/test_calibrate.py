@@ -62,6 +62,12 @@ def data(subject: Subject) -> bytes:
     return calibrate.calibrate(subject)
 
 
+@pytest.fixture(scope="module")
+def transforming(subject: Subject) -> bytes:
+    """With a transform of each head for level small."""
+    return calibrate.calibrate(subject, transformed=calibrate.TRANSFORMED)
+
+
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No files but those of the test."""
@@ -76,8 +82,11 @@ def kept(data: bytes) -> Path:
     return path
 
 
-def encoded(path: Path, kv: torch.Tensor, start: int) -> tuple[EncodedFrame, FrameShape, Site]:
-    codec = CacheGen(CacheGenOptions(calibration=str(path)), None)  # type: ignore[arg-type]
+def encoded(
+    path: Path, kv: torch.Tensor, start: int, level: Any = "default"
+) -> tuple[EncodedFrame, FrameShape, Site]:
+    options = CacheGenOptions(level=level, calibration=str(path))
+    codec = CacheGen(options, None)  # type: ignore[arg-type]
     header = header_of(kv)
     raw = kv.contiguous().view(torch.uint8).numpy().tobytes()
     frame, shape = EncodedFrame(raw, len(raw), b""), FrameShape.of(header, 0, start)
@@ -142,6 +151,58 @@ def test_a_frame_names_its_calibration(data: bytes, kv: torch.Tensor, start: int
     assert torch.equal(y[:, :, :4], part[:, :, :4].float()) == (start == 0)
 
 
+def test_coefficients_are_half_a_step_off_at_most(transforming: bytes, kv: torch.Tensor) -> None:
+    """And what is not coefficients is as without a transform."""
+    path = kept(transforming)
+    found = calibration.read(path)
+    assert found.transforms is not None
+    assert found.transformed == {2}
+    part = kv[:, :, 64:128].float()
+    frame, shape, site = encoded(path, part, 64, "small")
+    assert Head(*HEAD.unpack_from(frame.data)).calibration == found.id
+    out = decode_frame(frame.data, shape, frame.codecs, site)
+    assert bytes(out) == bytes(decode_frame(frame.data, shape, frame.codecs, site))
+    y = torch.frombuffer(bytearray(out), dtype=torch.float32).view(part.shape)
+    error = (y - part).numpy().transpose(0, 1, 3, 2, 4)[1]  # of V, which is not turned
+    off = error @ found.transforms[0][1].swapaxes(-1, -2)
+    steps = found.steps[2, 1].reshape(off.shape[0], off.shape[1], 1, -1)
+    assert 0.3 < np.abs(off / steps).max() < 0.51
+    k = (y - part)[0].norm() / part[0].norm()
+    assert 0 < k < 0.5
+
+
+def test_transforms_bring_smaller_frames(
+    subject: Subject, data: bytes, transforming: bytes
+) -> None:
+    """K and V of a model whose channels go together: an error in its metric costs fewer bits."""
+    before, after = (calibration.read(kept(d)) for d in (data, transforming))
+    assert (before.means == after.means).all()
+    assert (before.steps[:2] == after.steps[:2]).all()
+    seen = calibrate.observe(subject)
+    matrices, size = calibrate.transforms(seen, after.means)
+    made = np.concatenate(
+        [calibrate.through(kv - after.means[:, :, None], matrices) for kv in seen.kv], 2
+    )
+    heads = made.reshape(*made.shape[:3], -1, subject.shape.dim).transpose(0, 1, 3, 4, 2)
+    covariance = heads @ heads.swapaxes(-1, -2)
+    apart = covariance / np.sqrt(
+        np.einsum("...ii,...jj->...ij", covariance, covariance)
+    ) - np.eye(subject.shape.dim)  # fmt: skip
+    assert np.abs(apart).max() < 0.02, "uncorrelated"
+    inverse = np.linalg.inv(matrices.astype(np.float64)) * (1 / size)[..., None, None]
+    cost = inverse.swapaxes(-1, -2) @ seen.metric @ inverse
+    assert np.allclose(cost, np.eye(subject.shape.dim), atol=0.02), "all errors cost the same"
+
+
+def test_first_tokens_stay_with_a_transform(transforming: bytes, kv: torch.Tensor) -> None:
+    part = kv[:, :, :64]
+    frame, shape, site = encoded(kept(transforming), part, 0, "small")
+    out = decode_frame(frame.data, shape, frame.codecs, site)
+    y = torch.frombuffer(bytearray(out), dtype=torch.bfloat16).view(part.shape)
+    assert torch.equal(y[:, :, :4], part[:, :, :4])
+    assert not torch.equal(y[:, :, 4:], part[:, :, 4:])
+
+
 def test_without_its_calibration_a_frame_is_a_miss(
     data: bytes, kv: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,8 +233,9 @@ def test_what_the_model_never_did_is_coded_without(data: bytes, kv: torch.Tensor
 
 
 @pytest.mark.slow
-def test_hostile_bytes(data: bytes, kv: torch.Tensor) -> None:
-    frame, shape, site = encoded(kept(data), kv[:, :1, :16], 64)
+@pytest.mark.parametrize("level", ["default", "small"])
+def test_hostile_bytes(transforming: bytes, kv: torch.Tensor, level: str) -> None:
+    frame, shape, site = encoded(kept(transforming), kv[:, :1, :16], 64, level)
     refused = 0
     for wrong in mutations(bytes(frame.data), 100_000):
         try:
@@ -196,6 +258,38 @@ def test_files_that_are_none(data: bytes, tmp_path: Path, kv: torch.Tensor) -> N
         (tmp_path / f"m{i}").write_bytes(wrong)
         with contextlib.suppress(ConfigError):
             calibration.read(tmp_path / f"m{i}")
+
+
+@pytest.mark.parametrize("bad", ["singular", "no number", "of another shape", "no level"])
+def test_transforms_that_are_none(transforming: bytes, tmp_path: Path, bad: str) -> None:
+    metadata, tensors = calibration.unpacked(transforming)
+    matrices = tensors["transforms"].copy()
+    if bad == "singular":
+        matrices[1, 2, 0] = 0
+    elif bad == "no number":
+        matrices[0, 0, 0, 0, 0] = np.inf
+    elif bad == "of another shape":
+        matrices = matrices[:, :1]
+    else:
+        metadata["transformed"] = '["medium"]'
+    metadata.pop("tierloom")
+    path = tmp_path / "bad"
+    path.write_bytes(calibration.packed({**tensors, "transforms": matrices}, metadata))
+    with pytest.raises(ConfigError, match="write it anew with tierloom calibrate"):
+        calibration.read(path)
+
+
+def test_files_of_another_version_are_refused_with_the_cure(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata, tensors = calibration.unpacked(data)
+    monkeypatch.setattr(calibration, "VERSION", "1")
+    metadata.pop("tierloom")
+    path = tmp_path / "old"
+    path.write_bytes(calibration.packed(tensors, metadata))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"version 1.*write it anew with tierloom calibrate"):
+        calibration.read(path)
 
 
 def test_a_calibration_of_another_model_is_refused_by_name(

@@ -185,6 +185,38 @@ def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, valu
 
 
 @njit(nogil=True, cache=True)
+def centred(x, first, turned, cos, sin, dim, means, y):
+    """`y` float32 [planes, tokens - first, channels] becomes turned-back x around its means, for a
+    transform that is no kernel's. False where a number is not finite."""
+    planes, tokens, channels = x.shape
+    for p in range(planes):
+        for t in range(first, tokens):
+            row = y[p, t - first]
+            if not _load(x[p, t], row):
+                return False
+            if p < turned:
+                _turn_back(row, cos[t], sin[t], dim)
+            for c in range(channels):
+                row[c] -= means[p, c]
+    return True
+
+
+@njit(nogil=True, cache=True)
+def uncentred(y, first, turned, cos, sin, dim, means, x):
+    """The inverse of `centred`: fills `x` from token `first` on; `y` is spoilt."""
+    planes, tokens, channels = y.shape
+    for p in range(planes):
+        for t in range(tokens):
+            row, out = y[p, t], x[p, first + t]
+            for c in range(channels):
+                row[c] += means[p, c]
+            if p < turned:
+                _turn(row, cos[first + t], sin[first + t], dim)
+            for c in range(channels):
+                out[c] = to_bits(row[c], out[c])
+
+
+@njit(nogil=True, cache=True)
 def quantise_tokens(x, most, tops, q):
     """CacheGen's own rule: ``x ~ q / most * top``, where `top` is the largest |x| of a token.
 

@@ -18,7 +18,7 @@ from .cachegen_coder import HEAD, coded, coded_parts, framed, grid_of, symbols_o
 from .cachegen_tables import Codebook, standard
 from .calibration import by_id
 from .lossy import as_bytes, blank
-from .shape import parted
+from .shape import parted, read_only
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 STEPS = {"high": (0.15, 0.15), "default": (0.42, 0.42), "small": (0.85, 0.85)}
 """Of each level, steps of K and of V, as shares of a plane's deviation. Found
 on texts to calibrate by; with other shares of K to V the same bits cost more."""
+_NOWHERE = 0, 0, *cpu.turns(0, 0, np.zeros(0, np.float32))
+"""For kernels: no first tokens, nothing is turned."""
 _LEAST = 1e-30
 """Deviations below it are of planes that stand still: the inverse of a step would not be finite."""
 MOST = 2e36
@@ -48,6 +50,9 @@ class Profile(NamedTuple):
     steps: npt.NDArray[np.float32]
     tabid: npt.NDArray[np.uint8]
     book: Codebook
+    transform: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None
+    """A transform of each head and its inverse, [planes, heads, dim, dim]: what is rounded are the
+    coefficients of what lies around the means, and steps and tables are theirs. None: channels."""
 
 
 class Frame:
@@ -75,12 +80,22 @@ class Frame:
         then chosen here. None where a number is not finite or too many steps off."""
         shape, grid = self.shape, self.grid
         q = np.empty((shape.planes, grid.tokens, shape.channels), np.int16)
-        if not cpu.quantise(rows, *self.where, profile.means, profile.steps, q):
+        if not self._quantised(rows, profile, q):
             return None
         if own:
             cpu.choose_tables(q, profile.book.costs, profile.tabid)
         parts = coded(q, profile.book, profile.tabid, grid, rows[:, : self.head.first])
         return framed(self.head, shape, grid, parts, own, own_parts(shape, self.head))
+
+    def _quantised(self, rows: Array, profile: Profile, q: Array) -> bool:
+        means, steps = profile.means, profile.steps
+        if profile.transform is None:
+            return bool(cpu.quantise(rows, *self.where, means, steps, q))
+        y = np.empty(q.shape, np.float32)
+        if not cpu.centred(rows, *self.where, means, y):
+            return False
+        y = read_only(_through(y, profile.transform[0]).view(np.uint32))
+        return bool(cpu.quantise(y, *_NOWHERE, self.shape.dim, np.zeros_like(means), steps, q))
 
     def _measured(
         self, rows: Array, factors: tuple[float, float]
@@ -126,7 +141,13 @@ def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
     rows = x.reshape(shape.planes, shape.tokens, shape.channels)
     rows[:, : head.first] = spared
     where = place(head, shape, freqs)
-    used = cpu.dequantise(symbols, *where, profile.means, profile.steps, places, values, rows)
+    means, steps = profile.means, profile.steps
+    if profile.transform is None:
+        used = cpu.dequantise(symbols, *where, means, steps, places, values, rows)
+    else:
+        y, flat = np.empty(symbols.shape, np.uint32), np.zeros_like(means)
+        used = cpu.dequantise(symbols, *_NOWHERE, shape.dim, flat, steps, places, values, y)
+        cpu.uncentred(_through(y.view(np.float32), profile.transform[1]), *where, means, rows)
     if used != len(places):
         raise BadObject("cachegen: escapes out of their places")
     return as_bytes(x)
@@ -156,6 +177,15 @@ def own_parts(shape: FrameShape, head: Head) -> tuple[Part, ...]:
         (np.int8, (planes, channels)),
         (np.uint8, (planes, channels)),
     )
+
+
+def _through(y: Array, matrices: Array) -> npt.NDArray[np.float32]:
+    """Each head of `y` [planes, tokens, channels] through its matrix of `matrices`."""
+    planes, tokens, _ = y.shape
+    heads = y.reshape(planes, tokens, matrices.shape[1], -1).transpose(0, 2, 1, 3)
+    with np.errstate(all="ignore"):  # damaged bytes may say any number
+        made = np.matmul(heads, matrices.transpose(0, 1, 3, 2)).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(made).reshape(y.shape)
 
 
 @lru_cache(64)

@@ -1,9 +1,11 @@
 """What `cachegen` knows of a model beforehand: a file that `tierloom calibrate` writes.
 
-Means, steps and tables of every channel of the whole model, once for all frames; a frame names the
-file by the first 8 bytes of its sha256, so that no frame is ever read by another one. Files lie in
-``${XDG_CACHE_HOME:-~/.cache}/tierloom/calibrations``, or where `calibration:` and `calibrations:`
-say; without its file a frame is a miss. The format is safetensors, with a version in its metadata.
+Means, steps and tables of every channel of the whole model, once for all frames. For levels of few
+bits perhaps a transform of each head, too; then its coefficients have steps and tables. A frame
+names the file by the first 8 bytes of its sha256, so that no frame is ever read by another one.
+Files lie in ``${XDG_CACHE_HOME:-~/.cache}/tierloom/calibrations``, or where `calibration:` and
+`calibrations:` say; without its file a frame is a miss. The format is safetensors, with a version
+in its metadata.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-VERSION = "1"
+VERSION = "2"
 LEVELS = ("high", "default", "small")
 SUFFIX = ".safetensors"
 _LENGTH = Struct("<Q")
 _MOST_HEAD = 1 << 20
-_TYPES = {"F32": np.float32, "U16": np.uint16, "U8": np.uint8}
+_TYPES = {"F32": np.float32, "F16": np.float16, "U16": np.uint16, "U8": np.uint8}
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 
 
@@ -55,21 +57,32 @@ class Calibration:
     tabid: npt.NDArray[np.uint8]
     """[levels, 2, layers, channels]"""
     books: tuple[Codebook, ...]
+    transforms: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None
+    """[2, layers, heads, dim, dim] The transform of each head, and its inverse."""
+    transformed: frozenset[int]
+    """The levels that have it."""
 
-    def slice(self, level: int, layers: range, channels: range) -> tuple[Any, Any, Any, Codebook]:
-        """Means, steps and tables' numbers [2 * layers, channels] of a frame, and the tables.
-        Raises BadObject where the model has no such layers or channels."""
+    def slice(self, level: int, layers: range, channels: range) -> tuple[Any, ...]:
+        """Means, steps and tables' numbers [2 * layers, channels] of a frame, the tables, and its
+        transforms [2 * layers, heads, dim, dim], if any. Raises BadObject where the model has no
+        such layers or channels."""
         if layers.stop > self.means.shape[1] or channels.stop > self.means.shape[2]:
             raise BadObject(f"calibration {self.id:016x} has no {layers} of {channels}")
-        found: tuple[Any, Any, Any, Codebook] = _sliced(self, level, layers, channels)
+        found: tuple[Any, ...] = _sliced(self, level, layers, channels)
         return found
 
 
 @lru_cache(256)
 def _sliced(c: Calibration, level: int, layers: range, channels: range) -> Any:
     at = slice(None), slice(layers.start, layers.stop), slice(channels.start, channels.stop)
-    arrays = (c.means, c.steps[level], c.tabid[level])
-    return *(a[at].reshape(2 * len(layers), len(channels)).copy() for a in arrays), c.books[level]
+    arrays = [a[at].reshape(2 * len(layers), -1).copy() for a in (c.means, *(
+        a[level] for a in (c.steps, c.tabid)
+    ))]  # fmt: skip
+    if c.transforms is None or level not in c.transformed:
+        return *arrays, c.books[level], None
+    heads = slice(channels.start // c.dim, channels.stop // c.dim)
+    parts = (t[at[0], at[1], heads] for t in c.transforms)
+    return *arrays, c.books[level], tuple(t.reshape(-1, *t.shape[2:]).copy() for t in parts)
 
 
 def folder() -> Path:
@@ -159,9 +172,24 @@ def _read(path: str, _mtime: int, _size: int) -> Calibration:
     right = right and all(t.max() < len(b.tables) for t, b in zip(tabid, books, strict=True))
     if not right:
         raise ValueError("shapes or values")
+    transformed = frozenset(map(LEVELS.index, json.loads(metadata["transformed"])))
+    transforms = None
+    if transformed:
+        heads = shape[2] // dim
+        transforms = _with_inverse(tensors["transforms"], (2, shape[1], heads, dim, dim))
     id = int.from_bytes(sha256(data).digest()[:8], "little") or 1
     models = frozenset(json.loads(metadata["models"]))
-    return Calibration(id, models, dim, freqs, means, steps, tabid, books)
+    return Calibration(id, models, dim, freqs, means, steps, tabid, books, transforms, transformed)
+
+
+def _with_inverse(matrices: npt.NDArray[Any], shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Raises ValueError."""
+    if matrices.shape != shape or not np.isfinite(matrices).all():
+        raise ValueError("transforms")
+    inverse = np.linalg.inv(matrices.astype(np.float64)).astype(np.float32)  # LinAlgError is one
+    if not np.isfinite(inverse).all():
+        raise ValueError("transforms that have no inverse")
+    return matrices.astype(np.float32), inverse
 
 
 def unpacked(data: bytes) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:

@@ -102,6 +102,27 @@ def test_moments() -> None:
     np.testing.assert_allclose(spreads, q.var(1), rtol=1e-4, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_around_the_means_and_back(dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    means = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
+    freqs = (10000.0 ** -(np.arange(8) / 8)).astype(np.float32)
+    place = 2, 1, *cpu.turns(50, 20, freqs), 32
+    y = np.full((3, 18, 64), 77, np.float32)
+    assert cpu.centred(bits_of(x), *place, means, y)
+    one = np.ones_like(means)
+    q = reference.quantise_reference(256 * x.float().numpy(), *place, 256 * means, one)
+    np.testing.assert_allclose(y, q / 256, atol=2.0**-8)
+    back = np.full(x.shape, 77, BITS[dtype])
+    cpu.uncentred(y, *place, means, back)
+    assert (back[:, :2] == 77).all()
+    again = torch.from_numpy(back.view(np.int32 if dtype == torch.float32 else np.int16))
+    torch.testing.assert_close(again.view(dtype)[:, 2:], x[:, 2:])
+    broken = x.clone()
+    broken[2, 19, 63] = float("nan")
+    assert not cpu.centred(bits_of(broken), *place, means, y)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
 def test_what_cannot_be_rounded(bad: float) -> None:
     x = torch.zeros(1, 3, 64)
