@@ -27,6 +27,7 @@ from ..stages.errors import LayoutError
 from ..triton_kernels.cachegen_cpu import CENTRE, SYMBOLS, turns
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy.typing as npt
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .quality_measure import Subject
 
     Floats = npt.NDArray[np.float32]
+    Factors = Mapping[str, tuple[float, float]]
 
 TOKENS = 1024
 """Of each text, at most."""
@@ -71,7 +73,7 @@ def run_calibrate(model: str, out: Path | None, transform: bool) -> int:
     with console.status(f"Loading {model}"):
         subject = load_subject(model)
     with console.status("Reading texts"):
-        data = calibrate(subject, transformed=TRANSFORMED if transform else None)
+        data = learned(observe(subject), subject, TRANSFORMED if transform else {})
     if out is None:
         out = files.folder() / f"{subject.name}-{subject.weights[:12]}{files.SUFFIX}"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,21 +85,11 @@ def run_calibrate(model: str, out: Path | None, transform: bool) -> int:
     return 0
 
 
-def calibrate(
-    subject: Subject,
-    factors: dict[str, tuple[float, float]] = FACTORS,
-    transformed: dict[str, tuple[float, float]] | None = None,
-) -> bytes:
-    """The file's bytes. Leaves the model in float32. Raises LayoutError for what has no K and V.
-    `transformed`: factors of levels that get a transform of each head, instead of the others."""
-    return learned(observe(subject), subject, factors, transformed or {})
-
-
 def learned(
-    seen: Seen, subject: Subject, factors: dict[str, tuple[float, float]],
-    transformed: dict[str, tuple[float, float]],
-) -> bytes:  # fmt: skip
-    """The file's bytes, of what was seen."""
+    seen: Seen, subject: Subject, transformed: Factors = TRANSFORMED, factors: Factors = FACTORS
+) -> bytes:
+    """The file's bytes, of what was seen of this model. `transformed`: factors of those levels that
+    get a transform of each head, where they stand instead of the others."""
     freqs = frequencies(subject.rope, subject.shape.dim)
     means, steps = measured(seen, factors)
     tabid = np.empty(steps.shape, np.uint8)
@@ -119,7 +111,8 @@ def learned(
 
 @torch.no_grad()
 def observe(subject: Subject) -> Seen:
-    """Run the texts through the model."""
+    """Run the texts through the model. Leaves it in float32. Raises LayoutError for what has no K
+    and V, or does not show its queries."""
     from transformers import AttentionInterface, DynamicCache
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -177,7 +170,7 @@ def turned_back(kv: Floats, freqs: Floats) -> Floats:
     return kv[:, :, FIRST:].reshape(2, kv.shape[1], kv.shape[2] - FIRST, -1)
 
 
-def measured(seen: Seen, factors: dict[str, tuple[float, float]]) -> tuple[Floats, Floats]:
+def measured(seen: Seen, factors: Factors) -> tuple[Floats, Floats]:
     """Means [2, layers, channels] and steps [levels, 2, layers, channels]."""
     total = sum(kv.shape[2] for kv in seen.kv)
     means = sum(kv.sum(2, dtype=np.float64) for kv in seen.kv) / total
@@ -250,10 +243,11 @@ def shared(
 
 
 def _fingerprints(subject: Subject) -> list[str]:
-    """Of the weights in float32, and as they were kept: fingerprints tell dtypes apart."""
-    from .transformers_model import fingerprint
+    """Of the weights' files, by which any engine finds it; of the weights in float32, and as they
+    were kept, by which transformers finds it where there are no files: these tell dtypes apart."""
+    from .transformers_model import fingerprint, weight_files
 
-    found = [subject.weights]
+    found = [name for name in (weight_files(subject.model), subject.weights) if name]
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(w, w.to(dtype).float()) for w in subject.model.state_dict().values()):
             found.append(fingerprint(subject.model.to(dtype)))

@@ -41,6 +41,12 @@ def canonical(facts: Any) -> str:
     return json.dumps(facts, sort_keys=True, default=named)
 
 
+def rope_text(config: Mapping[str, Any]) -> str:
+    """The RoPE parameters of a Hugging Face config as canonical JSON; '' where it has none."""
+    found = config.get("rope_parameters")
+    return json.dumps(found, sort_keys=True, default=str) if found else ""
+
+
 def strip_starts(nbytes: int, strip: int = STRIP, strips: int = STRIPS) -> Iterator[int]:
     """Offsets of `strips` evenly spaced strips of `strip` bytes, the first and last byte included.
 

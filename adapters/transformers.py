@@ -19,9 +19,10 @@ import torch
 
 import tierloom
 
+from ..stages.base import ModelFacts
 from ..stages.errors import InputError
 from .transformers_cache import SPARE, Abandoned, KeptLayer, TierloomCache, layout_of
-from .transformers_model import KVShape, fingerprint, inspect, rope
+from .transformers_model import KVShape, fingerprint, inspect, rope, weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,6 +92,7 @@ class Kept:
             config, layout=layout_of([(rows, rows)] * self.shape.layers),
             model=name or getattr(model.config, "name_or_path", "") or model.config.model_type,
             weights=weights or fingerprint(model), rope=rope(model),
+            facts=ModelFacts(self.shape.layers, weight_files(model)),
             overrides=PACE | dict(overrides or {}),
         )  # fmt: skip
         # the layout's self-test runs before the first request: not in a request's time

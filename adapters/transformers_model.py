@@ -7,7 +7,6 @@ holds afterwards is what is described.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..stages.errors import InputError, LayoutError
-from .identity import STRIP, STRIPS, config_text, strip_starts
+from .identity import STRIP, STRIPS, config_text, rope_text, strip_starts
+from .weight_files import files_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,8 +91,12 @@ def fingerprint(model: Any) -> str:
 
 def rope(model: Any) -> str:
     """RoPE parameters as canonical JSON; '' for a model that has none."""
-    found = getattr(model.config, "rope_parameters", None)
-    return json.dumps(found, sort_keys=True, default=str) if found else ""
+    return rope_text({"rope_parameters": getattr(model.config, "rope_parameters", None)})
+
+
+def weight_files(model: Any) -> str:
+    """Content id of the files that the model was loaded from; '' for one that was made here."""
+    return files_id(getattr(model.config, "name_or_path", ""))
 
 
 def _rope_types(config: Any) -> Iterator[str]:

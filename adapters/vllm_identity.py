@@ -11,25 +11,17 @@ import hashlib
 import json
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..stages.errors import InputError
 from ..stages.namespace import tlv
-from .identity import STRIP, STRIPS, canonical, config_text, strip_starts
+from .identity import canonical, config_text
+from .weight_files import KINDS, files_id, find, hash_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 log = logging.getLogger("tierloom")
-
-WHOLE = 64 << 20
-"""Bytes of weight files that are hashed whole; of more each file gives `STRIPS` strips."""
-PIECE = 1 << 20
-"""Bytes read at once."""
-
-KINDS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-"""Kinds of weight files; as in vLLM only the first kind that a folder holds is loaded."""
 
 _FIRST = {"pt": "*.pt", "npcache": "*.bin", "gguf": "*.gguf"}
 """Load formats that ask for another kind first."""
@@ -80,6 +72,15 @@ def weights_id(vllm_config: Any) -> str:
     return h.hexdigest()
 
 
+def calibrated_id(vllm_config: Any) -> str:
+    """What calibrations of this engine's model are found by; empty where no file is it."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    remote = getattr(model, "model_weights", "")
+    if remote or str(load.load_format) not in _OF_FILES:
+        return ""
+    return files_id(model.model, model.revision, getattr(load, "download_dir", None))
+
+
 def adapter_id(path: str | Path) -> str:
     """Hex sha256 over a LoRA folder: adapter_config.json, and its weight files like a model's.
 
@@ -87,7 +88,7 @@ def adapter_id(path: str | Path) -> str:
     or no config: a name alone would be shared by different adapters, so such requests must not be
     kept. Raises OSError when a weight file cannot be read.
     """
-    folder, files = _find(os.path.expanduser(path), None, None, KINDS)
+    folder, files = find(os.path.expanduser(path), None, None, KINDS)
     if folder is None or not files:
         raise InputError(
             f"{path}: no adapter weights ({', '.join(KINDS)}) found here, so what is computed with "
@@ -99,7 +100,7 @@ def adapter_id(path: str | Path) -> str:
         raise InputError(f"{path}: adapter_config.json cannot be read: {e}") from e
     kept = {k: v for k, v in config.items() if k not in _NOT_THE_ADAPTER}
     h = hashlib.sha256(canonical(kept).encode())
-    _hash_files(h, folder, files)
+    hash_files(h, folder, files)
     return h.hexdigest()
 
 
@@ -113,9 +114,9 @@ def _hash_weights(h: Any, model: Any, load: Any) -> None:
         first = _FIRST.get(str(load.load_format), KINDS[0])
         kinds = (first, *(k for k in KINDS if k != first))
         where = getattr(load, "download_dir", None)
-        folder, files = _find(model.model, model.revision, where, kinds)
+        folder, files = find(model.model, model.revision, where, kinds)
     if folder is not None and files:
-        return _hash_files(h, folder, files)
+        return hash_files(h, folder, files)
     log.warning(
         "no weight files found for %s: its KV is told apart by that name and its revision only; "
         "set tierloom.weights to a content id, above all if the weights behind it can change",
@@ -124,64 +125,3 @@ def _hash_weights(h: Any, model: Any, load: Any) -> None:
     h.update(tlv(("name", str(remote or model.model).encode()),
                  ("revision", str(model.revision).encode())))  # fmt: skip
     return None
-
-
-def _find(
-    name: str, revision: str | None, cache: str | None, patterns: Sequence[str]
-) -> tuple[Path | None, list[Path]]:
-    """(folder, sorted files of the first pattern that has any) of a local folder, file or hub id.
-
-    Only in the folder itself, as vLLM does it: what lies deeper belongs to others (checkpoints).
-    """
-    path = Path(name)
-    if path.is_file():
-        fits = [p for p in patterns if path.match(p)]
-        return (path.parent, [path]) if fits else (None, [])
-    for pattern in patterns:
-        folder = path if path.is_dir() else _snapshot(name, revision, cache, pattern)
-        if folder is not None and (files := sorted(p for p in folder.glob(pattern) if p.is_file())):
-            return folder, files
-    return None, []
-
-
-def _snapshot(name: str, revision: str | None, cache: str | None, pattern: str) -> Path | None:
-    """The folder of a hub id in the local cache; never asks the hub."""
-    try:
-        from huggingface_hub import snapshot_download
-
-        found = snapshot_download(
-            name, revision=revision, cache_dir=cache, allow_patterns=[pattern],
-            local_files_only=True,
-        )  # fmt: skip
-    except (ImportError, OSError, ValueError):  # not there, not whole, or not a hub id at all
-        return None
-    return Path(found)
-
-
-def _hash_files(h: Any, folder: Path, files: Sequence[Path]) -> None:
-    sizes = [path.stat().st_size for path in files]
-    whole = sum(sizes) <= WHOLE
-    for path, size in zip(files, sizes, strict=True):
-        name = path.relative_to(folder).as_posix()
-        h.update(tlv(("file", name.encode()), ("size", str(size).encode())))
-        for piece in _content(path, size, whole=whole or size <= STRIP * STRIPS):
-            h.update(piece)
-
-
-def _content(path: Path, size: int, *, whole: bool) -> Iterator[bytes]:
-    """All of a file, or its strips."""
-    if whole:
-        parts = [(at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
-    else:
-        parts = [(at, STRIP) for at in strip_starts(size)]
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for at, n in parts:
-            while n:
-                piece = os.pread(fd, n, at)
-                if not piece:
-                    raise OSError(f"{path} became shorter while it was read")
-                yield piece
-                at, n = at + len(piece), n - len(piece)
-    finally:
-        os.close(fd)

@@ -16,9 +16,11 @@ import numpy as np
 from ..pipeline.check import load
 from ..pipeline.pipeline import Pipeline
 from ..stages.base import ModelFacts
+from ..stages.codecs.rope import frequencies
 from ..stages.errors import LayoutError
 from ..stages.lookup import Lookup
-from .vllm_identity import weights_id
+from .identity import rope_text
+from .vllm_identity import calibrated_id, weights_id
 from .vllm_layout import Share, shares
 from .vllm_messages import Hello
 
@@ -103,6 +105,7 @@ def open_pipes(
     _refuse(vllm_config)
     parts = shares(caches, kv_cache_config, vllm_config.compilation_config.static_forward_context)
     weights = conf.settings.weights or weights_id(vllm_config)
+    facts = ModelFacts(model.get_total_num_hidden_layers(), calibrated_id(vllm_config))
     alone = len(parts) == 1 and rank.pp_size == 1
     first, last = model.get_layers_start_end_indices(vllm_config.parallel_config)
     pipes: list[Pipe] = []
@@ -112,10 +115,10 @@ def open_pipes(
             overrides = _overrides(conf, rank, share, len(parts), kv_cache_config.hash_block_size)
             pipe = Pipeline(
                 load(conf.source, overrides), share.layout,
-                model=conf.settings.name, weights=weights,
+                model=conf.settings.name, weights=weights, rope=_rope(model, share),
                 layers=None if alone else (first, last), heads=heads, part=share.part,
                 backend=share.backend, replica=twin, watch=True,
-                facts=ModelFacts(model.get_total_num_hidden_layers()),
+                facts=facts,
             )  # fmt: skip
             pipes.append(Pipe(share, pipe))
             _prove(share, pipe)
@@ -142,6 +145,13 @@ def _prove(share: Share, pipe: Pipeline) -> None:
 def _heads(share: Share, model: Any) -> int:
     """KV heads of the whole model; a latent counts as one."""
     return 1 if share.layout.kv == 1 else int(model.get_total_num_kv_heads())
+
+
+def _rope(model: Any, share: Share) -> str:
+    """The RoPE parameters, where they are such that a codec can turn K back; the content id of the
+    weights names them in any case. All ranks come to the same."""
+    found = rope_text(model.hf_text_config.to_dict())
+    return found if len(frequencies(found, share.layout.dim)) else ""
 
 
 def _hello(pipes: list[Pipe], layers: int, heads: int) -> Hello:

@@ -92,6 +92,8 @@ class ModelFacts(NamedTuple):
 
     layers: int = 0
     """0: not known."""
+    files: str = ""
+    """Content id of its weight files, whatever dtype they are loaded in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,5 +16,6 @@ sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 pytest.register_assert_rewrite("contracts")
 sys.path.append(str(ROOT / "tests"))
 import contracts  # noqa: E402, F401
+import tiny  # noqa: E402, F401
 
 sys.path.pop()

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from contracts import header_of, mutations
+from tiny import TINY, Letters, tiny_llama
 
-from tierloom.adapters import calibrate, cli, quality_measure
+import tierloom
+from tierloom.adapters import calibrate, cli, quality_arms, quality_measure
 from tierloom.adapters.quality_arms import Stored
-from tierloom.adapters.quality_documents import Sizes
 from tierloom.adapters.quality_measure import references, score, subject_of
+from tierloom.adapters.transformers import Kept
+from tierloom.adapters.transformers_cache import layout_of
+from tierloom.adapters.vllm_identity import calibrated_id
+from tierloom.adapters.weight_files import files_id
+from tierloom.stages.base import ModelFacts
 from tierloom.stages.codecs import calibration
-from tierloom.stages.codecs.cachegen import CacheGen, CacheGenOptions
+from tierloom.stages.codecs.cachegen import LEVELS, CacheGen, CacheGenOptions
 from tierloom.stages.codecs.cachegen_coder import HEAD, Head
 from tierloom.stages.codecs.cachegen_frame import STEPS
 from tierloom.stages.codecs.shape import FrameShape, Site
 from tierloom.stages.codecs.table import decode_frame
 from tierloom.stages.errors import BadObject, ConfigError, TierloomError
+from tierloom.stages.object import Header
 from tierloom.stages.payload import EncodedFrame
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tierloom.adapters.quality_measure import Subject
-
-
-TINY = Sizes(contexts=(128,), suffix=32, chunk=64)
-
-
-class Letters:
-    """A tokenizer that needs no files: a token per byte, behind a BOS."""
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [1, *(b + 2 for b in text.encode("utf-8"))]}
-
-
-def tiny_llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=None,
-        pad_token_id=0, initializer_range=0.15,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +46,20 @@ def subject() -> Subject:
 
 
 @pytest.fixture(scope="module")
-def data(subject: Subject) -> bytes:
-    return calibrate.calibrate(subject)
+def seen(subject: Subject) -> calibrate.Seen:
+    found: calibrate.Seen = calibrate.observe(subject)
+    return found
 
 
 @pytest.fixture(scope="module")
-def transforming(subject: Subject) -> bytes:
+def data(subject: Subject, seen: calibrate.Seen) -> bytes:
+    return calibrate.learned(seen, subject, {})
+
+
+@pytest.fixture(scope="module")
+def transforming(subject: Subject, seen: calibrate.Seen) -> bytes:
     """With a transform of each head for level small."""
-    return calibrate.calibrate(subject, transformed=calibrate.TRANSFORMED)
+    return calibrate.learned(seen, subject)
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +67,11 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No files but those of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(calibration, "_known", {})
+
+
+def made_for(subject: Subject) -> bytes:
+    made: bytes = calibrate.learned(calibrate.observe(subject), subject)
+    return made
 
 
 def kept(data: bytes) -> Path:
@@ -100,7 +99,7 @@ def kv(subject: Subject) -> torch.Tensor:
 
 
 def test_the_same_model_gives_the_same_bytes(subject: Subject, data: bytes) -> None:
-    assert calibrate.calibrate(subject) == data
+    assert calibrate.learned(calibrate.observe(subject), subject, {}) == data
 
 
 def test_what_was_learned(subject: Subject, data: bytes) -> None:
@@ -124,8 +123,8 @@ def test_safetensors_reads_it(data: bytes) -> None:
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_frames_are_smaller_and_as_good(subject: Subject) -> None:
-    data = calibrate.calibrate(subject, STEPS)  # steps as they are without it
+def test_frames_are_smaller_and_as_good(subject: Subject, seen: calibrate.Seen) -> None:
+    data = calibrate.learned(seen, subject, {}, STEPS)  # steps as they are without it
     captured = references(subject, TINY, 2)
     found = []
     for with_file in (False, True):
@@ -171,14 +170,12 @@ def test_coefficients_are_half_a_step_off_at_most(transforming: bytes, kv: torch
     assert 0 < k < 0.5
 
 
-def test_transforms_bring_smaller_frames(
-    subject: Subject, data: bytes, transforming: bytes
+def test_coefficients_are_uncorrelated_and_cost_the_same(
+    subject: Subject, seen: calibrate.Seen, data: bytes, transforming: bytes
 ) -> None:
-    """K and V of a model whose channels go together: an error in its metric costs fewer bits."""
     before, after = (calibration.read(kept(d)) for d in (data, transforming))
     assert (before.means == after.means).all()
     assert (before.steps[:2] == after.steps[:2]).all()
-    seen = calibrate.observe(subject)
     matrices, size = calibrate.transforms(seen, after.means)
     made = np.concatenate(
         [calibrate.through(kv - after.means[:, :, None], matrices) for kv in seen.kv], 2
@@ -306,13 +303,123 @@ def test_a_calibration_of_another_model_is_refused_by_name(
         Stored(f"cachegen:default,calibration={path}", subject, TINY.chunk)
 
 
+@pytest.mark.parametrize("words", [[], ["--no-transform"]])
 def test_the_command_writes_where_it_is_found(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr(quality_measure, "load_subject", lambda _: subject)
-    monkeypatch.setattr("sys.argv", ["tierloom", "calibrate", "--model", "tiny"])
+    monkeypatch.setattr("sys.argv", ["tierloom", "calibrate", "--model", "tiny", *words])
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert done.value.code == 0
     assert "of tiny," in capsys.readouterr().out
-    assert calibration.for_model(subject.weights) is not None
+    found = calibration.for_model(subject.weights)
+    assert found is not None
+    assert found.transformed == (set() if words else {2})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as it is shared: in bfloat16, in files."""
+    made: Path = tmp_path_factory.mktemp("models") / "mine"
+    tiny_llama().bfloat16().save_pretrained(made)
+    return made
+
+
+def loaded(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def vllm_config(folder: Path, **changes: Any) -> Any:
+    """As much of vLLM's configuration as is read to find a calibration."""
+    model = {"model": str(folder), "model_weights": "", "revision": None} | changes
+    load = SimpleNamespace(load_format=model.pop("load_format", "auto"), download_dir=None)
+    return SimpleNamespace(model_config=SimpleNamespace(**model), load_config=load)
+
+
+def kept_head(pipe: Any, folder: Path, kv: torch.Tensor) -> Head:
+    """The head of the first frame of what a pipeline keeps of `kv`."""
+    with pipe:
+        planes = list(zip(kv[0], kv[1], strict=True))
+        slots = torch.arange(kv.shape[2])
+        pipe.store(slots.to(torch.int32), planes, slots, layout=layout_of(planes)).wait()
+    page = next(folder.rglob("*.tlm")).read_bytes()
+    frame = Header.unpack(page[: Header.length(page)]).frames[0]
+    assert frame.codecs
+    return Head(*HEAD.unpack_from(page, frame.offset))
+
+
+@pytest.mark.parametrize("rope_theta", [10000.0, 500000.0, None])
+def test_an_engine_finds_it_by_the_models_files(
+    folder: Path, kv: torch.Tensor, tmp_path: Path, rope_theta: float | None
+) -> None:
+    """Whatever it calls the weights; but not where it turns K otherwise."""
+    found = calibration.read(
+        kept(made_for(subject_of("mine", loaded(folder, torch.float32), Letters())))
+    )
+    name = calibrated_id(vllm_config(folder))
+    assert name in found.models
+    rope = json.dumps({"rope_theta": rope_theta, "rope_type": "default"}) if rope_theta else ""
+    row = torch.empty(1, *kv.shape[3:], dtype=kv.dtype)
+    pipe = tierloom.open(
+        quality_arms._config(quality_arms.parse_codec("cachegen"), str(tmp_path), 64, 1 << 26),
+        layout=layout_of([(row, row)] * kv.shape[1]), model="", weights="another name",
+        rope=rope, facts=ModelFacts(kv.shape[1], name),
+    )  # fmt: skip
+    head = kept_head(pipe, tmp_path, kv[:, :, :64])
+    assert head.calibration == (0 if rope_theta == 500000.0 else found.id)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_transformers_finds_it_in_every_dtype(
+    folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    subject = subject_of("mine", loaded(folder, torch.float32), Letters())
+    found = calibration.read(kept(made_for(subject)))
+    source = quality_arms._config(quality_arms.parse_codec("cachegen"), str(tmp_path), 64, 1 << 26)
+    with Kept(loaded(folder, dtype), config=source) as model:
+        model.generate(torch.arange(1, 100)[None], max_new_tokens=1, do_sample=False)
+    page = next(tmp_path.rglob("*.tlm")).read_bytes()
+    frame = Header.unpack(page[: Header.length(page)]).frames[0]
+    assert Head(*HEAD.unpack_from(page, frame.offset)).calibration == found.id
+
+
+def test_the_name_of_a_models_files(folder: Path, tmp_path: Path) -> None:
+    name = files_id(str(folder))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "config.json").write_text("{}")
+    assert files_id(str(copy)) == name == calibrated_id(vllm_config(copy))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert files_id(str(copy)) not in (name, "")
+    weights.unlink()
+    assert files_id(str(copy)) == files_id("") == files_id("no/such-model") == ""
+    assert calibrated_id(vllm_config(folder, load_format="dummy")) == ""
+    assert calibrated_id(vllm_config(folder, model_weights="s3://bucket")) == ""
+    assert calibration.for_model("", "") is None
+
+
+def test_the_paper_cuts_by_the_whole_models_depth(kv: torch.Tensor, tmp_path: Path) -> None:
+    """A share of two layers of 32 has no cut in it."""
+    row = torch.empty(1, *kv.shape[3:], dtype=kv.dtype)
+    for layers, most in ((0, [15, 7, 7]), (32, [15, 15, 15])):
+        folder = tmp_path / str(layers)
+        source = quality_arms._config(
+            quality_arms.parse_codec("cachegen:paper-2"), str(folder), 64, 1 << 26
+        )
+        pipe = tierloom.open(
+            source, layout=layout_of([(row, row)] * kv.shape[1]), model="m",
+            facts=ModelFacts(layers),
+        )  # fmt: skip
+        head = kept_head(pipe, folder, kv[:, :, :64])
+        assert LEVELS[head.level] == "paper-2"
+        page = next(folder.rglob("*.tlm")).read_bytes()
+        header = Header.unpack(page[: Header.length(page)])
+        shape = FrameShape.of(header, 0)
+        frame = header.frames[0]
+        own = shape.planes * (1 + 2 * shape.tokens + 2 * shape.channels)
+        at = frame.offset + frame.stored - own
+        assert list(page[at : at + 3]) == most

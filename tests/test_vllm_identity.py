@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tierloom.adapters import vllm_identity
+from tierloom.adapters import weight_files
 from tierloom.adapters.identity import config_text, strip_starts
 from tierloom.adapters.vllm_identity import adapter_id, weights_id
 from tierloom.stages.errors import InputError
@@ -121,13 +121,13 @@ def test_every_byte_of_small_weights_counts(folder: Path) -> None:
 def test_large_weights_are_sampled_and_small_files_beside_them_are_not(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_identity, "WHOLE", 0)
+    monkeypatch.setattr(weight_files, "WHOLE", 0)
     large = folder / "a.safetensors"
     with large.open("wb") as f:
         f.truncate(8 << 20)
     name = weights_id(engine(folder))
     assert weights_id(engine(folder)) == name
-    gap = vllm_identity.STRIP + 1
+    gap = weight_files.STRIP + 1
     flip(large, gap)
     assert weights_id(engine(folder)) == name, "between the strips: documented as unseen"
     flip(large, gap)

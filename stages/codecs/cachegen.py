@@ -18,6 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from ..errors import BadObject, ConfigError
 from . import cachegen_frame, cachegen_paper
 from .cachegen_coder import HEAD, Head, grid_of, spared
@@ -112,8 +114,10 @@ def _model(options: CacheGenOptions, ctx: Context | None) -> Calibration | None:
                 f"{found.dim} channels; write one with tierloom calibrate"
             )
         return found
-    here = for_model(ctx.names.weights) if ctx is not None else None
-    return here if here is not None and ctx is not None and _fits(here, ctx) else None
+    if ctx is None:
+        return None
+    here = for_model(ctx.names.weights, ctx.facts.files)
+    return here if here is not None and _fits(here, ctx) and _turns_alike(here, ctx) else None
 
 
 def _fits(found: Calibration, ctx: Context) -> bool:
@@ -123,3 +127,10 @@ def _fits(found: Calibration, ctx: Context) -> bool:
     return (
         g.kv == 2 and g.dim == found.dim and n.layers[0] + g.layers <= layers and last <= channels
     )
+
+
+def _turns_alike(found: Calibration, ctx: Context) -> bool:
+    """Whether K is turned as it was when the calibration was made, as far as the engine says."""
+    freqs = frequencies(ctx.names.rope, ctx.geometry.dim)
+    same = len(freqs) == len(found.freqs) and np.allclose(freqs, found.freqs)
+    return not ctx.names.rope or bool(same)

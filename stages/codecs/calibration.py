@@ -46,7 +46,7 @@ class Calibration:
 
     id: int
     models: frozenset[str]
-    """Fingerprints of the weights, in whatever dtype they are loaded."""
+    """Fingerprints of the weights, in whatever dtype they are loaded, and of their files."""
     dim: int
     freqs: npt.NDArray[np.float32]
     """Radians per token [half], by which K is turned back."""
@@ -128,9 +128,10 @@ _known: dict[int, Calibration] = {}
 """By id. Content-addressed, so it does not matter who read them."""
 
 
-def for_model(weights: str) -> Calibration | None:
-    """The newest in the folder that is of these weights."""
-    return next((c for c in _all() if weights and weights in c.models), None)
+def for_model(*names: str) -> Calibration | None:
+    """The newest in the folder that is of a model with one of these fingerprints."""
+    wanted = {name for name in names if name}
+    return next((c for c in _all() if wanted & c.models), None)
 
 
 def by_id(id: int) -> Calibration:

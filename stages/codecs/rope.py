@@ -34,7 +34,8 @@ def frequencies(parameters: str, dim: int) -> npt.NDArray[np.float32]:
 
 def _frequencies(p: dict[str, Any], dim: int) -> npt.NDArray[np.float32]:
     kind = p.get("rope_type", "default")
-    if "rope_theta" not in p or kind not in ("default", "linear", "llama3"):
+    plain = "rope_theta" in p and "mrope_section" not in p  # else positions are not the tokens'
+    if not plain or kind not in ("default", "linear", "llama3"):
         return NONE
     theta = float(p["rope_theta"])
     turned = int(dim * float(p.get("partial_rotary_factor", 1.0)))
