@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from quality.report import markdown
 from rich.console import Console
 from yardstick import machine
 
+from tierloom.adapters.calibrate import TRANSFORMED, learned, observe
 from tierloom.adapters.quality_arms import NONE, Stored, codecs
 from tierloom.adapters.quality_documents import Document, Sizes, texts
 from tierloom.adapters.quality_measure import capture, load_subject, references, score
@@ -43,6 +45,13 @@ CODECS = (
     "cachegen:high", "cachegen:default", "cachegen:small",
     "cachegen:paper-3", "cachegen:paper-2", "cachegen:paper-1",
 )  # fmt: skip
+CALIBRATED = {
+    "cachegen:high calibrated": ("high", True),
+    "cachegen:default calibrated": ("default", True),
+    "cachegen:small calibrated": ("small", True),
+    "cachegen:small calibrated, no transform": ("small", False),
+}
+"""By a calibration made for the run, as `tierloom calibrate` makes it: (level, --transform)."""
 LONG = 2048
 """Tokens of the one chunk in which bits are counted a second time."""
 LONG_TEXT = "topic compound"
@@ -60,7 +69,8 @@ def main() -> None:
     subject, sizes = load_subject(given.model), Sizes()
     captured = references(subject, sizes, given.documents)
     console.print(f"{len(captured)} documents computed in full precision")
-    results = run(subject, sizes, captured, given.only, console)
+    with tempfile.TemporaryDirectory(prefix="tierloom-quality-") as folder:
+        results = run(subject, sizes, captured, given.only, console, folder)
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     out.with_suffix(".md").write_text(markdown(results), "utf-8")
     try:
@@ -73,33 +83,36 @@ def main() -> None:
 
 def run(
     subject: Subject, sizes: Sizes, captured: list[Reference], only: list[str] | None,
-    console: Console,
+    console: Console, folder: str,
 ) -> dict[str, Any]:  # fmt: skip
+    """`folder`: an empty one, for the run's calibrations."""
     known = {NONE, *codecs()}
     absent = [c for c in CODECS if c.partition(":")[0] not in known]
-    wanted = [c for c in CODECS if c not in absent and _wanted(c, only)]
+    wanted = {c: c for c in CODECS if c not in absent and _wanted(c, only)}
+    os.environ["XDG_CACHE_HOME"] = folder  # no calibration is found that happens to be there
+    wanted |= _calibrated(subject, Path(folder), [c for c in CALIBRATED if _wanted(c, only)])
     others = {"peer": peers, "literature": baselines}
     long = _long(subject) if subject.positions >= LONG else None
     scores: dict[str, Score] = {}
     arms: dict[str, Any] = {}
 
-    def take(kind: str, arm: Stored | Chunked, longer: Stored | Chunked) -> None:
-        found = scores[arm.name] = score(subject, arm, captured)
-        arms[arm.name] = {"kind": kind, **found.report()}
+    def take(kind: str, name: str, arm: Stored | Chunked, longer: Stored | Chunked) -> None:
+        found = scores[name] = score(subject, arm, captured)
+        arms[name] = {"kind": kind, **found.report()}
         if long is not None:
             stored = longer.treat(long.ids, long.kv).stored
-            arms[arm.name]["bits_per_element_2048"] = round(8 * stored / long.kv.numel(), 4)
-        console.print(f"{arm.name:32} {found.bits:6.2f} bits   KL {found.kl:.3g}")
+            arms[name]["bits_per_element_2048"] = round(8 * stored / long.kv.numel(), 4)
+        console.print(f"{name:40} {found.bits:6.2f} bits   KL {found.kl:.3g}")
 
-    for name in wanted:
+    for name, codec in wanted.items():
         with ExitStack() as opened:
-            take("tierloom", *(
-                opened.enter_context(Stored(name, subject, n)) for n in (sizes.chunk, LONG)
+            take("tierloom", name, *(
+                opened.enter_context(Stored(codec, subject, n)) for n in (sizes.chunk, LONG)
             ))  # fmt: skip
     for kind, make in others.items():
         for arm, longer in zip(make(sizes.chunk), make(LONG), strict=True):
             if _wanted(arm.name, only):
-                take(kind, arm, longer)
+                take(kind, arm.name, arm, longer)
     return {
         "model": subject.name,
         "machine": {
@@ -113,6 +126,21 @@ def run(
         "gates": judged(scores),
         "arms": arms,
     }  # fmt: skip
+
+
+def _calibrated(subject: Subject, folder: Path, names: list[str]) -> dict[str, str]:
+    """Codecs of the wanted arms, by name; what the model does on the texts is seen once."""
+    seen = observe(subject) if names else None
+    codecs: dict[str, str] = {}
+    for transform in (True, False):
+        path = folder / f"{transform}.safetensors"
+        for name in names:
+            level, wants = CALIBRATED[name]
+            if wants == transform and seen is not None:
+                if not path.exists():
+                    path.write_bytes(learned(seen, subject, TRANSFORMED if transform else {}))
+                codecs[name] = f"cachegen:{level},calibration={path}"
+    return {name: codecs[name] for name in names}
 
 
 def _wanted(name: str, only: list[str] | None) -> bool:
