@@ -168,7 +168,9 @@ def calibrate(
     ] = None,
     transform: Annotated[
         bool,
-        typer.Option(help="Also a transform of each head, for level small: a larger file."),
+        typer.Option(
+            help="Also a transform of each head, for level small: better, and slower to decode."
+        ),
     ] = True,
 ) -> None:
     """Learn once how a model's KV is best coded; the codec `cachegen` finds the file by itself."""
