@@ -250,6 +250,9 @@ def _fingerprints(subject: Subject) -> list[str]:
     found = [name for name in (weight_files(subject.model), subject.weights) if name]
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(w, w.to(dtype).float()) for w in subject.model.state_dict().values()):
+            exact = [b.clone() for b in subject.model.buffers()]  # RoPE's are no part of the state
             found.append(fingerprint(subject.model.to(dtype)))
             subject.model.float()
+            for buffer, was in zip(subject.model.buffers(), exact, strict=True):
+                buffer.copy_(was)
     return found

@@ -102,6 +102,18 @@ def test_the_same_model_gives_the_same_bytes(subject: Subject, data: bytes) -> N
     assert calibrate.learned(calibrate.observe(subject), subject, {}) == data
 
 
+def test_the_model_is_left_as_it_was() -> None:
+    """RoPE's frequencies too, which a dtype of 16 bits would round."""
+    model = tiny_llama()
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().float()
+    subject = subject_of("tiny", model, Letters())
+    before = [b.clone() for b in (*model.buffers(), *model.parameters())]
+    assert len(calibrate._fingerprints(subject)) == 2
+    after = (*model.buffers(), *model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_what_was_learned(subject: Subject, data: bytes) -> None:
     found = calibration.read(kept(data))
     shape = subject.shape
