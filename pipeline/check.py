@@ -12,6 +12,7 @@ from ..stages.base import PortType, Stage
 from ..stages.tiers.base import Tier
 from .graph import Breaker, Graph, GraphOptions, PipelineOptions, PipelineSpec, TierSpec, Wire
 from .problems import Findings, Place, Problem, nearest
+from .shorthand import refusal, scheme_of
 from .spec import read
 from .tree import Leaf, Row, Table
 from .values import fill, names_of, shown
@@ -145,7 +146,8 @@ def _entries(
         elif isinstance(entry, Table):
             yield id, entry, here
         else:
-            hint = f"there is no {id!r} to remove" if shown(entry) == "nothing" else ""
+            hint = "a tier is {use: ...}, or a URL" if section == "tiers" else ""
+            hint = f"there is no {id!r} to remove" if shown(entry) == "nothing" else hint
             found.add(whole.keys[id], here, f"wants a mapping, got {shown(entry)}", hint)
 
 
@@ -162,10 +164,16 @@ def _class(
             found.add(use.at, f"{path}.use", f"wants the name of a {kind}, got {shown(use)}", known)
         return "", None
     name, base = use.value, Stage if kind == "stage" else Tier
+    if scheme_of(name) is not None:
+        found.add(use.at, path, *refusal(name))
+        return name, None
     try:
         cls = catalog.load(kind, name)
     except KeyError:
-        found.add(use.at, path, f"no {kind} is called {name!r}", nearest(name, catalog.names(kind)))
+        hint = nearest(name, catalog.names(kind))
+        if kind == "tier" and name in catalog.SCHEMES.values():
+            hint = f"it comes with an extra: pip install 'tierloom[{name}]'"
+        found.add(use.at, path, f"no {kind} is called {name!r}", hint)
     except ImportError as e:
         missing = (e.name or "tierloom").split(".")[0]
         hint = "" if missing == "tierloom" else f"pip install {missing}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_type_hints
 
-from ..stages.options import parse_seconds, parse_size
+from ..stages.options import masked, parse_seconds, parse_size
 from .lower import lower
 
 if TYPE_CHECKING:
@@ -51,13 +51,15 @@ def mermaid(spec: PipelineSpec) -> str:
 
 
 def said(options: Any, *, all: bool = False) -> str:
-    """Options as they would be written, without those left at their defaults unless `all`."""
+    """Options as they would be written, secrets masked; those left at their defaults only with
+    `all`."""
     kinds = get_type_hints(type(options), include_extras=True)
     words = []
     for field in fields(options):
         value = getattr(options, field.name)
         if all or field.default is MISSING or value != field.default:
-            words.append(f"{field.name} {_shown(kinds[field.name], value)}")
+            word = masked(f"{field.name}: {_shown(kinds[field.name], value)}")
+            words.append(word.replace(": ", " ", 1))
     return ", ".join(words)
 
 

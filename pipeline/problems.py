@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..stages.errors import ConfigError
+from ..stages.options import masked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,8 +68,9 @@ class Findings:
         return len(self._problems)
 
     def add(self, at: Place, path: str, message: str, hint: str = "") -> None:
-        """Note a problem; the same one is noted once."""
-        self._problems[Problem(*at[:3], path, message, hint, at.text)] = None
+        """Note a problem, secrets masked; the same one is noted once."""
+        words = map(masked, (message, hint, at.text))
+        self._problems[Problem(*at[:3], path, *words)] = None
 
     def sorted(self) -> tuple[Problem, ...]:
         """The problems, file by file in reading order."""

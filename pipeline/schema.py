@@ -19,6 +19,11 @@ from .graph import Breaker, GraphOptions, PipelineOptions, Wire
 from .spec import VERSION
 
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}
+_URL = {
+    "type": "string",
+    "pattern": r"^[A-Za-z][A-Za-z0-9+.-]*://|\$\{",
+    "description": "A URL says which tier to use, and is its `url`; it may also stand in `use`.",
+}
 _SIMPLE: dict[Any, dict[str, Any]] = {
     bool: {"type": "boolean"}, int: {"type": "integer"}, float: {"type": "number"},
     str: {"type": "string"}, type(None): {"type": "null"},
@@ -36,7 +41,7 @@ def schema() -> dict[str, Any]:
         "extends": {"type": "string", "description": "A preset's name or a path to build on."},
     }
     whole = head | _properties(PipelineOptions) | {
-        "tiers": _by_id("#/$defs/tier"),
+        "tiers": _by_id("#/$defs/tier", _URL),
         "graphs": _object({name: {"$ref": "#/$defs/graph"} for name in GRAPHS}),
     }  # fmt: skip
     return {
@@ -57,9 +62,9 @@ def _object(properties: dict[str, Any], required: list[str] | None = None) -> di
     return whole | ({"required": required} if required else {})
 
 
-def _by_id(ref: str) -> dict[str, Any]:
+def _by_id(ref: str, *others: dict[str, Any]) -> dict[str, Any]:
     """A mapping of ids; null takes one out of the base."""
-    entry = {"anyOf": [{"$ref": ref}, {"type": "null"}]}
+    entry = {"anyOf": [{"$ref": ref}, *others, {"type": "null"}]}
     return {"type": "object", "additionalProperties": entry}
 
 

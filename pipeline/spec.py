@@ -3,7 +3,8 @@
 A file may say `extends: NAME` (a preset in `configs/`) or `extends: PATH` (relative to itself): the
 two are merged mapping by mapping, the extending file on top. Tiers, graphs and stages merge by id;
 `id: null` removes one, and one whose `use` changes is replaced whole, since the options of one kind
-mean nothing to another. `${VAR}` and `${VAR:-default}` are read from the environment.
+mean nothing to another. A tier may be a URL (`shorthand.py`). `${VAR}` and `${VAR:-default}` are
+read from the environment.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .problems import Place, nearest
+from .shorthand import expand
 from .tree import Leaf, Scalar, Table, Tree, from_python, parse
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def _extend(
         found.add(tree.at, "", "a pipeline is a mapping", f"begin with 'version: {VERSION}'")
         return None
     _check_version(tree, found)
+    tree = expand(tree, found)
     base = tree.items.get("extends")
     if base is None:
         return tree
@@ -144,5 +147,5 @@ def _override(tree: Table, path: str, value: Any, found: Findings) -> Table:
     layer = Table({last: from_python(value, at, path, found)}, {last: at}, at)
     for name in reversed(parents):
         layer = Table({name: layer}, {name: at}, at)
-    merged: Table = _merge(tree, layer, ())
+    merged: Table = _merge(tree, expand(layer, found), ())
     return merged

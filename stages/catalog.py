@@ -44,11 +44,35 @@ TIERS = {
     "stuck": "tierloom.stages.tiers.faults:Stuck",
 }
 
+SCHEMES = {
+    "az": "s3",
+    "file": "files",
+    "fs": "files",
+    "gs": "s3",
+    "infinistore": "infinistore",
+    "mooncake": "mooncake",
+    "mooncakestore": "mooncake",
+    "redis": "redis",
+    "redis-cluster": "redis",
+    "redis-sentinel": "redis",
+    "rediss": "redis",
+    "s3": "s3",
+    "tierloom": "server",
+    "tierloom+unix": "server",
+    "unix": "redis",
+}
+"""The tier that a URL names by its scheme; a third party's scheme is the name of its entry point."""
+
 
 def names(kind: Kind) -> dict[str, str]:
     """Every known name and where its class is, entry points included; ours cannot be replaced."""
     found = {e.name: e.value for e in entry_points(group=f"tierloom.{kind}s")}
     return found | (STAGES if kind == "stage" else TIERS)
+
+
+def schemes() -> dict[str, str]:
+    """Every URL scheme and the name of its tier, entry points included."""
+    return {name: name for name in names("tier").keys() - TIERS.keys()} | SCHEMES
 
 
 def load(kind: Kind, name: str) -> type[Any]:

@@ -17,6 +17,12 @@ _UNITS = {
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 }  # fmt: skip
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_USERINFO = re.compile(r"(://)[^\s'\"]*@")
+_SECRET = re.compile(
+    r"\b([\w-]*(?:(?:passw(?:or)?d|secret|credential)[\w-]*|(?:access|account|api)_?key|token))"
+    r"(['\"]?\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\"|[^\s,}&#]+)",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
 
 
@@ -46,6 +52,12 @@ Size = Annotated[int, parse_size]
 """Bytes, written with a unit."""
 Seconds = Annotated[float, parse_seconds]
 """Seconds, written with a unit."""
+
+
+def masked(text: str) -> str:
+    """The text as it may be printed: without the user and password of a URL, and without the
+    values of what is called a password, secret, key or token."""
+    return _SECRET.sub(r"\1\2***", _USERINFO.sub(r"\1***@", text))
 
 
 def field_docs(options: type[Any]) -> dict[str, str]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict
+from traceback import format_exception
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 
 from ..errors import ConfigError, Lost, TierDown
+from ..options import masked
 from .base import Found, Read, Tier, TierStat
 
 if TYPE_CHECKING:
@@ -151,8 +153,8 @@ class Guarded(Tier):
         """Raises ConfigError; a tier that is down is opened later, by a probe."""
         try:
             await self._within(_PATIENCE * self._limits.timeout, self._open)
-        except ConfigError:
-            raise
+        except ConfigError as error:
+            raise ConfigError(masked(str(error))) from None  # clients' errors may name their URL
         except Exception as error:
             self._failed(error)
             self._trip()
@@ -161,7 +163,7 @@ class Guarded(Tier):
         try:
             await self._within(_PATIENCE * self._limits.timeout, self.tier.close)
         except Exception as error:
-            log.warning("tier did not close", extra={"tier": self.name, "cause": repr(error)})
+            log.warning("tier did not close", extra={"tier": self.name, "cause": _cause(error)})
 
     def find(self, links: bytes) -> Found | None:
         return self.tier.find(links)
@@ -249,15 +251,21 @@ class Guarded(Tier):
         self._failures += 1
         if not isinstance(error, (OSError, TierDown)) and not self._puzzled:
             self._puzzled = True
-            log.error("tier raised what it should not", extra={"tier": self.name}, exc_info=error)
+            trace = masked("".join(format_exception(error)))
+            log.error("tier raised what it should not\n%s", trace, extra={"tier": self.name})
         if self._failures >= self._limits.fails:
             if self._failures == self._limits.fails:
-                log.warning("tier is down", extra={"tier": self.name, "cause": repr(error)})
+                log.warning("tier is down", extra={"tier": self.name, "cause": _cause(error)})
             self._trip()
 
     def _trip(self) -> None:
         self._failures = max(self._failures, self._limits.fails)
         self._retry = self._clock() + self._limits.probe
+
+
+def _cause(error: Exception) -> str:
+    """For the log: a client's error may name its URL, password and all."""
+    return masked(repr(error))
 
 
 def _share(object: Object) -> float:

@@ -71,6 +71,24 @@ class Box(Tier):
     Options = BoxOptions
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteOptions:
+    """A tier that is reached over a network."""
+
+    url: str
+    """Where."""
+    ttl: Seconds = 0.0
+    """How long."""
+    password: str = ""
+    """A secret."""
+    params: dict[str, str] | None = None
+    """More of them."""
+
+
+class Remote(Tier):
+    Options = RemoteOptions
+
+
 class ArenaBox(Box):
     in_arena = True
 

@@ -41,6 +41,7 @@ def store(stage: str) -> str:
     [
         "{version: 1, extends: tiered, tiers: {hot: {capacity: 1 MiB}, warm: null}}",
         "{version: 1, tiers: {hot: {use: 'mine:Tier', any: thing}}}",
+        "{version: 1, tiers: {hot: 'redis://host', warm: {use: 'mine://x'}, cold: '${COLD}'}}",
         "{version: 1, chunk: {tokens: '${TOKENS}'}}",
         store("{use: lookup, tiers: [a], when_full: drop}"),
         store("{use: get, promote: null, hedge: 20 ms}"),
@@ -60,6 +61,7 @@ def test_right_files(validator, text) -> None:
         "{version: 1, chunk: {tokens: many}}",
         "{version: 1, tiers: {hot: {use: memory, capacity: [1]}}}",
         "{version: 1, tiers: {hot: {use: memroy}}}",
+        "{version: 1, tiers: {hot: memory}}",
         "{version: 1, tiers: {hot: {use: memory, capacity: 1, path: x}}}",
         store("{use: put}"),
         store("{use: lookup, want: all}"),
