@@ -61,7 +61,7 @@ SCHEMES = {
     "tierloom+unix": "server",
     "unix": "redis",
 }
-"""The tier that a URL names by its scheme; a third party's scheme is the name of its entry point."""
+"""Tiers that a URL names by its scheme; a third party's scheme is the name of its entry point."""
 
 
 def names(kind: Kind) -> dict[str, str]:

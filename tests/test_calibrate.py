@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from contracts import header_of, mutations
 from tiny import TINY, Letters, tiny_llama
 
 import tierloom
@@ -32,6 +31,7 @@ from tierloom.stages.codecs.table import decode_frame
 from tierloom.stages.errors import BadObject, ConfigError, TierloomError
 from tierloom.stages.object import Header
 from tierloom.stages.payload import EncodedFrame
+from tierloom.testing import header_of, mutations
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -3,7 +3,7 @@
 Batch forms only. A tier never shows an object before its last byte is there, never returns bytes
 whose header does not name the key that was asked for, and never raises for a single bad object:
 that is a `Lost`. What it raises (TierDown, OSError, a timeout) is about the tier, and opens its
-breaker. `tests/contracts.py` turns each of these promises into a test.
+breaker. `tierloom.testing` turns each of these promises into a test.
 """
 
 from __future__ import annotations

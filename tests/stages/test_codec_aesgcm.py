@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import CodecContract, noise
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM as Reference
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -23,6 +22,7 @@ from tierloom.stages.codecs.zstd import Zstd, ZstdOptions
 from tierloom.stages.decode import Decode, DecodeOptions
 from tierloom.stages.errors import BadObject, ConfigError
 from tierloom.stages.payload import EncodedFrame
+from tierloom.testing import CodecContract, noise
 
 
 def key_file(folder: Path, name: str, secret: bytes = b"") -> str:

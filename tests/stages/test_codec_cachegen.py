@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contracts import CodecContract, noise
 
 from tierloom.stages.codecs import cachegen_paper
 from tierloom.stages.codecs.cachegen import LEVELS, CacheGen, CacheGenOptions
@@ -20,6 +19,7 @@ from tierloom.stages.codecs.encode import Encode
 from tierloom.stages.codecs.rope import frequencies
 from tierloom.stages.codecs.shape import FrameShape
 from tierloom.stages.errors import BadObject
+from tierloom.testing import CodecContract, noise
 
 ROPE = '{"rope_type": "default", "rope_theta": 10000.0}'
 

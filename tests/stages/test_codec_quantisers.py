@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import CodecContract, fuzz_with_bounds_checks, header_of, noise
+from bounds import fuzz_with_bounds_checks
 
 from tierloom.stages.codecs.encode import Encode
 from tierloom.stages.codecs.fp8 import Fp8, Fp8Options
@@ -16,6 +16,7 @@ from tierloom.stages.codecs.int8 import Int8, Int8Options
 from tierloom.stages.codecs.shape import FrameShape, Site
 from tierloom.stages.codecs.turboquant import TurboQuant, TurboQuantOptions
 from tierloom.stages.payload import EncodedFrame
+from tierloom.testing import CodecContract, header_of, noise
 
 ROUNDING = 2.0**-8
 """Of the result to bfloat16, relative: half of its last place, and a little."""

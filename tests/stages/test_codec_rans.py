@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts import CodecContract, fuzz_with_bounds_checks, noise
+from bounds import fuzz_with_bounds_checks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from tierloom.stages.codecs.encode import Encode
 from tierloom.stages.codecs.rans import _HEAD, Rans, RansOptions, _parts, _read_head
 from tierloom.stages.codecs.shape import FrameShape, sized
 from tierloom.stages.codecs.table import RANS, decode_frame
+from tierloom.testing import CodecContract, noise
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 STRANGE = [0.0, -0.0, float("nan"), -float("nan"), float("inf"), -float("inf")]

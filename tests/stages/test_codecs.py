@@ -7,7 +7,6 @@ import tracemalloc
 import numpy as np
 import pytest
 import zstandard
-from contracts import CodecContract
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from tierloom.stages.codecs.planes import join_planes, split_planes
 from tierloom.stages.codecs.shape import FrameShape
 from tierloom.stages.codecs.zstd import Zstd, ZstdOptions
 from tierloom.stages.errors import BadObject
+from tierloom.testing import CodecContract
 
 ENCODERS = [
     Zstd(ZstdOptions(), None), Zstd(ZstdOptions(level=9, planes=False), None),

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import anyio
 import pytest
-from contracts import ALL, SIZE, TierBench, TierContract, key_of
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.space import PAGE
@@ -15,6 +14,7 @@ from tierloom.stages.tiers.base import Read
 from tierloom.stages.tiers.breaker import Cost, Guarded
 from tierloom.stages.tiers.faults import Stuck, StuckOptions
 from tierloom.stages.tiers.memory import Memory, MemoryOptions
+from tierloom.testing import ALL, SIZE, TierBench, TierContract, key_of
 
 
 def limits(timeout=30.0, fails=3, probe=5.0):

@@ -7,13 +7,13 @@ import os
 import random
 
 import pytest
-from contracts import ALL, SIZE, TierContract, key_of, links_of
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.space import PAGE, Space
 from tierloom.stages.tiers import disk_io
 from tierloom.stages.tiers.base import Read
 from tierloom.stages.tiers.disk import Disk, DiskOptions
+from tierloom.testing import ALL, SIZE, TierContract, key_of, links_of
 
 SEGMENT = 5 * PAGE  # shorter than an object: each lies in several files
 

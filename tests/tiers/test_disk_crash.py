@@ -11,31 +11,31 @@ import time
 from pathlib import Path
 
 import pytest
-from contracts import SIZE, TierBench, key_of
 
 from tierloom.stages.errors import BadObject
 from tierloom.stages.tiers.disk import Disk, DiskOptions
 from tierloom.stages.tiers.disk_log import Journal
+from tierloom.testing import SIZE, TierBench, key_of
 
 CAPACITY = 6 * SIZE
 
 CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-import anyio, contracts
-sys.path.pop(0)
+import anyio
+from tierloom import testing
+from tierloom.stages.arena import Arena
+from tierloom.stages.tiers.base import TierContext
 from tierloom.stages.tiers import disk_log
 from tierloom.stages.tiers.disk import Disk, DiskOptions
 
 disk_log._SMALL_LOG = 3000  # a snapshot every few puts
 
 async def main():
-    arena = contracts.Arena(64 * contracts.SIZE, huge_pages=False)
-    ctx = contracts.TierContext(arena, contracts.NAMESPACE, contracts.Pool())
+    arena = Arena(64 * testing.SIZE, huge_pages=False)
+    ctx = TierContext(arena, testing.NAMESPACE, testing.Pool())
     tier = Disk(DiskOptions(path={path!r}, capacity={capacity}, keep_free=0, segment=1 << 17), ctx)
     await tier.open()
     print("open", flush=True)
-    bench = contracts.TierBench()
+    bench = testing.TierBench()
     for turn in range(100_000):
         await bench.put(tier, *(seed % 50 for seed in range(turn, turn + 3)))
 
@@ -77,8 +77,7 @@ class TestCrash(TierBench):
     @pytest.mark.parametrize("anyio_backend", ["asyncio"])
     async def test_killed_at_any_moment(self, ctx, tmp_path):
         folder, rng = tmp_path / "disk", random.Random(0)
-        tests = str(Path(__file__).parent.parent)
-        code = CHILD.format(tests=tests, path=str(folder), capacity=CAPACITY)
+        code = CHILD.format(path=str(folder), capacity=CAPACITY)
         for _ in range(6):
             _run_and_kill(code, rng.uniform(0.0, 0.12))
             await self.check(folder, ctx, strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from contracts import ALL, FRAMES, SIZE, TierBench, TierContract, key_of, verify
 
 from tierloom.stages.catalog import TIERS, load
 from tierloom.stages.errors import BadObject, Lost
@@ -20,6 +19,7 @@ from tierloom.stages.tiers.faults import (
     StuckOptions,
 )
 from tierloom.stages.tiers.memory import MemoryOptions
+from tierloom.testing import ALL, FRAMES, SIZE, TierBench, TierContract, key_of, verify
 
 
 class TestSlow(TierContract):

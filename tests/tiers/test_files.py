@@ -7,11 +7,11 @@ import time
 
 import anyio
 import pytest
-from contracts import ALL, SIZE, TierContract, key_of
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.files import Files, FilesOptions
+from tierloom.testing import ALL, SIZE, TierContract, key_of
 
 
 class TestFiles(TierContract):

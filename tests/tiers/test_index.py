@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from contracts import Clock, key_of, links_of
 
 from tierloom.stages.tiers.index import FOREVER, Entry, Index
+from tierloom.testing import Clock, key_of, links_of
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import threading
 
 import anyio
 import pytest
-from contracts import FRAMES, NAMESPACE, SIZE, TierBench, TierContract, key_of, make_object
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ArenaFull, Lost
@@ -15,6 +14,7 @@ from tierloom.stages.object import Object
 from tierloom.stages.space import PAGE
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.memory import Memory, MemoryOptions
+from tierloom.testing import FRAMES, NAMESPACE, SIZE, TierBench, TierContract, key_of, make_object
 
 
 class TestMemory(TierContract):
