@@ -7,15 +7,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..stages import catalog
-from ..stages.base import PortType, Stage
-from ..stages.tiers.base import Tier
+from ..stages.base import PortType
 from .graph import Breaker, Graph, GraphOptions, PipelineOptions, PipelineSpec, TierSpec, Wire
+from .named import class_of
 from .problems import Findings, Place, Problem, nearest
-from .shorthand import refusal, scheme_of
+from .shorthand import WRITTEN
 from .spec import read
-from .tree import Leaf, Row, Table
-from .values import fill, names_of, shown
+from .tree import Leaf, Row, Table, shown
+from .values import fill, names_of
 from .wiring import Draft, connect
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
     in_arena = 0
     shared = names_of(Breaker)
     for name, table, path in _entries(tree, "tiers", "", found):
-        use, cls = _class("tier", table, path, found)
+        use, cls = class_of("tier", table, path, found)
         breaker = fill(Breaker, table.part(shared), path, found)
         if cls is None:
             continue
@@ -115,7 +114,7 @@ def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
 
 
 def _stage(id: str, table: Table, path: str, found: Findings) -> Draft:
-    use, cls = _class("stage", table, path, found)
+    use, cls = class_of("stage", table, path, found)
     shared = names_of(Wire)
     draft = Draft(id, use, table.at, path, cls)
     draft.wire = fill(Wire, table.part(shared), path, found)
@@ -146,45 +145,9 @@ def _entries(
         elif isinstance(entry, Table):
             yield id, entry, here
         else:
-            hint = "a tier is {use: ...}, or a URL" if section == "tiers" else ""
+            hint = WRITTEN if section == "tiers" else ""
             hint = f"there is no {id!r} to remove" if shown(entry) == "nothing" else hint
             found.add(whole.keys[id], here, f"wants a mapping, got {shown(entry)}", hint)
-
-
-def _class(
-    kind: catalog.Kind, table: Table, path: str, found: Findings
-) -> tuple[str, type[Any] | None]:
-    """What `use` says, and its class, or None where that has a problem."""
-    use = table.items.get("use")
-    if not isinstance(use, Leaf) or not isinstance(use.value, str):
-        known = nearest("", catalog.names(kind))
-        if use is None:
-            found.add(table.at, path, f"does not say which {kind} to use", known)
-        else:
-            found.add(use.at, f"{path}.use", f"wants the name of a {kind}, got {shown(use)}", known)
-        return "", None
-    name, base = use.value, Stage if kind == "stage" else Tier
-    if scheme_of(name) is not None:
-        found.add(use.at, path, *refusal(name))
-        return name, None
-    try:
-        cls = catalog.load(kind, name)
-    except KeyError:
-        hint = nearest(name, catalog.names(kind))
-        if kind == "tier" and name in catalog.SCHEMES.values():
-            hint = f"it comes with an extra: pip install 'tierloom[{name}]'"
-        found.add(use.at, path, f"no {kind} is called {name!r}", hint)
-    except ImportError as e:
-        missing = (e.name or "tierloom").split(".")[0]
-        hint = "" if missing == "tierloom" else f"pip install {missing}"
-        found.add(use.at, path, f"{kind} {name!r} cannot be loaded: {e}", hint)
-    except Exception as e:  # a third party's module may raise anything while it is imported
-        found.add(use.at, path, f"{kind} {name!r} cannot be loaded: {type(e).__name__}: {e}")
-    else:
-        if isinstance(cls, type) and issubclass(cls, base) and hasattr(cls, "Options"):
-            return name, cls
-        found.add(use.at, path, f"{name!r} is no {kind}", f"a {kind} subclasses {base.__name__}")
-    return name, None
 
 
 def _check_tier_names(

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_type_hints
 
 from ..stages.options import masked, parse_seconds, parse_size
+from ..stages.tiers.base import Inner
 from .lower import lower
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ _SIZES = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")
 
 def _shown(kind: Any, value: Any) -> str:
     """A value as it would be written, with the unit that its type has."""
+    if isinstance(value, Inner):
+        return f"({value.use} {said(value.options)})"
     if is_dataclass(value):
         return f"({said(value, all=True)})"
     if isinstance(value, bool) or value is None:

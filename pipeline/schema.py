@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from ..stages import catalog
 from ..stages.options import field_docs, parse_size
+from ..stages.tiers.base import Inner
 from .check import GRAPHS
 from .graph import Breaker, GraphOptions, PipelineOptions, Wire
 from .spec import VERSION
@@ -116,6 +117,8 @@ def _type(kind: Any) -> dict[str, Any]:
         return {"type": "array", "items": _type(args[0])}
     if origin is dict:
         return {"type": "object", "additionalProperties": _type(args[1])}
+    if kind is Inner:
+        return {"anyOf": [{"$ref": "#/$defs/tier"}, _URL]}
     if is_dataclass(kind):
         return _object(_properties(kind))  # type: ignore[arg-type]
     value: dict[str, Any] = {"enum": list(args)} if origin is Literal else _SIMPLE[kind]

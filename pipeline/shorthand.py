@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .problems import Findings
     from .tree import Tree
 
+WRITTEN = "a tier is {use: ...}, or a URL"
+"""A hint."""
+
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 

@@ -195,3 +195,13 @@ def from_python(value: Any, at: Place, path: str, found: Findings) -> Tree:
     else:
         found.add(at, path, f"{type(value).__name__} is nothing that YAML can say")
     return Leaf(None, at)
+
+
+def shown(tree: Tree) -> str:
+    """A value for a message, short."""
+    if isinstance(tree, Leaf):
+        if tree.value is None or isinstance(tree.value, bool):
+            return {None: "nothing", True: "true", False: "false"}[tree.value]
+        text = repr(tree.value)
+        return text if len(text) < 60 else f"{text[:56]}..."
+    return "a list" if isinstance(tree, Row) else "a mapping"

@@ -17,8 +17,11 @@ from typing import (
 )  # fmt: skip
 
 from ..stages.options import field_docs
+from ..stages.tiers.base import Inner
+from .named import class_of
 from .problems import Findings, nearest
-from .tree import Leaf, Row, Table, Tree, dotted
+from .shorthand import WRITTEN, expand_tier
+from .tree import Leaf, Row, Table, Tree, dotted, shown
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -75,6 +78,8 @@ def convert(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
         return _sequence(origin, args[0], tree, path, found)
     if origin is dict:
         return _mapping(args[1], tree, path, found)
+    if kind is Inner:
+        return _inner(tree, path, found)
     if is_dataclass(kind):
         if isinstance(tree, Table):
             made = fill(kind, tree, path, found)
@@ -138,6 +143,15 @@ def _mapping(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
     return BAD if BAD in values.values() else values
 
 
+def _inner(tree: Tree, path: str, found: Findings) -> Any:
+    tree = expand_tier(tree, path, found)
+    if not isinstance(tree, Table):
+        return _refuse(tree, path, found, "a tier", WRITTEN)
+    use, cls = class_of("tier", tree, path, found)
+    options = fill(cls.Options, tree, path, found, also={"use"}) if cls else None
+    return BAD if cls is None or options is None else Inner(use, cls, options)
+
+
 def _wants(kind: Any) -> str:
     """What a type wants, in words."""
     if get_origin(kind) is Literal:
@@ -150,13 +164,3 @@ def _wants(kind: Any) -> str:
 def _refuse(tree: Tree, path: str, found: Findings, wants: str, hint: str = "") -> Any:
     found.add(tree.at, path, f"wants {wants}, got {shown(tree)}", hint)
     return BAD
-
-
-def shown(tree: Tree) -> str:
-    """A value for a message, short."""
-    if isinstance(tree, Leaf):
-        if tree.value is None or isinstance(tree.value, bool):
-            return {None: "nothing", True: "true", False: "false"}[tree.value]
-        text = repr(tree.value)
-        return text if len(text) < 60 else f"{text[:56]}..."
-    return "a list" if isinstance(tree, Row) else "a mapping"

@@ -35,11 +35,14 @@ STAGES = {
 }
 
 TIERS = {
+    "audit": "tierloom.stages.tiers.audit:Audit",
+    "blackhole": "tierloom.stages.tiers.blackhole:Blackhole",
     "disk": "tierloom.stages.tiers.disk:Disk",
     "files": "tierloom.stages.tiers.files:Files",
     "flaky": "tierloom.stages.tiers.faults:Flaky",
     "full": "tierloom.stages.tiers.faults:Full",
     "memory": "tierloom.stages.tiers.memory:Memory",
+    "mock": "tierloom.stages.tiers.mock:Mock",
     "slow": "tierloom.stages.tiers.faults:Slow",
     "stuck": "tierloom.stages.tiers.faults:Stuck",
 }

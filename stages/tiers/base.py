@@ -46,6 +46,19 @@ class Read:
     lost: Lost | None = None
 
 
+class Inner(NamedTuple):
+    """A tier inside another: an option of this type is written as a tier is, or as a URL."""
+
+    use: str
+    cls: type[Tier]
+    options: Any
+
+    def build(self, ctx: TierContext) -> Tier:
+        make: Any = self.cls  # every tier takes (options, context)
+        tier: Tier = make(self.options, ctx)
+        return tier
+
+
 class TierStat(NamedTuple):
     """A tier's holdings."""
 
