@@ -96,6 +96,22 @@ def schema(
         write.write_text(written())
 
 
+@app.command(name="import-lmcache")
+def import_lmcache(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="LMCache's YAML; else what it would read: LMCACHE_* variables."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Write to a file.")
+    ] = None,
+) -> None:
+    """Turn an LMCache configuration into a tierloom one, and say what has no counterpart."""
+    from .lmcache import run_import
+
+    run_import(file, out)
+
+
 @app.command()
 def inspect(
     object: Annotated[

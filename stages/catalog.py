@@ -59,8 +59,11 @@ SCHEMES = {
     "redis-cluster": "redis",
     "redis-sentinel": "redis",
     "rediss": "redis",
+    "rediss-cluster": "redis",
+    "rediss-sentinel": "redis",
     "s3": "s3",
     "tierloom": "server",
+    "tierloom+tls": "server",
     "tierloom+unix": "server",
     "unix": "redis",
 }

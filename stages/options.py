@@ -20,7 +20,7 @@ _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0,
 _USERINFO = re.compile(r"(://)[^\s'\"]*@")
 _SECRET = re.compile(
     r"\b([\w-]*(?:(?:passw(?:or)?d|secret|credential)[\w-]*|(?:access|account|api)_?key|token))"
-    r"(['\"]?\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\"|[^\s,}&#]+)",
+    r"(?<!_env)(?<!_file)(['\"]?\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\"|[^\s,}&#]+)",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")

@@ -81,6 +81,8 @@ class RemoteOptions:
     """How long."""
     password: str = ""
     """A secret."""
+    password_env: str = ""
+    """Where a secret is."""
     params: dict[str, str] | None = None
     """More of them."""
 

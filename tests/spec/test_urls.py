@@ -161,3 +161,5 @@ def test_what_is_no_secret_is_printed(checker) -> None:
     told = explain(load(checker.write(text.format("cold: redis://host:6379/0?protocol=3"))))
     assert "tokens 512" in told
     assert "cold: redis url redis://host:6379/0?protocol=3" in told
+    told = explain(load(checker.write(TEXT.format("cold: {use: s3, url: x, password_env: KV}"))))
+    assert "password_env KV" in told
