@@ -37,7 +37,9 @@ def test_version(run) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality"]
+    "command",
+    ["check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality"]
+    + ["import-lmcache"],
 )
 def test_every_command_has_help(run, command) -> None:
     code, out, _ = run(command, "--help")

@@ -15,29 +15,23 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import ArenaFull, Lost
 from ..object import Header, Object
-from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
+from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
 from .base import Found, Read, Tier, TierContext, TierStat
 from .disk_store import Store, cuts_of
-from .evict import POLICIES, Policy
 from .fan import fan
+from .index import IndexOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DiskOptions:
-    """Where, how much, and what goes first."""
+class DiskOptions(IndexOptions):
+    """Where, how much, and what goes first. `capacity` bounds the segment files, too."""
 
     path: str
     """A folder of this process's own; `~` is the home folder."""
-    capacity: Size
-    """Bytes of objects, and of segment files, at most."""
-    evict: Policy = "lru"
-    """What goes first when room is needed."""
-    ttl: Seconds = 0.0
-    """How long an object lives, restarts included; 0: until it is evicted."""
     segment: Size = 1 << 30
     """Bytes of a segment file; a folder keeps the size that it was begun with."""
     direct: bool | Literal["auto"] = "auto"
@@ -48,16 +42,15 @@ class DiskOptions:
     """Objects of one call that are read or written at once."""
 
     def __post_init__(self) -> None:
+        super(DiskOptions, self).__post_init__()
         if not self.path:
             raise ValueError("path is empty")
         if min(self.capacity, self.segment) < PAGE:
             raise ValueError(f"capacity and segment must be at least {PAGE} bytes")
-        if self.evict not in POLICIES:
-            raise ValueError(f"evict is {self.evict!r}; known: {', '.join(POLICIES)}")
         if self.direct not in (True, False, "auto"):
             raise ValueError(f"direct is {self.direct!r}; known: true, false, auto")
-        if self.ttl < 0 or self.keep_free < 0:
-            raise ValueError("ttl and keep_free must not be negative")
+        if self.keep_free < 0:
+            raise ValueError("keep_free must not be negative")
         if self.depth < 1:
             raise ValueError(f"depth must be at least 1, got {self.depth}")
 

@@ -13,17 +13,37 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ..object import LINK
+from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
 from .base import Found
-from .evict import POLICIES
+from .evict import POLICIES, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from .base import Watch
-    from .evict import Policy
 
 P = TypeVar("P")
 FOREVER = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexOptions:
+    """What every tier with an index is told: how much is kept, and what goes first."""
+
+    capacity: Size
+    """Bytes kept at most."""
+    evict: Policy = "lru"
+    """What goes first when room is needed."""
+    ttl: Seconds = 0.0
+    """How long an object lives, also across a restart; 0: until it is evicted."""
+
+    def __post_init__(self) -> None:
+        if self.capacity <= 0:
+            raise ValueError(f"capacity must be positive, got {self.capacity}")
+        if self.evict not in POLICIES:
+            raise ValueError(f"evict is {self.evict!r}; known: {', '.join(POLICIES)}")
+        if self.ttl < 0:
+            raise ValueError(f"ttl must not be negative, got {self.ttl}")
 
 
 @dataclass(slots=True)

@@ -13,10 +13,8 @@ from anyio.lowlevel import checkpoint
 
 from ..errors import Lost
 from ..object import Object
-from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
 from .base import Found, Read, Tier, TierContext, TierStat
-from .evict import POLICIES, Policy
-from .index import Entry, Index
+from .index import Entry, Index, IndexOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,23 +24,8 @@ _TURN = 8  # changes between two turns of the loop: some 10 us each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryOptions:
-    """How much is kept, and what goes first."""
-
-    capacity: Size
-    """Bytes kept at most; the arena grows by as much."""
-    evict: Policy = "lru"
-    """What goes first when room is needed."""
-    ttl: Seconds = 0.0
-    """How long an object lives; 0: until it is evicted."""
-
-    def __post_init__(self) -> None:
-        if self.capacity <= 0:
-            raise ValueError(f"capacity must be positive, got {self.capacity}")
-        if self.evict not in POLICIES:
-            raise ValueError(f"evict is {self.evict!r}; known: {', '.join(POLICIES)}")
-        if self.ttl < 0:
-            raise ValueError(f"ttl must not be negative, got {self.ttl}")
+class MemoryOptions(IndexOptions):
+    """The arena grows by `capacity`."""
 
 
 class Memory(Tier):

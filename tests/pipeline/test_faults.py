@@ -28,6 +28,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "stuck reading": {"use": "stuck", "at": "read"},
     "stuck at the first byte": {"use": "stuck", "at": "first_byte"},
     "full": {"use": "full"},
+    "losing": {"use": "mock", "loss": 0.5, "seed": 3},
+    "far away": {"use": "mock", "latency": "2 s"},
 }
 PACES = [None, {"by": "layer", "window": 1}]
 
