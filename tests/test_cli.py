@@ -38,9 +38,11 @@ def test_version(run) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality"]
-    + ["import-lmcache"],
-)
+    [
+        "check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality",
+        "import-lmcache",
+    ],
+)  # fmt: skip
 def test_every_command_has_help(run, command) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
