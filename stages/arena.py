@@ -100,6 +100,11 @@ class Arena:
         """Bytes leased and kept by no tier."""
         return self._space.used - self._kept
 
+    @property
+    def spare(self) -> int:
+        """Bytes that nobody was promised."""
+        return self.working - self._reserved
+
     def lease(self, nbytes: int) -> Lease:
         """Take page-aligned bytes, uninitialised. Waits for nobody: raises ArenaFull."""
         need = aligned(nbytes)

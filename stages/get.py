@@ -12,6 +12,7 @@ time for (`adapt.py`). What was not read to its end is not promoted.
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -21,10 +22,14 @@ import anyio
 from .adapt import Outlook
 from .base import LoopStage
 from .errors import Lost
+from .hedge import race
 from .options import parse_seconds
+from .space import PAGE
 from .tiers.base import Read
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from .base import Context
     from .geometry import Geometry
     from .payload import Batch, Piece, Scope
@@ -38,7 +43,8 @@ class GetOptions:
     promote: str | None = None
     """Memory tier that takes what a colder tier delivered."""
     hedge: Annotated[float, parse_seconds] | None = None
-    """Ask the next tier that has an object when the first has not answered for this long."""
+    """Ask the next tier that has an object, too, when the first has not answered for this long, and
+    take what comes first. Where there is no memory for both, the first is given up."""
     within: Annotated[float, parse_seconds] | None = None
     """Progressive objects: read as much of each as keeps this time to the first token, counted from
     the request's start. None: as much as comes before the deadline."""
@@ -55,6 +61,8 @@ class Get(LoopStage):
     def __init__(self, options: GetOptions, ctx: Context) -> None:
         super().__init__(options, ctx)
         self._turns: dict[int, anyio.Lock] = {}
+        self._ask_of = 1 if options.hedge is None else 2
+        """How many tiers a piece is asked of at once, at most."""
 
     async def apply_async(self, batch: Batch) -> Batch:
         # Waves of the same chunks read into the same leases: one at a time, in order.
@@ -87,51 +95,88 @@ class Get(LoopStage):
 
     async def _fetch(self, batch: Batch, pieces: list[Piece]) -> list[Piece]:
         """Ask each piece's next tier; returns those that still have a tier to try."""
-        by_tier: dict[str, list[Piece]] = {}
+        by_tier: dict[tuple[str, ...], list[Piece]] = {}
         for piece in pieces:
-            by_tier.setdefault(piece.tiers[0], []).append(piece)
+            by_tier.setdefault(tuple(piece.tiers[: self._ask_of]), []).append(piece)
         again: list[Piece] = []
         async with anyio.create_task_group() as tg:
-            for name, group in by_tier.items():
-                tg.start_soon(self._from_tier, batch, name, group, again)
+            for names, group in by_tier.items():
+                tg.start_soon(self._from_tier, batch, names, group, again)
         return again
 
     async def _from_tier(
-        self, batch: Batch, name: str, group: list[Piece], again: list[Piece]
+        self, batch: Batch, names: tuple[str, ...], group: list[Piece], again: list[Piece]
     ) -> None:
-        """Read a group from one tier; put what it lost, and another may have, on `again`."""
-        tier = self.ctx.tiers[name]
+        """Read a group from the first tier, or the second that it is hedged with; put what was
+        lost, and another tier may have, on `again`."""
+        tier = self.ctx.tiers[names[0]]
         outlook = self._outlook(batch, group, tier)
         if self._enough(batch, group, outlook, tier):
             return
-        reads = [Read(p.source, batch.frames.stop) for p in group]
-        hedge = self.options.hedge if all(len(p.tiers) > 1 for p in group) else None
-        patience = min(filter(None, (hedge, outlook.patience())), default=None)
         began = time.monotonic()
-        try:
-            with anyio.move_on_after(patience):
-                await tier.read(reads)
-                await self._rest(batch, name, reads)
+        with ExitStack() as home:
+            asked: dict[str, list[Read]] = {}
+            ask = partial(self._ask, batch, group, asked, home)
+            with anyio.move_on_after(outlook.patience()):
+                if self.options.hedge is None or len(names) == 1:
+                    await ask(names[0])
+                else:
+                    also = partial(self._also, names[1], ask, len(group), home)
+                    await race(partial(ask, names[0]), also, self.options.hedge)
             seconds = time.monotonic() - began
-            came = []
-            for piece, read in zip(group, reads, strict=True):
-                code = _judge(batch, piece, read, self.ctx.geometry)
+            came = self._take(batch, group, asked, again)
+        for name in asked:
+            mine = [p for p in came if name in p.took]
+            await self._finer(self.ctx.tiers[name], mine, outlook.after(seconds), seconds)
+
+    async def _ask(
+        self, batch: Batch, group: list[Piece], asked: dict[str, list[Read]], home: ExitStack,
+        name: str,
+    ) -> bool:  # fmt: skip
+        """Read a group from one tier; whether all of it came. Leases that nobody takes go home."""
+        reads = asked[name] = [Read(p.source, batch.frames.stop) for p in group]
+        home.callback(_release, reads)
+        await self.ctx.tiers[name].read(reads)
+        await self._rest(batch, name, reads)
+        pairs = zip(group, reads, strict=True)
+        return all(_judge(batch, p, r, self.ctx.geometry) is None for p, r in pairs)
+
+    async def _also(
+        self, name: str, ask: Callable[[str], Awaitable[bool]], chunks: int, home: ExitStack
+    ) -> bool:
+        """The second of two reads. It needs memory that nobody was promised; where there is none,
+        it says that all is done, so that the first makes room for it."""
+        g, arena = self.ctx.geometry, self.ctx.arena
+        if not self.ctx.tiers[name].in_arena:
+            need = chunks * (g.frame_bytes(g.layers, self.ctx.chunk.tokens) + PAGE)
+            if need > arena.spare:
+                return True
+            await arena.reserve(need)
+            home.callback(arena.unreserve, need)
+        return await ask(name)
+
+    def _take(
+        self, batch: Batch, group: list[Piece], asked: dict[str, list[Read]], again: list[Piece]
+    ) -> list[Piece]:
+        """Give each piece what came of it, from the first tier that delivered; return those."""
+        came = []
+        for i, piece in enumerate(group):
+            code: Lost | None = Lost.LATE
+            for name, reads in asked.items():
+                code = _judge(batch, piece, reads[i], self.ctx.geometry)
                 if code is None:
-                    piece.object, read.object = read.object, None  # the piece has the lease now
+                    piece.object, reads[i].object = reads[i].object, None  # its lease, too
                     piece.took = {name}
                     batch.ticket.deliver(name)
                     came.append(piece)
-                    continue
-                piece.tiers = piece.tiers[1:]
+                    break
+            else:
+                piece.tiers = piece.tiers[len(asked) :]
                 if piece.tiers:
                     again.append(piece)
                 else:
-                    batch.lose(piece, code)
-            await self._finer(tier, came, outlook.after(seconds), seconds)
-        finally:
-            for read in reads:
-                if read.object is not None:
-                    read.object.lease.release()
+                    batch.lose(piece, code or Lost.LATE)
+        return came
 
     def _outlook(self, batch: Batch, group: list[Piece], tier: Guarded) -> Outlook:
         """What is known of a group of pieces before they are read."""
@@ -218,6 +263,13 @@ class Get(LoopStage):
             for piece in scope.pieces:
                 if piece.object is not None:
                     piece.object.lease.release()
+
+
+def _release(reads: list[Read]) -> None:
+    for read in reads:
+        if read.object is not None:
+            read.object.lease.release()
+            read.object = None
 
 
 def _judge(batch: Batch, piece: Piece, read: Read, geometry: Geometry) -> Lost | None:
