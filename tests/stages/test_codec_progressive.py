@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contracts import CodecContract, header_of, noise
 
 from tierloom.stages.codecs import cachegen, cachegen_frame
 from tierloom.stages.codecs.cachegen import CacheGen, CacheGenOptions
@@ -19,6 +18,7 @@ from tierloom.stages.codecs.shape import FrameShape, Site
 from tierloom.stages.codecs.table import decode_frame
 from tierloom.stages.errors import BadObject
 from tierloom.stages.payload import EncodedFrame
+from tierloom.testing import CodecContract, header_of, noise
 from tierloom.triton_kernels import thirds_cpu
 
 ROPE = '{"rope_type": "default", "rope_theta": 10000.0}'
