@@ -127,17 +127,17 @@ def _azure(scheme: str, rest: str, given: Given) -> Made:
 
 def _mooncake(scheme: str, rest: str, given: Given) -> Made:
     made = Made({"use": "mooncake", "url": f"mooncakestore://{rest}".rstrip("/")})
-    for name in (
-        "local_hostname", "metadata_server", "protocol", "device_name", "global_segment_size",
-        "local_buffer_size", "storage_root_dir",
+    for name, option in (
+        ("local_hostname", "host"), ("metadata_server", "metadata"), ("protocol", "protocol"),
+        ("device_name", "device"), ("global_segment_size", "segment"),
+        ("local_buffer_size", "buffer"),
     ):  # fmt: skip
-        made.add(name, given.take(name))
+        made.add(option, given.take(name), name)
     master = given.take("master_server_address")
     if master and str(master) not in rest:
-        made.add("master", master, "master_server_address")
-    limit = given.take("transfer_timeout")
-    if limit:
-        made.options["timeout"] = f"{limit} s"
+        made.notes.append(f"the master is the one of remote_url, not {master}")
+    if limit := given.take("transfer_timeout"):
+        made.add("deadline", f"{limit} s", "transfer_timeout")
     return made
 
 
@@ -223,21 +223,27 @@ def plugins(names: list[str], given: Given) -> list[tuple[str, Made | str]]:
 def nixl(given: Given) -> Made:
     """NIXL as a store: the entries of `extra_config` that switch it on and say where."""
     given.take("enable_nixl_storage")
-    backend = str(given.take("nixl_backend") or "POSIX")
-    params = dict(given.take("nixl_backend_params") or {})
+    backend = str(given.take("nixl_backend") or "POSIX").upper()
     made = Made({"use": "nixl", "backend": backend})
+    params = dict(given.take("nixl_backend_params") or {})
     path = given.take("nixl_path")
-    if path and backend not in ("OBJ", "AZURE_BLOB"):
+    if backend in ("OBJ", "AZURE_BLOB"):
+        scheme, name = ("s3", "bucket") if backend == "OBJ" else ("az", "container_name")
+        made.options["url"] = f"{scheme}://{params.pop(name, name)}"
+        endpoints = [params.pop("endpoint_override", None), *given.take("nixl_endpoint_list", [])]
+        made.add("endpoint", next(filter(None, endpoints), None), "endpoint_override")
+        made.add("region", params.pop("region", None))
+    else:
         made.options["path"] = path
-    made.add("direct", given.take("use_direct_io"), "use_direct_io")
+        made.add("direct", given.take("use_direct_io"), "use_direct_io")
+        if str(params.pop("use_uring", "")).lower() == "true":
+            made.add("io", "uring", "use_uring")
+    if pool := given.take("nixl_pool_size"):
+        made.notes.append(f"objects have files of their own, not a pool of {pool}")
     for name in [n for n in params if masked(f"{n}: x") != f"{n}: x"]:
         del params[name]
         made.notes.append(f"{name} is not copied: credentials come from the environment")
-    for name in ("bucket", "region", "endpoint_override"):
-        to = name.removesuffix("_override")
-        if to in _options_of("nixl"):
-            made.add(to, params.pop(name, None))
-    made.add("params", params or None, "nixl_backend_params")
+    made.notes += [masked(f"{name}: {value}  (no counterpart)") for name, value in params.items()]
     return made
 
 

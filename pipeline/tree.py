@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
+from ..stages.options import masked
 from .problems import Findings, Place
 
 if TYPE_CHECKING:
@@ -202,6 +203,6 @@ def shown(tree: Tree) -> str:
     if isinstance(tree, Leaf):
         if tree.value is None or isinstance(tree.value, bool):
             return {None: "nothing", True: "true", False: "false"}[tree.value]
-        text = repr(tree.value)
+        text = masked(repr(tree.value))  # before it is cut: what follows a secret gives it away
         return text if len(text) < 60 else f"{text[:56]}..."
     return "a list" if isinstance(tree, Row) else "a mapping"

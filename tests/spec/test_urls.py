@@ -156,6 +156,13 @@ def test_secrets_are_not_printed(checker, line) -> None:
         assert "hunter2" not in str(caught.value)
 
 
+def test_a_secret_that_is_cut_short_is_none(checker) -> None:
+    long = "hunter2" * 12
+    text = TEXT.replace("version: 1", f"version: 1\nbudget: redis://user:{long}@host")
+    (problem,) = checker.problems(text.format("cold: redis://host"))
+    assert problem.message == "wants a mapping, got 'redis://***@host'"
+
+
 def test_what_is_no_secret_is_printed(checker) -> None:
     text = TEXT.replace("version: 1", "version: 1\nchunk: {{tokens: 512}}")
     told = explain(load(checker.write(text.format("cold: redis://host:6379/0?protocol=3"))))
