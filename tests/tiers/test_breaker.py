@@ -162,6 +162,25 @@ class TestBreaker(TierBench):
         assert not tier.available
 
     @pytest.mark.anyio
+    @pytest.mark.parametrize("kind", [OSError, KeyError, TierDown])
+    async def test_no_secret_is_logged(self, tier, caplog, kind):
+        tier.tier.error = kind("cannot reach redis://user:hunter2@host:6379, password=hunter2")
+        with caplog.at_level(logging.DEBUG):
+            for _ in range(3):
+                await tier.has([key_of(1)])
+        told = " ".join(str(vars(r)) + caplog.handler.format(r) for r in caplog.records)
+        assert "redis://***@host:6379" in told
+        assert "hunter2" not in told
+
+    @pytest.mark.anyio
+    async def test_no_secret_is_in_what_opening_says(self, ctx, clock):
+        inner = Broken(MemoryOptions(capacity=SIZE), ctx)
+        inner.error = ConfigError("redis://user:hunter2@host: no such database")
+        with pytest.raises(ConfigError, match=r"^redis://\*\*\*@host: no such database$") as caught:
+            await Guarded(inner, "cold", limits()).open()
+        assert caught.value.__suppress_context__
+
+    @pytest.mark.anyio
     async def test_a_failed_read_leaves_no_leases(self, tier, arena):
         await self.put(tier, 1)
         first = Read(key_of(1), 1)
