@@ -43,6 +43,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 CODECS = (
     NONE, "zstd", "lz4", "rans", "fp8", "int8", "int4", "turboquant:bits=4", "turboquant:bits=3",
     "cachegen:high", "cachegen:default", "cachegen:small",
+    "progressive:high", "progressive:default", "progressive:small",
     "cachegen:paper-3", "cachegen:paper-2", "cachegen:paper-1",
 )  # fmt: skip
 CALIBRATED = {

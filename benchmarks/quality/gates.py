@@ -38,11 +38,25 @@ GATES = (
     Gate("lossless, rANS", "rans", 10.6, None),
     Gate("fp8, target", "fp8", 8.1, None, "LMCache's fp8", 0.5, must=False),
     Gate("high", "cachegen:high", 5.6, 1e-3, "int8 per token"),
-    Gate("high, stretch", "cachegen:high", 5.0, 1e-3, "int8 per token", must=False),
+    Gate("high, stretch", "cachegen:high calibrated", 5.0, 1e-3, "int8 per token", must=False),
     Gate("default", "cachegen:default", 3.6, 1.2e-2, "LMCache's cachegen L3"),
-    Gate("default, stretch", "cachegen:default", 3.3, 8e-3, "LMCache's cachegen L3", must=False),
+    Gate(
+        "default, stretch",
+        "cachegen:default calibrated",
+        3.3,
+        8e-3,
+        "LMCache's cachegen L3",
+        must=False,
+    ),
     Gate("small", "cachegen:small", 2.6, 7e-2, "LMCache's cachegen L2"),
-    Gate("small, stretch", "cachegen:small", 2.3, 5e-2, "LMCache's cachegen L2", must=False),
+    Gate(
+        "small, stretch",
+        "cachegen:small calibrated",
+        2.3,
+        5e-2,
+        "LMCache's cachegen L2",
+        must=False,
+    ),
     Gate("int4", "int4", 4.7, 8e-3, "KIVI-4"),
 )
 

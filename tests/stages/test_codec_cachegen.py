@@ -62,12 +62,14 @@ class TestCacheGen(CodecContract):
 
 
 class TestHigh(TestCacheGen):
+    hostile = 5_000
     level = "high"
     step = 0.15
     per_element = 5.15
 
 
 class TestSmall(TestCacheGen):
+    hostile = 5_000
     level = "small"
     step = 0.85
     per_element = 2.85
@@ -90,11 +92,13 @@ class TestPaper(CodecContract):
 
 
 class TestPaper2(TestPaper):
+    hostile = 5_000
     level = "paper-2"
     per_element = 3.7
 
 
 class TestPaper1(TestPaper):
+    hostile = 5_000
     level = "paper-1"
     per_element = 3.0
 

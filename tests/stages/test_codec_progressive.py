@@ -68,12 +68,14 @@ class TestHigh(CodecContract):
 
 
 class TestDefault(TestHigh):
+    hostile = 5_000
     level = "default"
     step = STEP / 3
     per_element = 4.0
 
 
 class TestSmall(TestHigh):
+    hostile = 5_000
     level = "small"
     step = STEP
     per_element = 2.6

@@ -152,6 +152,7 @@ class TestTurboQuant(CodecContract):
 
 
 class TestTurboQuant3(TestTurboQuant):
+    hostile = 5_000
     per_element = 3 + 16 / 64 + 0.01
     noise_of = 0.0345
     bits = 3
