@@ -1,4 +1,4 @@
-"""cachegen: entropy-coded numbers, whose steps are as fine as the level wants: 2.4 to 4.8 bits.
+"""cachegen: entropy-coded numbers, whose steps are as fine as the level wants: 2.4 to 5 bits.
 
     small: {use: cachegen, from: host, level: default}
 
@@ -44,7 +44,7 @@ class CacheGenOptions:
     """How much may be lost."""
 
     level: Literal["high", "default", "small", "paper-1", "paper-2", "paper-3"] = "default"
-    """About 4.8, 3.3 and 2.4 bits an element; KL on a small model 7e-4, 5e-3 and 3e-2 nats. Those
+    """About 5, 3.4 and 2.4 bits an element; KL on a small model 7e-4, 7e-3 and 3e-2 nats. Those
     of `paper` quantise as CacheGen's released code does (3 loses least), for comparison."""
     calibration: str | None = None
     """A file that `tierloom calibrate` wrote; none: that of the model, where there is one in

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Turns = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
-STEPS = {"high": (0.15, 0.15), "default": (0.42, 0.42), "small": (0.85, 0.85)}
+STEPS = {"high": (0.13, 0.13), "default": (0.39, 0.39), "small": (0.85, 0.85)}
 """Of each level, steps of K and of V, as shares of a plane's deviation. Found
 on texts to calibrate by; with other shares of K to V the same bits cost more."""
 _NOWHERE = 0, 0, *cpu.turns(0, 0, np.zeros(0, np.float32))
