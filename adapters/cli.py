@@ -195,6 +195,39 @@ def calibrate(
     raise typer.Exit(run_calibrate(model, out, transform))
 
 
+@app.command()
+def serve(
+    config: Annotated[
+        str, typer.Option(help="A preset's name or a YAML file; its tiers are the store.")
+    ] = "shared",
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH; again for more."
+        ),
+    ] = None,
+    token_file: Annotated[
+        str, typer.Option(metavar="FILE", help="Holds the token; else TIERLOOM_TOKEN does.")
+    ] = "",
+    cert: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
+    without_token: Annotated[
+        bool, typer.Option("--without-token", help="Let other hosts in without one.")
+    ] = False,
+    clients: Annotated[int, typer.Option(min=1, help="Connections at most.")] = 512,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds to finish what is under way, at the end.")
+    ] = 10.0,
+) -> None:
+    """Keep objects for many engines, whose pipelines have a tier that uses `server`."""
+    from .serve import run_serve
+
+    run_serve(
+        config, listen or ["tcp://127.0.0.1:7654"], token_file=token_file, cert=cert, key=key,
+        without_token=without_token, clients=clients, drain=drain, say=typer.echo,
+    )  # fmt: skip
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Measure store and retrieve on this machine.

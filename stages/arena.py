@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import mmap
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HUGE = 2 << 20
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10  # F_SEAL_FUTURE_WRITE, since Linux 5.1
+
+
+class Slab:
+    """Memory that leases are pieces of; who lets go of the last reference of one tells it."""
+
+    def __init__(self, address: int, view: memoryview) -> None:
+        self.address, self.view = address, view
+        self.lock = threading.Lock()
+
+    def _release(self, lease: Lease) -> None:
+        raise NotImplementedError
+
+    def _trim(self, lease: Lease, nbytes: int) -> None:
+        raise NotImplementedError(f"a lease of {type(self).__name__} stays as long as it is")
 
 
 class Lease:
@@ -31,7 +48,7 @@ class Lease:
 
     __slots__ = ("arena", "kept", "nbytes", "offset", "refs")
 
-    def __init__(self, arena: Arena, offset: int, nbytes: int) -> None:
+    def __init__(self, arena: Slab, offset: int, nbytes: int) -> None:
         self.arena, self.offset, self.nbytes = arena, offset, nbytes
         self.refs = 1
         self.kept = 0
@@ -43,7 +60,7 @@ class Lease:
 
     @property
     def view(self) -> memoryview:
-        """Writable bytes of the lease; do not keep it beyond `release()`."""
+        """Bytes of the lease, writable in one's own arena; do not keep it beyond `release()`."""
         return self.arena.view[self.offset : self.offset + self.nbytes]
 
     def retain(self) -> Lease:
@@ -61,27 +78,37 @@ class Lease:
         self.arena._trim(self, aligned(nbytes))
 
 
-class Arena:
+class Arena(Slab):
     """`kept` bytes belong to memory tiers; `flight` bytes to requests under way.
 
     `flight` never exceeds `working`. Thread-safe. Pages are touched only when first used, and huge
     pages are asked for, since first touches of small ones cost more than the copy into them.
     """
 
-    def __init__(self, working: int, kept: int = 0, *, huge_pages: bool = True) -> None:
-        """`working`: bytes for requests under way. `kept`: bytes that memory tiers may hold."""
+    def __init__(
+        self, working: int, kept: int = 0, *, huge_pages: bool = True, shared: bool = False
+    ) -> None:
+        """`working`: bytes for requests under way. `kept`: bytes that memory tiers may hold.
+
+        `shared`: the slab is a file in memory, `fd`, that other processes can map, but neither
+        write nor cut; where the kernel cannot promise that, it is not, and `fd` is -1.
+        """
         self.working = aligned(working)
         self.total = self.working + aligned(kept)
+        self.fd = -1
         # One huge page more, so that the slab can begin on a huge page's boundary.
         # Private: shared mappings get no huge pages, and the disk is slow into small ones.
-        self._map = mmap.mmap(-1, self.total + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        nbytes, skip = self.total + HUGE, 0
+        if shared and (made := _sealed(nbytes)) is not None:
+            self.fd, self._map = made
+        else:
+            self._map = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        skip = -start % HUGE
-        self.address = start + skip
-        self.view = memoryview(self._map)[skip : skip + self.total]
-        self.lock = threading.Lock()
+        if self.fd < 0:  # in shared memory, the kernel sees to it
+            skip = -start % HUGE
+        super().__init__(start + skip, memoryview(self._map)[skip : skip + self.total])
         self.leases = 0
         self.reclaim: list[Callable[[], bool]] = []
         """Asked in turn to give up one object when no hole is long enough; False: nothing left."""
@@ -94,6 +121,11 @@ class Arena:
     @property
     def used(self) -> int:
         return self._space.used
+
+    @property
+    def pinned(self) -> bool:
+        """A device reads and writes it directly, and no other memory."""
+        return self._pinned
 
     @property
     def flight(self) -> int:
@@ -151,6 +183,8 @@ class Arena:
 
     def keep(self, lease: Lease) -> None:
         """A memory tier takes the lease: it counts against the tier, no longer as in flight."""
+        if lease.arena is not self:
+            raise ValueError("this lease is of another's memory, which is not ours to keep")
         lease.retain()
         with self.lock:
             lease.kept += 1
@@ -187,6 +221,9 @@ class Arena:
         self.view.release()
         with contextlib.suppress(BufferError):  # a view was kept: the mapping goes with it
             self._map.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
         self._space = Space(0)
 
     def _release(self, lease: Lease) -> None:
@@ -206,3 +243,20 @@ class Arena:
             if nbytes < lease.nbytes:
                 self._space.give(lease.offset + nbytes, lease.nbytes - nbytes)
                 lease.nbytes = nbytes
+
+
+def _sealed(nbytes: int) -> tuple[int, mmap.mmap] | None:
+    """A file in memory, mapped here and writable by nobody else; None where there is no such."""
+    try:
+        fd = os.memfd_create("tierloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError):
+        return None
+    try:
+        os.ftruncate(fd, nbytes)
+        made = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # what is mapped before stays writable
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd, made

@@ -43,6 +43,7 @@ TIERS = {
     "full": "tierloom.stages.tiers.faults:Full",
     "memory": "tierloom.stages.tiers.memory:Memory",
     "mock": "tierloom.stages.tiers.mock:Mock",
+    "server": "tierloom.stages.tiers.server:Server",
     "slow": "tierloom.stages.tiers.faults:Slow",
     "stuck": "tierloom.stages.tiers.faults:Stuck",
 }

@@ -248,6 +248,8 @@ class Get(LoopStage):
             tier = next(iter(piece.took))
             if piece.lost is Lost.CORRUPT:
                 bad.append((tier, piece.source))
+            elif piece.object.lease.arena is not self.ctx.arena:
+                continue  # another process's memory, on this host: keeping it here gains nothing
             elif tier != self.options.promote and piece.nbytes:  # placed to the last frame
                 if piece.object.loaded < len(piece.object.header.frames):
                     continue

@@ -29,6 +29,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -134,7 +135,8 @@ class Header(NamedTuple):
         """Parse and check a header. Raises BadObject on any doubt.
 
         `key` and `namespace`, when given, are what the reader asked for: an object that is whole
-        but another one (two objects swapped on disk) is as bad as a torn one.
+        but another one (two objects swapped on disk) is as bad as a torn one. Without a namespace,
+        `key` may also be what `name_of` says.
         """
         if len(raw) < PAGE:
             raise BadObject(f"header cut short: {len(raw)} bytes")
@@ -150,7 +152,7 @@ class Header(NamedTuple):
             _, _, flags, _, _, nbytes, own, space, parent, digest,
             tokens, grain, group, kv, layers, heads, dim, block, dtype, nframes, nlinks, finer,
         ) = _FIXED.unpack_from(page)  # fmt: skip
-        if key and own != key:
+        if key and own != key and (namespace or name_of(space, own) != key):
             raise BadObject(f"holds object {own.hex()[:16]}, not {key.hex()[:16]}")
         if namespace and space != namespace:
             raise BadObject("belongs to another namespace")
@@ -196,6 +198,12 @@ class Header(NamedTuple):
             end = f.offset + aligned(f.stored)
         if end != nbytes:
             raise BadObject(f"object length {nbytes} does not match its frames ({end})")
+
+
+def name_of(namespace: bytes, key: bytes) -> bytes:
+    """What an object is called where those of many namespaces are kept: the ranks of one model
+    keep other bytes under one key."""
+    return sha256(namespace + key).digest()
 
 
 @lru_cache(64)
