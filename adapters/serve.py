@@ -251,20 +251,21 @@ def run_serve(
 
     async def main() -> None:
         stop = anyio.Event()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_watch_signals, stop)
-            try:
-                await serving.run(started, stop)
-            except ConfigError as error:
-                failed.append(error)
-            tasks.cancel_scope.cancel()
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+
+            async def watch() -> None:
+                async for _ in signals:
+                    stop.set()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch)
+                try:
+                    await serving.run(started, stop)
+                except ConfigError as error:
+                    failed.append(error)
+                tasks.cancel_scope.cancel()
 
     anyio.run(main)
     if failed:
         raise failed[0]
 
-
-async def _watch_signals(stop: anyio.Event) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            stop.set()

@@ -216,8 +216,10 @@ class Lines:
     async def lender(self) -> Lender | None:
         """The connection to the server's memory; None where it does not share that."""
         async with self._meeting:
-            if self._lender is not None and self._lender.usable:
-                return self._lender
+            if self._lender is not None:
+                if self._lender.is_there:
+                    return self._lender
+                self._lender.retire()
             from .loans import Lender
 
             line, known = await self._dial(memory=True)

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .line import Line
 
 
+_TOGETHER = 16
+"""Loans that are given back in one message, at most."""
+
+
 class Lent(Lease):
     """A lease of another process's memory; whoever reads it verifies it, as ever."""
 
@@ -54,13 +58,13 @@ class Lender(Slab):
         super().__init__(address, memoryview(self._map))
         self.nbytes = nbytes
         self.usable = True
-        """Loans may be asked for."""
         self._line = line
         self._turn = anyio.Lock()
         self._sending = threading.Lock()
         self._unsent = bytearray()
         self._number = 0
         self._out = 0
+        self._returned: list[int] = []
 
     async def borrow(self, keys: Sequence[bytes]) -> list[wire.Loan]:
         """Ask for objects; each loan is to become a `Lent` at once. Raises TierDown, OSError."""
@@ -95,9 +99,9 @@ class Lender(Slab):
             self._close()
 
     @property
-    def out(self) -> int:
-        """Loans that were not given back."""
-        return self._out
+    def is_there(self) -> bool:
+        """It can be asked for loans, as far as can be seen."""
+        return self.usable and (self._turn.locked() or self._line.quiet)
 
     def _release(self, lease: Lease) -> None:
         with self.lock:
@@ -108,11 +112,16 @@ class Lender(Slab):
                 return
             self._out -= 1
             last = not self._out and not self.usable
+            ids: list[int] = []
+            if isinstance(lease, Lent):
+                self._returned.append(lease.id)
+            if not self._out or len(self._returned) >= _TOGETHER:
+                ids, self._returned = self._returned, ids
         if last:
             self._close()
-        elif isinstance(lease, Lent):
+        elif ids:
             with contextlib.suppress(OSError):  # hung up: the loans go with our end of the line
-                self._post(wire.message(wire.Kind.RETURN, 0, wire.pack_ids([lease.id])))
+                self._post(wire.message(wire.Kind.RETURN, 0, wire.pack_ids(ids)))
 
     def _post(self, message: bytes) -> None:
         """Send, as far as it goes without waiting; from any thread. The rest goes first next time:

@@ -142,4 +142,6 @@ class Within:
 
 def client_url(url: str) -> str:
     scheme, rest = url.split("://")
-    return {"tcp": "tierloom", "tls": "tierloom+tls", "unix": "tierloom+unix"}[scheme] + "://" + rest
+    return (
+        {"tcp": "tierloom", "tls": "tierloom+tls", "unix": "tierloom+unix"}[scheme] + "://" + rest
+    )
