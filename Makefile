@@ -11,7 +11,7 @@ VLLM_READY := $(VLLM)/.ready
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test lint bench bench-vllm quality vllm clean
+.PHONY: help demo demo-vllm test lint bench bench-vllm bench-server quality vllm clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -21,6 +21,7 @@ help:
 	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
+	@echo "make bench-server   tierloom serve: copies, lookups and faults; writes bench-server.json"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 
 $(READY): pyproject.toml
@@ -61,6 +62,9 @@ bench: $(READY)
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
+
+bench-server: $(READY)
+	$(BIN)/python benchmarks/server.py
 
 quality: $(READY)
 	-$(BIN)/python -c "import matplotlib" 2> /dev/null || \

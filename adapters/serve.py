@@ -268,4 +268,3 @@ def run_serve(
     anyio.run(main)
     if failed:
         raise failed[0]
-

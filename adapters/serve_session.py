@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
+import anyio.lowlevel
 
 from ..pipeline.depot import Grip
 from ..stages.errors import ArenaFull, BadObject, Lost, TierDown
@@ -103,6 +104,7 @@ class Session:
                 message = await self._line.message()
                 number = message.number
                 await self._answer(message)
+                await anyio.lowlevel.checkpoint()  # the next question may be here: others first
             if self.welcomed:
                 await self._refuse(number, Refusal.DRAINING, "the server is going")
         except wire.BadMessage as error:
@@ -227,8 +229,10 @@ class Session:
         for begin in range(0, len(wanted), _AHEAD):
             part = wanted[begin : begin + _AHEAD]
             with Grip(self._depot.arena) as grip:
-                read = partial(self._depot.read, self._space, grip)
-                objects = await fan(read, [asked.key for asked in part], _AHEAD)
+                keys = [asked.key for asked in part]
+                room = await self._depot.make_room(self._space, grip, keys)
+                read = partial(self._depot.read, self._space, grip, room=room)
+                objects = await fan(read, keys, _AHEAD)
                 for asked, obj in zip(part, objects, strict=True):
                     item, data = _cut(asked, obj)
                     head = wire.message(Kind.ITEM, number, wire.pack_item(item))
@@ -297,7 +301,9 @@ class Session:
         loans = []
         for key in keys:
             with Grip(self._depot.arena) as grip:
-                loans.append(self._loan(await self._depot.read(self._space, grip, key)))
+                room = await self._depot.make_room(self._space, grip, [key])
+                obj = await self._depot.read(self._space, grip, key, room=room)
+                loans.append(self._loan(obj))
         await self._line.send(wire.message(Kind.LENT, number, wire.pack_loans(loans)))
 
     def _loan(self, obj: Object | Lost) -> wire.Loan:

@@ -8,6 +8,7 @@ and what it took is written to the others behind the caller's back.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from contextlib import AsyncExitStack
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from ..stages.arena import Lease
     from .graph import PipelineSpec
 
-_BEHIND = 256
-"""Objects that wait for a colder tier at most; more are not written to it."""
+log = logging.getLogger("tierloom.serve")
+
 _AT_ONCE = 8
 _WHOLE = 1 << 30
+_LIKELY = 64 << 20
+"""Bytes of an object of which nothing is known, at most."""
 _PATIENCE = 2.0
 """Seconds that are waited for room, before there is none."""
 
@@ -85,7 +88,8 @@ class Grip:
         self._leases: list[Lease] = []
 
     async def promise(self, nbytes: int) -> bool:
-        """Wait a moment until so much may be leased."""
+        """Wait a moment until so much may be leased. Once for all that is needed: who holds a part
+        and waits for the rest may wait for somebody who does the same."""
         try:
             with anyio.fail_after(_PATIENCE):
                 await self._arena.reserve(nbytes)
@@ -130,6 +134,10 @@ class Depot:
         self._behind: dict[str, deque[Object]] = {}
         self._awake: dict[str, anyio.Event] = {}
         self._writing = 0
+        """Bytes that wait for colder tiers. They cannot be evicted meanwhile, so they are few."""
+        first = next(iter(spec.tiers.values()))
+        memory = first.options.capacity if first.cls.in_arena else self.arena.working
+        self._waits = min(self.arena.working // 2, memory // 4)
         self._home = AsyncExitStack()
 
     async def open(self) -> None:
@@ -181,18 +189,30 @@ class Depot:
                     found[i] = there
         return found
 
-    async def read(self, space: bytes, grip: Grip, key: bytes) -> Object | Lost:
-        """The whole object, whose lease is the grip's. Never raises."""
+    async def make_room(self, space: bytes, grip: Grip, keys: Iterable[bytes]) -> bool:
+        """Promise the grip what reading these may take; False: only memory is to be read."""
+        need = sum(self._room(name_of(space, key)) for key in keys)
+        return await grip.promise(min(need, self.arena.working))
+
+    def _room(self, name: bytes) -> int:
+        """Bytes to be leased for an object: 0 where it is in memory, or nowhere."""
+        for tier in self.tiers:
+            if not tier.local:
+                return min(self.largest, _LIKELY)
+            found = tier.find(name)
+            if found is not None:
+                return 0 if tier.in_arena else found.nbytes
+        return 0
+
+    async def read(self, space: bytes, grip: Grip, key: bytes, *, room: bool) -> Object | Lost:
+        """The whole object, whose lease is the grip's. `room`: see `make_room`. Never raises."""
         name, lost = name_of(space, key), Lost.ABSENT
         for tier in self.tiers:
-            found = tier.find(name) if tier.local else None
-            if not tier.available or (tier.local and found is None):
+            if not tier.available or (tier.local and tier.find(name) is None):
                 continue
-            if not tier.in_arena:
-                room = found.nbytes if found is not None else min(self.largest, 64 << 20)
-                if not await grip.promise(room):
-                    lost = Lost.NO_ROOM
-                    continue
+            if not room and not tier.in_arena:
+                lost = Lost.NO_ROOM
+                continue
             read = Read(name, _WHOLE)
             try:
                 await tier.read([read])
@@ -248,11 +268,13 @@ class Depot:
 
     def _pass_on(self, tier: Guarded, obj: Object) -> None:
         waiting = self._behind[tier.name]
-        if len(waiting) >= _BEHIND:
+        if self._writing and self._writing + obj.lease.nbytes > self._waits:
+            if not self.dropped:
+                log.warning("slow tier: not all is written to it", extra={"tier": tier.name})
             self.dropped += 1
             return
         obj.lease.retain()
-        self._writing += 1
+        self._writing += obj.lease.nbytes
         waiting.append(obj)
         self._awake[tier.name].set()
 
@@ -267,8 +289,8 @@ class Depot:
             try:
                 await tier.put(batch)
             finally:
-                self._writing -= len(batch)
                 for obj in batch:
+                    self._writing -= obj.lease.nbytes
                     obj.lease.release()
 
 

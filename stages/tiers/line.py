@@ -179,12 +179,13 @@ class Line:
         while True:
             try:
                 return call() or 0
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                if isinstance(error, ssl.SSLWantWriteError):
-                    writing = True
-                else:
-                    writing = writes and isinstance(error, BlockingIOError)
-            await (anyio.wait_writable(self.sock) if writing else anyio.wait_readable(self.sock))
+            except BlockingIOError:
+                wait = anyio.wait_writable if writes else anyio.wait_readable
+            except ssl.SSLWantReadError:
+                wait = anyio.wait_readable
+            except ssl.SSLWantWriteError:
+                wait = anyio.wait_writable
+            await wait(self.sock)
 
     def _wake_at(self, nbytes: int) -> None:
         """Have the kernel wait until so much has come, as far as it can; the rest must be more."""

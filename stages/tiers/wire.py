@@ -75,9 +75,8 @@ class Refusal(IntEnum):
     MALFORMED = 1
     VERSION = 2
     TOKEN = 3
-    BUSY = 4
-    DRAINING = 5
-    BROKEN = 6
+    DRAINING = 4
+    BROKEN = 5
 
 
 class Message(NamedTuple):

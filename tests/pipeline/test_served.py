@@ -46,7 +46,7 @@ def where(way: str, folder: Path, port: int = 0) -> tuple[str, ...]:
 
 
 def remote(url: str, way: str, *, hot: bool = False, pace: Any = None, **more: Any) -> Any:
-    """A pipeline whose only tier is the server's; `hot`: with memory in front, to be promoted to."""
+    """A pipeline whose only tier is the server's; `hot`: behind memory, to be promoted to."""
     cold = {
         "use": "server", "url": url, "share": way == "shared", "timeout": "300 ms", "fails": 2,
         "probe": "200 ms",

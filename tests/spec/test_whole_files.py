@@ -154,7 +154,7 @@ FILES = {
     ),
     "a base that is no word": (
         "version: 1\nextends: [a]", "2:10", "extends", "wants a preset's name or a path",
-        "known: cachegen, lossless, minimal, tiered",
+        "known: cachegen, lossless, minimal, server, shared, tiered",
     ),
 }  # fmt: skip
 

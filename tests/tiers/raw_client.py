@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -90,10 +91,19 @@ class FalseServer:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._socks: list[socket.socket] = []
         self.url = f"tierloom://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def close(self) -> None:
+        """Ends every thread, and with it every socket."""
+        self._listener.shutdown(socket.SHUT_RDWR)  # a blocked `accept` does not notice `close`
+        self._threads[0].join()
         self._listener.close()
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(20)
         for sock in self._socks:
             sock.close()
 
@@ -104,7 +114,8 @@ class FalseServer:
             except OSError:
                 return
             self._socks.append(sock)
-            threading.Thread(target=self._serve, args=[sock], daemon=True).start()
+            self._threads.append(threading.Thread(target=self._serve, args=[sock], daemon=True))
+            self._threads[-1].start()
 
     def _serve(self, sock: socket.socket) -> None:
         try:

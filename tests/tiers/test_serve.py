@@ -238,8 +238,7 @@ class TestProcess(TierBench):
             await good.open()
             await good.close()
             assert "secret" not in server.log.read_text()
-            with open(f"/proc/{server.pid}/cmdline") as file:
-                assert "secret" not in file.read()
+            assert "secret" not in " ".join(map(str, server.process.args))
 
     @pytest.mark.anyio
     async def test_a_server_that_knows_no_token_is_not_ours(
@@ -271,9 +270,13 @@ class TestProcess(TierBench):
                 tier, stranger = self.tier_of(ctx, server.url), self.tier_of(other, server.url)
                 await tier.open()
                 await stranger.open()
-                if not restart:
-                    for seed in range(12):
-                        assert await self.put(tier, seed) == [None]
+                keys = [key_of(seed) for seed in range(12)]
+                for _ in range(0 if restart else 200):  # a disk that is slow is left out
+                    missing = [seed for seed, there in enumerate(await tier.has(keys)) if not there]
+                    if not missing:
+                        break
+                    assert await self.put(tier, missing[0]) == [None]
+                    await anyio.sleep(0.02)
                 assert tier.stat()[:2] == (12, 12 * SIZE)
                 assert stranger.stat()[:2] == (0, 0)
                 for seed in range(12):

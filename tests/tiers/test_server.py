@@ -1,4 +1,4 @@
-"""server: the contract, against a real `tierloom serve` over TCP, a unix socket and shared memory."""
+"""server: the contract, against a real `tierloom serve`: TCP, a unix socket, shared memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tierloom.stages.tiers.server import Server, ServerOptions
 from .serving import Process
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from contracts import Clock

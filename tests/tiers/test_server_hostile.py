@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +219,30 @@ def test_who_does_not_read_is_sent_away(within: Within, url: str) -> None:
     arena.close()
 
 
+def test_who_floods_is_served_in_turn(url: str) -> None:
+    """Questions without end, each answered at once: others have their turn between any two."""
+    stop = threading.Event()
+    flood = question(Kind.PING) * 500
+
+    def flooding() -> None:
+        with welcomed(url) as sock:
+            while not stop.is_set():
+                sock.sendall(flood)
+                for _ in range(500):
+                    receive(sock)
+
+    threads = [threading.Thread(target=flooding) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            unharmed(url)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_strangers_cannot_take_every_place(within: Within, url: str) -> None:
     strangers = [connected(url) for _ in range(serve._STRANGERS + 20)]
     eventually(lambda: len(within.serving.sessions) <= serve._STRANGERS)
@@ -258,6 +283,19 @@ def test_mutated_messages_over_a_socket(url: str, within: Within) -> None:
 def resident(pid: int | str = "self") -> int:
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+LIES = {
+    "longer than the largest": wire.Item(0, 3, 1 << 40, 0, SIZE),
+    "longer than itself": wire.Item(0, 3, SIZE, 0, SIZE + 4096),
+    "beginning behind its end": wire.Item(0, 3, SIZE, 8192, 4096),
+    "without its header": wire.Item(0, 3, SIZE, 4096, SIZE),
+    "shorter than a header": wire.Item(0, 3, SIZE, 0, 8),
+    "of no length": wire.Item(0, 3, 0, 0, 0),
+    "half a page": wire.Item(0, 3, SIZE + 8, 0, SIZE),
+    "more frames than asked for": wire.Item(0, 9, SIZE, 0, SIZE),
+    "an unknown code": wire.Item(77, 0, 0, 0, 0),
+}
 
 
 class TestAgainstServers(TierBench):
@@ -305,18 +343,6 @@ class TestAgainstServers(TierBench):
                 assert await self.get(tier, 1) is Lost.CORRUPT
                 assert dropped == [key_of(1)], "a bad object was left where it is"
                 assert tier.counts.corrupt == 1
-
-    LIES = {
-        "longer than the largest": wire.Item(0, 3, 1 << 40, 0, SIZE),
-        "longer than itself": wire.Item(0, 3, SIZE, 0, SIZE + 4096),
-        "beginning behind its end": wire.Item(0, 3, SIZE, 8192, 4096),
-        "without its header": wire.Item(0, 3, SIZE, 4096, SIZE),
-        "shorter than a header": wire.Item(0, 3, SIZE, 0, 8),
-        "of no length": wire.Item(0, 3, 0, 0, 0),
-        "half a page": wire.Item(0, 3, SIZE + 8, 0, SIZE),
-        "more frames than asked for": wire.Item(0, 9, SIZE, 0, SIZE),
-        "an unknown code": wire.Item(77, 0, 0, 0, 0),
-    }
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("item", LIES.values(), ids=LIES)
@@ -394,7 +420,7 @@ class TestAgainstServers(TierBench):
                     lease = arena.lease(arena.working)  # whatever is given back is in it
                     lease.view[:] = b"\xa5" * lease.nbytes
                     count = len(sent)
-                    while len(sent) == count:
+                    while len(sent) == count:  # noqa: ASYNC110 - by another thread
                         await anyio.sleep(0.01)
                     await anyio.sleep(0.05)
                     assert bytes(lease.view) == b"\xa5" * lease.nbytes
@@ -422,7 +448,9 @@ class TestAgainstServers(TierBench):
         """A server that shares an unsealed file could kill us by truncating it."""
         path = tmp_path / "false"
         code = FALSE_MEMORY.format(path=str(path))
-        server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        server = subprocess.Popen(  # noqa: ASYNC220
+            [sys.executable, "-c", code], stdout=subprocess.PIPE
+        )
         try:
             assert server.stdout is not None
             server.stdout.readline()

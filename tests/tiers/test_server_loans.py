@@ -18,10 +18,10 @@ from contracts import ALL, NAMESPACE, SIZE, TierBench, key_of, verify
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject, Lost
+from tierloom.stages.object import name_of
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.loans import Lender
 from tierloom.stages.tiers.server import Server, ServerOptions
-from tierloom.stages.object import name_of
 
 from .serving import Within, process
 from .test_server_hostile import eventually, fill
@@ -111,12 +111,10 @@ class TestLoans(TierBench):
     @pytest.mark.anyio
     async def test_all_clients_together_get_half(self, ctx: TierContext, url: str) -> None:
         tiers = [Server(ServerOptions(url=url), ctx) for _ in range(3)]
-        objects = []
         for tier in tiers:
             await tier.open()
         await self.put(tiers[0], *range(4))
-        for tier in tiers:
-            objects.append(await self.held(tier, *range(4)))
+        objects = [await self.held(tier, *range(4)) for tier in tiers]
         lent = [sum(isinstance(o.lease.arena, Lender) for o in each) for each in objects]
         assert lent == [4, 4, 0]
         for each in objects:

@@ -75,7 +75,8 @@ def test_a_message_fits_what_is_allowed() -> None:
     [
         ITEM._replace(nbytes=SIZE + 1), ITEM._replace(nbytes=1 << 40), ITEM._replace(end=100),
         ITEM._replace(begin=4096), ITEM._replace(end=SIZE + 4096), ITEM._replace(loaded=4),
-        ITEM._replace(code=200), ITEM._replace(begin=8192, end=4096), ITEM._replace(nbytes=0, end=0),
+        ITEM._replace(code=200), ITEM._replace(begin=8192, end=4096),
+        ITEM._replace(nbytes=0, end=0),
     ],
 )  # fmt: skip
 def test_lengths_of_an_object_that_cannot_be(item: wire.Item) -> None:
