@@ -170,7 +170,7 @@ class Serving:
                 await anyio.wait_readable(listener)
                 continue
             except OSError as error:  # no file descriptors left, or the client has gone already
-                log.warning("accept failed", extra={"cause": str(error)})
+                log.warning("accept failed: %s", error)
                 await anyio.sleep(0.1)
                 continue
             strangers = sum(not s.welcomed for s in self.sessions)
@@ -247,6 +247,7 @@ def run_serve(
         for url in where:
             say(f"listening on {url}")
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     failed: list[ConfigError] = []
 
     async def main() -> None:

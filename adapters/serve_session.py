@@ -112,7 +112,7 @@ class Session:
         except _Refuse as error:
             await self._refuse(number, error.why, str(error))
         except (OSError, TimeoutError, TierDown) as error:
-            log.debug("client gone", extra={"cause": repr(error)})
+            log.debug("client gone: %r", error)
         except Exception:
             log.exception("a client's message broke the session")
             await self._refuse(number, Refusal.BROKEN, "the server failed; its log says how")
@@ -122,7 +122,7 @@ class Session:
     async def _refuse(self, number: int, why: Refusal, text: str) -> None:
         """Say why, if the client still listens."""
         if why is not Refusal.DRAINING:
-            log.warning("client refused", extra={"cause": text})
+            log.warning("client refused: %s", text)
         with contextlib.suppress(OSError, TimeoutError), anyio.move_on_after(1):
             await self._line.send(wire.message(Kind.ERROR, number, wire.pack_error(why, text)))
 
@@ -286,10 +286,10 @@ class Session:
         try:
             header = Header.unpack(lease.view[:nbytes], key=key, namespace=self._space)
         except BadObject as error:
-            log.warning("bad object refused", extra={"cause": str(error)})
+            log.warning("bad object refused: %s", error)
             return Lost.CORRUPT
         if header.nbytes != nbytes:
-            log.warning("bad object refused", extra={"cause": "its length is another"})
+            log.warning("bad object refused: %d bytes, not %d", nbytes, header.nbytes)
             return Lost.CORRUPT
         obj = Object(header, lease, loaded=len(header.frames), sealed=True)
         return await self._depot.put(self._space, obj) or wire.DONE

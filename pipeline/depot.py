@@ -270,7 +270,7 @@ class Depot:
         waiting = self._behind[tier.name]
         if self._writing and self._writing + obj.lease.nbytes > self._waits:
             if not self.dropped:
-                log.warning("slow tier: not all is written to it", extra={"tier": tier.name})
+                log.warning("tier %s is slow: not everything is written to it", tier.name)
             self.dropped += 1
             return
         obj.lease.retain()
