@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HUGE = 2 << 20
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10  # F_SEAL_FUTURE_WRITE, since Linux 5.1
+_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, since Linux 5.1
 
 
 class Slab:
@@ -254,8 +254,9 @@ def _sealed(nbytes: int) -> tuple[int, mmap.mmap] | None:
     try:
         os.ftruncate(fd, nbytes)
         made = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # what is mapped before stays writable
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+        # What is mapped before stays writable.
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _FUTURE_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     except OSError:
         os.close(fd)
         return None

@@ -11,12 +11,16 @@ import stat
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
+import typer
+import yaml
 from contracts import NAMESPACE, SIZE, TierBench, key_of
 
+from tierloom.adapters.cli import app
 from tierloom.adapters.serve import Listen
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ConfigError, Lost, TierDown
@@ -29,8 +33,7 @@ from .raw_client import exactly, receive, welcomed
 from .serving import Process, process
 from .test_server_hostile import eventually, fill
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def refused(*options: str, env: dict[str, str] | None = None) -> str:
@@ -367,3 +370,21 @@ def test_pings_and_an_empty_log(tmp_path: Path) -> None:
             assert receive(sock) == (Kind.PONG, 9, b"")
         assert server.stop() == 0
         assert not re.search("Traceback|rror", server.log.read_text())
+
+
+@pytest.mark.parametrize("name", ["tierloom.service", "docker-compose.yaml"])
+def test_what_is_deployed_can_be_said(name: str) -> None:
+    """Each option of the command lines in configs/deploy is one of `tierloom serve`."""
+    text = (ROOT / "configs" / "deploy" / name).read_text()
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {option for param in command.params for option in param.opts}
+    if name.endswith(".yaml"):
+        service = yaml.safe_load(text)["services"]["tierloom"]
+        words = service["command"]
+        assert service["build"]["dockerfile_inline"].startswith("FROM ")
+    else:
+        (line,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
+        words = line.split()
+    said = {word.split("=")[0] for word in words if word.startswith("--")}
+    assert {"--config", "--listen", "--token-file"} <= said <= known
+    assert "serve" in words

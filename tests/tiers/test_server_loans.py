@@ -196,6 +196,46 @@ class TestLoans(TierBench):
             assert await self.get(tier, 1) in (Lost.ABSENT, right)
 
     @pytest.mark.anyio
+    async def test_what_comes_from_the_servers_disk_is_lent_too(
+        self, ctx: TierContext, arena: Arena, tmp_path: Path
+    ) -> None:
+        tiers = {
+            "hot": {"use": "memory", "capacity": 8 * SIZE},
+            "cold": {"use": "files", "path": str(tmp_path / "kv")},
+        }
+        with process(tmp_path, tiers=tiers, listen=(f"unix://{tmp_path}/disk",)) as server:
+            tier = Server(ServerOptions(url=server.url), ctx)
+            await tier.open()
+            for seed in range(12):
+                await self.put(tier, seed)
+                await anyio.sleep(0.02)
+            for seed in range(12):
+                reads = [Read(key_of(seed), ALL)]
+                await tier.read(reads)
+                if reads[0].object is None:  # the disk was too slow to take it
+                    assert reads[0].lost is Lost.ABSENT
+                    continue
+                assert isinstance(reads[0].object.lease.arena, Lender)
+                assert verify(reads[0].object, key_of(seed)) == self.bytes_of(arena, seed)
+                reads[0].object.lease.release()
+            assert tier.counts.hits >= 8
+            await tier.close()
+
+    @pytest.mark.anyio
+    async def test_a_server_that_ends_does_not_wait_for_loans(
+        self, ctx: TierContext, arena: Arena, tmp_path: Path
+    ) -> None:
+        with process(tmp_path, listen=(f"unix://{tmp_path}/ends",)) as server:
+            tier = Server(ServerOptions(url=server.url), ctx)
+            await tier.open()
+            await self.put(tier, 1)
+            (obj,) = await self.held(tier, 1)
+            assert server.stop(timeout=8) == 0, server.log.read_text()
+            assert verify(obj, key_of(1)) == self.bytes_of(arena, 1)
+            obj.lease.release()
+            await tier.close()
+
+    @pytest.mark.anyio
     async def test_a_server_that_is_killed_leaves_what_it_lent(
         self, ctx: TierContext, arena: Arena, tmp_path: Path
     ) -> None:
