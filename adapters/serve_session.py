@@ -201,6 +201,8 @@ class Session:
             await self._put(number, wire.offers_of(body))
         elif kind is Kind.BORROW:
             await self._lend(number, wire.keys_of(body, wire.OBJECTS))
+        elif kind is Kind.SETTLE:
+            await self._depot.settle(self._space, wire.keys_of(body))
         elif kind is Kind.RETURN:
             self._take_back(wire.ids_of(body))
         elif kind is Kind.DROP:

@@ -242,6 +242,12 @@ class Depot:
                 return None
         return lost
 
+    async def settle(self, space: bytes, keys: Iterable[bytes]) -> None:
+        """These, head of the prompt first, came together: the tail is evicted first."""
+        names = [name_of(space, key) for key in keys]
+        for tier in self.tiers:
+            await in_slices(tier.settle, names)
+
     async def drop(self, space: bytes, keys: Iterable[bytes]) -> int:
         """Forget objects; how many were there."""
         return await self._drop([name_of(space, key) for key in keys])

@@ -67,6 +67,7 @@ class Server(Tier):
         self._lines = Lines(Address.parse(options.url), ctx.namespace, self._anew, share=shares)
         self._number = 0
         self._holds = _NOTHING
+        self._unsettled: list[bytes] = []
 
     async def open(self) -> None:
         """Connect once. Raises ConfigError where that can never work, TierDown, OSError."""
@@ -80,6 +81,10 @@ class Server(Tier):
 
     async def close(self) -> None:
         self._lines.close()
+
+    def settle(self, keys: Sequence[bytes]) -> None:
+        """Told to the server with the next question."""
+        self._unsettled = [*keys, *self._unsettled][: wire.KEYS]
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         found: list[bool] = []
@@ -268,8 +273,11 @@ class Server(Tier):
 
     async def _send(self, line: Line, kind: wire.Kind, body: bytes) -> int:
         self._number = (self._number + 1) & 0xFFFFFFFF
-        number = self._number
-        await line.send(wire.message(kind, number, body))
+        number, hint = self._number, b""
+        if self._unsettled:
+            hint = wire.message(wire.Kind.SETTLE, 0, b"".join(self._unsettled))
+            self._unsettled = []
+        await line.send(hint + wire.message(kind, number, body))
         return number
 
     async def _answer(self, line: Line, number: int, wanted: wire.Kind) -> bytes:

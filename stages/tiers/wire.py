@@ -67,6 +67,7 @@ class Kind(IntEnum):
     BORROW = 22
     LENT = 23
     RETURN = 24
+    SETTLE = 26
 
 
 class Refusal(IntEnum):

@@ -103,6 +103,23 @@ class TestTcp(ServerContract):
             assert await self.get(one, 1) == self.bytes_of(arena, 1)
 
     @pytest.mark.anyio
+    async def test_a_prompts_tail_goes_first(
+        self, ctx: TierContext, tmp_path: Path, clock: Clock
+    ) -> None:
+        """Put in two calls, and settled: the last chunk makes room, not the first."""
+        async with self.opened(ctx, tmp_path, clock, capacity=4 * SIZE) as tier:
+            await self.put(tier, 1, 2)
+            await self.put(tier, 3, 4)
+            tier.settle([key_of(3), key_of(4)])
+            tier.settle([key_of(1), key_of(2)])
+            for new, left in ((5, [1, 2, 3]), (6, [1, 2])):
+                await self.put(tier, new)
+                for seed in left:
+                    assert isinstance(await self.get(tier, seed), bytes)
+                tier.settle([key_of(seed) for seed in left])
+            assert await self.get(tier, 4) is Lost.ABSENT
+
+    @pytest.mark.anyio
     async def test_a_tier_without_namespace_is_refused(self, arena, tmp_path, clock, pool) -> None:
         with pytest.raises(ConfigError, match="namespace"):
             await self.make(TierContext(arena, b"", pool), tmp_path, clock).open()
