@@ -157,7 +157,8 @@ class Header(NamedTuple):
         if namespace and space != namespace:
             raise BadObject("belongs to another namespace")
         at = _FIXED.size
-        if dtype >= len(_NAMES) or not dtype or at + nframes * _FRAME.size + nlinks * LINK > size:
+        inside = at + nframes * _FRAME.size + nlinks * LINK <= size
+        if not inside or not block or not 0 < dtype < len(_NAMES):
             raise BadObject("header fields contradict each other")
         frames = []
         for i in range(nframes):

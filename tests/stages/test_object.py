@@ -1,6 +1,7 @@
 """TLM1: golden bytes, round trips, and every kind of damage."""
 
 import hashlib
+import random
 import struct
 from dataclasses import replace
 
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject
 from tierloom.stages.geometry import Geometry
-from tierloom.stages.object import Frame, Header, Object, header_size, plan_frames
+from tierloom.stages.object import (
+    Frame,
+    Header,
+    Object,
+    header_size,
+    name_of,
+    plan_frames,
+)
 from tierloom.stages.space import PAGE
 
 GEOMETRY = Geometry(kv=2, layers=5, heads=3, dim=8, dtype="bfloat16", block_tokens=1)
@@ -201,3 +209,30 @@ def test_a_header_grows_by_whole_pages() -> None:
 def test_memory_is_not_read_beyond_what_is_given() -> None:
     raw = np.frombuffer(whole(), np.uint8)
     assert verified(raw.tobytes()).tokens == 50
+
+
+def test_hostile_headers_whose_checksum_is_right() -> None:
+    """Whoever writes into a shared store can compute a checksum: BadObject, and nothing else."""
+    rng, good = random.Random(0), bytearray(whole()[:PAGE])
+    refused = 0
+    for _ in range(20_000):
+        page = bytearray(good)
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            at, size = rng.randrange(8, 480), rng.choice((1, 2, 4, 8))
+            page[at : at + size] = rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size)))
+        page[16:24] = bytes(8)
+        page[16:24] = xxhash.xxh3_64_intdigest(page).to_bytes(8, "little")
+        try:
+            Header.unpack(page)
+        except BadObject:
+            refused += 1
+    assert 1000 < refused < 20_000
+
+
+def test_an_object_has_a_name_among_many_namespaces() -> None:
+    raw, h = whole(), header()
+    name = name_of(h.namespace, h.key)
+    assert Header.unpack(raw, key=name).key == h.key
+    for key, space in ((name, h.namespace), (name_of(b"o" * 32, h.key), b"")):
+        with pytest.raises(BadObject, match="holds object"):
+            Header.unpack(raw, key=key, namespace=space)
