@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import anyio
 
 from ..errors import ConfigError, TierDown
+from ..options import masked
 from . import wire
 from .line import Line
 
@@ -45,13 +46,13 @@ class Address(NamedTuple):
             parts = urlsplit(url)
             port = PORT if parts.port is None else parts.port
         except ValueError as error:
-            raise ValueError(f"url {url!r}: {error}") from None
+            raise ValueError(f"url {masked(url)!r}: {error}") from None
         if parts.scheme == "tierloom+unix" and not parts.netloc and parts.path.startswith("/"):
             return cls(path=parts.path)
         known = parts.scheme in ("tierloom", "tierloom+tls")
         if not known or not parts.hostname or parts.username or parts.path.strip("/"):
             raise ValueError(
-                f"url {url!r}: write tierloom://HOST:PORT, tierloom+tls://HOST:PORT or "
+                f"url {masked(url)!r}: write tierloom://HOST:PORT, tierloom+tls://HOST:PORT or "
                 "tierloom+unix:///PATH"
             )
         return cls(parts.hostname, port, tls=parts.scheme == "tierloom+tls")

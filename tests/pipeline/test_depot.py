@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from contracts import NAMESPACE, SIZE, key_of, make_object
 
 from tierloom.pipeline.check import load
 from tierloom.pipeline.depot import Depot, Grip
 from tierloom.stages.errors import Lost
 from tierloom.stages.object import Object
+from tierloom.testing import NAMESPACE, SIZE, key_of, make_object
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -118,6 +118,17 @@ async def test_a_full_first_tier_passes_on() -> None:
     async with opened(hot={"use": "full"}, warm=MEMORY) as depot:
         assert await put(depot, 1) is None
         assert isinstance(await get(depot, 1), bytes)
+
+
+async def test_an_audited_tier_knows_objects_by_their_names(tmp_path: Path) -> None:
+    files = {"use": "files", "path": str(tmp_path)}
+    source = {"version": 1, "graphs": {}, "tiers": {"cold": {"use": "audit", "of": files}}}
+    depot = Depot(load(source | {"budget": {"arena": "1 MiB"}}))
+    await depot.open()
+    assert await put(depot, 1) is None
+    assert isinstance(await get(depot, 1), bytes)
+    assert depot.tiers[0].counts.extra == {"differ_in": 0, "differ_out": 0}
+    await depot.close()
 
 
 async def test_no_room_is_told() -> None:

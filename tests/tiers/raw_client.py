@@ -9,10 +9,9 @@ import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from contracts import NAMESPACE
-
 from tierloom.stages.tiers import wire
 from tierloom.stages.tiers.wire import Kind
+from tierloom.testing import NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,6 @@ import anyio
 import pytest
 import typer
 import yaml
-from contracts import NAMESPACE, SIZE, TierBench, key_of
 
 from tierloom.adapters.cli import app
 from tierloom.adapters.serve import Listen
@@ -28,6 +27,7 @@ from tierloom.stages.tiers import wire
 from tierloom.stages.tiers.base import TierContext
 from tierloom.stages.tiers.server import Server, ServerOptions
 from tierloom.stages.tiers.wire import Kind
+from tierloom.testing import NAMESPACE, SIZE, TierBench, key_of
 
 from .raw_client import exactly, receive, welcomed
 from .serving import Process, process

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from contracts import SIZE, TierContract, key_of
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.tiers.base import Tier, TierContext
 from tierloom.stages.tiers.server import Server, ServerOptions
+from tierloom.testing import SIZE, TierContract, key_of
 
 from .serving import Process
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from contracts import Clock
+    from tierloom.testing import Clock
 
 
 class Servers:
@@ -147,10 +147,11 @@ class TestSharedMemory(ServerContract):
     "options",
     [
         {"url": ""}, {"url": "redis://h:1"}, {"url": "tierloom://"}, {"url": "tierloom://h:99999"},
-        {"url": "tierloom+unix://host/path"}, {"url": "tierloom://user@h:1"},
+        {"url": "tierloom+unix://host/path"}, {"url": "tierloom://user:secret@h:1"},
         {"url": "tierloom://h/path"}, {"connections": 0},
     ],
 )  # fmt: skip
 def test_bad_options(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as error:
         ServerOptions(**({"url": "tierloom://h:1"} | options))
+    assert "secret" not in str(error.value)

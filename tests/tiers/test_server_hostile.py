@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from contracts import ALL, SIZE, TierBench, key_of, make_object, mutations
 
 from tierloom.adapters import serve
 from tierloom.stages.arena import Arena
@@ -23,6 +22,7 @@ from tierloom.stages.tiers import wire
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.server import Server, ServerOptions
 from tierloom.stages.tiers.wire import Kind
+from tierloom.testing import ALL, SIZE, TierBench, key_of, make_object, mutations
 
 from .raw_client import FalseServer, connected, greet, is_closed, receive, reset, welcomed
 from .serving import Within

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from contracts import ALL, NAMESPACE, SIZE, TierBench, key_of, verify
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject, Lost
@@ -22,6 +21,7 @@ from tierloom.stages.object import name_of
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.loans import Lender
 from tierloom.stages.tiers.server import Server, ServerOptions
+from tierloom.testing import ALL, NAMESPACE, SIZE, TierBench, key_of, verify
 
 from .serving import Within, process
 from .test_server_hostile import eventually, fill
@@ -265,7 +265,8 @@ class TestLoans(TierBench):
 BORROWER = """
 import os, signal
 import anyio
-from contracts import ALL, NAMESPACE, Arena, Pool, key_of
+from tierloom.stages.arena import Arena
+from tierloom.testing import ALL, NAMESPACE, Pool, key_of
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.server import Server, ServerOptions
 
@@ -287,7 +288,7 @@ def test_a_client_that_dies_gives_everything_back(within: Within) -> None:
     fill(within.urls[1], arena, 1, 2)
     arena.close()
     most = within.serving._lending.nbytes
-    env = os.environ | {"PYTHONPATH": f"{ROOT}/src:{ROOT}/tests", "PYTHONSAFEPATH": "1"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}/src", "PYTHONSAFEPATH": "1"}
     run = subprocess.Popen([sys.executable, "-c", BORROWER.format(url=within.urls[1])], env=env)
     while run.poll() is None:
         most = max(most, within.serving._lending.nbytes)

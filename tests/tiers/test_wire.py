@@ -8,12 +8,12 @@ import tracemalloc
 
 import anyio
 import pytest
-from contracts import ALL, SIZE, key_of, mutations
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers import wire
 from tierloom.stages.tiers.line import Line
 from tierloom.stages.tiers.wire import BadMessage, Kind
+from tierloom.testing import ALL, SIZE, key_of, mutations
 
 HELLO = wire.Hello(1, 0, b"s" * 32, b"n" * 32, b"p" * 32)
 WELCOME = wire.Welcome(1, b"p" * 32, 1 << 26, 1 << 28, 1 << 34)
