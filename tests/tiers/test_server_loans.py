@@ -83,6 +83,22 @@ class TestLoans(TierBench):
             kept.release()
 
     @pytest.mark.anyio
+    async def test_a_device_gets_what_lies_in_its_own_memory(
+        self, ctx: TierContext, url: str, arena: Arena, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Kernels read the page-locked arena directly; another's memory they could not."""
+        with monkeypatch.context() as patch:
+            patch.setattr(arena, "_pinned", True)
+            tier = Server(ServerOptions(url=url), ctx)
+        await tier.open()
+        await self.put(tier, 1)
+        (obj,) = await self.held(tier, 1)
+        assert obj.lease.arena is arena
+        assert verify(obj, key_of(1)) == self.bytes_of(arena, 1)
+        obj.lease.release()
+        await tier.close()
+
+    @pytest.mark.anyio
     async def test_what_is_lent_is_not_overwritten(self, tier: Server, arena: Arena) -> None:
         """The tier is filled many times over, and the object dropped: the bytes stay."""
         right = self.bytes_of(arena, 1)
