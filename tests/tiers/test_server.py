@@ -8,14 +8,15 @@ import pytest
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ConfigError, Lost
+from tierloom.stages.object import name_of
 from tierloom.stages.tiers.base import Tier, TierContext
 from tierloom.stages.tiers.server import Server, ServerOptions
-from tierloom.testing import SIZE, TierContract, key_of
+from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
-from .serving import Process
+from .serving import Process, process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tierloom.testing import Clock
@@ -141,6 +142,41 @@ class TestSharedMemory(ServerContract):
         got = await self.get(tier, 1)
         held.release()
         assert got == self.bytes_of(arena, 1)
+
+
+class DamageOnDisk(TierBench):
+    """The contract's damage, done to the files that a server keeps."""
+
+    which = 0
+    test_damage_is_a_miss = TierContract.test_damage_is_a_miss
+    test_swapped_objects_are_misses = TierContract.test_swapped_objects_are_misses
+
+    @pytest.fixture(autouse=True)
+    def _server(self, tmp_path: Path) -> Iterator[None]:
+        self._files = tmp_path / "kv"
+        tiers = {"cold": {"use": "files", "path": str(self._files)}}
+        listen = ("tcp://127.0.0.1:0", f"unix://{tmp_path}/socket")
+        with process(tmp_path, tiers=tiers, listen=listen) as server:
+            self._url = server.urls[self.which]
+            yield
+
+    def make(self, ctx: TierContext, folder: Path, clock: Clock, **options: Any) -> Server:
+        return Server(ServerOptions(url=self._url, **options), ctx)
+
+    def damage(self, tier: Tier, key: bytes, change: Callable[[bytearray], None]) -> None:
+        name = name_of(NAMESPACE, key).hex()
+        file = self._files / "any" / name[:2] / f"{name}.tlm"
+        raw = bytearray(file.read_bytes())
+        change(raw)
+        file.write_bytes(raw)
+
+
+class TestDamageTcp(DamageOnDisk):
+    pass
+
+
+class TestDamageUnix(DamageOnDisk):
+    which = 1
 
 
 @pytest.mark.parametrize(
