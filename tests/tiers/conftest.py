@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
+
+# Behind other folders: theirs may have a `conftest` that is imported by name.
+sys.path.append(str(Path(__file__).parent))
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONVERSATION = ROOT.parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
