@@ -11,6 +11,7 @@ import xxhash
 
 import tierloom
 from tierloom.adapters import cli
+from tierloom.pipeline.spec import presets
 from tierloom.stages.geometry import Geometry
 from tierloom.stages.object import Header, header_size, plan_frames
 from tierloom.stages.space import PAGE
@@ -50,7 +51,7 @@ def test_every_command_has_help(run, command) -> None:
     assert command in run("--help")[1]
 
 
-@pytest.mark.parametrize("preset", ["cachegen", "lossless", "minimal", "tiered"])
+@pytest.mark.parametrize("preset", presets())
 def test_check_says_ok(run, preset) -> None:
     code, out, err = run("check", preset)
     assert (code, err) == (0, "")

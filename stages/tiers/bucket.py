@@ -200,8 +200,8 @@ class Bucket:
             self._obs.exceptions.UnauthenticatedError,
         ) as error:
             raise ConfigError(
-                f"{self._url}: refused ({_answer(error)}): credentials must allow to list, get, put "
-                "and delete; configs/s3.yaml says where they are looked for"
+                f"{self._url}: refused ({_answer(error)}): credentials must allow to list, get, "
+                "put and delete; configs/s3.yaml says where they are looked for"
             ) from None
         except Exception as error:
             raise self._down("GET", error) from None

@@ -113,7 +113,7 @@ class S3(Tier):
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         found = await fan(self._bucket.size, [_name(key) for key in keys], self._wide)
-        return [bool(size) for size in found]
+        return [size is not None for size in found]  # an empty one, too: who reads it drops it
 
     async def read(self, reads: Sequence[Read]) -> None:
         await fan(self._read, reads, self.options.depth)

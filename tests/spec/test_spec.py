@@ -12,6 +12,7 @@ import pytest
 
 from tierloom.pipeline.check import load, warnings
 from tierloom.pipeline.problems import ConfigProblems
+from tierloom.pipeline.spec import presets
 
 BASE = """
     version: 1
@@ -159,7 +160,7 @@ def test_tiers_that_a_graph_leaves_out_are_warned_of(base) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["cachegen", "lossless", "minimal", "tiered"])
+@pytest.mark.parametrize("name", presets())
 def test_the_presets_are_right(name) -> None:
     spec = load(name)
     assert (spec.name, warnings(spec)) == (name, ())
@@ -167,8 +168,10 @@ def test_the_presets_are_right(name) -> None:
 
 def test_checking_imports_nothing_heavy() -> None:
     code = (
-        "import sys, json; from tierloom.pipeline.check import load; load('minimal');"
-        "print(json.dumps([m for m in ('torch', 'numba', 'triton', 'redis') if m in sys.modules]))"
+        "import sys, json; from tierloom.pipeline.check import load\n"
+        "for name in ('minimal', 's3'): load(name)\n"
+        "heavy = 'torch numba triton redis obstore nixl nixl_cu12 kvikio'.split()\n"
+        "print(json.dumps([m for m in heavy if m in sys.modules]))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ

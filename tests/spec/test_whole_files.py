@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tierloom.pipeline import check
 from tierloom.pipeline.check import load
 from tierloom.pipeline.problems import ConfigProblems
+from tierloom.pipeline.spec import presets
 from tierloom.stages.errors import ConfigError
 
 TIERS = "tiers: {hot: {use: memory, capacity: 1 MiB}, box: {use: 'standins:Box'}}"
@@ -154,7 +155,7 @@ FILES = {
     ),
     "a base that is no word": (
         "version: 1\nextends: [a]", "2:10", "extends", "wants a preset's name or a path",
-        "known: cachegen, lossless, minimal, server, shared, tiered",
+        f"known: {', '.join(presets())}",
     ),
 }  # fmt: skip
 
