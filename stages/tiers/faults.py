@@ -1,6 +1,6 @@
 """Tiers that fail on purpose, for tests of pipelines: a memory tier each, with one fault.
 
-warm: {use: slow, capacity: 1 GiB, delay: 20 ms}
+    warm: {use: slow, capacity: 1 GiB, delay: 20 ms}
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """memory: objects stay where they were gathered, read or received: in the arena. Nothing is copied.
 
-hot: {use: memory, capacity: 64 GiB, evict: s3-fifo}
+    hot: {use: memory, capacity: 64 GiB, evict: s3-fifo}
 """
 
 from __future__ import annotations
