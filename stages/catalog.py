@@ -44,6 +44,7 @@ TIERS = {
     "memory": "tierloom.stages.tiers.memory:Memory",
     "mock": "tierloom.stages.tiers.mock:Mock",
     "server": "tierloom.stages.tiers.server:Server",
+    "nixl": "tierloom.stages.tiers.nixl:Nixl",
     "s3": "tierloom.stages.tiers.s3:S3",
     "slow": "tierloom.stages.tiers.faults:Slow",
     "stuck": "tierloom.stages.tiers.faults:Stuck",

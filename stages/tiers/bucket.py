@@ -13,6 +13,7 @@ import re
 import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from ..errors import BadObject, ConfigError, TierDown
 from .profile import find_profile
@@ -145,6 +146,10 @@ class Bucket:
         except Exception as error:
             raise self._down("LIST", error) from None
         return names
+
+    def key_of(self, name: str) -> str:
+        """The object's whole name in the bucket, for other clients."""
+        return "/".join([*filter(None, urlsplit(self._url).path.split("/")), self._path(name)])
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"

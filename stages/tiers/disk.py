@@ -18,6 +18,7 @@ from ..object import Header, Object
 from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
 from .base import Found, Read, Tier, TierContext, TierStat
+from .disk_io import SYSTEM, Mover
 from .disk_store import Store, cuts_of
 from .fan import fan
 from .index import IndexOptions
@@ -62,8 +63,9 @@ class Disk(Tier):
     local = True
 
     def __init__(
-        self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
-    ) -> None:
+        self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
+        mover: Mover = SYSTEM,
+    ) -> None:  # fmt: skip
         super().__init__(ctx)
         self.options = options
         self._store = Store(
@@ -78,6 +80,7 @@ class Disk(Tier):
             counts=self.counts,
             watch=ctx.watch,
             clock=clock,
+            mover=mover,
         )
         self._index = self._store.index
 

@@ -46,6 +46,28 @@ def write_all(fd: int, view: memoryview, at: int) -> None:
         view, at = view[count:], at + count
 
 
+class Mover:
+    """How bytes go between files and memory; here by system calls. Blocks and frees the GIL."""
+
+    def open(self, path: Path, flags: int, mode: int = 0o666) -> int:
+        """A file descriptor, to be given back to `close`. Raises OSError."""
+        return os.open(path, flags, mode)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def read(self, fd: int, view: memoryview, at: int) -> None:
+        """Fill `view` from `at` on. Raises BadObject at the end of the file, OSError, TierDown."""
+        read_all(fd, view, at)
+
+    def write(self, fd: int, view: memoryview, at: int) -> None:
+        """Write all of `view` at `at`. Raises OSError, TierDown."""
+        write_all(fd, view, at)
+
+
+SYSTEM = Mover()
+
+
 def can_direct(folder: Path) -> bool:
     """Whether a page goes through O_DIRECT there and back."""
     probe = folder / ".direct"
@@ -80,10 +102,12 @@ def want_direct(folder: Path, direct: bool | Literal["auto"]) -> bool:
 class Segments:
     """The files `segment-00000.slab` and so on, `segment` bytes each, `capacity` in all."""
 
-    def __init__(self, folder: Path, segment: int, capacity: int, *, direct: bool) -> None:
+    def __init__(
+        self, folder: Path, segment: int, capacity: int, *, direct: bool, mover: Mover = SYSTEM
+    ) -> None:
         """Open what is there; what lies beyond `capacity` is cut off. Raises OSError."""
         self._folder, self._segment, self._capacity = folder, segment, capacity
-        self._direct = direct
+        self._direct, self._mover = direct, mover
         self.sizes = [0] * -(-capacity // segment)
         """Bytes there are of each segment."""
         self._fds: dict[int, int] = {}
@@ -144,12 +168,12 @@ class Segments:
     def read(self, pieces: Sequence[Piece], view: memoryview, start: int, end: int) -> None:
         """Bytes `start` to `end` of the object in `pieces`, to the same place in `view`."""
         for fd, at, begin, stop in self._parts(pieces, start, end):
-            read_all(fd, view[begin:stop], at)
+            self._mover.read(fd, view[begin:stop], at)
             self._forget(fd, at, stop - begin)
 
     def write(self, pieces: Sequence[Piece], view: memoryview) -> None:
         for fd, at, begin, stop in self._parts(pieces, 0, len(view)):
-            write_all(fd, view[begin:stop], at)
+            self._mover.write(fd, view[begin:stop], at)
             self._forget(fd, at, stop - begin)
 
     def sync(self) -> None:
@@ -158,7 +182,7 @@ class Segments:
 
     def close(self) -> None:
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            self._mover.close(self._fds.popitem()[1])
 
     def _parts(
         self, pieces: Sequence[Piece], start: int, end: int
@@ -185,5 +209,5 @@ class Segments:
         if number not in self._fds:
             flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0)
             path = self._folder / f"segment-{number:05}.slab"
-            self._fds[number] = os.open(path, flags, 0o600)
+            self._fds[number] = self._mover.open(path, flags, 0o600)
         return self._fds[number]

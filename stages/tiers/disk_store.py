@@ -22,7 +22,7 @@ from ..errors import BadObject, Lost, TierDown
 from ..object import Header
 from ..space import Space, aligned
 from .claim import Claim
-from .disk_io import Segments, want_direct
+from .disk_io import SYSTEM, Mover, Segments, want_direct
 from .disk_log import PIN, UNPIN, Extent, Journal
 from .index import Entry, Index
 
@@ -63,7 +63,9 @@ class Store:
         counts: TierCounts,
         watch: Watch | None,
         clock: Callable[[], float],
+        mover: Mover = SYSTEM,
     ) -> None:
+        self._mover = mover
         self.capacity = capacity
         self.index: Index[Extent] = Index(
             policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0,
@@ -89,7 +91,7 @@ class Store:
             self._claim = Claim(self._folder, segment=self._segment)
             direct = want_direct(self._folder, self._direct)
             self._segments = Segments(
-                self._folder, self._claim.segment, self.capacity, direct=direct
+                self._folder, self._claim.segment, self.capacity, direct=direct, mover=self._mover
             )
             self._journal = Journal(self._folder)
             self._space = Space(self.capacity, empty=True)

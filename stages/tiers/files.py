@@ -15,22 +15,22 @@ import secrets
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import ArenaFull, BadObject, ConfigError, Lost
 from ..object import Header, Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
 from .base import Read, Tier, TierContext, TierStat
-from .disk_io import NO_SPACE, read_all, write_all
+from .disk_io import NO_SPACE, SYSTEM, Mover, want_direct
 from .disk_store import cuts_of
 from .fan import fan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..arena import Lease
 
@@ -68,10 +68,13 @@ class Files(Tier):
     Options = FilesOptions
 
     def __init__(
-        self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
-    ) -> None:
+        self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
+        mover: Mover = SYSTEM, direct: bool | Literal["auto"] = False,
+    ) -> None:  # fmt: skip
+        """`direct`: go round the page cache; for movers that gain by it."""
         super().__init__(ctx)
         self.options = options
+        self._mover, self._direct, self._flags = mover, direct, 0
         self._clock = clock
         name = ctx.namespace.hex()[:32] or "any"
         self._folder = Path(options.path).expanduser() / name
@@ -163,6 +166,7 @@ class Files(Tier):
         except OSError as error:
             cause = f"{self._folder}: {error.strerror}; choose a folder we may write"
             raise ConfigError(cause) from error
+        self._flags = os.O_DIRECT if want_direct(self._folder, self._direct) else 0
         if self.options.capacity or self.options.ttl:
             self._prune(0)
 
@@ -187,8 +191,7 @@ class Files(Tier):
         """
         lease.retain()
         try:
-            with path.open("rb", buffering=0) as file:
-                fd = file.fileno()
+            with self._opened(path, os.O_RDONLY) as fd:
                 try:
                     header = self._fill(fd, key, lease, loaded, upto)
                 except BadObject:
@@ -216,18 +219,19 @@ class Files(Tier):
         if size != lease.nbytes:
             return None
         if not loaded:
-            read_all(fd, view[:PAGE], 0)
+            self._mover.read(fd, view[:PAGE], 0)
             head = Header.length(view[:PAGE])
             if head > size:
                 raise BadObject("the file ends inside its header")
-            read_all(fd, view[PAGE:head], PAGE)
+            if head > PAGE:
+                self._mover.read(fd, view[PAGE:head], PAGE)
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
             raise BadObject(f"the file is {size} bytes long, its object {header.nbytes}")
         cuts = cuts_of(header)
         begin, end = cuts[loaded], cuts[min(upto, len(header.frames))]
         if begin < end:
-            read_all(fd, view[begin:end], begin)
+            self._mover.read(fd, view[begin:end], begin)
         return header
 
     def _save(self, obj: Object) -> int | Lost:
@@ -259,15 +263,25 @@ class Files(Tier):
         path.parent.mkdir(exist_ok=True)
         temp = path.with_name(f"{path.stem}.{self._writer}-{secrets.token_hex(4)}.tmp")
         try:
-            with temp.open("xb", buffering=0) as file:
-                write_all(file.fileno(), view, 0)
+            with self._opened(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+                if self._flags:
+                    os.posix_fallocate(fd, 0, len(view))
+                self._mover.write(fd, view, 0)
                 now = self._clock()  # by one clock with what `ttl` is measured by
-                os.utime(file.fileno(), (now, now))
+                os.utime(fd, (now, now))
                 if self.options.fsync:
-                    os.fsync(file.fileno())
+                    os.fsync(fd)
             temp.replace(path)
         finally:
             temp.unlink(missing_ok=True)
+
+    @contextmanager
+    def _opened(self, path: Path, flags: int) -> Iterator[int]:
+        fd = self._mover.open(path, flags | self._flags)
+        try:
+            yield fd
+        finally:
+            self._mover.close(fd)
 
     def _reserve(self, nbytes: int) -> bool:
         with self._changing:

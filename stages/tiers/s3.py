@@ -112,7 +112,7 @@ class S3(Tier):
         await self._bucket.open()
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await fan(self._bucket.size, [_name(key) for key in keys], self._wide)
+        found = await fan(self._bucket.size, [name_of(key) for key in keys], self._wide)
         return [size is not None for size in found]  # an empty one, too: who reads it drops it
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -122,7 +122,7 @@ class S3(Tier):
         return await fan(self._put, objects, self.options.depth)
 
     async def drop(self, keys: Sequence[bytes]) -> int:
-        return sum(await fan(self._drop, [_name(key) for key in keys], self._wide))
+        return sum(await fan(self._drop, [name_of(key) for key in keys], self._wide))
 
     async def clear(self) -> int:
         return sum(await fan(self._drop, await self._bucket.list(), self._wide))
@@ -146,14 +146,12 @@ class S3(Tier):
         except BadObject:
             read.lost = Lost.CORRUPT
             self.counts.corrupt += 1
-            await self._drop(_name(read.key))
+            await self._drop(name_of(read.key))
 
     async def _begin(self, read: Read) -> None:
         """The header and what comes with it, then the frames that are wanted."""
-        part = await self._bucket.get(_name(read.key), 0, PAGE + self.options.part)
-        header = Header.unpack(part.view, key=read.key, namespace=self.ctx.namespace)
-        if header.nbytes != part.size:
-            raise BadObject(f"{part.size} bytes are kept, but the object has {header.nbytes}")
+        part = await self._bucket.get(name_of(read.key), 0, PAGE + self.options.part)
+        header = self._header(part.view, read.key, part.size)
         lease = self.ctx.arena.lease(header.nbytes)
         made = Object(header, lease)
         try:
@@ -165,6 +163,13 @@ class S3(Tier):
         self.counts.hits += 1
         self.counts.bytes_out += cuts_of(header)[0]
         read.object = made
+
+    def _header(self, view: memoryview, key: bytes, size: int) -> Header:
+        """What `size` bytes that begin like this say of themselves. Raises BadObject."""
+        header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
+        if header.nbytes != size:
+            raise BadObject(f"{size} bytes are kept, but the object has {header.nbytes}")
+        return header
 
     async def _frames(
         self, key: bytes, held: Object, upto: int, begin: int, tag: str | None = None
@@ -181,7 +186,7 @@ class S3(Tier):
 
     async def _get(self, key: bytes, held: Object, end: int, tag: str | None, start: int) -> None:
         stop = min(end, start + self.options.part)
-        part = await self._bucket.get(_name(key), start, stop, tag)
+        part = await self._bucket.get(name_of(key), start, stop, tag)
         if part.size != held.header.nbytes:
             raise FileNotFoundError("another object of this key has come")
         await self._land(held.lease, part)
@@ -193,7 +198,7 @@ class S3(Tier):
         if not obj.sealed:
             raise ValueError("an object must be sealed before it is put")
         nbytes = obj.header.nbytes
-        if await self._bucket.put(_name(obj.header.key), obj.lease, nbytes):
+        if await self._bucket.put(name_of(obj.header.key), obj.lease, nbytes):
             self.counts.puts += 1
             self.counts.bytes_in += nbytes
             self._objects += 1
@@ -210,7 +215,8 @@ class S3(Tier):
         return True
 
 
-def _name(key: bytes) -> str:
+def name_of(key: bytes) -> str:
+    """What an object is called in its folder."""
     return f"{key.hex()}.tlm"
 
 
