@@ -12,7 +12,7 @@ import os
 import re
 import weakref
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import BadObject, ConfigError, TierDown
@@ -32,18 +32,6 @@ _NEEDS = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and its key",
     "file": "choose a folder that we may write",
 }
-
-
-class Part(NamedTuple):
-    """Some bytes of an object, in memory of the client's."""
-
-    view: memoryview
-    start: int
-    """Where they begin in the object."""
-    size: int
-    """Of the whole object as it is now."""
-    tag: str | None
-    """The name of its content, where the server gives one."""
 
 
 class Bucket:
@@ -88,31 +76,36 @@ class Bucket:
         except Exception as error:
             raise self._down("HEAD", error) from None
 
-    async def get(self, name: str, start: int, stop: int, tag: str | None = None) -> Part:
-        """Bytes `start` to `stop`, or to the object's end. Raises FileNotFoundError (also when its
-        content is not `tag` any more), BadObject (it ends before `stop`, or it is not what it says
-        that it is), TierDown."""
-        options = {"range": (start, stop)} | ({"if_match": tag} if tag else {})
+    async def get(self, name: str, stop: int) -> tuple[memoryview, int]:
+        """Bytes up to `stop`, or to the object's end, and how long it is. Raises
+        FileNotFoundError, BadObject (it is empty, or not what it says that it is), TierDown."""
         try:
-            got = await self._obs.get_async(self._store, self._path(name), options=options)
-            view = memoryview(await got.bytes_async())
-        except (FileNotFoundError, self._obs.exceptions.PreconditionError):
-            raise FileNotFoundError(name) from None
+            got = await self._obs.get_async(
+                self._store, self._path(name), options={"range": (0, stop)}
+            )
+            view, size = memoryview(await got.bytes_async()), int(got.meta["size"])
+        except FileNotFoundError:
+            raise
         except Exception as error:
-            down = self._down("GET", error)
-            # Where it ends before `start` servers answer in ways of their own.
-            size = await self.size(name)
-            if size == 0:
-                raise BadObject("it is empty") from None
-            if size is not None and size <= start:
-                raise FileNotFoundError(name) from None  # another one, and shorter
-            raise down from None
-        part = Part(view, start, got.meta["size"], got.meta["e_tag"])
-        if tag and part.tag != tag:
+            raise await self._judged(name, 0, error) from None
+        if len(view) != min(stop, size):
+            raise BadObject(f"{len(view)} bytes came for {stop} of {size}")
+        return view, size
+
+    async def get_range(self, name: str, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop`, all of them; cheaper than `get`. Raises FileNotFoundError (also
+        when it has not as many any more), BadObject, TierDown."""
+        try:
+            got = await self._obs.get_range_async(
+                self._store, self._path(name), start=start, end=stop
+            )
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise await self._judged(name, start, error) from None
+        if len(got) != stop - start:
             raise FileNotFoundError(name)
-        if got.range[0] != start or len(view) != min(stop, part.size) - start:
-            raise BadObject(f"{len(view)} bytes came for {start}..{stop} of {part.size}")
-        return part
+        return memoryview(got)
 
     async def put(self, name: str, lease: Lease, nbytes: int) -> bool:
         """The lease's first bytes, whole or not at all; False: there is one already."""
@@ -210,6 +203,15 @@ class Bucket:
             ) from None
         except Exception as error:
             raise self._down("GET", error) from None
+
+    async def _judged(self, name: str, start: int, error: Exception) -> Exception:
+        """What a failed read was: where an object ends before `start`, servers answer in ways of
+        their own, and it is not the bucket that failed."""
+        down = self._down("GET", error)
+        size = await self.size(name)
+        if size == 0:
+            return BadObject("it is empty")
+        return down if size is not None and size > start else FileNotFoundError(name)
 
     def _down(self, verb: str, error: Exception) -> TierDown:
         """What happened, in words that are ours."""

@@ -105,8 +105,8 @@ class NixlObjects(S3):
         self.counts.bytes_out += cuts_of(made.header)[0]
         read.object = made
 
-    async def _get(self, key: bytes, held: Object, end: int, tag: str | None, start: int) -> None:
-        await self._load(name_of(key), held.lease, start, min(end, start + self.options.part))
+    async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:
+        await self._load(name, lease, start, min(end, start + self.options.part))
 
     async def _load(self, name: str, lease: Lease, start: int, stop: int) -> None:
         """Bytes `start` to `stop` of an object of the lease's length, to the same place in it.

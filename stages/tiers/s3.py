@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..arena import Lease
-    from .bucket import Part
 
 _LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
 
@@ -150,13 +149,13 @@ class S3(Tier):
 
     async def _begin(self, read: Read) -> None:
         """The header and what comes with it, then the frames that are wanted."""
-        part = await self._bucket.get(name_of(read.key), 0, PAGE + self.options.part)
-        header = self._header(part.view, read.key, part.size)
+        view, size = await self._bucket.get(name_of(read.key), PAGE + self.options.part)
+        header = self._header(view, read.key, size)
         lease = self.ctx.arena.lease(header.nbytes)
         made = Object(header, lease)
         try:
-            await self._land(lease, part)
-            await self._frames(read.key, made, read.upto, len(part.view), part.tag)
+            await self.ctx.pool(_copy, lease, 0, view)
+            await self._frames(read.key, made, read.upto, len(view))
         except BaseException:
             lease.release()
             raise
@@ -171,28 +170,20 @@ class S3(Tier):
             raise BadObject(f"{size} bytes are kept, but the object has {header.nbytes}")
         return header
 
-    async def _frames(
-        self, key: bytes, held: Object, upto: int, begin: int, tag: str | None = None
-    ) -> None:
+    async def _frames(self, key: bytes, held: Object, upto: int, begin: int) -> None:
         """Load frames up to `upto`, of which all bytes before `begin` are there."""
         cuts = cuts_of(held.header)
         loaded = held.loaded
         end = max(begin, cuts[min(upto, len(cuts) - 1)])
-        get = partial(self._get, key, held, end, tag)
-        await fan(get, range(begin, end, self.options.part), self.options.ranges)
+        part = partial(self._part, name_of(key), held.lease, end)
+        await fan(part, range(begin, end, self.options.part), self.options.ranges)
         held.loaded = max(n for n, cut in enumerate(cuts) if cut <= end)
         held.sealed = held.loaded == len(cuts) - 1
         self.counts.bytes_out += cuts[held.loaded] - cuts[loaded]
 
-    async def _get(self, key: bytes, held: Object, end: int, tag: str | None, start: int) -> None:
+    async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:
         stop = min(end, start + self.options.part)
-        part = await self._bucket.get(name_of(key), start, stop, tag)
-        if part.size != held.header.nbytes:
-            raise FileNotFoundError("another object of this key has come")
-        await self._land(held.lease, part)
-
-    async def _land(self, lease: Lease, part: Part) -> None:
-        await self.ctx.pool(_copy, lease, part)
+        await self.ctx.pool(_copy, lease, start, await self._bucket.get_range(name, start, stop))
 
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:
@@ -220,11 +211,11 @@ def name_of(key: bytes) -> str:
     return f"{key.hex()}.tlm"
 
 
-def _copy(lease: Lease, part: Part) -> None:
+def _copy(lease: Lease, start: int, view: memoryview) -> None:
     """In a thread of the pool, without the GIL; the lease is held meanwhile."""
     lease.retain()
     try:
         there = np.frombuffer(lease.view, np.uint8)
-        there[part.start : part.start + len(part.view)] = np.frombuffer(part.view, np.uint8)
+        there[start : start + len(view)] = np.frombuffer(view, np.uint8)
     finally:
         lease.release()

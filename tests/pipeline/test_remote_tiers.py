@@ -60,8 +60,22 @@ def s3(folder: Path) -> Iterator[Place]:
         yield Place(tier | {"endpoint": server.url}, folder / "data" / NAME, server)
 
 
-PLACES = {"s3": s3}
-SERVED = ["s3"]
+@contextlib.contextmanager
+def nixl_obj(folder: Path) -> Iterator[Place]:
+    need("nixl_cu12")
+    with s3(folder) as place:
+        place.tier |= {"use": "nixl", "backend": "OBJ"}
+        yield place
+
+
+@contextlib.contextmanager
+def nixl_posix(folder: Path) -> Iterator[Place]:
+    need("nixl_cu12")
+    yield Place({"use": "nixl", "path": str(folder / "kv")}, folder / "kv")
+
+
+PLACES = {"s3": s3, "nixl-obj": nixl_obj, "nixl-posix": nixl_posix}
+SERVED = ["s3", "nixl-obj"]
 
 
 @pytest.fixture
@@ -70,6 +84,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any) -> I
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with PLACES[request.param](tmp_path) as made:
         yield made
 
