@@ -257,7 +257,9 @@ def case(name: str, folder: Path, ctx: TierContext) -> Iterator[tuple[Tier, Bare
                 "bucket": NAME, "endpoint_override": url, "scheme": "http", "region": "us-east-1",
                 "use_virtual_addressing": "false", "num_threads": "4", "req_checksum": "required",
             }  # fmt: skip
-            options = NixlOptions(backend="OBJ", url=f"s3://{NAME}/tier", endpoint=url)
+            options = NixlOptions(
+                backend="OBJ", url=f"s3://{NAME}/tier", endpoint=url, unsigned=True
+            )
             yield NixlTier(options, ctx), Nixl("OBJ", params, folder, url)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..object import Object
 
 Backend = Literal["POSIX", "GDS", "GDS_MT", "HF3FS", "OBJ", "AZURE_BLOB"]
+_PART = 64 << 20  # one transfer has what is wanted of an object: it needs no memory besides
 _OBJECTS = {"OBJ": "s3://", "AZURE_BLOB": "az://"}
 
 
@@ -50,6 +51,8 @@ class NixlOptions:
     """Of the bucket; else from the environment or the profile."""
     profile: str = ""
     """A profile of `~/.aws`; else as the `s3` tier finds its credentials."""
+    unsigned: bool | Literal["auto"] = "auto"
+    """Put objects without hashing them for the signature; auto: over TLS."""
     pool: Literal["dynamic", "static"] = "dynamic"
     """dynamic: a file per object; static: preallocated segments, one process per folder."""
     io: Literal["aio", "uring", "posix_aio"] = "aio"
@@ -74,7 +77,7 @@ class NixlOptions:
                 raise ValueError(f"{self.backend} wants a url of {scheme}, and no path")
             if self.capacity or self.ttl or self.pool == "static":
                 raise ValueError("capacity, ttl and pool are the bucket's own affair")
-            S3Options(url=self.url, endpoint=self.endpoint)
+            S3Options(url=self.url, endpoint=self.endpoint, unsigned=self.unsigned)
         elif not self.path or self.url or self.endpoint:
             raise ValueError(f"{self.backend} wants a path, and neither url nor endpoint")
         if self.pool not in ("dynamic", "static") or self.io not in ("aio", "uring", "posix_aio"):
@@ -147,8 +150,9 @@ class Nixl(Tier):
         o = self.options
         if o.backend in _OBJECTS:
             s3 = S3Options(
-                url=o.url, endpoint=o.endpoint, region=o.region, profile=o.profile, depth=o.depth
-            )
+                url=o.url, endpoint=o.endpoint, region=o.region, profile=o.profile, depth=o.depth,
+                unsigned=o.unsigned, part=_PART,
+            )  # fmt: skip
             return NixlObjects(s3, self.ctx, backend=o.backend, threads=o.threads)
         self._mover = NixlMover(o.backend, self._params(), self.ctx.arena)
         if o.pool == "static":

@@ -226,8 +226,7 @@ def _plugin_folders() -> list[Path]:
     for name in _WHEELS[1:]:
         spec = find_spec(name)
         if spec is not None and spec.origin:
-            site = Path(spec.origin).parent.parent
-            folders += [site / f"{name}.libs/nixl", site / f".{name}.mesonpy.libs/plugins"]
+            folders.append(Path(spec.origin).parent.parent / f".{name}.mesonpy.libs/plugins")
     return folders
 
 

@@ -17,19 +17,19 @@ import anyio
 from ..errors import BadObject, TierDown
 from ..object import Object
 from ..space import PAGE
-from .disk_store import cuts_of
 from .nixl_agent import Agent
 from .profile import find_profile
 from .s3 import S3, S3Options, name_of
 
 if TYPE_CHECKING:
     from ..arena import Lease
-    from .base import Read, TierContext
+    from .base import TierContext
     from .nixl_agent import Transfer
 
 log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds that closing waits for transfers whose readers have gone
+_FIRST = PAGE + (4 << 20)  # what is read to learn an object's header
 _SWEEP = 0.02  # seconds between two looks at those
 _LOOK = 0.001  # seconds between two looks at least: a look from the loop costs some 30 us
 
@@ -85,8 +85,8 @@ class NixlObjects(S3):
                 told["session_token"] = str(keys["token"])
         return told
 
-    async def _begin(self, read: Read) -> None:
-        name = name_of(read.key)
+    async def _first(self, key: bytes) -> tuple[Object, int]:
+        name = name_of(key)
         size = await self._bucket.size(name)
         if size is None:
             raise FileNotFoundError(name)
@@ -94,16 +94,12 @@ class NixlObjects(S3):
             raise BadObject(f"no object is {size} bytes long")
         lease = self.ctx.arena.lease(size)
         try:
-            first = min(size, PAGE + self.options.part)
+            first = min(size, _FIRST)
             await self._load(name, lease, 0, first)
-            made = Object(self._header(lease.view[:first], read.key, size), lease)
-            await self._frames(read.key, made, read.upto, first)
+            return Object(self._header(lease.view[:first], key, size), lease), first
         except BaseException:
             lease.release()
             raise
-        self.counts.hits += 1
-        self.counts.bytes_out += cuts_of(made.header)[0]
-        read.object = made
 
     async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:
         await self._load(name, lease, start, min(end, start + self.options.part))

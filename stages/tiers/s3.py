@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+import anyio
 import numpy as np
 
 from ..errors import ArenaFull, BadObject, Lost
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..arena import Lease
 
+_WIDE = 16  # requests of one call at once that carry no data
 _LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
 
 
@@ -61,6 +63,8 @@ class S3Options:
     """Parts of one object that are read at once."""
     depth: int = 4
     """Objects of one call that are read or written at once."""
+    requests: int = 8
+    """Parts that are read at once in all; each takes memory besides the arena meanwhile."""
 
     def __post_init__(self) -> None:
         try:
@@ -81,8 +85,8 @@ class S3Options:
             raise ValueError(f"unsigned is {self.unsigned!r}; known: true, false, auto")
         if self.part < _LEAST or self.part % PAGE:
             raise ValueError(f"part must be a multiple of {PAGE}, and at least {_LEAST}")
-        if min(self.ranges, self.depth) < 1 or self.retries < 0:
-            raise ValueError("ranges and depth must be at least 1, retries at least 0")
+        if min(self.ranges, self.depth, self.requests) < 1 or self.retries < 0:
+            raise ValueError("ranges, depth and requests must be at least 1, retries at least 0")
 
 
 class S3(Tier):
@@ -104,14 +108,14 @@ class S3(Tier):
             if_absent=options.if_absent,
             retries=options.retries,
         )
-        self._wide = options.depth * options.ranges
+        self._parts = anyio.Semaphore(options.requests)
         self._objects = self._nbytes = 0  # what this process has put, less what it dropped
 
     async def open(self) -> None:
         await self._bucket.open()
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await fan(self._bucket.size, [name_of(key) for key in keys], self._wide)
+        found = await fan(self._bucket.size, [name_of(key) for key in keys], _WIDE)
         return [size is not None for size in found]  # an empty one, too: who reads it drops it
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -121,10 +125,10 @@ class S3(Tier):
         return await fan(self._put, objects, self.options.depth)
 
     async def drop(self, keys: Sequence[bytes]) -> int:
-        return sum(await fan(self._drop, [name_of(key) for key in keys], self._wide))
+        return sum(await fan(self._drop, [name_of(key) for key in keys], _WIDE))
 
     async def clear(self) -> int:
-        return sum(await fan(self._drop, await self._bucket.list(), self._wide))
+        return sum(await fan(self._drop, await self._bucket.list(), _WIDE))
 
     def stat(self) -> TierStat:
         """What this process has put and not dropped; the bucket's rest is not known."""
@@ -149,19 +153,29 @@ class S3(Tier):
 
     async def _begin(self, read: Read) -> None:
         """The header and what comes with it, then the frames that are wanted."""
-        view, size = await self._bucket.get(name_of(read.key), PAGE + self.options.part)
-        header = self._header(view, read.key, size)
-        lease = self.ctx.arena.lease(header.nbytes)
-        made = Object(header, lease)
+        made, loaded = await self._first(read.key)
+        lease, header = made.lease, made.header
         try:
-            await self.ctx.pool(_copy, lease, 0, view)
-            await self._frames(read.key, made, read.upto, len(view))
+            await self._frames(read.key, made, read.upto, loaded)
         except BaseException:
             lease.release()
             raise
         self.counts.hits += 1
         self.counts.bytes_out += cuts_of(header)[0]
         read.object = made
+
+    async def _first(self, key: bytes) -> tuple[Object, int]:
+        """An object with its first part in a new lease, and how many bytes these are."""
+        async with self._parts:
+            view, size = await self._bucket.get(name_of(key), PAGE + self.options.part)
+            header = self._header(view, key, size)
+            lease = self.ctx.arena.lease(size)
+            try:
+                await self.ctx.pool(_copy, lease, 0, view)
+            except BaseException:
+                lease.release()
+                raise
+            return Object(header, lease), len(view)
 
     def _header(self, view: memoryview, key: bytes, size: int) -> Header:
         """What `size` bytes that begin like this say of themselves. Raises BadObject."""
@@ -183,7 +197,9 @@ class S3(Tier):
 
     async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:
         stop = min(end, start + self.options.part)
-        await self.ctx.pool(_copy, lease, start, await self._bucket.get_range(name, start, stop))
+        async with self._parts:
+            view = await self._bucket.get_range(name, start, stop)
+            await self.ctx.pool(_copy, lease, start, view)
 
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:
