@@ -41,6 +41,7 @@ TIERS = {
     "files": "tierloom.stages.tiers.files:Files",
     "flaky": "tierloom.stages.tiers.faults:Flaky",
     "full": "tierloom.stages.tiers.faults:Full",
+    "gds": "tierloom.stages.tiers.gds:Gds",
     "memory": "tierloom.stages.tiers.memory:Memory",
     "mock": "tierloom.stages.tiers.mock:Mock",
     "server": "tierloom.stages.tiers.server:Server",

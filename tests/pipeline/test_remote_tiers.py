@@ -6,6 +6,7 @@ Afterwards (see `opened`) all leases are home, no request is open and the portal
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -74,7 +75,14 @@ def nixl_posix(folder: Path) -> Iterator[Place]:
     yield Place({"use": "nixl", "path": str(folder / "kv")}, folder / "kv")
 
 
+@contextlib.contextmanager
+def gds(folder: Path) -> Iterator[Place]:
+    yield Place({"use": "gds", "path": str(folder / "kv")}, folder / "kv")
+
+
 PLACES = {"s3": s3, "nixl-obj": nixl_obj, "nixl-posix": nixl_posix}
+if importlib.util.find_spec("kvikio") is not None:  # in its own environment: see tests/tiers
+    PLACES["gds"] = gds
 SERVED = ["s3", "nixl-obj"]
 
 
@@ -85,6 +93,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Any) -> I
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    # All but headers goes by NIXL, also of objects as small as these.
+    monkeypatch.setattr("tierloom.stages.tiers.nixl_agent._SMALL", 4096)
     with PLACES[request.param](tmp_path) as made:
         yield made
 

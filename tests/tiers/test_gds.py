@@ -1,0 +1,78 @@
+"""gds: kvikio has an environment of its own, and a driver without a device; its suite is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+from buckets import missing
+
+from tierloom.stages.arena import Arena
+from tierloom.stages.errors import ConfigError
+from tierloom.stages.tiers.base import TierContext
+from tierloom.stages.tiers.gds import Gds, GdsOptions
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PYTHON = ROOT / ".venv-gds" / "bin" / "python"
+DRIVER = ROOT / ".venv-gds" / "driver"
+
+
+def run(*command: str, driver: bool = True) -> subprocess.CompletedProcess[str]:
+    """Something in kvikio's environment; without a driver nothing of CUDA's is found."""
+    if not (DRIVER / "libcuda.so.1").exists():
+        missing("kvikio")
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "KVIKIO_COMPAT_MODE": "ON"}
+    env["LD_LIBRARY_PATH"] = str(DRIVER) if driver else ""
+    return subprocess.run(
+        [str(PYTHON), *command], capture_output=True, text=True, timeout=300, env=env, cwd=ROOT
+    )
+
+
+SUITES = {
+    "contract": (["tests/tiers/gds_contract.py"], 40),
+    "pipelines": (["tests/pipeline/test_remote_tiers.py", "-k", "gds"], 14),
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_its_suite(suite: str) -> None:
+    files, least = SUITES[suite]
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    assert done.returncode == 0, done.stdout[-5000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) >= least
+
+
+def test_no_driver() -> None:
+    code = (
+        "from tierloom.stages.tiers.gds import GdsOptions, KvikioMover\n"
+        "KvikioMover(GdsOptions(path='x')).start()"
+    )
+    done = run("-c", code, driver=False)
+    assert "needs NVIDIA's driver, libcuda.so.1" in done.stderr
+
+
+def test_no_client(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "kvikio", None)
+
+    async def pool(fn, *args):
+        return fn(*args)
+
+    arena = Arena(4096, huge_pages=False)
+    tier = Gds(GdsOptions(path=str(tmp_path)), TierContext(arena, b"n" * 32, pool))
+    with pytest.raises(ConfigError, match=r"pip install 'tierloom\[gds\]'"):
+        anyio.run(tier.open)
+    arena.close()
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"task": 100}, {"path": ""}, {"depth": 0}])
+def test_bad_options(options) -> None:
+    with pytest.raises(ValueError):
+        GdsOptions(**({"path": "/x"} | options))
