@@ -12,6 +12,7 @@ export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
 .PHONY: help demo demo-vllm test lint bench bench-vllm bench-server quality vllm clean
+.PHONY: help demo demo-vllm test lint bench bench-remote bench-vllm quality vllm engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -19,6 +20,8 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
 	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
+	@echo "make engines   what tiers are tested against: servers of buckets, NIXL, kvikio (make test does this, too)"
+	@echo "make bench-remote   tiers behind a client library, beside the library alone"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
 	@echo "make bench-server   tierloom serve: copies, lookups and faults; writes bench-server.json"
@@ -47,7 +50,11 @@ vllm: $(VLLM_READY)
 demo-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m tierloom.adapters.demo_vllm --json demo-vllm.json
 
+engines: $(READY)
+	$(BIN)/python tests/tiers/install_s3_nixl.py
+
 test: $(READY)
+	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."
 	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/vllm are skipped."
 	$(BIN)/python -m pytest
 
@@ -58,6 +65,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=bench.json -q
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/table.py bench.json
+
+bench-remote: engines
+	$(BIN)/python benchmarks/remote_tiers.py
 
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
@@ -72,4 +82,4 @@ quality: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info bench.json demo.json demo-vllm.json
+	rm -rf $(VENV) $(VLLM) .venv-gds build dist src/*.egg-info bench.json demo.json demo-vllm.json

@@ -1,6 +1,6 @@
 """Tiers behind a client library beside the library alone: CPU seconds per GB, objects of 32 MiB.
 
-    python benchmarks/remote_tiers.py [s3] [nixl-posix] [nixl-obj] [gds]     (make bench-remote)
+    python benchmarks/remote_tiers.py [s3] [nixl-posix] [nixl-obj]     (make bench-remote)
 
 A round stores objects by the bare client and then by the tier, and reads them back by both, so that
 all four see the same noise. The bare client does what the tier must at least: the same requests, as
