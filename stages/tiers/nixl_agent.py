@@ -151,9 +151,10 @@ class NixlMover(Mover):
             self._agent = Agent(self._backend, self._params, self._arena, shared=True)
 
     def stop(self) -> None:
-        if self._agent is not None:
-            self._agent.close()
-            self._agent = None
+        """A thread whose caller has gone may still be at a file: then the agent goes with it."""
+        agent, self._agent = self._agent, None
+        if agent is not None and not self._files:
+            agent.close()
 
     def open(self, path: Path, flags: int, mode: int = 0o666) -> int:
         assert self._agent is not None

@@ -261,6 +261,21 @@ class TestPlugins(TierBench):
         lease.release()
 
     @pytest.mark.anyio
+    async def test_stopped_under_a_thread(self, ctx, tmp_path, clock, arena):
+        """What is at a file still when the tier is closed ends as it would have."""
+        mover = NixlMover("POSIX", {"use_aio": "true"}, arena)
+        mover.start()
+        lease = arena.lease(512 << 10)
+        fd = mover.open(tmp_path / "late", os.O_RDWR | os.O_CREAT)
+        transfer = mover._agent.begin("WRITE", [(0, 512 << 10, fd)], "FILE", lease.address)
+        mover.stop()
+        while not transfer.done():  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+        mover.close(fd)
+        assert (tmp_path / "late").read_bytes() == lease.view
+        lease.release()
+
+    @pytest.mark.anyio
     async def test_two_tiers_over_one_arena(self, ctx, tmp_path, clock, arena):
         other = TierContext(arena, NAMESPACE, ctx.pool)
         (tmp_path / "b").mkdir()

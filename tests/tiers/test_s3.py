@@ -443,6 +443,17 @@ class TestSecrets:
             await self.tier(ctx, strict).open()
 
 
+def test_explaining_tells_no_credentials(monkeypatch):
+    from tierloom.pipeline import explain
+    from tierloom.pipeline.check import load
+
+    monkeypatch.setenv("TIERLOOM_S3_ENDPOINT", "http://127.0.0.1:9")
+    told = explain.explain(load("s3"))
+    assert "http://127.0.0.1:9" in told
+    assert KEY not in told
+    assert SECRET not in told
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
