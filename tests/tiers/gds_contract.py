@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from contracts import SIZE, TierContract, key_of
 
 from tierloom.stages.errors import BadObject, Lost, TierDown
 from tierloom.stages.tiers.gds import Gds, GdsOptions, KvikioMover
+from tierloom.testing import SIZE, TierContract, key_of
 
 
 class TestGds(TierContract):

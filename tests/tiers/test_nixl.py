@@ -8,13 +8,13 @@ import resource
 import anyio
 import pytest
 from buckets import KEY, NAME, SECRET, Gate, localbucket, need
-from contracts import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.tiers.base import TierContext
 from tierloom.stages.tiers.nixl import Nixl, NixlOptions
 from tierloom.stages.tiers.nixl_agent import NixlMover
 from tierloom.stages.tiers.s3 import name_of
+from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 import anyio
 import pytest
 from buckets import KEY, NAME, SECRET, Gate, localbucket, moto, need, rclone
-from contracts import ALL, FRAMES, SIZE, Pool, TierContract, key_of, make_object, verify
 
 from tierloom.stages.errors import BadObject, ConfigError, Lost, TierDown
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.breaker import Guarded
 from tierloom.stages.tiers.s3 import S3, S3Options
+from tierloom.testing import ALL, FRAMES, SIZE, Pool, TierContract, key_of, make_object, verify
 
 
 @pytest.fixture(autouse=True)
