@@ -74,7 +74,7 @@ class S3Options:
         if parts.scheme not in SCHEMES:
             raise ValueError(f"url begins with none of {', '.join(s + '://' for s in SCHEMES)}")
         if any("@" in each.netloc or each.query for each in (parts, base)):
-            raise ValueError("url and endpoint carry no credentials: see configs/s3.yaml")
+            raise ValueError("url and endpoint carry neither credentials nor a query")
         if parts.scheme in ("s3", "gs", "az") and not parts.netloc:
             raise ValueError("url names no bucket: write s3://bucket/prefix")
         if self.endpoint and (base.scheme not in ("http", "https") or not base.netloc):

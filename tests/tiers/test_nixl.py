@@ -296,7 +296,7 @@ class TestPlugins(TierBench):
         ({"path": "/x", "url": "s3://x"}, "neither url"),
         ({"backend": "OBJ", "url": "az://x"}, "wants a url of s3"),
         ({"backend": "OBJ", "url": "s3://x", "capacity": 5}, "bucket's own affair"),
-        ({"backend": "OBJ", "url": "s3://a:secret@x"}, "carry no credentials"),
+        ({"backend": "OBJ", "url": "s3://a:secret@x"}, "carry neither credentials"),
         ({"backend": "AZURE_BLOB", "path": "/x"}, "wants a url of az"),
         ({"path": "/x", "pool": "static"}, "wants a capacity|needs a capacity"),
         ({"path": "/x", "pool": "some"}, "dynamic or static"),
