@@ -11,8 +11,7 @@ VLLM_READY := $(VLLM)/.ready
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test lint bench bench-vllm bench-server quality vllm clean
-.PHONY: help demo demo-vllm test lint bench bench-remote bench-vllm quality vllm engines clean
+.PHONY: help demo demo-vllm test lint bench bench-remote bench-server bench-vllm quality vllm engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
