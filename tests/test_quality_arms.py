@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -107,3 +108,14 @@ def test_what_is_committed_belongs_together() -> None:
     for arm in results["arms"].values():
         assert arm.keys() >= {"bits_per_element", "kl", "kl_p95", "dnll", "top1", "documents"}
         assert not arm["bit_exact"] or arm["kl"] == results["arms"]["none"]["kl"]
+
+
+def test_the_page_on_codecs_shows_what_was_measured() -> None:
+    arms = json.loads((ROOT / "benchmarks/results/quality-smollm2.json").read_text())["arms"]
+    page = (ROOT / "docs/codecs.md").read_text()
+    rows = re.findall(r"^\| `([^`|]+)` \| ([\d.]+) \| ([\d.e-]+) \|", page, re.MULTILINE)
+    assert len(rows) > 12
+    for name, bits, kl in rows:
+        arm = arms[name]
+        assert bits == f"{arm['bits_per_element']:.2f}", name
+        assert kl == ("0" if arm["bit_exact"] else f"{arm['kl']:.2g}"), name

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_IN_VAIN = 4
+"""A call that its caller gives up counts as failed behind this part of the limit of a call."""
 _STALE = 60.0
 """Seconds after which what reads have cost may be so no more."""
 _PATIENCE = 10  # opening and closing may take so many times the limit of a call
@@ -223,6 +225,7 @@ class Guarded(Tier):
             return Lost.TIER_DOWN
         probing = self._failures >= self._limits.fails
         self._probing = self._probing or probing
+        began = self._clock()
         try:
             if not self._opened:
                 await self._within(_PATIENCE * self._limits.timeout, self._open)
@@ -230,6 +233,11 @@ class Guarded(Tier):
         except Exception as error:
             self._failed(error)
             return Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
+        except anyio.get_cancelled_exc_class():
+            waited = self._clock() - began
+            if waited >= self._limits.timeout / _IN_VAIN:  # a request's deadline is often sooner
+                self._failed(TimeoutError(f"given up after {waited:.3g} s"))
+            raise
         else:
             if probing:
                 log.info("tier is back", extra={"tier": self.name})

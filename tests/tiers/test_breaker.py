@@ -151,6 +151,26 @@ class TestBreaker(TierBench):
         assert await tier.has([key_of(1)]) == [False]
 
     @pytest.mark.anyio
+    @pytest.mark.parametrize(("waited", "open"), [(8.0, True), (1.0, False)])
+    async def test_calls_given_up_late_count_as_failed(self, tier, clock, waited, open):
+        """A request's deadline is sooner than the limit of a call; three in vain are enough."""
+
+        async def hangs(keys):
+            clock.now += waited  # of a limit of 30 seconds
+            await anyio.sleep_forever()
+
+        plain, tier.tier.has = tier.tier.has, hangs
+        for _ in range(3):
+            assert tier.available
+            with anyio.move_on_after(0.01):
+                await tier.has([key_of(1)])
+        assert tier.available != open
+        tier.tier.has = plain
+        clock.now += 6
+        assert await tier.has([key_of(1)]) == [False]
+        assert tier.available
+
+    @pytest.mark.anyio
     async def test_mistakes_are_logged_once(self, tier, caplog):
         tier.tier.error = KeyError("a bug")
         with caplog.at_level(logging.ERROR):
