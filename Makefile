@@ -51,6 +51,7 @@ demo-vllm: $(VLLM_READY)
 
 engines: $(READY)
 	$(BIN)/python tests/tiers/install_s3_nixl.py
+	$(BIN)/python tests/tiers/install_pooled.py
 
 test: $(READY)
 	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."
@@ -81,4 +82,4 @@ quality: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-gds build dist src/*.egg-info bench.json demo.json demo-vllm.json
+	rm -rf $(VENV) $(VLLM) .venv-gds .venv-infinistore build dist src/*.egg-info bench.json demo.json demo-vllm.json

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # Behind other folders: theirs may have a `conftest` that is imported by name.
 sys.path.append(str(Path(__file__).parent))
+import pools  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONVERSATION = ROOT.parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
@@ -39,3 +41,21 @@ def generated() -> list[list[int]]:
         session.extend(next(fresh) for _ in range(rng.randint(1, 6)))
         requests.append(list(session))
     return requests
+
+
+@pytest.fixture(scope="module")
+def mooncake_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pools.MooncakePool]:
+    """A master and one owner, shared by the tests of a module."""
+    pools.require("mooncake")
+    pool = pools.MooncakePool(tmp_path_factory.mktemp("mooncake"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def infini_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pools.InfiniServer]:
+    """A server, shared by the tests of a module."""
+    pools.require("infinistore")
+    server = pools.InfiniServer(tmp_path_factory.mktemp("infinistore"))
+    yield server
+    server.kill()
