@@ -12,7 +12,7 @@ import pytest
 
 # Behind other folders: theirs may have a `conftest` that is imported by name.
 sys.path.append(str(Path(__file__).parent))
-import pools  # noqa: E402
+import pools
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONVERSATION = ROOT.parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
