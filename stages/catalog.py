@@ -47,6 +47,7 @@ TIERS = {
     "mock": "tierloom.stages.tiers.mock:Mock",
     "mooncake": "tierloom.stages.tiers.mooncake:Mooncake",
     "nixl": "tierloom.stages.tiers.nixl:Nixl",
+    "redis": "tierloom.stages.tiers.redis:Redis",
     "s3": "tierloom.stages.tiers.s3:S3",
     "server": "tierloom.stages.tiers.server:Server",
     "slow": "tierloom.stages.tiers.faults:Slow",

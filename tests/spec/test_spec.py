@@ -169,7 +169,7 @@ def test_the_presets_are_right(name) -> None:
 def test_checking_imports_nothing_heavy() -> None:
     code = (
         "import sys, json; from tierloom.pipeline.check import load\n"
-        "for name in ('minimal', 's3', 'nixl-posix', 'nixl-obj', 'gds'): load(name)\n"
+        "for name in ('minimal', 'redis', 's3', 'nixl-posix', 'nixl-obj', 'gds'): load(name)\n"
         "heavy = 'torch numba triton redis obstore nixl nixl_cu12 kvikio'.split()\n"
         "print(json.dumps([m for m in heavy if m in sys.modules]))"
     )
