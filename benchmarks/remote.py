@@ -42,6 +42,8 @@ REST = 1.2
 pieces of what is being stored."""
 LOOKUP = 64
 """Chunks of a lookup."""
+BARS = {"store": 0.70, "retrieve": 0.65, "lookup": 1.5}
+"""At most: CPU s/GB of client and server, checksums included; ms, median."""
 
 
 class Case(NamedTuple):
@@ -129,7 +131,7 @@ def report(
     copy = statistics.median(t.wall for t in copies)
     print(
         f"{what:9}{size / wall:6.2f} GB/s   CPU s/GB: client {client:.3f} + server {server:.3f} = "
-        f"{client + server:.3f}   (memcpy {size / copy:.1f} GB/s)"
+        f"{client + server:.3f} (bar {BARS[what]:.2f})   memcpy {size / copy:.1f} GB/s"
     )
 
 
@@ -148,7 +150,10 @@ def lookup(pipe: Pipeline, rounds: int = 200) -> None:
 
     spent = pipe._portal.call(ask)
     p50, p95 = spent[rounds // 2], spent[rounds * 95 // 100]
-    print(f"lookup of {LOOKUP} chunks: p50 {p50:.2f} ms, p95 {p95:.2f} ms, best {spent[0]:.2f} ms")
+    print(
+        f"lookup of {LOOKUP} chunks: p50 {p50:.2f} ms (bar {BARS['lookup']}), p95 {p95:.2f} ms, "
+        f"best {spent[0]:.2f} ms"
+    )
 
 
 def cpu_of(pids: list[int]) -> float:

@@ -334,7 +334,7 @@ def _is_full(answers: list[Answer]) -> bool:
 def _trouble(refusal: Refusal) -> TierDown:
     """What a refused command means for its server."""
     if refusal.code in ("MOVED", "ASK", "TRYAGAIN"):
-        return Moved(f"redis keeps it elsewhere: {refusal.code}")
+        return Moved(f"redis: {refusal.code}; of a cluster the url begins with redis-cluster://")
     if refusal.code == "NOPERM":
         return TierDown("redis: NOPERM; the user needs GET, SET, EVAL and SCAN on our keys")
     return TierDown(f"redis refused a command: {refusal.code}")

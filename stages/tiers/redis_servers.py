@@ -54,6 +54,9 @@ class Node:
 class Servers:
     """One server."""
 
+    moves = False
+    """Keys may move from node to node, and no node is to blame."""
+
     def __init__(
         self, hosts: Sequence[Address], enter: Callable[[], Login], *, stall: float, lanes: int
     ) -> None:
@@ -101,12 +104,10 @@ class Servers:
             try:
                 await work(node, which)
                 node.error = None
-            except Moved:
-                failed.extend(which)
-                self._lost(node)
             except (OSError, TierDown) as error:
                 failed.extend(which)
-                node.failed(error)
+                if not self.moves or not isinstance(error, Moved):
+                    node.failed(error)
                 self._lost(node)
 
         pairs = [(node, which) for node, which in groups.items() if node is not None]
@@ -127,6 +128,16 @@ class Servers:
 
     async def _make(self) -> Connection:
         return await self._connect(self._hosts[0])
+
+    async def _ask(
+        self, address: Address, *words: str, limit: int = 16 << 10, sentinel: bool = False
+    ) -> Answer:
+        """The answer to one command, on a connection for it alone."""
+        connection = await self._connect(address, sentinel=sentinel)
+        try:
+            return (await connection.call([command(*words)], limit=limit))[0]
+        finally:
+            connection.abort(TierDown("asked"))
 
     async def _connect(self, address: Address, *, sentinel: bool = False) -> Connection:
         try:
@@ -170,24 +181,28 @@ class Sentinel(Servers):
             self._master = await self._find()
         master = self._master
         connection = await self._connect(master)
-        role = (await connection.call([command("ROLE")]))[0]
+        try:
+            role = (await connection.call([command("ROLE")]))[0]
+        except BaseException:
+            connection.abort(TierDown("its role is not known"))
+            raise
         # Who is not allowed to ask finds out by the first store.
-        if not isinstance(role, Refusal) and not (isinstance(role, list) and role[0] == b"master"):
+        if not isinstance(role, Refusal) and not (
+            isinstance(role, list) and role[:1] == [b"master"]
+        ):
             self._master = None
             connection.abort(TierDown("a replica"))
             raise TierDown(f"redis at {master} is not the master of {self._service} any more")
         return connection
 
     async def _find(self) -> Address:
-        ask = command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+        ask = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         why = ""
         for _ in range(len(self._sentinels)):
             address = self._sentinels[0]
             self._sentinels.rotate(-1)  # who hangs is asked last next time
             try:
-                connection = await self._connect(address, sentinel=True)
-                answer = (await connection.call([ask]))[0]
-                connection.abort(TierDown("asked"))
+                answer = await self._ask(address, *ask, sentinel=True)
             except NotLetIn:
                 raise
             except (OSError, TierDown) as error:
@@ -204,6 +219,8 @@ class Sentinel(Servers):
 
 class Cluster(Servers):
     """Nodes that share 16,384 slots; all of an object lies in one."""
+
+    moves = True
 
     def __init__(
         self, hosts: Sequence[Address], enter: Callable[[], Login], *, stall: float, lanes: int
@@ -250,9 +267,7 @@ class Cluster(Servers):
             if node is not None and node.error is not None and time.monotonic() < node.retry:
                 continue
             try:
-                connection = await self._connect(address)
-                answer = (await connection.call([command("CLUSTER", "SLOTS")], limit=1 << 20))[0]
-                connection.abort(TierDown("asked"))
+                answer = await self._ask(address, "CLUSTER", "SLOTS", limit=1 << 20)
                 self._take(_ranges(answer, address.host))
             except (OSError, TierDown) as error:
                 why = error

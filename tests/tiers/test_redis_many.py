@@ -211,6 +211,14 @@ class TestCluster(ManyBench):
                 assert all(node.error is None for node in tier._servers.nodes)
 
     @pytest.mark.anyio
+    async def test_a_cluster_taken_for_one_server(self, ctx, tmp_path, clock):
+        with servers.cluster() as nodes:
+            url = f"redis://127.0.0.1:{nodes[0].port}"
+            async with self.opened(ctx, tmp_path, clock, url=url) as tier:
+                with pytest.raises(TierDown, match="begins with redis-cluster://"):
+                    await tier.has([key_of(seed) for seed in range(20)])
+
+    @pytest.mark.anyio
     async def test_no_cluster(self, ctx, tmp_path, clock):
         with servers.redis() as plain:
             url = f"redis-cluster://127.0.0.1:{plain.port}"
