@@ -19,7 +19,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
 	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
-	@echo "make engines   what tiers are tested against: Redis, Valkey, servers of buckets, NIXL, kvikio (make test does this, too)"
+	@echo "make engines   what tiers are tested against: Redis, Valkey, buckets, NIXL, kvikio, pools (make test does this, too)"
 	@echo "make bench-remote   tiers behind a client library, beside the library alone"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
@@ -51,10 +51,7 @@ demo-vllm: $(VLLM_READY)
 
 # Quick where nothing is to do. TIERLOOM_REQUIRE_ENGINES=1 makes a missing one a failure.
 engines: $(READY)
-	$(BIN)/python tests/tiers/install_s3_nixl.py
-	$(BIN)/python tests/tiers/install_pooled.py
-	$(BIN)/python tests/tiers/install.py; first=$$?; \
-	  $(BIN)/python tests/tiers/install_s3_nixl.py && exit $$first
+	$(BIN)/python tests/tiers/install.py
 
 test: $(READY)
 	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."

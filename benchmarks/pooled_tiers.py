@@ -1,6 +1,6 @@
 """CPU seconds per GB of the tiers that keep objects in a pool, beside their bare clients.
 
-    .venv/bin/python tests/tiers/install_pooled.py
+    make engines
     .venv/bin/python benchmarks/pooled_tiers.py [mooncake] [infinistore] [--json FILE]
 
 Objects of Llama-3.1-8B: 32 layers, 8 KV heads of 128, bfloat16, 256 tokens, 32 MiB. Tier and bare

@@ -28,7 +28,7 @@ _libc = ctypes.CDLL(None)
 
 def missing(what: str) -> NoReturn:
     """Skip, or fail where engines are required."""
-    reason = f"{what} is not installed: python tests/tiers/install_s3_nixl.py"
+    reason = f"{what} is not installed: make engines"
     if os.environ.get("TIERLOOM_REQUIRE_ENGINES"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)

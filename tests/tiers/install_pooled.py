@@ -1,9 +1,5 @@
-"""The parts that the tests of pooled tiers need: clients, servers, and a stand-in for libibverbs.
-
-    .venv/bin/python tests/tiers/install_pooled.py
-
-Each function leaves what is there alone, and returns quickly when it has nothing to do.
-"""
+"""What the tests of pooled tiers need: clients, servers, and a stand-in for libibverbs. Parts of
+`install.py`, each of which leaves what is there alone."""
 
 from __future__ import annotations
 
@@ -59,8 +55,3 @@ def run(*command: str) -> None:
 
 
 PARTS = {"mooncake": mooncake, "infinistore": infinistore}
-
-if __name__ == "__main__":
-    for name in sys.argv[1:] or PARTS:
-        print(f"{name} ...", flush=True)
-        PARTS[name]()

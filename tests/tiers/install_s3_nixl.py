@@ -1,6 +1,4 @@
-"""Install what the tests of the tiers s3, nixl and gds run against: one function per part.
-
-    .venv/bin/python tests/tiers/install_s3_nixl.py [s3] [nixl] [gds]     (`make engines`)
+"""What the tests of the tiers s3, nixl and gds run against: one function per part of `install.py`.
 
 Parts go into the environment that runs this file, but for `gds`, which has one of its own beside
 it: kvikio wants libraries of CUDA and a driver. Of both it gets what it takes to import, and a
@@ -11,7 +9,6 @@ host memory. What is there already takes no time.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 import sysconfig
@@ -102,19 +99,3 @@ def _there(requirement: str) -> bool:
 
 def _pip(python: str, *what: str) -> None:
     subprocess.run([python, "-m", "pip", "install", "--quiet", *what], check=True)
-
-
-def main() -> int:
-    failed = 0
-    for name in sys.argv[1:] or PARTS:
-        try:
-            PARTS[name]()
-        except (OSError, subprocess.CalledProcessError) as error:  # noqa: PERF203
-            print(f"{name} could not be installed: {error}")
-            failed += 1
-    return failed
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
-    raise SystemExit(main())

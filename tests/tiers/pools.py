@@ -34,7 +34,7 @@ def require(part: str) -> None:
     elif not install_pooled.VERBS.exists():
         missing = f"infinistore: no {install_pooled.INFINISTORE.name}"
     if missing:
-        missing += f"; run {BIN}/python tests/tiers/install_pooled.py {part}"
+        missing += ": make engines"
         if os.environ.get("TIERLOOM_REQUIRE_ENGINES"):
             pytest.fail(missing)
         pytest.skip(missing)
