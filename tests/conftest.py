@@ -10,11 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 
 # What tests share is imported once by name. This folder does not stay on the path: its own folders
-# (`transformers`!) would pass for other people's packages, too. `contracts` is the former name of
-# `tierloom.testing`.
+# (`transformers`!) would pass for other people's packages, too.
 sys.path.append(str(ROOT / "tests"))
 import bounds  # noqa: E402, F401
-import contracts  # noqa: E402, F401
 import tiny  # noqa: E402, F401
 
 sys.path.pop()

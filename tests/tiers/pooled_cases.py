@@ -9,11 +9,11 @@ from contextlib import suppress
 
 import anyio
 import anyio.to_thread
-from contracts import ALL, FRAMES, SIZE, key_of, make_object
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.base import Read
 from tierloom.stages.tiers.pieces import Record
+from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object
 
 
 def record_of(tier, key):

@@ -7,12 +7,12 @@ import threading
 import anyio
 import anyio.to_thread
 import pytest
-from contracts import Pool
 
 from tierloom.stages.errors import TierDown
 from tierloom.stages.tiers import calls
 from tierloom.stages.tiers.base import TierCounts
 from tierloom.stages.tiers.calls import Calls
+from tierloom.testing import Pool
 
 pytestmark = pytest.mark.anyio
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from contracts import TierContract
 from pooled_cases import (
     check_a_piece_that_was_evicted,
     check_hostile_records,
@@ -15,6 +14,7 @@ from pooled_cases import (
 )
 
 from tierloom.stages.tiers.infinistore import Infinistore, InfinistoreOptions
+from tierloom.testing import TierContract
 
 pytestmark = pytest.mark.infinistore
 

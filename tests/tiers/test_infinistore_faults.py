@@ -11,13 +11,13 @@ from contextlib import suppress
 import anyio
 import pools
 import pytest
-from contracts import ALL, TierBench, key_of
 
 from tierloom.pipeline.graph import Breaker
 from tierloom.stages.errors import Lost, TierDown
 from tierloom.stages.tiers.base import Read
 from tierloom.stages.tiers.breaker import Guarded
 from tierloom.stages.tiers.infinistore import Infinistore, InfinistoreOptions
+from tierloom.testing import ALL, TierBench, key_of
 
 pytestmark = pytest.mark.infinistore
 

@@ -7,7 +7,6 @@ import sys
 import anyio
 import pools
 import pytest
-from contracts import NAMESPACE, Pool, TierBench, TierContract, key_of
 from pooled_cases import (
     check_a_piece_that_was_evicted,
     check_hostile_records,
@@ -23,6 +22,7 @@ from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.tiers.base import TierContext
 from tierloom.stages.tiers.mooncake import Mooncake, MooncakeOptions
 from tierloom.stages.tiers.pieces import Record
+from tierloom.testing import NAMESPACE, Pool, TierBench, TierContract, key_of
 
 
 def replaced(tier, name, value):

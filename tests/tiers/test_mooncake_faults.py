@@ -7,7 +7,6 @@ import time
 import anyio
 import pools
 import pytest
-from contracts import ALL, TierBench, key_of
 
 from tierloom.pipeline.graph import Breaker
 from tierloom.stages.errors import Lost, TierDown
@@ -15,6 +14,7 @@ from tierloom.stages.tiers import mooncake
 from tierloom.stages.tiers.base import Read
 from tierloom.stages.tiers.breaker import Guarded
 from tierloom.stages.tiers.mooncake import Mooncake, MooncakeOptions
+from tierloom.testing import ALL, TierBench, key_of
 
 QUICK = {"deadline": 1.0}
 
