@@ -30,7 +30,7 @@ sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests" / "tiers")]
 
 import numpy as np  # noqa: E402
-import serving  # noqa: E402
+import store_server  # noqa: E402
 from cases import CHUNK, SHAPES, Engine, opened  # noqa: E402
 from yardstick import Memcpy, idle, machine, timed  # noqa: E402
 
@@ -81,7 +81,7 @@ def cpu_of(pid: int) -> float:
     return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
-def tiers(way: str, server: serving.Process) -> dict[str, Any]:
+def tiers(way: str, server: store_server.Process) -> dict[str, Any]:
     if way == "memory":
         return {"hot": {"use": "memory", "capacity": "1 GiB"}}
     url = server.urls[way != "tcp"]
@@ -97,7 +97,7 @@ def copies(folder: Path, lines: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with ExitStack() as home:
         server = home.enter_context(
-            serving.process(
+            store_server.process(
                 folder, tiers=kept, arena="512 MiB",
                 listen=("tcp://127.0.0.1:0", f"unix://{folder}/socket"),
             )
@@ -164,7 +164,7 @@ with socket.create_connection(("127.0.0.1", {port})) as sock:
 
 
 def rounds(
-    pipe: Pipeline, engine: Engine, server: serving.Process, memcpy: Memcpy
+    pipe: Pipeline, engine: Engine, server: store_server.Process, memcpy: Memcpy
 ) -> dict[str, tuple[float, float, float]]:
     """Per GB: CPU seconds of both, CPU seconds of the server; and seconds by the clock."""
     made = {}
@@ -229,7 +229,7 @@ def faults(folder: Path, lines: list[str]) -> dict[str, Any]:
         for fault in ("hangs", "dies"):
             home = folder / f"{way}-{fault}"
             listen = ("tcp://127.0.0.1:0",) if way == "tcp" else (f"unix://{home}/socket",)
-            with serving.process(home, listen=listen, tiers={
+            with store_server.process(home, listen=listen, tiers={
                 "hot": {"use": "memory", "capacity": "512 MiB"}}) as server:  # fmt: skip
                 url, again = server.url, server.listens[0]
                 source = preset(cold | {"url": url})
@@ -238,7 +238,7 @@ def faults(folder: Path, lines: list[str]) -> dict[str, Any]:
                     assert pipe.store(tokens, engine.caches, engine.source).wait().lost == {}
                     found[f"{way} {fault}"] = one = fail(
                         pipe, engine, tokens, server, fault, partial(
-                            serving.Process, home, listen=(again,), tiers={
+                            store_server.Process, home, listen=(again,), tiers={
                                 "hot": {"use": "memory", "capacity": "512 MiB"}})
                     )  # fmt: skip
             late = max(0.0, one["first"] - DEADLINE)
@@ -265,8 +265,8 @@ def pipeline(source: dict[str, Any], engine: Engine) -> Pipeline:
 
 
 def fail(
-    pipe: Pipeline, engine: Engine, tokens: Any, server: serving.Process, fault: str,
-    restart: Callable[[], serving.Process],
+    pipe: Pipeline, engine: Engine, tokens: Any, server: store_server.Process, fault: str,
+    restart: Callable[[], store_server.Process],
 ) -> dict[str, float]:  # fmt: skip
     def ask() -> tuple[float, int]:
         begun = time.perf_counter()

@@ -15,7 +15,7 @@ from conftest import Engine, config, settle, tokens
 
 from tierloom import Lost
 
-from ..tiers.serving import Process, process
+from ..tiers.store_server import Process, process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

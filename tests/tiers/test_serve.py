@@ -30,7 +30,7 @@ from tierloom.stages.tiers.wire import Kind
 from tierloom.testing import NAMESPACE, SIZE, TierBench, key_of
 
 from .raw_client import exactly, receive, welcomed
-from .serving import Process, process
+from .store_server import Process, process
 from .test_server_hostile import eventually, fill
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,7 +13,7 @@ from tierloom.stages.tiers.base import Tier, TierContext
 from tierloom.stages.tiers.server import Server, ServerOptions
 from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
-from .serving import Process, process
+from .store_server import Process, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,7 +25,7 @@ from tierloom.stages.tiers.wire import Kind
 from tierloom.testing import ALL, SIZE, TierBench, key_of, make_object, mutations
 
 from .raw_client import FalseServer, connected, greet, is_closed, receive, reset, welcomed
-from .serving import Within
+from .store_server import Within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

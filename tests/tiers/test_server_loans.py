@@ -23,7 +23,7 @@ from tierloom.stages.tiers.loans import Lender
 from tierloom.stages.tiers.server import Server, ServerOptions
 from tierloom.testing import ALL, NAMESPACE, SIZE, TierBench, key_of, verify
 
-from .serving import Within, process
+from .store_server import Within, process
 from .test_server_hostile import eventually, fill
 
 if TYPE_CHECKING:

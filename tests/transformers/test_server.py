@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ..tiers.serving import process
+from ..tiers.store_server import process
 
 pytestmark = [
     pytest.mark.slow,
