@@ -14,7 +14,7 @@ LOOKS = {
     "literature": ("#5b6b7b", "^", "literature"),
 }
 
-TICKS = (2, 2.5, 3, 3.5, 4, 5, 6, 8, 11, 16)
+TICKS = (1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 11, 16)
 PLACES = ((8, 3, "left"), (8, -11, "left"), (-8, 3, "right"), (-8, -11, "right"), (8, 14, "left"))
 """Where a label may stand beside its point, in points; the first place that is free is taken."""
 
@@ -46,7 +46,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set(
         xlabel="bits per element, everything that is stored counted",
         ylabel="KL to full recompute, nats", yscale="log", xscale="log",
-        xlim=(2, 18), xticks=TICKS, xticklabels=map(str, TICKS),
+        xlim=(1.7, 18), xticks=TICKS, xticklabels=map(str, TICKS),
         title=f"{results['model']}: what fewer bits cost (chunks of {results['sizes']['chunk']} "
         "tokens; bars are 95 % intervals)",
     )  # fmt: skip
@@ -70,7 +70,7 @@ def _label(figure: Any, axes: Any, labels: list[tuple[str, tuple[float, float], 
                 text, at, (x, y), textcoords="offset points", ha=side, fontsize=8, color=colour
             )
             box = label.get_window_extent(figure.canvas.get_renderer())
-            if not any(box.overlaps(other) for other in taken):
+            if box.x0 > axes.bbox.x0 and not any(box.overlaps(other) for other in taken):
                 break
             if (x, y, side) != PLACES[-1]:
                 label.remove()
