@@ -103,6 +103,10 @@ class Lookup(LoopStage):
     async def _absent(
         self, ticket: Ticket, tiers: dict[str, Guarded], known: dict[str, list[bool]]
     ) -> None:
+        if not tiers and not self.ctx.replica:
+            ticket.tally(Lost.TIER_DOWN, len(ticket.pieces))
+            ticket.pieces = []
+            return
         missing = []
         for piece in ticket.pieces:
             for name, tier in tiers.items():
@@ -118,9 +122,6 @@ class Lookup(LoopStage):
                 ticket.kept_already += piece.tokens
             if piece.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
-        if not tiers:
-            ticket.tally(Lost.TIER_DOWN, len(ticket.pieces))
-            missing = []
         ticket.pieces = missing
 
     async def _prefix(
