@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import install_pooled
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent))  # as a script, with python -P
+import install_pooled
 
 BIN = Path(sys.executable).parent
 _DEATHSIG = 1  # PR_SET_PDEATHSIG
@@ -107,8 +109,12 @@ class MooncakePool:
             ],
             folder / "master.log", self.port,
         )  # fmt: skip
-        for _ in range(owners):
-            self.add_owner()
+        try:
+            for _ in range(owners):
+                self.add_owner()
+        except BaseException:
+            self.close()
+            raise
 
     def add_owner(self) -> Process:
         ready = free_port()
