@@ -160,7 +160,7 @@ def mooncake(folder: Path) -> dict[str, Any]:
             client.batch_remove(names, True)
 
     try:
-        return asyncio.run(turns(tier, arena, [memory.owners[0].child.pid], bare))
+        return asyncio.run(turns(tier, arena, [memory.owners[0].pid], bare))
     finally:
         target.release()
         memory.close()
@@ -197,7 +197,7 @@ def infinistore(folder: Path) -> dict[str, Any]:
     options = InfinistoreOptions(url=server.url)
     tier = Infinistore(options, TierContext(arena, NAMESPACE, pool))
     try:
-        figures = asyncio.run(turns(tier, arena, [server.child.pid], None))
+        figures = asyncio.run(turns(tier, arena, [server.pid], None))
         python = str(pools.install_pooled.INFINISTORE / "bin" / "python")
         command = [python, "-c", LIBRARY, str(server.port), str(OBJECTS << 25), str(ROUNDS)]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -248,7 +248,7 @@ def faults(name: str, folder: Path) -> dict[str, float]:
                 while not works():
                     time.sleep(0.05)
                 for how, stop, back in (
-                    ("frozen", victim.freeze, victim.thaw),
+                    ("frozen", victim.pause, victim.resume),
                     ("killed", victim.kill, victim.start),
                 ):
                     stop()

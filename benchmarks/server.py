@@ -274,13 +274,13 @@ def fail(
         return time.perf_counter() - begun, got.tokens
 
     assert ask()[1] == TOKENS
-    server.process.send_signal(signal.SIGSTOP) if fault == "hangs" else server.kill()
+    server.child.send_signal(signal.SIGSTOP) if fault == "hangs" else server.kill()
     first, nothing = ask()
     assert not nothing
     ask()  # the second failure opens the breaker
     rest = max(ask()[0] for _ in range(10))
     if fault == "hangs":
-        server.process.send_signal(signal.SIGCONT)
+        server.child.send_signal(signal.SIGCONT)
         begun = time.perf_counter()
         while ask()[1] < TOKENS:
             time.sleep(0.01)

@@ -16,6 +16,7 @@ import bounds  # noqa: E402, F401
 import tiny  # noqa: E402, F401
 
 sys.path.pop()
+sys.path.append(str(ROOT / "tests" / "tiers"))  # the servers that other folders' tests need, too
 
 
 def pytest_collection_modifyitems(items):

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pools
 import pytest
 import torch
 from conftest import Engine, config, settle, tokens
-
-sys.path.append(str(Path(__file__).parent.parent / "tiers"))
-import pools
 from pooled_cases import names_of
 
 if TYPE_CHECKING:
@@ -195,7 +193,7 @@ def test_a_frozen_pool_costs_misses_and_no_more(opened: Open, store: Any) -> Non
     for victim in store.frozen:
         pipe = opened(over(store), engine, model="frozen")
         kept(pipe, engine, at)
-        victim.freeze()
+        victim.pause()
         try:
             cold(pipe)
             for _ in range(5):
@@ -210,7 +208,7 @@ def test_a_frozen_pool_costs_misses_and_no_more(opened: Open, store: Any) -> Non
             running = pipe.tiers["warm"].tier._calls._running
             assert len(running) <= 2
         finally:
-            victim.thaw()
+            victim.resume()
         kept(pipe, engine, at)
         settle(pipe)
         pipe.close()

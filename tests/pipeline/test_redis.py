@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import Engine, config, settle, tokens
-
-from ..tiers.servers import ask, redis
+from servers import ask, redis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import Open
+    from processes import Process as Server
 
     from tierloom import Pipeline
-
-    from ..tiers.servers import Server
 
 IDS = tokens(192)
 

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from buckets import KEY, NAME, SECRET, Gate, localbucket
 from conftest import Engine, config, settle, tokens
-
-sys.path.append(str(Path(__file__).parent.parent / "tiers"))
-from buckets import KEY, NAME, SECRET, Gate, localbucket, need
+from processes import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +55,7 @@ class Place:
 
 @contextlib.contextmanager
 def s3(folder: Path) -> Iterator[Place]:
-    need("obstore")
+    need("s3", "obstore")
     with localbucket(folder / "data") as server:
         tier = {"use": "s3", "url": f"s3://{NAME}/kv", "region": "us-east-1"}
         yield Place(tier | {"endpoint": server.url}, folder / "data" / NAME, server)
@@ -64,7 +63,7 @@ def s3(folder: Path) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def nixl_obj(folder: Path) -> Iterator[Place]:
-    need("nixl_cu12")
+    need("nixl", "nixl_cu12")
     with s3(folder) as place:
         place.tier |= {"use": "nixl", "backend": "OBJ"}
         yield place
@@ -72,7 +71,7 @@ def nixl_obj(folder: Path) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def nixl_posix(folder: Path) -> Iterator[Place]:
-    need("nixl_cu12")
+    need("nixl", "nixl_cu12")
     yield Place({"use": "nixl", "path": str(folder / "kv")}, folder / "kv")
 
 
@@ -195,9 +194,9 @@ def test_a_server_that_is_gone_and_comes_back(
     assert place.server is not None
     with contextlib.ExitStack() as stack:
         if end == "dead":
-            place.server.stop()
+            place.server.kill()
         else:
-            stack.enter_context(place.server.hung())
+            stack.enter_context(place.server.paused())
         for seed in range(6):
             began = time.monotonic()
             assert get(pipe, engine, at).tokens == 0

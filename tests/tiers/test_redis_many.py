@@ -52,7 +52,7 @@ class TestSentinel(ManyBench):
                 for n in range(10_000):
                     seed = n % 40
                     if n == 30:
-                        master.process.kill()  # while what comes next is under way
+                        master.child.kill()  # while what comes next is under way
                         killed = time.monotonic()
                     stored = (await self.put(tier, seed))[0]
                     assert stored in (None, Lost.TIER_DOWN, Lost.LATE)
@@ -64,7 +64,7 @@ class TestSentinel(ManyBench):
                     if kept == 20:
                         break
                     await anyio.sleep(0.01)
-            master.process.wait()
+            master.child.wait()
             print(f"stores land again {back - killed:.2f} s after the master's death")
             for seed in range(5):
                 assert await self.get(tier, seed) == right[seed], "the replica had it"

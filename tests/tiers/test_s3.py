@@ -10,7 +10,8 @@ from pathlib import Path
 
 import anyio
 import pytest
-from buckets import KEY, NAME, SECRET, Gate, localbucket, moto, need, rclone
+from buckets import KEY, NAME, SECRET, Gate, localbucket, moto, rclone
+from processes import need
 
 from tierloom.stages.errors import BadObject, ConfigError, Lost, TierDown
 from tierloom.stages.tiers.base import Read, TierContext
@@ -22,7 +23,7 @@ from tierloom.testing import ALL, FRAMES, SIZE, Pool, TierContract, key_of, make
 @pytest.fixture(autouse=True)
 def _keys(monkeypatch, tmp_path):
     """Credentials of the environment, and none of this machine's."""
-    need("obstore")
+    need("s3", "obstore")
     for name in list(os.environ):
         if name.startswith(("AWS_", "AZURE_", "GOOGLE_")):
             monkeypatch.delenv(name)
@@ -344,7 +345,7 @@ class TestEnds:
                 if end == "dead":
                     server.stop()
                 else:
-                    stack.enter_context(server.hung())
+                    stack.enter_context(server.paused())
                 for _ in range(Limits.fails):
                     began = time.monotonic()
                     got = await self.bench.get(tier, 1)

@@ -18,6 +18,7 @@ import anyio
 import pytest
 import typer
 import yaml
+from store_server import Process, process
 
 from tierloom.adapters.cli import app
 from tierloom.adapters.serve import Listen
@@ -30,7 +31,6 @@ from tierloom.stages.tiers.wire import Kind
 from tierloom.testing import NAMESPACE, SIZE, TierBench, key_of
 
 from .raw_client import exactly, receive, welcomed
-from .store_server import Process, process
 from .test_server_hostile import eventually, fill
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -116,7 +116,7 @@ def test_a_request_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
         with welcomed(server.url) as idle, welcomed(server.url) as sock:
             sock.sendall(wire.message(Kind.GET, 1, wire.pack_wanted(wanted)))
             assert receive(sock).kind is Kind.ITEM
-            server.process.send_signal(signal.SIGTERM)
+            server.child.send_signal(signal.SIGTERM)
             assert receive(idle).kind is Kind.ERROR
             with pytest.raises(OSError):
                 welcomed(server.url)
@@ -141,7 +141,7 @@ def test_the_end_is_bounded(tmp_path: Path) -> None:
             for _ in range(8):
                 sock.sendall(wire.message(Kind.GET, 1, wire.pack_wanted(wanted)))
             assert receive(sock).kind is Kind.ITEM
-            assert server.stop(timeout=8) == 0, server.log.read_text()
+            assert server.stop(patience=8) == 0, server.log.read_text()
     arena.close()
 
 
@@ -241,7 +241,7 @@ class TestProcess(TierBench):
             await good.open()
             await good.close()
             assert "secret" not in server.log.read_text()
-            assert "secret" not in " ".join(map(str, server.process.args))
+            assert "secret" not in " ".join(map(str, server.child.args))
 
     @pytest.mark.anyio
     async def test_a_server_that_knows_no_token_is_not_ours(

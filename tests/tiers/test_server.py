@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from store_server import Process, process
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ConfigError, Lost
@@ -12,8 +13,6 @@ from tierloom.stages.object import name_of
 from tierloom.stages.tiers.base import Tier, TierContext
 from tierloom.stages.tiers.server import Server, ServerOptions
 from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
-
-from .store_server import Process, process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from store_server import Within
 
 from tierloom.adapters import serve
 from tierloom.stages.arena import Arena
@@ -25,7 +26,6 @@ from tierloom.stages.tiers.wire import Kind
 from tierloom.testing import ALL, SIZE, TierBench, key_of, make_object, mutations
 
 from .raw_client import FalseServer, connected, greet, is_closed, receive, reset, welcomed
-from .store_server import Within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from store_server import Within, process
 
 from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject, Lost
@@ -23,7 +24,6 @@ from tierloom.stages.tiers.loans import Lender
 from tierloom.stages.tiers.server import Server, ServerOptions
 from tierloom.testing import ALL, NAMESPACE, SIZE, TierBench, key_of, verify
 
-from .store_server import Within, process
 from .test_server_hostile import eventually, fill
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class TestLoans(TierBench):
             await tier.open()
             await self.put(tier, 1)
             (obj,) = await self.held(tier, 1)
-            assert server.stop(timeout=8) == 0, server.log.read_text()
+            assert server.stop(patience=8) == 0, server.log.read_text()
             assert verify(obj, key_of(1)) == self.bytes_of(arena, 1)
             obj.lease.release()
             await tier.close()

@@ -42,7 +42,7 @@ def sums(caches: list[Any]) -> list[str]:
 
 
 def test_another_process_gets_it_bit_by_bit() -> None:
-    from ..tiers.servers import redis  # this file is run as a script, too
+    from servers import redis  # this file is run as a script, too
 
     with redis() as server:
         url = f"redis://127.0.0.1:{server.port}"

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from ..tiers.store_server import process
+from store_server import process
 
 pytestmark = [
     pytest.mark.slow,
