@@ -59,7 +59,7 @@ engines: $(READY)
 test: $(READY)
 	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."
 	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/vllm are skipped."
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -p no:benchmark -n logical --maxprocesses 4 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .
