@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
     those of the longest folder first."""
     for item in items:
         long = item.path.parent == VLLM
-        item.add_marker(pytest.mark.xdist_group("vllm" if long else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group("vllm" if long else str(item.path)))
         if item.name == "test_hostile_bytes":  # a contract's; who else runs it knows no such mark
             item.add_marker("slow")
     items.sort(key=lambda item: item.path.parent != VLLM)

@@ -56,7 +56,7 @@ def test_there_and_back(case) -> None:
     assert parse(raw) == value
 
 
-@pytest.mark.parametrize("name", CASES.keys() - {"error"})
+@pytest.mark.parametrize("name", [name for name in CASES if name != "error"])
 def test_other_lengths_are_refused(name: str) -> None:
     raw, parse, _ = CASES[name]
     for other in (raw[:-1], raw + b"\0"):
