@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
+# Files side by side, as they stand: tests of one file share their servers.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:benchmark
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
@@ -59,7 +61,7 @@ engines: $(READY)
 test: $(READY)
 	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."
 	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/vllm are skipped."
-	$(BIN)/python -m pytest -p no:benchmark -n logical --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,8 +6,6 @@ There, `adapters` and `triton_kernels` would pass for other people's packages.
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = ROOT / "tests" / "vllm"
 sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
@@ -22,13 +20,12 @@ sys.path.pop()
 sys.path.append(str(ROOT / "tests" / "tiers"))  # the servers that other folders' tests need, too
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Who runs tests side by side gives each worker whole files, whose tests share servers, and
-    those of the longest folder first."""
-    for item in items:
-        long = item.path.parent == VLLM
-        item.add_marker(pytest.mark.xdist_group("vllm" if long else str(item.path)))
-        if item.name == "test_hostile_bytes":  # a contract's; who else runs it knows no such mark
-            item.add_marker("slow")
+    """The folder that takes longest goes first: tests run side by side, and end together so.
+
+    A contract cannot mark its tests: whoever else runs it knows no such mark.
+    """
     items.sort(key=lambda item: item.path.parent != VLLM)
+    for item in items:
+        if item.name == "test_hostile_bytes":
+            item.add_marker("slow")
