@@ -71,8 +71,9 @@ class RedisOptions:
     window: int = 1
     """Pieces asked for at once on each of them. The server buffers what it has not sent, so more
     costs both sides CPU time; it helps where a round trip takes longer than a piece."""
-    piece: Size = 1 << 20
-    """Bytes of a piece, of objects stored from now on."""
+    piece: Size = 1020 << 10
+    """Bytes of a piece, of objects stored from now on. A little below a power of two: Redis'
+    allocator makes 1.25 MiB of a value of 1 MiB, for which its own few bytes leave no room."""
     stall: Seconds = 1.0
     """A connection on which nothing moves for so long is closed; of a cluster, its node is then
     left alone for a second. To be shorter than `timeout`."""

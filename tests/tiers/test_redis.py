@@ -96,3 +96,12 @@ class TestValkey(RedisContract):
     @pytest.fixture
     def server(self, valkey):
         return valkey
+
+
+@pytest.mark.parametrize("which", ["server", "valkey"])
+def test_a_piece_takes_as_much_memory_as_it_has_bytes(which, request):
+    """Allocators round up: of a value of 1 MiB to 1.25."""
+    port = request.getfixturevalue(which).port
+    piece = RedisOptions(url="redis://localhost").piece
+    ask(port, "SET", "piece", bytes(piece))
+    assert int(ask(port, "MEMORY", "USAGE", "piece")[1:]) < 1.01 * piece
