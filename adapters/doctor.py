@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..pipeline.check import memory_here
@@ -40,7 +43,8 @@ def report() -> None:
         except Exception as e:  # a broken driver or library is a finding, not a crash
             finding = Finding("warn", f"{type(e).__name__}: {e}")
         colour = _COLOURS[finding.state]
-        table.add_row(f"[{colour}]{finding.state}[/]", name, finding.text, finding.hint)
+        said = (escape(finding.text), escape(finding.hint))  # they may have [brackets]
+        table.add_row(f"[{colour}]{finding.state}[/]", name, *said)
     Console(highlight=False).print(table)
 
 
@@ -112,6 +116,14 @@ def _numba() -> Finding:
     return Finding("ok", f"numba {numba.__version__}, {numba.get_num_threads()} threads")
 
 
+def _client(tier: str, *modules: str) -> Finding:
+    """The library that a tier needs, under any of its modules' names."""
+    for module in filter(find_spec, modules):
+        (package, *_) = packages_distributions()[module]
+        return Finding("ok", f"{package} {version(package)}")
+    return Finding("absent", f"no {modules[0]}", f"pip install 'tierloom[{tier}]', for the tier")
+
+
 def _redis() -> Finding:
     found = shutil.which("redis-server") or shutil.which("valkey-server")
     if found:
@@ -128,5 +140,8 @@ def _model() -> Finding:
 LOOKS: dict[str, Callable[[], Finding]] = {
     "cores": _cores, "memory": _memory, "huge pages": _huge_pages, "O_DIRECT": _direct,
     "disk": _free_disk, "GPU": _gpu, "triton": _triton, "numba": _numba,
-    "redis": _redis, "model": _model,
+    "redis": _redis, "s3": partial(_client, "s3", "obstore"),
+    "nixl": partial(_client, "nixl", "nixl_cu12", "nixl_cu13", "nixl"),
+    "gds": partial(_client, "gds", "kvikio"), "mooncake": partial(_client, "mooncake", "mooncake"),
+    "model": _model,
 }  # fmt: skip

