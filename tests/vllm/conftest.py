@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("harness", "serving")
 sys.path.append(str(HERE))
 import harness  # noqa: E402
 import models  # noqa: E402
+import processes  # noqa: E402
 import serving  # noqa: E402, F401
 
 sys.path.remove(str(HERE))
@@ -33,14 +34,16 @@ _LOG_FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = harness.why_not()
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slow)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
             if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(600))
+
+
+def pytest_runtest_setup() -> None:
+    if reason := harness.why_not():
+        processes.missing("vllm", reason, "make vllm")
 
 
 @pytest.hookimpl(wrapper=True)

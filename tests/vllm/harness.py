@@ -42,8 +42,7 @@ def why_not() -> str | None:
     if (VENV / ".ready").exists():
         return None
     failed = VENV / "failed.txt"
-    said = f" ({failed.read_text().strip()})" if failed.exists() else ""
-    return f"vLLM is not installed{said}: `make vllm`"
+    return failed.read_text().strip() if failed.exists() else "it is not installed"
 
 
 def environment(**more: str) -> dict[str, str]:
