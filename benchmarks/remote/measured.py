@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def measured(name: str, rounds: int) -> dict[str, Any]:
                 found["failover"] = failover()
         except pytest.skip.Exception as reason:
             found["missing"] = str(reason)
-        except AssertionError as reason:
-            found["refused"] = str(reason)
+        except Exception as reason:
+            traceback.print_exc()
+            found["refused"] = f"{type(reason).__name__}: {reason}"
     return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import buckets
 import numpy as np
-from remote.clients import AT_ONCE, Bare, Obstore, few
+from remote.clients import AT_ONCE, SLOT, Bare, Obstore, few
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Nixl(Bare):
         self.agent = _api.nixl_agent("bare", config)
         self.agent.create_backend(*self._backend(options))
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, AT_ONCE * (34 << 20), private)
+        memory = mmap.mmap(-1, AT_ONCE * SLOT, private)
         memory.madvise(mmap.MADV_HUGEPAGE)
         self.scratch = np.frombuffer(memory, np.uint8).reshape(AT_ONCE, -1)
         self.scratch[:] = 1

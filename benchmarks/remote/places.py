@@ -97,7 +97,7 @@ def nixl_obj(folder: Path, room: int) -> Iterator[Place]:
 def mooncake(folder: Path, room: int) -> Iterator[Place]:
     """Its master evicts what has no lease, and says no until it has: it is emptied instead."""
     pools.require("mooncake")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     pool = pools.MooncakePool(folder, segment=1 << 30)
     try:
         options = {"use": "mooncake", "url": pool.url, "segment": 0}
@@ -110,7 +110,7 @@ def mooncake(folder: Path, room: int) -> Iterator[Place]:
 @contextmanager
 def infinistore(folder: Path, room: int) -> Iterator[Place]:
     pools.require("infinistore")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     process = pools.InfiniServer(folder)
     try:
         options = {"use": "infinistore", "url": process.url}

@@ -31,11 +31,12 @@ def markdown(run: Mapping[str, Any]) -> str:
         f"{m['cpu']}, {m['cores']} cores, Linux {m['kernel']}, Python {m['python']}, torch "
         f"{m['torch']}; {run['day']}; load {m['load']} before, {run['load_after']} after."
     )
+    packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
     means = (
         f"Servers and clients on this machine; medians over {run['rounds']} rounds. GB is 1e9 "
         "bytes of KV. What each figure means: `benchmarks/README.md`."
     )
-    lines = ["# Remote tiers", "", about, "", means]
+    lines = ["# Remote tiers", "", about, "", packages + ".", "", means]
     for make in (copies, bare, lookup, faults, without):
         lines += make(run)
     return "\n".join(lines) + "\n"
@@ -116,7 +117,7 @@ def faults(run: Mapping[str, Any]) -> list[str]:
 def without(run: Mapping[str, Any]) -> list[str]:
     return table(
         "Without figures",
-        "Not installed, or refused: other bytes came back, or not all of them.",
+        "Not installed; or refused, because other bytes came back, or not all, or it failed.",
         ("tier", "", "why"),
         (
             (tier, why, " ".join(of[why].split()))
