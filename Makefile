@@ -82,4 +82,4 @@ quality: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  bench.json bench-remote.json bench-vllm.json demo.json demo-vllm.json
+	  benchmarks/.bench-* bench.json bench-remote.json bench-vllm.json demo.json demo-vllm.json

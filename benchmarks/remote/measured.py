@@ -15,14 +15,14 @@ from remote.faults import failover, faults
 from remote.lookup import lookup
 from remote.places import PLACES
 
-HERE = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 
 def measured(name: str, rounds: int) -> dict[str, Any]:
     """All figures of a tier; or why there are none, which ends no other tier's run."""
     found: dict[str, Any] = {}
     # On the disk of this checkout: /tmp may be memory.
-    with tempfile.TemporaryDirectory(prefix=".bench-", dir=HERE) as made:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=BENCHMARKS) as made:
         folder = Path(made)
         try:
             engine = Engine(SHAPES["8B"], TOKENS)
