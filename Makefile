@@ -15,7 +15,7 @@ SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reord
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test lint bench bench-remote bench-server bench-vllm quality vllm engines clean
+.PHONY: help demo demo-vllm test lint bench bench-remote bench-vllm quality vllm engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -24,10 +24,9 @@ help:
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
 	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
 	@echo "make engines   what tiers are tested against: Redis, Valkey, buckets, NIXL, kvikio, pools (make test does this, too)"
-	@echo "make bench-remote   tiers behind a client library, beside the library alone"
+	@echo "make bench-remote   tiers behind a server: copies, bare clients, lookups, faults; writes bench-remote.json"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
-	@echo "make bench-server   tierloom serve: copies, lookups and faults; writes bench-server.json"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 
 $(READY): pyproject.toml
@@ -72,14 +71,11 @@ bench: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/table.py bench.json
 
 bench-remote: engines
-	$(BIN)/python benchmarks/remote_tiers.py
+	PYTHONPATH=benchmarks $(BIN)/python -m remote --json bench-remote.json
 
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
-
-bench-server: $(READY)
-	$(BIN)/python benchmarks/server.py
 
 quality: $(READY)
 	-$(BIN)/python -c "import matplotlib" 2> /dev/null || \
@@ -87,4 +83,5 @@ quality: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-gds .venv-infinistore build dist src/*.egg-info bench.json demo.json demo-vllm.json
+	rm -rf $(VENV) $(VLLM) .venv-gds .venv-infinistore build dist src/*.egg-info \
+	  benchmarks/.bench-* bench.json bench-remote.json bench-vllm.json demo.json demo-vllm.json
