@@ -2,7 +2,9 @@
 
 Wraps every tier. Each call has a time limit; `fails` failures in a row open the breaker, and from
 then on nothing waits for the tier, but for one call every `probe` seconds. The first that succeeds
-closes it. Reads are timed as they pass, so that a plan can say what a load will cost.
+closes it. But who still answers whether an object is there may be unable to give it: after a read
+or a put that failed, only a read or a put makes good. Reads are timed as they pass, so that a plan
+can say what a load will cost.
 """
 
 from __future__ import annotations
@@ -122,6 +124,7 @@ class Guarded(Tier):
         self.reads = Cost()
         self._limits, self._clock = limits, clock
         self._opened = self._probing = self._puzzled = False
+        self._cargo = False  # a call that carries objects failed, and none has succeeded since
         self._failures = 0
         self._retry = self._read_at = 0.0
         self.share = 1.0
@@ -190,7 +193,7 @@ class Guarded(Tier):
         fresh = [read for read in reads if read.object is None]
         before = sum(r.object.arrived for r in reads if r.object)
         began = self._clock()
-        failed = await self._call(lambda: self.tier.read(reads))
+        failed = await self._call(lambda: self.tier.read(reads), cargo=True)
         if failed is None:
             nbytes = sum(r.object.arrived for r in reads if r.object) - before
             if nbytes:
@@ -208,7 +211,7 @@ class Guarded(Tier):
                 read.object = None
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        lost = await self._call(lambda: self.tier.put(objects))
+        lost = await self._call(lambda: self.tier.put(objects), cargo=True)
         return [lost] * len(objects) if isinstance(lost, Lost) else lost
 
     async def drop(self, keys: Sequence[bytes]) -> int:
@@ -219,8 +222,8 @@ class Guarded(Tier):
         cleared = await self._call(self.tier.clear)
         return 0 if isinstance(cleared, Lost) else cleared
 
-    async def _call(self, work: Callable[[], Awaitable[T]]) -> T | Lost:
-        """The tier's answer; LATE or TIER_DOWN when it has none."""
+    async def _call(self, work: Callable[[], Awaitable[T]], *, cargo: bool = False) -> T | Lost:
+        """The tier's answer; LATE or TIER_DOWN when it has none. `cargo`: objects are carried."""
         if not self.available:
             return Lost.TIER_DOWN
         probing = self._failures >= self._limits.fails
@@ -231,17 +234,18 @@ class Guarded(Tier):
                 await self._within(_PATIENCE * self._limits.timeout, self._open)
             result = await self._within(self._limits.timeout, work)
         except Exception as error:
-            self._failed(error)
+            self._failed(error, cargo)
             return Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
         except anyio.get_cancelled_exc_class():
             waited = self._clock() - began
             if waited >= self._limits.timeout / _IN_VAIN:  # a request's deadline is often sooner
-                self._failed(TimeoutError(f"given up after {waited:.3g} s"))
+                self._failed(TimeoutError(f"given up after {waited:.3g} s"), cargo)
             raise
         else:
-            if probing:
-                log.info("tier is back", extra={"tier": self.name})
-            self._failures = 0
+            if cargo or not self._cargo:
+                if probing:
+                    log.info("tier is back", extra={"tier": self.name})
+                self._failures, self._cargo = 0, False
             return result
         finally:
             if probing:
@@ -255,8 +259,9 @@ class Guarded(Tier):
         with anyio.fail_after(seconds):
             return await work()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, cargo: bool = False) -> None:
         self._failures += 1
+        self._cargo = self._cargo or cargo
         if not isinstance(error, (OSError, TierDown)) and not self._puzzled:
             self._puzzled = True
             trace = masked("".join(format_exception(error)))

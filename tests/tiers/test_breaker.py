@@ -99,6 +99,38 @@ class TestBreaker(TierBench):
         assert tier.available
 
     @pytest.mark.anyio
+    @pytest.mark.parametrize("what", ["read", "put"])
+    async def test_who_answers_but_carries_nothing_is_left_alone(self, tier, clock, what):
+        """As a pool's master does whose owner of memory is gone."""
+
+        async def gone(_):
+            raise TierDown("gone")
+
+        async def carried():
+            if what == "read":
+                return await self.get(tier, 1) not in (Lost.TIER_DOWN, Lost.LATE)
+            return await self.put(tier, 2) == [None]
+
+        await self.put(tier, 1)
+        plain = getattr(tier.tier, what)
+        setattr(tier.tier, what, gone)
+        for _ in range(3):
+            assert await tier.has([key_of(1)]) == [True]
+            assert not await carried()
+        assert not tier.available
+        clock.now += 6
+        assert await tier.has([key_of(1)]) == [True]
+        assert not await carried()
+        assert not tier.available
+        clock.now += 6
+        setattr(tier.tier, what, plain)
+        assert await tier.has([key_of(1)]) == [True]
+        assert await carried()
+        assert await tier.has([key_of(1)]) == [True]
+        clock.now -= 6
+        assert tier.available, "it is back"
+
+    @pytest.mark.anyio
     async def test_one_probe_at_a_time(self, tier, clock):
         await self.put(tier, 1)
         tier.tier.error = OSError()
