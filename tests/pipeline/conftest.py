@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ import torch
 
 import tierloom
 from tierloom import KVLayout, Pipeline
+
+if TYPE_CHECKING:
+    from stores import Store
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -190,6 +194,38 @@ def opened() -> Iterator[Open]:
             pipe.close()
         assert pipe.arena.leases == 0, "a lease did not come home"
         assert not pipe._portal.alive, "the portal is still running"
+
+
+@pytest.fixture(scope="session")
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A store of the kind that is asked for; its servers run until no test wants them any more."""
+    from stores import KINDS, OTHERS
+
+    made = (KINDS | OTHERS)[request.param](tmp_path_factory.mktemp(request.param))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def over(
+    store: Store, opened: Open, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Open:
+    """Open pipelines over the store, which runs and holds nothing that this test would find."""
+    from stores import AWS
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    # All but headers goes by NIXL, also of objects as small as these.
+    monkeypatch.setattr("tierloom.stages.tiers.nixl_agent._SMALL", 4096)
+    store.model = request.node.name
+    store.ready()
+
+    def make(engine: Engine, *, model: str = "", **options: Any) -> Pipeline:
+        return opened(store.config(**options), engine, model=store.model + model)
+
+    return make
 
 
 def settle(pipe: Pipeline, seconds: float = 5.0) -> None:
