@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -71,18 +72,11 @@ class Engine:
 
     def blank(self) -> Engine:
         """The same engine with 0xA5 in every byte."""
-        other = Engine(
-            self.order,
-            layers=self.layers,
-            blocks=self.blocks,
-            block=self.block,
-            heads=self.heads,
-            dim=self.dim,
-            dtype=self.flat[0].dtype,
-            seed=1,
-        )
-        for t in other.flat:
-            t.view(torch.uint8).fill_(0xA5)
+        other = copy.copy(self)
+        other._rng = np.random.default_rng(1)
+        other.caches = [
+            tuple(map(blank, c)) if isinstance(c, tuple) else blank(c) for c in self.caches
+        ]
         return other
 
     @property
@@ -109,6 +103,12 @@ class Engine:
         """Nothing but `slots` was written (of a `blank` engine)."""
         mine = np.setdiff1d(np.arange(self.blocks * self.block), slots)
         return bool((self.rows(mine) == 0xA5).all()) if len(mine) else True
+
+
+def blank(t: torch.Tensor) -> torch.Tensor:
+    """By numpy: where cores are busy, torch's threads wait for one another."""
+    raw = np.full(t.nbytes, 0xA5, np.uint8)
+    return torch.from_numpy(raw).view(t.dtype).view(t.shape)
 
 
 def tokens(n: int, seed: int = 0) -> np.ndarray:
@@ -145,8 +145,6 @@ MEMORY = {
 
 def config(**changes: Any) -> dict[str, Any]:
     """MEMORY with values replaced by dotted path, '__' standing for the dot."""
-    import copy
-
     made = copy.deepcopy(MEMORY)
     for path, value in changes.items():
         *parents, last = path.split("__")

@@ -89,7 +89,11 @@ class Store:
         return made
 
     def ready(self) -> None:
-        """See to it that all its processes run, and that nothing is left of the test before."""
+        """It runs, and nothing is left of the test before."""
+        self.revive()
+
+    def revive(self) -> None:
+        """Let all its processes run that do not."""
         for process in self.victims:
             process.resume()
             if process.child.poll() is not None:
