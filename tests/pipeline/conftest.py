@@ -197,7 +197,7 @@ def opened() -> Iterator[Open]:
 @pytest.fixture(scope="session")
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A store of the kind that is asked for; its servers run until no test wants them any more."""
-    from stores import KINDS, OTHERS
+    from kinds import KINDS, OTHERS
 
     made = (KINDS | OTHERS)[request.param](tmp_path_factory.mktemp(request.param))
     yield made

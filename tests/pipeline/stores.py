@@ -1,15 +1,14 @@
 """Every kind of remote store, with its processes, and how to do harm to what it keeps.
 
 One interface for all kinds, so that one suite (`test_remote_*.py`) serves them all: who adds a kind
-adds a class here, and its name below.
+adds a class here, and its name to `kinds.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -345,35 +344,3 @@ class InfiniStore(Pool):
         with tier._link() as (link, base):
             link.remove(base + name)
             assert not value or link.put(base + name, value)
-
-
-KINDS: dict[str, Callable[[Path], Store]] = {
-    "redis": Redis,
-    "server-tcp": lambda folder: Served(folder, "tcp"),
-    "server-unix": lambda folder: Served(folder, "unix"),
-    "server-shared": lambda folder: Served(folder, "shared"),
-    "s3": S3,
-    "nixl-obj": NixlObj,
-    "nixl-posix": NixlPosix,
-    "nixl-static": NixlStatic,
-    "mooncake": Mooncake,
-    "infinistore": InfiniStore,
-}
-if importlib.util.find_spec("kvikio") is not None:  # in its own environment: see tests/tiers
-    KINDS["gds"] = Gds
-OTHERS: dict[str, Callable[[Path], Store]] = {
-    "redis-small": lambda folder: Redis(
-        folder, "--maxmemory", "3mb", "--maxmemory-policy", "allkeys-random"
-    ),
-    "server-tcp-files": lambda folder: ServedFiles(folder, "tcp"),
-    "server-unix-files": lambda folder: ServedFiles(folder, "unix"),
-    "server-lent": Lent,
-}
-"""Kinds of which a part of the suite wants another set-up."""
-SERVED = [name for name in KINDS if name not in ("nixl-posix", "nixl-static", "gds")]
-WIRED = ["redis", "server-tcp", "s3", "nixl-obj", "infinistore"]
-"""Those that a gate can stand in front of."""
-DAMAGED = [
-    *(name for name in KINDS if not name.startswith("server")),
-    "server-tcp-files", "server-unix-files", "server-lent",
-]  # fmt: skip

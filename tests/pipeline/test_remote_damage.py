@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from buckets import Gate
 from conftest import Engine, settle, tokens
-from stores import DAMAGED, WIRED
-from trips import PACES, get, kinds, lands
+from kinds import DAMAGED, WIRED, kinds
+from trips import PACES, get, lands
 
 from tierloom import Lost
 
@@ -93,7 +93,7 @@ def test_a_bad_wire(over: Open, store: Store, fault: str) -> None:
             return data
         faults += 1
         if fault == "slow":
-            time.sleep(0.03)
+            time.sleep(0.01)
         elif fault == "cut":
             raise ConnectionError
         else:

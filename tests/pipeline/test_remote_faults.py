@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from conftest import Engine, settle, tokens
-from stores import IDS, SERVED
-from trips import PACES, PATIENCE, SHORT, away, cold, get, kinds, lands, same, until
+from kinds import SERVED, kinds
+from stores import IDS
+from trips import PACES, PATIENCE, SHORT, away, cold, get, lands, same, until
 
 from tierloom import Lost
 

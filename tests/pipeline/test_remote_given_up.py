@@ -10,8 +10,9 @@ import pytest
 import torch
 from buckets import Gate
 from conftest import Engine, settle, tokens
-from stores import IDS, KINDS, SERVED, WIRED
-from trips import PACES, get, kinds, lands
+from kinds import KINDS, SERVED, WIRED, kinds
+from stores import IDS
+from trips import PACES, get, lands
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import Engine
+from kinds import KINDS, kinds
 from other_process import Other
-from stores import AWS, IDS, KINDS
-from trips import PACES, get, kinds
+from stores import AWS, IDS
+from trips import PACES, get
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

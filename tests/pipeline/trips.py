@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 import torch
 from conftest import Engine, settle
 from stores import IDS
@@ -26,15 +25,6 @@ SHORT: dict[str, Any] = {
     "tiers__cold__timeout": "200 ms", "tiers__cold__fails": 2,
 }  # fmt: skip
 """For what is to fail: a breaker that opens at the second call in vain."""
-
-
-def kinds(names: list[str]) -> pytest.MarkDecorator:
-    """The test is done with a store of each of these kinds."""
-    params = [
-        pytest.param(name, marks=[pytest.mark.infinistore] if name == "infinistore" else [])
-        for name in names
-    ]
-    return pytest.mark.parametrize("store", params, indirect=True)
 
 
 def layered(pipe: Pipeline) -> bool:
