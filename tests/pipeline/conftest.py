@@ -195,13 +195,25 @@ def opened() -> Iterator[Open]:
 
 
 @pytest.fixture(scope="session")
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A store of the kind that is asked for; its servers run until no test wants them any more."""
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Store]]:
+    """Stores by kind, each started when a first test asks for it, and kept for the others."""
     from kinds import KINDS, OTHERS
 
-    made = (KINDS | OTHERS)[request.param](tmp_path_factory.mktemp(request.param))
-    yield made
-    made.close()
+    made: dict[str, Store] = {}
+
+    def of(kind: str) -> Store:
+        if kind not in made:
+            made[kind] = (KINDS | OTHERS)[kind](tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    yield of
+    for each in made.values():
+        each.close()
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, running: Callable[[str], Store]) -> Store:
+    return running(request.param)
 
 
 @pytest.fixture

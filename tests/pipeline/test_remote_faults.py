@@ -105,9 +105,9 @@ def torture(over: Open, store: Store) -> None:
     pipe = over(engine, hot=True, by="layer", **SHORT)
     prompts = [tokens(int(rng.integers(1, 400)), seed=seed) for seed in range(5)]
     slots = [engine.slots(len(ids)) for ids in prompts]
+    end, rounds, hits = time.monotonic() + 3, 0, 0
     for ids, at in zip(prompts, slots, strict=True):
         lands(pipe, engine, at, ids)
-    end, rounds, hits = time.monotonic() + 3, 0, 0
     while time.monotonic() < end or rounds < 40:
         rounds += 1
         victim = store.victims[rounds // 40 % len(store.victims)]
