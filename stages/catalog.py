@@ -6,6 +6,7 @@ A third party adds a stage or tier with an entry point in the group `tierloom.st
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Literal
@@ -79,8 +80,13 @@ SCHEMES = {
 
 def names(kind: Kind) -> dict[str, str]:
     """Every known name and where its class is, entry points included; ours cannot be replaced."""
-    found = {e.name: e.value for e in entry_points(group=f"tierloom.{kind}s")}
-    return found | (STAGES if kind == "stage" else TIERS)
+    return _added(kind) | (STAGES if kind == "stage" else TIERS)
+
+
+@cache
+def _added(kind: Kind) -> dict[str, str]:
+    """Entry points. Read once: it takes longer than all else that opening a pipeline does."""
+    return {e.name: e.value for e in entry_points(group=f"tierloom.{kind}s")}
 
 
 def schemes() -> dict[str, str]:

@@ -304,6 +304,7 @@ class Redis(Tier):
         orders: list[tuple[bytes, int]] = []
         for name, raw in zip(names, await self._quick(node, asked), strict=True):
             if not raw:
+                orders.append((Manifest.drop_empty(name), 0))
                 continue
             try:
                 manifest = Manifest.unpack(name, raw if isinstance(raw, bytes) else b"")

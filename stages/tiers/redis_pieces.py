@@ -54,6 +54,7 @@ return kept
 # The manifest is that of this write still: forget it with its pieces, or have all live longer.
 _SAME = "if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end\n"
 _DROP = _SAME + "for i = 1, #KEYS do redis.call('UNLINK', KEYS[i]) end return 1"
+_DROP_EMPTY = "return redis.call('STRLEN', KEYS[1]) == 0 and redis.call('UNLINK', KEYS[1]) or 0"
 _RENEW = _SAME + "for i = 1, #KEYS do redis.call('PEXPIRE', KEYS[i], ARGV[2]) end return 1"
 
 
@@ -124,6 +125,11 @@ class Manifest(NamedTuple):
     def drop(self) -> bytes:
         return self._script(_DROP, self.prefix)
 
+    @staticmethod
+    def drop_empty(name: bytes) -> bytes:
+        """Forget a manifest of no bytes, which is there for everybody who asks whether it is."""
+        return command("EVAL", _DROP_EMPTY, 1, name)
+
     def renew(self, ttl: int) -> bytes:
         return self._script(_RENEW, self.prefix, ttl)
 
@@ -137,7 +143,9 @@ def unpack_whole(
 ) -> tuple[Manifest, Header]:
     """A manifest with its header, both checked. Raises BadObject."""
     header = Header.unpack(memoryview(raw)[MANIFEST:], key=key, namespace=namespace)
+    if len(raw) != MANIFEST + header.header_bytes:
+        raise BadObject(f"a manifest of {len(raw)} bytes")
     manifest = Manifest.unpack(name, raw, header.header_bytes)
     if manifest.nbytes != header.nbytes:
-        raise BadObject(f"a manifest of {manifest.nbytes} bytes for {header.nbytes}")
+        raise BadObject(f"a manifest for {manifest.nbytes} bytes, not {header.nbytes}")
     return manifest, header

@@ -231,6 +231,7 @@ class Server(Tier):
     def _miss(self, read: Read, code: int) -> None:
         read.lost = Lost(code)
         self.counts.misses += read.lost is Lost.ABSENT
+        self.counts.corrupt += read.lost is Lost.CORRUPT  # the server has seen it, and dropped it
 
     async def _offer(self, objects: Sequence[Object]) -> list[int]:
         """Offer a few objects, send those that are wanted; a code for each."""

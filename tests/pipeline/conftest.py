@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ import torch
 
 import tierloom
 from tierloom import KVLayout, Pipeline
+
+if TYPE_CHECKING:
+    from stores import Store
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -67,18 +72,11 @@ class Engine:
 
     def blank(self) -> Engine:
         """The same engine with 0xA5 in every byte."""
-        other = Engine(
-            self.order,
-            layers=self.layers,
-            blocks=self.blocks,
-            block=self.block,
-            heads=self.heads,
-            dim=self.dim,
-            dtype=self.flat[0].dtype,
-            seed=1,
-        )
-        for t in other.flat:
-            t.view(torch.uint8).fill_(0xA5)
+        other = copy.copy(self)
+        other._rng = np.random.default_rng(1)
+        other.caches = [
+            tuple(map(blank, c)) if isinstance(c, tuple) else blank(c) for c in self.caches
+        ]
         return other
 
     @property
@@ -105,6 +103,12 @@ class Engine:
         """Nothing but `slots` was written (of a `blank` engine)."""
         mine = np.setdiff1d(np.arange(self.blocks * self.block), slots)
         return bool((self.rows(mine) == 0xA5).all()) if len(mine) else True
+
+
+def blank(t: torch.Tensor) -> torch.Tensor:
+    """By numpy: where cores are busy, torch's threads wait for one another."""
+    raw = np.full(t.nbytes, 0xA5, np.uint8)
+    return torch.from_numpy(raw).view(t.dtype).view(t.shape)
 
 
 def tokens(n: int, seed: int = 0) -> np.ndarray:
@@ -141,8 +145,6 @@ MEMORY = {
 
 def config(**changes: Any) -> dict[str, Any]:
     """MEMORY with values replaced by dotted path, '__' standing for the dot."""
-    import copy
-
     made = copy.deepcopy(MEMORY)
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -190,6 +192,50 @@ def opened() -> Iterator[Open]:
             pipe.close()
         assert pipe.arena.leases == 0, "a lease did not come home"
         assert not pipe._portal.alive, "the portal is still running"
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Store]]:
+    """Stores by kind, each started when a first test asks for it, and kept for the others."""
+    from kinds import KINDS, OTHERS
+
+    made: dict[str, Store] = {}
+
+    def of(kind: str) -> Store:
+        if kind not in made:
+            made[kind] = (KINDS | OTHERS)[kind](tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    yield of
+    for each in made.values():
+        each.close()
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, running: Callable[[str], Store]) -> Store:
+    return running(request.param)
+
+
+@pytest.fixture
+def over(
+    store: Store, opened: Open, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Open:
+    """Open pipelines over the store, which runs and holds nothing that this test would find."""
+    from stores import AWS
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    # All but headers goes by NIXL, also of objects as small as these.
+    monkeypatch.setattr("tierloom.stages.tiers.nixl_agent._SMALL", 4096)
+    store.model = request.node.name
+    store.ready()
+
+    def make(engine: Engine, *, model: str = "", **options: Any) -> Pipeline:
+        return opened(store.config(**options), engine, model=store.model + model)
+
+    return make
 
 
 def settle(pipe: Pipeline, seconds: float = 5.0) -> None:

@@ -33,10 +33,13 @@ def run(*command: str, driver: bool = True) -> subprocess.CompletedProcess[str]:
     )
 
 
+PARTS = ("sharing", "damage", "given_up")  # it has no server that could fail
 SUITES = {
     "contract": (["tests/tiers/gds_contract.py"], 40),
-    "pipelines": (["tests/pipeline/test_remote_tiers.py", "-k", "gds"], 14),
-}
+    "pipelines": (
+        [*(f"tests/pipeline/test_remote_{part}.py" for part in PARTS), "-k", "gds"], 11,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.timeout(300)
