@@ -47,8 +47,6 @@ class Store:
     """Values cannot be made shorter or longer."""
     pooled = False
     """A value is a frame, a header or a record."""
-    split = False
-    """Who knows what there is is not who has it."""
     fragile = False
     """A client that hangs up takes the server with it."""
     counting = True
@@ -306,8 +304,6 @@ class Pool(Store):
 
 
 class Mooncake(Pool):
-    split = True
-
     def __init__(self, folder: Path) -> None:
         from pools import MooncakePool, require
 
