@@ -12,23 +12,18 @@ server. Nothing is started here.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))  # python -P leaves it out
 import install_pooled
 import install_s3_nixl
+from installing import NotInstalled, apt, pip
 
 REASONS = Path(sys.prefix) / "engines"
-
-
-class NotInstalled(Exception):
-    """Why a part is not there."""
 
 
 def redis() -> None:
@@ -55,40 +50,6 @@ PARTS = {
 }  # fmt: skip
 
 
-def apt(*packages: str) -> None:
-    """Install Debian packages. Their services are not started."""
-    if not shutil.which("apt-get"):
-        raise NotInstalled(f"no apt-get here: install {' '.join(packages)} by hand")
-    if os.geteuid():
-        raise NotInstalled(f"not root: apt-get install {' '.join(packages)}")
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    install = ["apt-get", "install", "-qq", "--no-install-recommends", *packages]
-    try:
-        run(install, quiet)
-    except NotInstalled:  # the lists of packages are old, or were never fetched
-        run(["apt-get", "update", "-qq"], quiet)
-        run(install, quiet)
-
-
-def pip(*packages: str) -> None:
-    """Install wheels into this environment."""
-    run([sys.executable, "-m", "pip", "install", "--quiet", *packages], dict(os.environ))
-    importlib.invalidate_caches()
-
-
-def run(command: list[str], environment: dict[str, str]) -> None:
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotInstalled(str(error)) from error
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit {done.returncode}"]
-        errors = [line for line in lines if line.startswith(("E:", "ERROR"))] or lines
-        raise NotInstalled(f"{' '.join(command[:3])}: {errors[-1]}")
-
-
 def main(names: list[str]) -> int:
     unknown = set(names) - set(PARTS)
     if unknown:
@@ -101,7 +62,7 @@ def main(names: list[str]) -> int:
         reason = REASONS / f"{name}.txt"
         try:
             PARTS[name]()
-        except (NotInstalled, OSError, subprocess.CalledProcessError) as error:
+        except (NotInstalled, OSError) as error:
             reason.write_text(f"{error}\n")
             print(f"{name}: {error}")
             failed += 1

@@ -9,11 +9,11 @@ host memory. What is there already takes no time.
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path
+
+from installing import pip, run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GDS = ROOT / ".venv-gds"
@@ -59,13 +59,13 @@ int cuMemHostUnregister(void *p) { return 0; }
 def s3() -> None:
     """The client, and three servers."""
     if not all(map(_there, S3)):
-        _pip(sys.executable, *S3)
+        pip(*S3)
 
 
 def nixl() -> None:
     """A client with its plugins; numpy is there."""
     if not all(map(_there, NIXL)):
-        _pip(sys.executable, "--no-deps", *NIXL)
+        pip("--no-deps", *NIXL)
 
 
 def gds() -> None:
@@ -76,14 +76,14 @@ def gds() -> None:
     site = Path(sysconfig.get_path("purelib", vars={"base": str(GDS), "platbase": str(GDS)}))
     (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
     if not (site / "kvikio").exists():
-        _pip(str(python), "--no-deps", *KVIKIO)
+        pip("--no-deps", *KVIKIO, python=str(python))
     source, library = DRIVER / "driver.c", DRIVER / "libcuda.so.1"
     text = _SOURCE + "".join(f"int {name}(void) {{ return 100; }}\n" for name in _NO_DEVICE.split())
     if not library.exists() or source.read_text() != text:
         DRIVER.mkdir(exist_ok=True)
         source.write_text(text)
         options = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1"]
-        subprocess.run(["cc", *options, "-o", str(library), str(source)], check=True)
+        run("cc", *options, "-o", str(library), str(source))
 
 
 PARTS = {"s3": s3, "nixl": nixl, "gds": gds}
@@ -95,7 +95,3 @@ def _there(requirement: str) -> bool:
         return importlib.metadata.version(name.partition("[")[0]) == version
     except importlib.metadata.PackageNotFoundError:
         return False
-
-
-def _pip(python: str, *what: str) -> None:
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *what], check=True)
