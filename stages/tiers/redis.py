@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from ..object import Object
 
+_ABSENT = -2  # what PTTL says of a key that is not there
 _BATCH = 256  # small commands sent at once
 _AHEAD = 4  # pieces stored before the first of them was acknowledged
 
@@ -237,8 +238,8 @@ class Redis(Tier):
         answers = iter(await self._quick(node, asked, limit=len(wanted) * (LARGEST + 64)))
         renew = []
         for load in wanted:
-            raw, left = next(answers), next(answers)
-            load.plan(self._name(load.read.key), raw)
+            left, raw = next(answers), next(answers)
+            load.plan(self._name(load.read.key), raw if raw or left != _ABSENT else None)
             if self._ttl and isinstance(left, int) and left < self._ttl // 2:
                 renew.append(load)
             await anyio.lowlevel.checkpoint()  # a header takes 50 us
@@ -251,7 +252,9 @@ class Redis(Tier):
             await self._quick(node, again)
 
     def _ask(self, key: bytes) -> list[bytes]:
-        return [command("GET", self._name(key)), command("PTTL", self._name(key))]
+        """No more than a manifest may have: one that somebody made longer is just a bad one."""
+        name = self._name(key)
+        return [command("PTTL", name), command("GETRANGE", name, 0, LARGEST)]
 
     async def _put(
         self, objects: Sequence[Object], outcome: list[Lost | None], node: Node, which: list[int]
