@@ -151,7 +151,7 @@ class TestSocket(RedisBench):
     async def test_a_path(self, ctx, tmp_path, clock, arena):
         with redis("--unixsocket", "{folder}/s") as server:
             self.server = server
-            url = f"unix://{server._folder}/s?db=3"
+            url = f"unix://{server.log.parent}/s?db=3"
             async with self.opened(ctx, tmp_path, clock, url=url) as tier:
                 assert await self.put(tier, 1) == [None]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
