@@ -118,6 +118,7 @@ def observe(subject: Subject) -> Seen:
 
     from .quality_documents import calibration_texts
     from .quality_measure import kv_of
+    from .transformers_model import with_cache
 
     shape, model = subject.shape, subject.model
     queries = np.zeros((shape.layers, shape.heads, shape.dim))
@@ -143,9 +144,8 @@ def observe(subject: Subject) -> Seen:
             ids = subject.encode(text)[: min(TOKENS, subject.positions - 1)]
             if len(ids) > 2 * FIRST:
                 cache = DynamicCache(config=model.config)
-                model.base_model(
-                    input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True
-                )
+                base, ids_ = model.base_model, torch.tensor([ids])
+                base(input_ids=ids_, use_cache=True, **with_cache(base, cache))
                 kept.append(turned_back(kv_of(cache, len(ids)).float().numpy(), freqs))
     finally:
         model.set_attn_implementation(before)

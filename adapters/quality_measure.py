@@ -19,7 +19,7 @@ from ..stages.errors import ConfigError
 from . import smollm2
 from .quality_documents import Document, Sizes, documents
 from .quality_score import Outcome, Score
-from .transformers_model import KVShape, fingerprint, inspect, rope
+from .transformers_model import KVShape, fingerprint, inspect, rope, with_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -111,7 +111,8 @@ def capture(subject: Subject, document: Document) -> Reference:
     """Run a document through the model in one piece."""
     cache = DynamicCache(config=subject.model.config)
     ids = torch.tensor([document.ids[:-1]])
-    hidden = subject.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)[0]
+    base = subject.model.base_model
+    hidden = base(input_ids=ids, use_cache=True, **with_cache(base, cache))[0]
     head = subject.model.get_output_embeddings()
     logp = [head(hidden[0, n : n + s]).log_softmax(-1) for n, s in document.spans]
     return Reference(document, kv_of(cache, document.context), tuple(logp))
@@ -136,7 +137,8 @@ def read_on(subject: Subject, kv: torch.Tensor, suffix: list[int]) -> torch.Tens
         plain = [t.float().transpose(0, 1).unsqueeze(0).contiguous() for t in (k, v)]
         cache.update(plain[0], plain[1], i)
     ids = torch.tensor([suffix])
-    logits = subject.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+    model = subject.model
+    logits = model(input_ids=ids, use_cache=True, **with_cache(model, cache)).logits[0]
     logp: torch.Tensor = logits.log_softmax(-1)
     return logp
 

@@ -22,7 +22,7 @@ import tierloom
 from ..stages.base import ModelFacts
 from ..stages.errors import InputError
 from .transformers_cache import SPARE, Abandoned, KeptLayer, TierloomCache, layout_of
-from .transformers_model import KVShape, fingerprint, inspect, rope, weight_files
+from .transformers_model import KVShape, fingerprint, inspect, rope, weight_files, with_cache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +37,7 @@ PACE = {"graphs.store.pace.by": "layer", "graphs.retrieve.pace.by": "layer"}
 """Both graphs go at the model's pace here, whatever the configuration says."""
 
 _REFUSED = {
+    "cache": "the cache is this class's own: kept.cache() gives it out",
     "past_key_values": "the cache is this class's own: kept.cache() gives it out",
     "inputs_embeds": "KV is named by token ids",
     "position_ids": "KV is kept for positions 0, 1, 2, ...",
@@ -106,9 +107,10 @@ class Kept:
         retrieve: bool = True,
         store: bool = True,
     ) -> TierloomCache:
-        """A `past_key_values` for this prompt `[1, tokens]`, with what is kept on its way into it.
+        """A cache for this prompt `[1, tokens]`, with what is kept on its way into it.
 
-        For those who call the model themselves; they handle Abandoned. Raises InputError.
+        For those who call the model themselves, with `cache=` or, before transformers 5.24,
+        `past_key_values=`; they handle Abandoned. Raises InputError.
         """
         return TierloomCache(
             self.pipe, self.shape, _prompt(input_ids), room=room, retrieve=retrieve, store=store,
@@ -164,8 +166,8 @@ class Kept:
     ) -> Any:
         try:
             return self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=watch,
-                **options,
+                ids, attention_mask=torch.ones_like(ids), streamer=watch,
+                **with_cache(self.model, cache), **options,
             )  # fmt: skip
         except BaseException:
             cache.abandon()

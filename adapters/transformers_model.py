@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,12 @@ class KVShape:
     dim: int
     dtype: torch.dtype
     device: torch.device
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` by the name that `model` has for it: transformers 5.24 renamed `past_key_values`."""
+    names = signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def inspect(model: Any) -> KVShape:
@@ -120,7 +127,7 @@ def _full_attention(kind: str, cache: DynamicCache) -> None:
 def _run_one_token(model: Any, cache: DynamicCache) -> None:
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     with torch.no_grad():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **with_cache(model, cache))
 
 
 def _shape(kind: str, cache: DynamicCache) -> KVShape:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tierloom.adapters.transformers_model import with_cache
+
 from .conftest import greedy, tiny_llama, tokens
 
 if TYPE_CHECKING:
@@ -101,8 +103,8 @@ def test_what_comes_back_is_what_was_computed(keep: Keep, dtype: torch.dtype) ->
     n = cache.get_seq_length()
     assert n == 288
     with torch.no_grad():
-        one(tokens(300)[:, n:], past_key_values=cache)
-        one(tokens(300), past_key_values=other)
+        one(tokens(300)[:, n:], **with_cache(one, cache))
+        one(tokens(300), **with_cache(one, other))
     for a, b in zip(cache.layers, other.layers, strict=True):
         torch.testing.assert_close(a.keys[:, :, :n], b.keys[:, :, :n], rtol=0, atol=0)
         torch.testing.assert_close(a.values[:, :, :n], b.values[:, :, :n], rtol=0, atol=0)

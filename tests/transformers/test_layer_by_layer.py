@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tierloom.adapters.transformers import Abandoned, TierloomCache
+from tierloom.adapters.transformers_model import with_cache
 
 from .conftest import greedy, tokens
 from .test_kept import say
@@ -112,7 +113,7 @@ def test_the_model_driven_by_hand(keep: Any, model: Any) -> None:
     n = cache.get_seq_length()
     assert n == 288
     with torch.no_grad():
-        part = model(tokens(300)[:, n:], past_key_values=cache).logits[:, -1]
+        part = model(tokens(300)[:, n:], **with_cache(model, cache)).logits[:, -1]
         whole = model(tokens(300)).logits[:, -1]
     torch.testing.assert_close(part, whole)
     assert cache.get_seq_length() == 300
@@ -150,7 +151,7 @@ def test_who_drives_the_model_is_told_that_it_did_not_come(
     logged(monkeypatch, short_from=0)
     cache = kept.cache(tokens(300))
     with torch.no_grad(), pytest.raises(Abandoned, match="256 of 288"):
-        model(tokens(300)[:, cache.get_seq_length() :], past_key_values=cache)
+        model(tokens(300)[:, cache.get_seq_length() :], **with_cache(model, cache))
 
 
 @pytest.mark.parametrize("at", [0.3, 0.6, 0.9])

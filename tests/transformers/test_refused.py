@@ -84,6 +84,7 @@ def test_other_models_with_full_attention_have_a_shape(make: Callable[[], Any]) 
         ({"num_beams": 2}, "num_beams"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
         ({"use_cache": False}, "use_cache"),
+        ({"cache": object()}, "cache"),
         ({"past_key_values": object()}, "past_key_values"),
         ({"prompt_lookup_num_tokens": 3}, "assisted"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "attention_mask"),

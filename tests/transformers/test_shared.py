@@ -30,6 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tierloom.adapters import smollm2
 from tierloom.adapters.transformers import Kept
+from tierloom.adapters.transformers_model import with_cache
 
 retrieve, stores = sys.argv[1] == "load", json.loads(sys.argv[2])
 folder = smollm2.model_dir(progress=False)
@@ -43,7 +44,7 @@ for config, url in stores:
         cache = kept.cache(ids, retrieve=retrieve, store=not retrieve)
         had = cache.get_seq_length()
         with torch.no_grad():
-            said = model(ids[:, had:], past_key_values=cache, logits_to_keep=1).logits
+            said = model(ids[:, had:], logits_to_keep=1, **with_cache(model, cache)).logits
         kept.flush()
         digest = hashlib.sha256()
         for layer in cache.layers:
