@@ -110,7 +110,8 @@ class Kept:
         """A cache for this prompt `[1, tokens]`, with what is kept on its way into it.
 
         For those who call the model themselves, with `cache=` or, before transformers 5.24,
-        `past_key_values=`; they handle Abandoned. Raises InputError.
+        `past_key_values=`; they handle Abandoned, and call `storing.wait()` of it before they close
+        this. Raises InputError.
         """
         return TierloomCache(
             self.pipe, self.shape, _prompt(input_ids), room=room, retrieve=retrieve, store=store,

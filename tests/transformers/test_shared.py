@@ -45,7 +45,7 @@ for config, url in stores:
         had = cache.get_seq_length()
         with torch.no_grad():
             said = model(ids[:, had:], logits_to_keep=1, **with_cache(model, cache)).logits
-        kept.flush()
+        cache.storing is None or cache.storing.wait()
         digest = hashlib.sha256()
         for layer in cache.layers:
             for part in (layer.keys, layer.values):
