@@ -238,8 +238,11 @@ def over(
     return make
 
 
-def settle(pipe: Pipeline, seconds: float = 5.0) -> None:
-    """Wait until nothing is under way; then only the memory tiers hold leases, and nobody waits."""
+def settle(pipe: Pipeline, seconds: float = 40.0) -> None:
+    """Wait until nothing is under way; then only the memory tiers hold leases, and nobody waits.
+
+    A client whose connection was cut may try again by itself, and holds its memory meanwhile.
+    """
     import time
 
     end = time.monotonic() + seconds
