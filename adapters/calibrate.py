@@ -144,8 +144,8 @@ def observe(subject: Subject) -> Seen:
             ids = subject.encode(text)[: min(TOKENS, subject.positions - 1)]
             if len(ids) > 2 * FIRST:
                 cache = DynamicCache(config=model.config)
-                base, ids_ = model.base_model, torch.tensor([ids])
-                base(input_ids=ids_, use_cache=True, **with_cache(base, cache))
+                base = model.base_model
+                base(input_ids=torch.tensor([ids]), use_cache=True, **with_cache(base, cache))
                 kept.append(turned_back(kv_of(cache, len(ids)).float().numpy(), freqs))
     finally:
         model.set_attn_implementation(before)

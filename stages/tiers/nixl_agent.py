@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..arena import Arena
 
-_WHEELS = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks among the others by itself
+WHEELS = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks among the others by itself
 _TICK = 0.0002  # seconds before the first look at a transfer
 _PART = 16  # further looks are this part of its age apart
 _SMALL = 64 << 10  # what a system call moves sooner than two looks at a transfer
@@ -197,7 +197,7 @@ class NixlMover(Mover):
 def _api(backend: str) -> Any:
     """The client's module. Raises ConfigError."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
-    for name in _WHEELS:
+    for name in WHEELS:
         try:
             return import_module(f"{name}._api")
         except ImportError:  # noqa: PERF203
@@ -224,7 +224,7 @@ def _why_not(backend: str) -> str:
 def _plugin_folders() -> list[Path]:
     given = os.environ.get("NIXL_PLUGIN_DIR")
     folders = [Path(given)] if given else []
-    for name in _WHEELS[1:]:
+    for name in WHEELS[1:]:
         spec = find_spec(name)
         if spec is not None and spec.origin:
             folders.append(Path(spec.origin).parent.parent / f".{name}.mesonpy.libs/plugins")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Engine, config, settle, tokens
+from trips import given_up_at_random
 
 from tierloom import Lost
 
@@ -267,26 +268,11 @@ def test_torture(opened: Open) -> None:
     )
     prompts = [tokens(int(rng.integers(1, 400)), seed=s) for s in range(12)]
     slots = [engine.slots(len(p)) for p in prompts]
-    truth = [engine.rows(s) for s in slots]
     end = time.monotonic() + 6
     rounds = 0
     while time.monotonic() < end and rounds < 400:
         rounds += 1
         k = int(rng.integers(len(prompts)))
-        ids, at = prompts[k], slots[k]
-        if rng.random() < 0.5:
-            ticket = pipe.begin_store(ids, engine.caches, at)
-            for i in range(int(rng.integers(engine.layers + 1))):
-                ticket.layer_done(i)
-            ticket.cancel() if rng.random() < 0.6 else ticket.wait(0.2)
-            continue
-        target = engine.blank()
-        wave = pipe.begin_retrieve(ids, target.caches, at)
-        for i in range(int(rng.integers(engine.layers + 1))):
-            wave.wait_layer(i)
-        if rng.random() < 0.5:
-            wave.cancel()
-        got = wave.wait(0.2)
-        assert torch.equal(target.rows(at)[:, :, : got.tokens], truth[k][:, :, : got.tokens])
+        given_up_at_random(pipe, engine, slots[k], prompts[k], rng, share=0.55)
     settle(pipe)
     assert rounds > 20

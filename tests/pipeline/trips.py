@@ -75,6 +75,31 @@ def get(
     return got
 
 
+def given_up_at_random(
+    pipe: Pipeline, engine: Engine, at: np.ndarray, ids: np.ndarray, rng: np.random.Generator, *,
+    share: float, empty: float = 0.0,
+) -> Any:  # fmt: skip
+    """Store or retrieve as many layers as chance will have it, and give up a `share` of these
+    requests. The receipt of a retrieve, whose bytes were compared; memory was `empty` so often."""
+    if rng.random() < 0.5:
+        stored = pipe.begin_store(ids, engine.caches, at)
+        for i in range(int(rng.integers(engine.layers + 1))):
+            stored.layer_done(i)
+        stored.cancel() if rng.random() < share else stored.wait(0.2)
+        return None
+    if rng.random() < empty:
+        cold(pipe)
+    target = engine.blank()
+    wave = pipe.begin_retrieve(ids, target.caches, at)
+    for i in range(int(rng.integers(engine.layers + 1))):
+        wave.wait_layer(i)
+    if rng.random() < share:
+        wave.cancel()
+    got = wave.wait(0.2)
+    assert same(engine, target, at, got.tokens), "wrong bytes"
+    return got
+
+
 def cold(pipe: Pipeline) -> Pipeline:
     """Memory is empty: what comes now comes out of the store."""
     if "hot" in pipe.tiers:
