@@ -122,6 +122,15 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.register(kv_caches)
 
     @guarded()
+    def unregister_kv_caches(self) -> None:
+        """vLLM 0.33: the engine goes to sleep."""
+        self.worker.sleep()
+
+    @guarded()
+    def restore_kv_caches(self) -> None:
+        self.worker.wake()
+
+    @guarded()
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self.worker.fence(kv_connector_metadata)
 
@@ -231,10 +240,14 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: False)
     def reset_cache(self) -> bool:
-        self.scheduler.clear()
-        return True
+        return self.scheduler.reset()
 
     # -- class -----------------------------------------------------------------------------------
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """vLLM 0.33 asks; what is kept lies in host memory and beyond."""
+        return True
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

@@ -66,10 +66,20 @@ def weights_id(vllm_config: Any) -> str:
         facts["dummy"] = model.seed
     elif how not in _OF_FILES:
         facts["loader"] = [how, getattr(load, "model_loader_extra_config", None)]
+    if draft := draft_model(vllm_config):
+        facts["draft"] = [config_text(draft.hf_config.to_dict()), str(draft.dtype),
+                          draft.quantization]  # fmt: skip
     h = hashlib.sha256(canonical(facts).encode())
-    if how != "dummy":
-        _hash_weights(h, model, load)
+    for one in (model, draft) if how != "dummy" else ():
+        if one is not None:
+            _hash_weights(h, one, load)
     return h.hexdigest()
+
+
+def draft_model(vllm_config: Any) -> Any:
+    """vLLM's ModelConfig of a draft model whose KV lies beside the model's own, or None."""
+    spec = getattr(vllm_config, "speculative_config", None)
+    return spec.draft_model_config if spec is not None and spec.method == "draft_model" else None
 
 
 def calibrated_id(vllm_config: Any) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SIDE_BY_SIDE = {"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "TREE_ATTN"}
 """Backends whose content is K of a token, then V of it."""
+_DRAFT = "draft_model."
+"""What vLLM's names of a draft model's layers begin with."""
 _RESTORED = (kv.FullAttentionSpec, kv.SlidingWindowSpec)
 """Groups whose KV of a prefix is all that is needed to go on behind it; MLA is one of the first."""
 
@@ -59,7 +61,7 @@ def shares(
     made = []
     for i, group in groups:
         spec = _spec(i, group)
-        names = sorted((n for n in group.layer_names if n in caches), key=layer_index)
+        names = sorted((n for n in group.layer_names if n in caches), key=_place)
         tensors: dict[int, tuple[str, torch.Tensor]] = {}
         for name in names:  # layers that share their KV with an earlier one bring the same tensor
             tensors.setdefault(caches[name].data_ptr(), (name, caches[name]))
@@ -69,7 +71,7 @@ def shares(
         made.append(_share(i, spec, own, [t for _, t in tensors.values()], config, layers))
         if len(groups) > 1:
             window = getattr(spec, "sliding_window", None) or "all"
-            where = ",".join(str(layer_index(n)) for n in own)
+            where = ",".join(("draft " if is_draft(n) else "") + str(layer_index(n)) for n in own)
             made[-1] = made[-1]._replace(part=f"layers {where}; window {window}")
     return made
 
@@ -78,6 +80,16 @@ def layer_index(name: str) -> int:
     """Which layer of the model a layer's name means."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else 0
+
+
+def is_draft(name: str) -> bool:
+    """The layer is a draft model's, which vLLM computes behind the model's own."""
+    return name.startswith(_DRAFT)
+
+
+def _place(name: str) -> tuple[bool, int]:
+    """Where a layer comes in the order of computing."""
+    return is_draft(name), layer_index(name)
 
 
 def _spec(i: int, group: Any) -> Any:

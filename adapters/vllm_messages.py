@@ -14,12 +14,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from ..stages.blocks import BlockTable
+
 if TYPE_CHECKING:
     from ..stages.namespace import Namespace
     from ..stages.payload import Span
 
-Blocks = tuple[list[int], ...]
-"""For each KV group, the blocks of a span from its first token on; -1: not to be touched."""
+Blocks = tuple[BlockTable, ...]
+"""For each KV group, the blocks that hold a span."""
 
 
 class Load(NamedTuple):
@@ -47,6 +49,8 @@ class Save(NamedTuple):
     request: str
     span: Span
     blocks: Blocks
+    epoch: int = 0
+    """Resets of what is kept before it was planned."""
 
 
 @dataclass(slots=True)
@@ -65,8 +69,6 @@ class Plan(KVConnectorMetadata):
     """Finished requests whose blocks are kept until their jobs have read them."""
     abandoned: list[str] = field(default_factory=list)
     """Requests that were given up while they were loaded."""
-    clear: bool = False
-    """Forget everything that is kept."""
 
 
 class Hello(NamedTuple):
@@ -93,6 +95,8 @@ class Hello(NamedTuple):
     """KV bytes of a token, in this worker."""
     off: str
     """Why nothing can be kept; empty: all is well."""
+    door: str = ""
+    """Where this worker does at once what it is asked; empty: nowhere."""
 
 
 class Seen(NamedTuple):

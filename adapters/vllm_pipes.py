@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..pipeline.check import load
 from ..pipeline.pipeline import Pipeline
 from ..stages.base import ModelFacts
@@ -25,12 +23,16 @@ from .vllm_layout import Share, shares
 from .vllm_messages import Hello
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from ..pipeline.graph import PipelineSpec
+    from ..stages.blocks import BlockTable
     from .vllm_settings import Configured
 
 log = logging.getLogger("tierloom.vllm")
+
+_SPECULATIVE = {"draft_model", "medusa", "mlp_speculator", "ngram", "ngram_gpu", "suffix"}
+"""Ways of speculative decoding that keep no KV of their own, or one of tokens alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,9 @@ class Pipe:
         self.share, self.pipe = share, pipe
         self.caches = share.caches
 
-    def blocks(self, table: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """A table of vLLM's blocks as blocks of the tensors; -1 stays -1."""
-        blocks, split = np.asarray(table, np.int64), self.share.split
-        if split == 1:
-            return blocks
-        parts = blocks[:, None] * split + np.arange(split)
-        return np.where(blocks[:, None] < 0, -1, parts).reshape(-1)
+    def blocks(self, table: BlockTable) -> BlockTable:
+        """A table of vLLM's blocks as blocks of the tensors."""
+        return table.split(self.share.split, self.share.layout.block_tokens)
 
 
 def open_pipes(
@@ -209,3 +207,10 @@ def _refuse(vllm_config: Any) -> None:
         size = getattr(vllm_config.parallel_config, name, None) or 1
         if size > 1:
             raise LayoutError(f"{name} is {size}: blocks are spread over ranks")
+    spec = getattr(vllm_config, "speculative_config", None)
+    if spec is not None and spec.method not in _SPECULATIVE:
+        raise LayoutError(
+            f"speculative decoding by {spec.method}: the KV of such a draft's layers is computed "
+            "from what the model made of the token behind, which no name of a prefix says; "
+            f"what can be kept: {', '.join(sorted(_SPECULATIVE))}"
+        )

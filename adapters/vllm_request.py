@@ -44,6 +44,18 @@ class Passage:
         self.prompt_saved = False
         self.jobs: set[int] = set()
         """Saves whose blocks are still needed."""
+        self.stale = False
+        """Some of it was computed before what is kept was reset: it is not saved."""
+        self._prompt = request.num_prompt_tokens
+
+    def renew(self) -> None:
+        """A streaming session has got more input: vLLM has put it behind what was computed, and
+        dropped what was sampled last, which the chain may have named."""
+        if self.request.num_prompt_tokens != self._prompt:
+            self._prompt = self.request.num_prompt_tokens
+            self.prompt_saved = False
+            if self.chain is not None:
+                self.chain.links.clear()
 
     @property
     def most(self) -> int:

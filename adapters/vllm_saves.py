@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
+from ..stages.blocks import BlockTable
 from .vllm_messages import Save
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..stages.hash import Chain
     from .vllm_index import Mirror
-    from .vllm_messages import Blocks, Hello, Told
+    from .vllm_messages import Hello, Told
     from .vllm_request import Passage
     from .vllm_settings import Settings
 
@@ -48,6 +49,8 @@ class Saves:
         self._waiting: list[Save] = []
         """Made, and not sent out yet."""
         self._number = 0
+        self.epoch = 0
+        """Resets of what is kept so far."""
         self._promised: dict[bytes, int] = {}
         """Keys that are being saved just now, to the job that does it."""
 
@@ -55,12 +58,15 @@ class Saves:
         """The workers are there."""
         self._hello, self._mirror = hello, mirror
 
-    def promised(self, chain: Chain, found: int) -> bool:
-        """The chunk behind the first `found` tokens is being saved just now, at least in part."""
+    def promised(self, chain: Chain, known: int) -> int:
+        """How far beyond the first `known` tokens the chunk that comes next is being saved just
+        now, in tokens of the prompt; 0: it is not."""
         assert self._hello is not None
-        per = self._hello.chunk // self._hello.grain
-        at = found // self._hello.chunk * per
-        return any(link in self._promised for link in chain.links[at : at + per])
+        chunk, grain = self._hello.chunk, self._hello.grain
+        for i in range((known // chunk + 1) * chunk // grain, known // grain, -1):
+            if i <= len(chain.links) and chain.links[i - 1] in self._promised:
+                return i * grain
+        return 0
 
     def plan(
         self,
@@ -74,6 +80,8 @@ class Saves:
         waits: the KV may prove to be spoilt."""
         for name, tokens in output.num_scheduled_tokens.items():
             p = passages.get(name)
+            if p is not None:
+                p.renew()
             if p is None or (p.prompt_saved and not self._settings.save_decode):
                 continue
             prompt, before = p.request.num_prompt_tokens, p.request.num_computed_tokens
@@ -103,11 +111,16 @@ class Saves:
         for save in waiting:
             self._cancel(save.job)
 
+    def forget(self, epoch: int) -> None:
+        """All that is kept was reset: nothing that was planned before may be kept, either."""
+        self.epoch = epoch
+        self.spoil()
+
     def waits(self, request: str) -> bool:
         """A save of this request has not been sent out yet."""
         return any(save.request == request for save in self._waiting)
 
-    def finish(self, p: Passage, blocks: Blocks, may: bool) -> bool:
+    def finish(self, p: Passage, blocks: tuple[list[int], ...], may: bool) -> bool:
         """A request has ended. True: its blocks are still needed."""
         if self._settings.save_decode and may and p.prompt_saved:
             known = min(p.request.num_computed_tokens, p.request.num_tokens - 1, p.most)
@@ -151,7 +164,9 @@ class Saves:
         """There is a whole chunk that was not seen to."""
         return self._hello is not None and known - p.saved >= self._hello.chunk
 
-    def _save(self, p: Passage, known: int, blocks: Blocks | None, *, tail: bool) -> None:
+    def _save(
+        self, p: Passage, known: int, blocks: tuple[list[int], ...] | None, *, tail: bool
+    ) -> None:
         """Set out to save what of the first `known` tokens is not kept: whole chunks, and with
         `tail` what is left over."""
         assert self._hello is not None
@@ -166,10 +181,10 @@ class Saves:
         if not keys or blocks is None:
             return
         tables = tuple(
-            [block for _, block in part_of(ids, size, first * chunk, end)]
+            BlockTable.cut(ids, size, first * chunk, end)
             for ids, size in zip(blocks, self._groups, strict=True)
         )
-        if not all(map(all, tables)):  # block 0: behind a window, and given back already
+        if not all(all(t.blocks) for t in tables):  # block 0: behind a window, and given back
             return
         self._number += 1
         self.jobs[self._number] = Job(p, keys, set(), set())
@@ -177,7 +192,7 @@ class Saves:
         self._promised.update(dict.fromkeys(keys, self._number))
         assert p.chain is not None
         span = p.chain.span(first * chunk // grain, end // grain)
-        self._waiting.append(Save(self._number, p.request.request_id, span, tables))
+        self._waiting.append(Save(self._number, p.request.request_id, span, tables, self.epoch))
         if self.on_save is not None:
             self.on_save(p.request, first * chunk, end, keys)
 
@@ -191,8 +206,3 @@ def _lost_blocks(request: Any, output: Any) -> bool:
     again = getattr(output, "preempted_req_ids", None) or ()
     return request.status == RequestStatus.PREEMPTED or request.request_id in again
 
-
-def part_of(ids: list[int], size: int, start: int, end: int) -> list[tuple[int, int]]:
-    """(its first token, block) of the blocks that hold tokens `start` to `end`."""
-    first = start // size
-    return [(i * size, b) for i, b in enumerate(ids[first : -(-end // size)], first)]

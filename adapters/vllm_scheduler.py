@@ -12,14 +12,16 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from ..stages.blocks import BlockTable
 from ..stages.hash import Chain
 from ..stages.payload import Span
 from .vllm_adapters import Adapters
+from .vllm_door import ask
 from .vllm_index import Mirror, Part
 from .vllm_messages import Hello, Load, News, Plan, Seen, Told
 from .vllm_metrics import Stats
 from .vllm_request import Passage
-from .vllm_saves import Saves, part_of
+from .vllm_saves import Saves
 from .vllm_settings import Wishes, wishes
 from .vllm_worth import Worth
 
@@ -31,6 +33,10 @@ log = logging.getLogger("tierloom.vllm")
 
 _DOUBT = 60.0
 """Seconds after which a load within a step that nobody tells of is taken for failed."""
+_GREETING = 30.0
+"""Seconds in which an idle engine makes steps until the workers have said what they are."""
+_RESET = 10.0
+"""Seconds that a worker may take to forget what it keeps."""
 _START = 20
 """The first requests wait so much longer: for the workers to say what they keep."""
 
@@ -46,11 +52,14 @@ class SchedulerSide:
         self._groups = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
         self._block = kv_cache_config.cache_hit_alignment_tokens or max(self._groups)
         self.hash_block = kv_cache_config.hash_block_size or self._block
+        self._least = max(self._block, conf.settings.min_tokens)
+        """Tokens that are worth a load."""
         self._asynchronous = conf.settings.load == "async" or len(self._groups) > 1
         self.off = ""
         """Why nothing is looked up or saved; empty: all is well."""
         self.hello: Hello | None = None
         self._hellos: dict[int, Hello] = {}
+        self._greeted_by = time.monotonic() + _GREETING
         self._behind: set[int] = set()
         """Workers that have yet to tell all that they kept when they began."""
         self._early: list[tuple[int, list[Seen]]] = []
@@ -62,10 +71,11 @@ class SchedulerSide:
         self._questions: dict[str, Any] = {}
         self._held: list[str] = []
         self._abandoned: list[str] = []
+        self._epoch = 0
+        """Resets of what is kept so far."""
         self._doubt: dict[str, set[int]] = {}
         """Requests that are loaded within a step, and the workers that have told how it went."""
         self._doubt_until = 0.0
-        self._clear = False
         self._answers: dict[str, dict[int, int]] = {}
         self.worth = Worth(max(1, vllm_config.max_concurrent_batches))
         self._seed = lru_cache(1024)(self._seed_of)
@@ -96,13 +106,14 @@ class SchedulerSide:
         p = self._passages.get(request.request_id)
         if p is None or self.off or not self._loads or p.wishes.skip_load or p.failed:
             return 0, False
+        p.renew()
         p.start, p.plan = computed, []
         if not p.counted:
             p.counted = True
             self.stats.count("asked_tokens", request.num_tokens)
         if not self._named(p):
             return (None, False) if self._waits(p) else (0, False)
-        least = max(self._block, self.conf.settings.min_tokens)
+        least = self._least
         most = min(p.most, request.num_tokens - 1) // self._block * self._block
         if most - computed < least:
             return 0, False
@@ -127,7 +138,8 @@ class SchedulerSide:
         except Exception:
             log.exception("request %s cannot be loaded", request.request_id)
             if tokens:
-                self._send(request, Span(b"", b"", 0, tokens), tuple(blocks.get_block_ids()), 0, 0)
+                tables = tuple(map(BlockTable, blocks.get_block_ids()))
+                self._send(request, Span(b"", b"", 0, tokens), tables, 0, 0)
 
     def _allot(self, request: Any, blocks: Any, tokens: int) -> None:
         p = self._passages.get(request.request_id)
@@ -144,10 +156,7 @@ class SchedulerSide:
         last = min(len(p.chain.links), -(-end // chunk) * per)
         span = p.chain.span(first * per, last, place=end - first * chunk)
         tables = tuple(
-            [
-                block if block and at >= p.start else -1
-                for at, block in part_of(ids, size, first * chunk, end)
-            ]
+            BlockTable.cut([b or -1 for b in ids], size, first * chunk, end, fresh=p.start)
             for ids, size in zip(blocks.get_block_ids(), self._groups, strict=True)
         )
         self._send(request, span, tables, first * chunk, p.start)
@@ -187,9 +196,9 @@ class SchedulerSide:
         """What the workers are to do in this step."""
         plan = Plan(
             idle=not output.total_num_scheduled_tokens, loads=self._to_load,
-            questions=self._questions, abandoned=self._abandoned, clear=self._clear,
+            questions=self._questions, abandoned=self._abandoned,
         )  # fmt: skip
-        self._to_load, self._questions, self._abandoned, self._clear = [], {}, [], False
+        self._to_load, self._questions, self._abandoned = [], {}, []
         if self.saves is not None:
             if self._doubt and time.monotonic() > self._doubt_until:  # a worker lost its tongue
                 self._doubt.clear()
@@ -214,14 +223,47 @@ class SchedulerSide:
 
     @property
     def busy(self) -> bool:
-        """Something was begun whose end the workers have yet to tell."""
+        """Something was begun whose end the workers have yet to tell; at the start, what they
+        are."""
+        if self.hello is None and not self.off:
+            return time.monotonic() < self._greeted_by
         return bool(self._held or (self.saves is not None and self.saves.jobs))
 
-    def clear(self) -> None:
-        """Forget everything that is kept, with the next step."""
-        self._clear = True
+    def reset(self) -> bool:
+        """Forget what is kept, now, as `tierloom.reset` says; False: not all of it is gone.
+
+        What was computed before is not saved afterwards: the weights may be others by then.
+        """
+        which = self.conf.settings.reset
+        if which == "none" or self.off:
+            return True
+        if self.hello is None:
+            log.error("reset: the workers have not said yet what they keep: try again")
+            return False
+        self._epoch += 1
+        for p in self._passages.values():
+            p.stale = p.stale or bool(p.request.num_computed_tokens)
+            p.saved, p.answer, p.plan = 0, None, []
+        if self.saves is not None:
+            self.saves.forget(self._epoch)
         if self.mirror is not None:
             self.mirror.clear()
+        question = {"reset": self._epoch, "local": which == "local"}
+        done = [self._ask(w, hello.door, question) for w, hello in sorted(self._hellos.items())]
+        return all(done)
+
+    def _ask(self, worker: int, door: str, question: dict[str, Any]) -> bool:
+        try:
+            said = ask(door, question, _RESET)
+        except (OSError, ValueError) as error:
+            log.error("reset: worker %d does not answer: %s", worker, error)  # noqa: TRY400
+            return False
+        why = said.get("error") or ", ".join(said["refused"])
+        if why:
+            log.error("reset: worker %d: %s", worker, why)
+            return False
+        log.info("reset: worker %d forgot %d objects", worker, said["objects"])
+        return True
 
     def close(self) -> None:
         self._adapters.close()
@@ -278,12 +320,14 @@ class SchedulerSide:
                 return None
             if p.answer is not None and p.answer > found:
                 plan.append(Part(min(p.answer, most) - found, self.hello.remote))
-        elif self.saves is not None and self.saves.promised(chain, found) and self._waits(p):
-            return None
+        elif self.saves is not None:
+            known = max(found, p.start)
+            if self.saves.promised(chain, known) >= known + self._least and self._waits(p):
+                return None
         return plan
 
     def _may_save(self, p: Passage) -> bool:
-        return not self.off and not p.wishes.skip_save and self._named(p)
+        return not (self.off or p.stale or p.wishes.skip_save) and self._named(p)
 
     def _hear(self, worker: int, told: Told) -> None:
         if told.hello is not None:
@@ -330,7 +374,7 @@ class SchedulerSide:
             return
         first = self._hellos[0]
         for other in self._hellos.values():
-            if other._replace(token_bytes=0) != first._replace(token_bytes=0):
+            if other._replace(token_bytes=0, door="") != first._replace(token_bytes=0, door=""):
                 self.off = "the workers disagree about what is kept"
                 log.error("caching is off: %s: %s and %s", self.off, first, other)
                 return

@@ -49,6 +49,9 @@ class Settings:
     failure: Literal["recompute", "keep"] = "recompute"
     """`recompute`: what cannot be loaded is computed, whatever `kv_load_failure_policy` says;
     `keep`: that policy stands, and its default fails the request."""
+    reset: Literal["local", "all", "none"] = "local"
+    """What vLLM's resets (`/reset_prefix_cache?reset_external=true`, `/pause`, `/sleep?level=1`)
+    forget: `local`, what only this engine has; `all`, tiers that others share, too; `none`."""
     name: str = ""
     """A name for the model in keys, beside the content id of its weights."""
     weights: str = ""

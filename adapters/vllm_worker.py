@@ -4,6 +4,11 @@ Nothing here waits for a tier. Loads and saves are tickets of the pipelines; eac
 are through. Blocks are touched only while vLLM keeps them: a load's until it is reported, a save's
 until it is captured, and where vLLM is about to reuse them sooner, the save is waited for briefly
 or given up.
+
+Model runners call the hooks of a step in different orders, and some leave one out: with a draft
+model, what has ended is asked before `wait_for_save`, which a pipeline stage that is not the last
+never calls. So every hook that brings the plan lets it be taken down first (`_heed`), and nothing
+depends on which hook that was.
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from ..stages.errors import LayoutError, Lost
+from ..stages.errors import LayoutError, TierDown
+from .vllm_captures import Captures
+from .vllm_door import Door
+from .vllm_layout import is_draft
 from .vllm_ledger import Ledger
 from .vllm_messages import Hello, News, Plan, Seen, Told
 from .vllm_pipes import Pipe, Rank, open_pipes
@@ -29,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tierloom.vllm")
 
-FENCE = 0.05
-"""Seconds that a step may be kept waiting until a save has read blocks that it will overwrite."""
 NAP = 0.002
 """Seconds that a step which computes nothing waits for something to end: it would only spin."""
 MANY, FEW = 4096, 32
@@ -41,11 +47,6 @@ COSTS = 1.0
 
 class Loading(NamedTuple):
     load: Load
-    tickets: list[Ticket]
-
-
-class Storing(NamedTuple):
-    save: Save
     tickets: list[Ticket]
 
 
@@ -60,11 +61,14 @@ class WorkerSide:
         self.ledger = Ledger(first=True)
         self._loading: dict[str, Loading] = {}
         self._layered: list[Loading] = []
-        self._storing: dict[int, Storing] = {}
-        self._uncaptured: dict[int, Storing] = {}
-        self._behind: list[tuple[int, Ticket]] = []
-        """Saves of this step that follow the model layer by layer, each with its share."""
-        self._held: dict[str, float] = {}
+        self._saves = Captures(self._store, conf.settings.hold)
+        self._plan: Plan | None = None
+        """The last that was taken down."""
+        self._door: Door | None = None
+        self._epoch, self._epoch_lock = 0, threading.Lock()
+        """Resets so far; what was planned before the last is not saved."""
+        self._asleep = False
+        """The engine has given its KV memory back."""
         self._asked: dict[str, list[Any]] = {}
         self._bad: set[int] = set()
         self._layer: dict[str, tuple[int, int]] = {}
@@ -79,7 +83,7 @@ class WorkerSide:
 
     @property
     def saves_layered(self) -> bool:
-        return bool(self._behind)
+        return self._saves.layered
 
     # -- start and end ---------------------------------------------------------------------------
 
@@ -93,7 +97,11 @@ class WorkerSide:
             log.error("caching is off: %s", error)  # noqa: TRY400 - the message says it all
             self._told.hello = _off(str(error))
             return
-        self._told.hello = hello
+        try:
+            self._door = Door(self._answer)
+        except OSError as error:
+            log.warning("the scheduler cannot reset what this worker keeps: %s", error)
+        self._told.hello = hello._replace(door=self._door.address if self._door else "")
         self._layer = {
             name: (i, at) for i, p in enumerate(self.pipes) for at, name in enumerate(p.share.names)
         }
@@ -106,31 +114,65 @@ class WorkerSide:
         )  # fmt: skip
 
     def close(self) -> None:
+        if self._door is not None:
+            self._door.close()
         for p in self.pipes:
             p.pipe.close()
+
+    def sleep(self) -> None:
+        """The engine gives its KV memory back: nothing may touch it from now on."""
+        self._computed()
+        self._saves.fence()
+        for loading in (*self._loading.values(), *self._layered):
+            for ticket in loading.tickets:
+                ticket.cancel()
+        self._asleep = True
+
+    def wake(self) -> None:
+        """It is there again, at the same place. Raises LayoutError where it is not as it was."""
+        for p in self.pipes:
+            p.share.layout.check(p.caches)
+        self._asleep = False
+
+    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """A question at the door; another thread's."""
+        with self._epoch_lock:
+            self._epoch = int(question["reset"])
+        cleared = [_cleared(p, local=bool(question["local"])) for p in self.pipes]
+        refused = [why for _, why in cleared if why]
+        return {"objects": sum(n for n, _ in cleared), "refused": refused}
 
     # -- before the forward pass -----------------------------------------------------------------
 
     def fence(self, plan: Plan) -> None:
         """Before anything of this step is written: saves whose blocks it may overwrite."""
-        for job in plan.fenced:
-            for ticket in self._uncaptured[job].tickets if job in self._uncaptured else ():
-                ticket.captured(FENCE)
+        self._heed(plan)
+        self._saves.fence(plan.fenced)
         for request in plan.abandoned:
             for ticket in self._loading[request].tickets if request in self._loading else ():
                 ticket.cancel()
-        for request in plan.held:
-            self._held[request] = time.monotonic() + self.conf.settings.hold
-        if plan.clear:
-            for p in self.pipes:
-                p.pipe.clear(wait=False)
-        if self._saves_by_layer and plan.saves:
-            self._begin_saves(plan.saves)
+        if self._saves_by_layer:
+            self._saves.begin(layered=True)
+
+    def _heed(self, plan: Plan) -> None:
+        """Take a step's plan down, with the first of its hooks that brings it."""
+        if plan is self._plan:
+            return
+        self._plan = plan
+        self._computed()  # the step before: its `save` may never have come
+        self._saves.plan(plan.saves, plan.held)
+
+    def _computed(self) -> None:
+        """What was planned before is computed, or launched: set out to save it."""
+        self._saves.computed([p.share.layout.layers - 1 for p in self.pipes])
+        if any(p.share.window for p in self.pipes):
+            self._saves.fence()  # blocks behind the window go back at the next step
 
     def load(self, plan: Plan) -> None:
         """Set out to load what the plan says, and to ask what it asks."""
+        self._heed(plan)
         for load in plan.loads:
-            made = Loading(load, self._tickets("load", self._retrieve, load))
+            made = Loading(load, self._retrieve(load))
             if load.layered:
                 self._layered.append(made)
             else:
@@ -151,44 +193,45 @@ class WorkerSide:
 
     def layer_done(self, name: str) -> None:
         """Behind a layer's attention."""
-        if self._behind and name in self._layer:
-            share, layer = self._layer[name]
-            for whose, ticket in self._behind:
-                if whose == share:
-                    ticket.layer_done(layer)
+        if name in self._layer and not is_draft(name):  # drafters run behind it, and repeatedly
+            self._saves.layer_done(*self._layer[name])
 
     def save(self, plan: Plan) -> None:
         """The step's KV is computed, or launched: set out to save what the plan says."""
-        if self._behind:  # whatever graphs or shortcuts kept from us: all layers are done now
-            for share, ticket in self._behind:
-                ticket.layer_done(self.pipes[share].share.layout.layers - 1)
-            self._behind = []
-        elif plan.saves:
-            self._begin_saves(plan.saves)
-        if any(p.share.window for p in self.pipes):
-            for save in plan.saves:  # blocks behind the window go back at the next step
-                for ticket in self._storing[save.job].tickets:
-                    ticket.captured(FENCE)
+        self._heed(plan)
+        self._computed()
 
     @property
     def _saves_by_layer(self) -> bool:
-        settings = self.conf.settings
-        return bool(self.pipes) and settings.saves_by_layer(self.pipes[0].share.layout.device)
+        """Not where each half of a batch runs by itself: a layer's hook comes behind the first."""
+        if not self.pipes or getattr(self._vllm.parallel_config, "use_ubatching", False):
+            return False
+        return self.conf.settings.saves_by_layer(self.pipes[0].share.layout.device)
 
-    def _begin_saves(self, saves: list[Save]) -> None:
-        layered = self._saves_by_layer
-        for save in saves:
-            tickets = self._tickets("save", self._store, save)
-            self._storing[save.job] = self._uncaptured[save.job] = Storing(save, tickets)
-            if layered:
-                self._behind += enumerate(tickets)
+    def _store(self, save: Save, layered: bool) -> list[Ticket]:
+        def begin(p: Pipe) -> Ticket:
+            store = p.pipe.begin_store if layered else p.pipe.store
+            return store(save.span, p.caches, blocks=p.blocks(save.blocks[p.share.group]))
 
-    def _tickets(self, what: str, begin: Callable[[Pipe, Any], Ticket], job: Any) -> list[Ticket]:
+        with self._epoch_lock:  # behind a reset, nothing may set out that was planned before it
+            return self._tickets("save", begin, save) if save.epoch >= self._epoch else []
+
+    def _retrieve(self, load: Load) -> list[Ticket]:
+        def begin(p: Pipe) -> Ticket:
+            retrieve = p.pipe.begin_retrieve if load.layered else p.pipe.retrieve
+            blocks = p.blocks(load.blocks[p.share.group])
+            return retrieve(load.span, p.caches, blocks=blocks, deadline=load.seconds)
+
+        return self._tickets("load", begin, load)
+
+    def _tickets(self, what: str, begin: Callable[[Pipe], Ticket], job: Any) -> list[Ticket]:
         """A ticket of each pipeline; none at all where one cannot be had: the job has failed."""
         tickets: list[Ticket] = []
+        if self._asleep:
+            return tickets
         try:
             for p in self.pipes:
-                ticket = begin(p, job)
+                ticket = begin(p)
                 ticket.future.add_done_callback(self._wake)
                 tickets.append(ticket)
         except Exception:
@@ -198,15 +241,6 @@ class WorkerSide:
             return []
         return tickets
 
-    def _store(self, p: Pipe, save: Save) -> Ticket:
-        begin = p.pipe.begin_store if self._saves_by_layer else p.pipe.store
-        return begin(save.span, p.caches, blocks=p.blocks(save.blocks[p.share.group]))
-
-    def _retrieve(self, p: Pipe, load: Load) -> Ticket:
-        begin = p.pipe.begin_retrieve if load.layered else p.pipe.retrieve
-        blocks = p.blocks(load.blocks[p.share.group])
-        return begin(load.span, p.caches, blocks=blocks, deadline=load.seconds)
-
     def _wake(self, _: Any) -> None:
         self._woken.set()
 
@@ -214,12 +248,15 @@ class WorkerSide:
 
     def results(self, plan: Plan) -> KVConnectorTransferResults:
         """What has ended. A step that computes nothing waits a moment for more."""
+        self._heed(plan)
         self._many = MANY if plan.idle else FEW
-        if plan.idle and (self._loading or self._asked or self._storing or self._held):
+        if plan.idle and (self._loading or self._asked or self._saves):
             self._woken.wait(NAP)
         self._woken.clear()
         out = KVConnectorTransferResults()
         for loading in self._layered:
+            for p, ticket in zip(self.pipes, loading.tickets, strict=False):
+                ticket.wait_layer(p.share.layout.layers - 1)  # a drafter may be yet to ask
             self._told.loaded.append(loading.load.request)
             self._loaded(loading, out)
         self._layered = []
@@ -228,30 +265,12 @@ class WorkerSide:
                 del self._loading[request]
                 out.finished_recving.add(request)
                 self._loaded(loading, out)
-        self._sweep()
-        now = time.monotonic()
-        for request, until in list(self._held.items()):
-            mine = [s for s in self._uncaptured.values() if s.save.request == request]
-            if mine and now > until:
-                for ticket in (t for s in mine for t in s.tickets):
-                    ticket.cancel(Lost.LATE)
-                mine = []
-            if not mine:
-                del self._held[request]
-                out.finished_sending.add(request)
+        out.finished_sending.update(self._saves.released())
+        self._told.captured += self._saves.captured()
+        for storing in self._saves.ended():
+            self._told.ended.append(storing.save.job)
+            self.ledger.stored(storing.save, storing.tickets)
         return out
-
-    def _sweep(self) -> None:
-        """Saves that have let go of their blocks, and those that are through."""
-        for job, storing in list(self._uncaptured.items()):
-            if all(t.is_captured or t.cancelled is not None for t in storing.tickets):
-                del self._uncaptured[job]
-                self._told.captured.append(job)
-        for job, storing in list(self._storing.items()):
-            if job not in self._uncaptured and all(t.future.done() for t in storing.tickets):
-                del self._storing[job]
-                self._told.ended.append(job)
-                self.ledger.stored(storing.save, storing.tickets)
 
     def _loaded(self, loading: Loading, out: KVConnectorTransferResults) -> None:
         """A load is through: report what is missing, so that it is computed."""
@@ -267,8 +286,8 @@ class WorkerSide:
             out.failed_recving.add(load.request)
         else:
             share = self.pipes[0].share
-            first = (skipped + got) // share.block_tokens
-            self._bad.update(b for b in load.blocks[share.group][first:] if b >= 0)
+            missing = load.blocks[share.group].behind(skipped + got, share.block_tokens)
+            self._bad.update(b for b in missing if b > 0)  # 0: vLLM's own, for what is not there
 
     def bad_blocks(self) -> set[int]:
         bad, self._bad = self._bad, set()
@@ -302,13 +321,20 @@ class WorkerSide:
         return {
             "flight": sum(s["arena"]["flight"] for s in every),
             "open": sum(g["open"] for s in every for g in s["graphs"].values()),
-            "loads": len(self._loading) + len(self._layered), "stores": len(self._storing),
-            "held": len(self._held), "asked": len(self._asked),
-            "stats": every[0] if every else {},
+            "loads": len(self._loading) + len(self._layered), "asked": len(self._asked),
+            **self._saves.report(), "stats": every[0] if every else {},
         }  # fmt: skip
 
 
 def _off(why: str) -> Hello:
     from ..stages.namespace import Namespace
 
-    return Hello(Namespace(model=""), 1, 1, 1, 1, (), "", {}, "never", 0.0, 0, why)
+    return Hello(Namespace(model="off"), 1, 1, 1, 1, (), "", {}, "never", 0.0, 0, why)
+
+
+def _cleared(p: Pipe, *, local: bool) -> tuple[int, str]:
+    """How many objects a pipeline forgot, and what it could not."""
+    try:
+        return p.pipe.clear(local=local), ""
+    except TierDown as error:
+        return 0, str(error)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..stages.copy import fence
-from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost
+from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost, TierDown
 from ..stages.inputs import tokens_array
 from ..stages.namespace import Namespace
 from ..stages.payload import Span
@@ -104,10 +104,11 @@ class Pipeline:
     def store(self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any) -> Ticket:
         """Keep the KV of `tokens`, found at `slots` of `caches`. Returns at once.
 
-        `slots`: int64 token slots, one per token; or `blocks=` a block table, in which -1 leaves a
-        block out. `salt=`, `adapter=`, `tags=` name the tenant; a `Span` of a `Chain` instead of
-        tokens has named it. `layout=`: another layout of the same geometry. The slots must not be
-        overwritten until `captured()` or `wait()` has returned. Raises InputError.
+        `slots`: int64 token slots, one per token; or `blocks=` a block table: a `BlockTable`, or
+        block ids where the tokens begin with the first of them. A retrieve leaves out block -1;
+        a store wants all. `salt=`, `adapter=`, `tags=` name the tenant; a `Span` of a `Chain`
+        instead of tokens has named it. `layout=`: another layout of the same geometry. The slots
+        must not be overwritten until `captured()` or `wait()` has returned. Raises InputError.
         """
         return self._submit("store", tokens, caches, slots, **names)
 
@@ -183,17 +184,17 @@ class Pipeline:
             "off": self.off,
         }
 
-    def clear(self, *, wait: bool = True) -> int:
-        """Forget everything in every tier; how many objects there were (0 where not waited for)."""
+    def clear(self, *, local: bool = False) -> int:
+        """Forget everything that this pipeline keeps, stores under way included; how many objects
+        there were. `local`: only in tiers that are this process's own.
+
+        Raises TierDown, naming the tiers that did not do it; the others have.
+        """
         self._check_open()
-
-        async def all_of_it() -> int:
-            return sum([await tier.clear() for tier in self.tiers.values()])
-
-        if wait:
-            return int(self._portal.call(all_of_it))
-        self._portal.begin(all_of_it)
-        return 0
+        count, refused = self._portal.call(self._worker.clear, local)
+        if refused:
+            raise TierDown(f"not cleared: {', '.join(refused)}")
+        return int(count)
 
     def changes(self, most: int = 4096) -> list[Change]:
         """What came to local tiers and went since the last call, in order, up to `most`; begins
@@ -265,6 +266,8 @@ class Pipeline:
             )
         if blocks is not None:
             rows = layout.rows_of_blocks(blocks, wanted, native=self.native)
+            if graph == "store" and len(rows) and int(rows.min()) < 0:
+                raise InputError("blocks leave some out (-1): what is stored is stored whole")
         else:
             rows = layout.check_slots(slots, wanted)
             rows = layout.block_rows(rows) if self.native else rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import deque
 from contextlib import AsyncExitStack
@@ -23,7 +24,6 @@ from .pool import Pool
 from .portal import Portal
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from ..stages.base import Stage
@@ -75,6 +75,21 @@ class Worker:
             self._release()
             raise
 
+    async def clear(self, local: bool) -> tuple[int, list[str]]:
+        """Give up stores under way, then empty the tiers, or the local ones: how many objects
+        there were, and the tiers that refused, with their reasons."""
+        if (stores := self.flows.get("store")) is not None:
+            await _give_up(stores)
+        count, refused = 0, []
+        for name, tier in self.tiers.items():
+            if tier.local or not local:
+                cleared = await tier.clear()
+                if isinstance(cleared, Lost):
+                    refused.append(f"{name} ({cleared.name.lower()})")
+                else:
+                    count += cleared
+        return count, refused
+
     def close(self) -> None:
         """End every request, close the tiers, free the arena."""
         self.portal.close()
@@ -123,16 +138,22 @@ class Worker:
 
     async def _drain(self, seconds: float = 5.0) -> None:
         """Give up what is open, and wait until it is through."""
-        for flow in self.flows.values():
-            for ticket in list(flow.open):
-                ticket.expire(Lost.CANCELLED)
-                flow.poke(ticket)
-        with anyio.move_on_after(seconds):
+        async with anyio.create_task_group() as tasks:
             for flow in self.flows.values():
-                await flow.idle.wait()
+                tasks.start_soon(_give_up, flow, seconds)
 
     def _release(self) -> None:
         self._work.close()
         self._io.close()
         if not self.arena.leases:  # else an abandoned call still writes into it: it must stay
             self.arena.close()
+
+
+async def _give_up(flow: Flow, seconds: float = 5.0) -> None:
+    """Give up what is open now, and wait until it is through."""
+    tickets = list(flow.open)
+    for ticket in tickets:
+        ticket.expire(Lost.CANCELLED)
+        flow.poke(ticket)
+    if tickets:
+        await asyncio.wait([asyncio.wrap_future(t.future) for t in tickets], timeout=seconds)

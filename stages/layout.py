@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..triton_kernels.planes import PlaneTable
+from .blocks import block_table
 from .errors import InputError, LayoutError
 from .geometry import DTYPES, Geometry
 
@@ -231,25 +232,16 @@ class KVLayout:
     def rows_of_blocks(self, blocks: Any, tokens: int, *, native: bool) -> npt.NDArray[np.int64]:
         """A block table as kernels take it: blocks in native order, token slots in canonical.
 
+        `blocks`: a `BlockTable`, or the ids alone where the span begins with the first of them.
         Block -1 is left out: nothing is read from it or written to it. Raises InputError when the
-        table is too short or out of range.
+        table is too short or out of range, or does not suit native order.
         """
-        raw = blocks.detach().cpu().numpy() if hasattr(blocks, "detach") else np.asarray(blocks)
-        if raw.ndim != 1 or raw.dtype.kind not in "iu":
-            raise InputError(
-                f"blocks must be a 1-D array of integers, got {raw.ndim}-D {raw.dtype}"
-            )
-        size = self.block_tokens
-        if len(raw) * size < tokens:
-            raise InputError(f"{len(raw)} blocks of {size} for {tokens} tokens")
-        table = np.ascontiguousarray(raw[: -(-tokens // size)], dtype=np.int64)
-        if len(table) and (int(table.min()) < -1 or int(table.max()) >= self.blocks):
-            bad = int(np.flatnonzero((table < -1) | (table >= self.blocks))[0])
-            raise InputError(f"blocks[{bad}] is {int(table[bad])}, outside 0..{self.blocks - 1}")
-        if native:
-            return table
-        slots = np.where(table[:, None] < 0, -1, table[:, None] * size + np.arange(size))
-        return np.ascontiguousarray(slots.reshape(-1)[:tokens])
+        table, size = block_table(blocks), self.block_tokens
+        ids = np.asarray(table.blocks)[: -(-(table.skip + tokens) // size)]
+        if len(ids) and (int(ids.min()) < -1 or int(ids.max()) >= self.blocks):
+            bad = int(np.flatnonzero((ids < -1) | (ids >= self.blocks))[0])
+            raise InputError(f"blocks[{bad}] is {int(ids[bad])}, outside 0..{self.blocks - 1}")
+        return table.rows(tokens, size, native=native)
 
     def block_rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Blocks behind token slots that fill whole blocks, the last one perhaps not; for native

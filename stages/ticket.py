@@ -54,6 +54,10 @@ class Presence:
             if not self._inside:
                 self._changed.notify_all()
 
+    @property
+    def empty(self) -> bool:
+        return not self._inside
+
     def wait_until_empty(self) -> None:
         with self._changed:
             while self._inside:
@@ -147,8 +151,10 @@ class Ticket:
 
     @property
     def is_captured(self) -> bool:
-        """Store: the caller's memory may be reused already."""
-        return all(gate.is_set() for gate in self.gates)
+        """Store: the caller's memory may be reused already. A request that was given up has still
+        to leave it."""
+        stopped = bool(self.stop[0]) and self.touching.empty
+        return stopped or all(gate.is_set() for gate in self.gates)
 
     def captured(self, timeout: float | None = None) -> bool:
         """Store: wait until the caller's memory has been read and may be reused.

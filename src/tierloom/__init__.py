@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .pipeline.pipeline import Pipeline
+    from .stages.blocks import BlockTable
     from .stages.errors import (
         ArenaFull,
         BadObject,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BlockTable": "stages.blocks",
     "KVLayout": "stages.layout",
     "Pipeline": "pipeline.pipeline",
     "Receipt": "stages.ticket",
@@ -59,6 +61,7 @@ _HOME = {
 __all__ = [
     "ArenaFull",
     "BadObject",
+    "BlockTable",
     "Closed",
     "ConfigError",
     "InputError",

@@ -218,9 +218,9 @@ class Guarded(Tier):
         dropped = await self._call(lambda: self.tier.drop(keys))
         return 0 if isinstance(dropped, Lost) else dropped
 
-    async def clear(self) -> int:
-        cleared = await self._call(self.tier.clear)
-        return 0 if isinstance(cleared, Lost) else cleared
+    async def clear(self) -> int | Lost:
+        """How many objects there were, or why it could not be done."""
+        return await self._call(self.tier.clear)
 
     async def _call(self, work: Callable[[], Awaitable[T]], *, cargo: bool = False) -> T | Lost:
         """The tier's answer; LATE or TIER_DOWN when it has none. `cargo`: objects are carried."""
