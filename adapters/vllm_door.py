@@ -1,17 +1,21 @@
 """A worker's door: what the scheduler's side must have done at once, not with the next step.
 
-An idle engine makes no steps. A worker listens on a socket in a folder that only its user can
-enter; one line of JSON comes in, one goes out.
+An idle engine makes no steps. A worker listens on a socket whose name both sides know, in a folder
+that only its user can enter; one line of JSON comes in, one goes out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
-import shutil
+import os
 import socket
+import stat
 import tempfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,31 +23,41 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tierloom.vllm")
 
+_RESET = 10.0
+"""Seconds that a worker may take to forget what it keeps."""
 _LINE = 1 << 16
 """Bytes of a question or an answer, at most."""
+
+
+def address(engine: str, worker: int) -> str:
+    """Where a worker of an engine listens. `engine`: what all of its processes call it."""
+    name = hashlib.sha256(f"{engine} {worker}".encode()).hexdigest()[:24]
+    return f"{tempfile.gettempdir()}/tierloom-{os.getuid()}/{name}"
 
 
 class Door:
     """Answers one question after another, in a thread of its own, until it is closed."""
 
-    def __init__(self, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def __init__(self, address: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """`answer` may raise: the asker is told. Raises OSError where there can be no door."""
-        self._answer = answer
-        self._folder = tempfile.mkdtemp(prefix="tierloom-")  # mode 0700
-        self.address = f"{self._folder}/door"
+        self._address, self._answer = Path(address), answer
+        _private(self._address.parent)
+        self._address.unlink(missing_ok=True)  # of an engine of this name that was killed
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            self._socket.bind(self.address)
+            self._socket.bind(address)
             self._socket.listen(4)
         except OSError:
-            self.close()
+            self._socket.close()
             raise
         threading.Thread(target=self._serve, name="tierloom-door", daemon=True).start()
 
     def close(self) -> None:
         """Nobody is answered any more."""
+        with contextlib.suppress(OSError):  # wakes the thread that accepts
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._address.unlink(missing_ok=True)
 
     def _serve(self) -> None:
         while True:
@@ -76,6 +90,27 @@ def ask(address: str, question: dict[str, Any], seconds: float) -> dict[str, Any
         return dict(json.loads(_line(door)))
 
 
+def forget(engine: str, workers: int, epoch: int, *, local: bool) -> bool:
+    """Have all workers of an engine forget what they keep, in their own tiers or in all, and keep
+    nothing that was planned before reset number `epoch`. False: not all of it is gone."""
+    done = [_forgot(engine, worker, epoch, local=local) for worker in range(workers)]
+    return all(done)
+
+
+def _forgot(engine: str, worker: int, epoch: int, *, local: bool) -> bool:
+    try:
+        said = ask(address(engine, worker), {"reset": epoch, "local": local}, _RESET)
+    except (OSError, ValueError) as error:
+        log.error("reset: worker %d does not answer: %s", worker, error)  # noqa: TRY400
+        return False
+    why = said.get("error") or ", ".join(said["refused"])
+    if why:
+        log.error("reset: worker %d: %s", worker, why)
+        return False
+    log.info("reset: worker %d forgot %d objects", worker, said["objects"])
+    return True
+
+
 def _line(peer: socket.socket) -> bytes:
     got = b""
     while not got.endswith(b"\n"):
@@ -84,3 +119,12 @@ def _line(peer: socket.socket) -> bytes:
             raise ValueError("the other end said no whole line")
         got += more
     return got
+
+
+def _private(folder: Path) -> None:
+    """Make a folder that nobody else can enter. Raises OSError where it is somebody else's."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not a folder of this user's alone: remove it")

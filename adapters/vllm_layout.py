@@ -87,6 +87,15 @@ def is_draft(name: str) -> bool:
     return name.startswith(_DRAFT)
 
 
+def overwrites_early(vllm_config: Any, config: Any) -> bool:
+    """A step may write blocks before the connector's first hook: vLLM's V2 runner zeroes new ones
+    (caches of mixed precision) and copies those of which a request takes a part."""
+    hashed = config.hash_block_size
+    copies = hashed and any(g.kv_cache_spec.block_size > hashed for g in config.kv_cache_groups)
+    zeroes = getattr(config, "needs_kv_cache_zeroing", False)
+    return bool((zeroes or copies) and getattr(vllm_config, "use_v2_model_runner", False))
+
+
 def _place(name: str) -> tuple[bool, int]:
     """Where a layer comes in the order of computing."""
     return is_draft(name), layer_index(name)

@@ -95,8 +95,15 @@ class Hello(NamedTuple):
     """KV bytes of a token, in this worker."""
     off: str
     """Why nothing can be kept; empty: all is well."""
-    door: str = ""
-    """Where this worker does at once what it is asked; empty: nowhere."""
+
+
+def together(hellos: dict[int, Hello]) -> Hello:
+    """What all workers are; `off` where they are not alike."""
+    first = hellos[0]
+    for other in hellos.values():
+        if other._replace(token_bytes=0) != first._replace(token_bytes=0):
+            return first._replace(off=f"the workers disagree about what is kept: {first}, {other}")
+    return first._replace(token_bytes=max(h.token_bytes for h in hellos.values()))
 
 
 class Seen(NamedTuple):

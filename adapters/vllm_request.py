@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..stages.namespace import tlv
+from .vllm_settings import Wishes
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from ..stages.hash import Chain
     from .vllm_index import Part
-    from .vllm_settings import Wishes
+
+log = logging.getLogger("tierloom.vllm")
 
 
 class Passage:
@@ -56,6 +60,30 @@ class Passage:
             self.prompt_saved = False
             if self.chain is not None:
                 self.chain.links.clear()
+
+    def adapter_id(self) -> str | None:
+        """Content id of its LoRA, empty without one; None: not known yet, or not to be had."""
+        if self.adapter is None:
+            return ""
+        if not self.adapter.done():
+            return None
+        try:
+            return self.adapter.result()
+        except Exception as error:
+            log.warning("request %s: its adapter has no name: %s", self.request.request_id, error)
+            self.wishes = Wishes(skip_save=True, skip_load=True)
+            return None
+
+    def waits(self, seconds: float) -> bool:
+        """It may wait so long to learn what is kept for it, and has not yet."""
+        now = time.monotonic()
+        self.asked_at = self.asked_at or now
+        return not self.wishes.skip_load and now - self.asked_at < seconds
+
+    def forget(self) -> None:
+        """What is kept was reset: what is computed of it by now is not to be kept, either."""
+        self.stale = self.stale or bool(self.request.num_computed_tokens)
+        self.saved, self.answer, self.plan = 0, None, []
 
     @property
     def most(self) -> int:

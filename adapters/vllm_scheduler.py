@@ -16,9 +16,9 @@ from ..stages.blocks import BlockTable
 from ..stages.hash import Chain
 from ..stages.payload import Span
 from .vllm_adapters import Adapters
-from .vllm_door import ask
+from .vllm_door import forget
 from .vllm_index import Mirror, Part
-from .vllm_messages import Hello, Load, News, Plan, Seen, Told
+from .vllm_messages import Hello, Load, News, Plan, Seen, Told, together
 from .vllm_metrics import Stats
 from .vllm_request import Passage
 from .vllm_saves import Saves
@@ -33,10 +33,6 @@ log = logging.getLogger("tierloom.vllm")
 
 _DOUBT = 60.0
 """Seconds after which a load within a step that nobody tells of is taken for failed."""
-_GREETING = 30.0
-"""Seconds in which an idle engine makes steps until the workers have said what they are."""
-_RESET = 10.0
-"""Seconds that a worker may take to forget what it keeps."""
 _START = 20
 """The first requests wait so much longer: for the workers to say what they keep."""
 
@@ -48,7 +44,7 @@ class SchedulerSide:
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self.conf = conf
         self._loads, saves = transfer.is_kv_consumer, transfer.is_kv_producer
-        self._workers = parallel.world_size
+        self._workers, self._engine = parallel.world_size, transfer.engine_id
         self._groups = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
         self._block = kv_cache_config.cache_hit_alignment_tokens or max(self._groups)
         self.hash_block = kv_cache_config.hash_block_size or self._block
@@ -59,7 +55,6 @@ class SchedulerSide:
         """Why nothing is looked up or saved; empty: all is well."""
         self.hello: Hello | None = None
         self._hellos: dict[int, Hello] = {}
-        self._greeted_by = time.monotonic() + _GREETING
         self._behind: set[int] = set()
         """Workers that have yet to tell all that they kept when they began."""
         self._early: list[tuple[int, list[Seen]]] = []
@@ -179,17 +174,17 @@ class SchedulerSide:
 
     def finished(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
         """A request has ended, in whatever way. True: its blocks are still needed."""
-        p = self._passages.pop(request.request_id, None)
-        self._questions.pop(request.request_id, None)
-        self._answers.pop(request.request_id, None)
+        name = request.request_id
+        p = self._passages.pop(name, None)
+        self._questions.pop(name, None)
+        self._answers.pop(name, None)
         if p is None:
             return False
         if p.loading:  # vLLM keeps the blocks by itself until the load is reported
-            self._abandoned.append(request.request_id)
+            self._abandoned.append(name)
             return False
         needed = self.saves is not None and self.saves.finish(p, blocks, self._may_save(p))
-        if needed:
-            self._held.append(request.request_id)
+        self._held += [name] * needed
         return needed
 
     def plan(self, output: Any) -> Plan:
@@ -223,10 +218,7 @@ class SchedulerSide:
 
     @property
     def busy(self) -> bool:
-        """Something was begun whose end the workers have yet to tell; at the start, what they
-        are."""
-        if self.hello is None and not self.off:
-            return time.monotonic() < self._greeted_by
+        """Something was begun whose end the workers have yet to tell."""
         return bool(self._held or (self.saves is not None and self.saves.jobs))
 
     def reset(self) -> bool:
@@ -237,33 +229,14 @@ class SchedulerSide:
         which = self.conf.settings.reset
         if which == "none" or self.off:
             return True
-        if self.hello is None:
-            log.error("reset: the workers have not said yet what they keep: try again")
-            return False
         self._epoch += 1
         for p in self._passages.values():
-            p.stale = p.stale or bool(p.request.num_computed_tokens)
-            p.saved, p.answer, p.plan = 0, None, []
+            p.forget()
         if self.saves is not None:
             self.saves.forget(self._epoch)
         if self.mirror is not None:
             self.mirror.clear()
-        question = {"reset": self._epoch, "local": which == "local"}
-        done = [self._ask(w, hello.door, question) for w, hello in sorted(self._hellos.items())]
-        return all(done)
-
-    def _ask(self, worker: int, door: str, question: dict[str, Any]) -> bool:
-        try:
-            said = ask(door, question, _RESET)
-        except (OSError, ValueError) as error:
-            log.error("reset: worker %d does not answer: %s", worker, error)  # noqa: TRY400
-            return False
-        why = said.get("error") or ", ".join(said["refused"])
-        if why:
-            log.error("reset: worker %d: %s", worker, why)
-            return False
-        log.info("reset: worker %d forgot %d objects", worker, said["objects"])
-        return True
+        return forget(self._engine, self._workers, self._epoch, local=which == "local")
 
     def close(self) -> None:
         self._adapters.close()
@@ -278,13 +251,7 @@ class SchedulerSide:
         """The request's chain is there; False: not yet."""
         if p.chain is not None:
             return True
-        if self.hello is None or self._behind or (p.adapter and not p.adapter.done()):
-            return False
-        try:
-            adapter = p.adapter.result() if p.adapter is not None else ""
-        except Exception as error:
-            log.warning("request %s: its adapter has no name: %s", p.request.request_id, error)
-            p.wishes = Wishes(skip_save=True, skip_load=True)
+        if self.hello is None or self._behind or (adapter := p.adapter_id()) is None:
             return False
         seed = self._seed(p.request.cache_salt or "", adapter, p.wishes.tags)
         p.chain = Chain(seed, self.hello.grain)
@@ -296,12 +263,8 @@ class SchedulerSide:
 
     def _waits(self, p: Passage) -> bool:
         """There is still time for a request to learn what is kept for it."""
-        if p.wishes.skip_load:
-            return False
-        now = time.monotonic()
-        p.asked_at = p.asked_at or now
-        wait = self.conf.settings.wait * (_START if self.hello is None or self._behind else 1)
-        return now - p.asked_at < wait
+        starts = self.hello is None or bool(self._behind)
+        return p.waits(self.conf.settings.wait * (_START if starts else 1))
 
     def _look(self, p: Passage, most: int) -> list[Part] | None:
         """What is kept of a request's first `most` tokens; None: not known yet."""
@@ -368,20 +331,14 @@ class SchedulerSide:
     def _greet(self, worker: int, hello: Hello) -> None:
         """All workers must be alike before anything is looked up."""
         self._hellos[worker] = hello
-        if hello.off:
-            self.off = hello.off
+        self.off = self.off or hello.off
         if len(self._hellos) < self._workers or self.off:
             return
-        first = self._hellos[0]
-        for other in self._hellos.values():
-            if other._replace(token_bytes=0, door="") != first._replace(token_bytes=0, door=""):
-                self.off = "the workers disagree about what is kept"
-                log.error("caching is off: %s: %s and %s", self.off, first, other)
-                return
-        most = max(h.token_bytes for h in self._hellos.values())
-        self.hello = first._replace(token_bytes=most)
+        self.hello = first = together(self._hellos)
+        self.off = first.off
         if self.conf.settings.keys == "engine" and first.grain != self.hash_block:
             self.off = f"keys: engine wants chunk.grain {self.hash_block}, got {first.grain}"
+        if self.off:
             log.error("caching is off: %s", self.off)
         self.mirror = Mirror(
             first.tiers, shares=self._workers * first.shares, chunk=first.chunk, grain=first.grain

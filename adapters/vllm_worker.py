@@ -22,8 +22,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from ..stages.errors import LayoutError, TierDown
 from .vllm_captures import Captures
-from .vllm_door import Door
-from .vllm_layout import is_draft
+from .vllm_door import Door, address
+from .vllm_layout import is_draft, overwrites_early
 from .vllm_ledger import Ledger
 from .vllm_messages import Hello, News, Plan, Seen, Told
 from .vllm_pipes import Pipe, Rank, open_pipes
@@ -69,6 +69,7 @@ class WorkerSide:
         """Resets so far; what was planned before the last is not saved."""
         self._asleep = False
         """The engine has given its KV memory back."""
+        self._overwrites = overwrites_early(vllm_config, kv_cache_config)
         self._asked: dict[str, list[Any]] = {}
         self._bad: set[int] = set()
         self._layer: dict[str, tuple[int, int]] = {}
@@ -92,16 +93,17 @@ class WorkerSide:
         rank = Rank.here(self._vllm.parallel_config)
         self._rank, self.ledger = rank.index, Ledger(first=rank.index == 0)
         try:
+            at = address(self._vllm.kv_transfer_config.engine_id, rank.index)
+            self._door = Door(at, self._answer)
+        except OSError as error:
+            log.warning("the scheduler cannot reset what this worker keeps: %s", error)
+        try:
             self.pipes, hello = open_pipes(self._vllm, self._kv, self.conf, caches, rank)
         except LayoutError as error:
             log.error("caching is off: %s", error)  # noqa: TRY400 - the message says it all
             self._told.hello = _off(str(error))
             return
-        try:
-            self._door = Door(self._answer)
-        except OSError as error:
-            log.warning("the scheduler cannot reset what this worker keeps: %s", error)
-        self._told.hello = hello._replace(door=self._door.address if self._door else "")
+        self._told.hello = hello
         self._layer = {
             name: (i, at) for i, p in enumerate(self.pipes) for at, name in enumerate(p.share.names)
         }
@@ -165,8 +167,9 @@ class WorkerSide:
     def _computed(self) -> None:
         """What was planned before is computed, or launched: set out to save it."""
         self._saves.computed([p.share.layout.layers - 1 for p in self.pipes])
-        if any(p.share.window for p in self.pipes):
-            self._saves.fence()  # blocks behind the window go back at the next step
+        # Blocks behind a window go back at the next step, whose fence may come too late for others.
+        if self._overwrites or any(p.share.window for p in self.pipes):
+            self._saves.fence()
 
     def load(self, plan: Plan) -> None:
         """Set out to load what the plan says, and to ask what it asks."""

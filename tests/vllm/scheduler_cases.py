@@ -22,7 +22,7 @@ TOKENS = 1024
 
 
 def side(load: str = "async") -> SchedulerSide:
-    transfer = Bag(is_kv_consumer=True, is_kv_producer=True)
+    transfer = Bag(is_kv_consumer=True, is_kv_producer=True, engine_id="e")
     config: Any = Bag(
         kv_transfer_config=transfer,
         parallel_config=Bag(world_size=1),

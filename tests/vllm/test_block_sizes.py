@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import pytest
 from harness import Engine, prompt, transfer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import Expect
+
+WHOLE = bool(os.environ.get("TIERLOOM_WHOLE"))
+SIZES = [(96, 256, 320), (128, 64, None)] + WHOLE * [
+    (48, 256, None), (48, 256, 320), (48, 64, 320), (48, 512, None), (96, 256, None),
+    (96, 64, None), (96, 512, 320), (128, 64, 320), (128, 512, None), (512, 256, None),
+    (512, 64, 320), (64, 32, None), (64, 32, 320),
+]  # fmt: skip
+"""Tokens of a block, of a chunk, of a step; `make test-vllm` takes all."""
+
+
+@pytest.mark.parametrize(("block", "chunk", "step"), SIZES)
+def test_prefixes_that_end_anywhere(
+    engine: Engine, llama: Path, expect: Expect, tmp_path: Path, block: int, chunk: int,
+    step: int | None,
+) -> None:  # fmt: skip
+    """Also where a block does not divide a chunk, nor a chunk a block; and what such an engine
+    keeps is right for one with other blocks."""
+    kv = transfer("tiered", **{
+        "tiers.warm.path": str(tmp_path / "kv"), "order": "canonical", "chunk.tokens": chunk,
+    })  # fmt: skip
+    a, d = prompt(1000, seed=440), prompt(2100, seed=441)
+    prompts = [a, a[:700] + prompt(600, seed=442), a[:256] + prompt(800, seed=443), d,
+               d[:1111] + prompt(300, seed=444)]  # fmt: skip
+    steps = {"max_num_batched_tokens": step} if step else {}
+    engine.use(llama, kv, block_size=block, **steps)
+    for _ in range(2):
+        for tokens in prompts:
+            expect(engine, tokens)
+            engine.settle()
+    least = 2100 // block * block - block
+    assert expect(engine, d).cached >= min(least, 2048), "it was not kept"
+    engine.use(llama, kv, block_size=32)
+    for tokens in prompts:
+        assert expect(engine, tokens).cached >= len(tokens) // 64 * 64 - 64
+    engine.settle()
 
 
 def test_canonical(engine: Engine, llama: Path, expect: Expect, tmp_path: Path) -> None:
