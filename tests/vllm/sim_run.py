@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any
 
+import vllm
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.request import RequestStatus
@@ -128,6 +129,7 @@ def talk(model: str, case: sim.Case, seed: int) -> Any:
                 count += 1
             world.add(name, [], 1)
             world.until_idle()
+        world.sleep()
         for i, text in enumerate(texts):
             for j, tail in enumerate(([], [1, 2, 3])):
                 world.add(f"t{i}-{j}", text[: len(text) - 2 * j] + tail * 20, 3)
@@ -194,7 +196,7 @@ def main(model: str, what: str, *rest: str) -> None:
         rng = random.Random(numbers[1] if len(numbers) > 1 else 0)
         jobs = [(anything(rng), rng.randrange(1 << 30), 8, 1500) for _ in range(numbers[0])]
     began = said = time.monotonic()
-    total = {"engines": 0, "requests": 0, "hit_tokens": 0, "steps": 0, "read_late": 0}
+    total = dict.fromkeys(("engines", "requests", "hit_tokens", "steps", "read_late"), 0)
     wrong = []
     for at, (case, seed, requests, longest) in enumerate(jobs):
         if time.monotonic() - said > 5:
@@ -213,7 +215,8 @@ def main(model: str, what: str, *rest: str) -> None:
             continue
         for name, n in zip(total, (1, count, hits, steps, late), strict=True):
             total[name] += n
-    print("\nRESULT " + json.dumps(total | {
+    print("\nRESULT " + json.dumps({
+        **total, "vllm": vllm.__version__,
         "wrong": wrong[:20], "wrongs": len(wrong), "seconds": round(time.monotonic() - began, 1)
     }))  # fmt: skip
 

@@ -15,16 +15,19 @@ import harness
 import pytest
 
 RUN = Path(__file__).with_name("sim_run.py")
+NEXT = "0.33.0"
 WHOLE = bool(os.environ.get("TIERLOOM_WHOLE"))
 
 
-def played(model: Path, *arguments: Any) -> dict[str, Any]:
+def played(model: Path, *arguments: Any, release: Path | None = None) -> dict[str, Any]:
+    """`release`: another vLLM's Python files, instead of the one that is installed."""
+    path = {"PYTHONPATH": f"{release}:{harness.ROOT / 'src'}"} if release else {}
     run = subprocess.run(
         ["nice", harness.PYTHON, RUN, model, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=10_000 if WHOLE else 580,
-        env=harness.environment(VLLM_LOGGING_LEVEL="ERROR"),
+        env=harness.environment(VLLM_LOGGING_LEVEL="ERROR", **path),
     )
     said = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
@@ -48,3 +51,23 @@ def test_any_block_size_with_any_chunk_size(llama: Path) -> None:
     result = played(llama, "positions", 1250 if WHOLE else 16, 7)
     assert (result["wrong"], result["read_late"]) == ([], 0)
     assert result["hit_tokens"] > 100 * result["engines"]
+
+
+@pytest.mark.timeout(10_000 if WHOLE else 600)
+def test_sessions_that_get_their_input_piece_by_piece(llama: Path) -> None:
+    """What was sampled last is dropped when more comes; and the engine sleeps once."""
+    result = played(llama, "sessions", 1 if WHOLE else 60)
+    assert (result["wrong"], result["read_late"]) == ([], 0)
+    assert result["hit_tokens"] > 10 * result["engines"]
+
+
+@pytest.mark.skipif(not WHOLE, reason="part of `make test-vllm`: it downloads a release of vLLM")
+@pytest.mark.timeout(10_000)
+def test_the_next_release_of_vllm(llama: Path) -> None:
+    """Its scheduler, its orders of hooks, its sessions."""
+    release = harness.VENV / f"vllm-{NEXT}"
+    subprocess.run([harness.PYTHON, RUN.with_name("next_release.py"), NEXT, release], check=True)
+    for what in (("orders", 1, 1), ("sessions", 4), ("positions", 100, 3)):
+        result = played(llama, *what, release=release)
+        assert (result["wrong"], result["read_late"]) == ([], 0)
+        assert result["vllm"].startswith(NEXT)

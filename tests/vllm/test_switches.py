@@ -89,6 +89,53 @@ def test_reset(plain: Engine, expect: Expect) -> None:
     plain.settle()
 
 
+def test_reset_of_an_idle_engine(
+    engine: Engine, llama: Path, expect: Expect, tmp_path: Path
+) -> None:
+    """It is done when it says so: a kill right behind it brings nothing back."""
+    kv = transfer("tiered", **{"tiers.warm.path": str(tmp_path)})
+    tokens = prompt(600, seed=308)
+    expect(engine.use(llama, kv), tokens, cached=0)
+    engine.settle()
+    assert engine.ask("reset")
+    engine.kill()
+    expect(engine.use(llama, kv), tokens, cached=0)
+    engine.settle()
+    engine.kill()
+    engine.use(llama, kv)
+    assert engine.ask("reset"), "before the first step, too"
+    expect(engine, tokens, cached=0)
+    engine.settle()
+
+
+@pytest.mark.parametrize(("reset", "cached"), [("local", 576), ("all", 0), ("none", 576)])
+def test_which_tiers_a_reset_forgets(
+    engine: Engine, llama: Path, expect: Expect, tmp_path: Path, reset: str, cached: int
+) -> None:
+    """`files` may be shared with other engines: it stays, unless all is to go."""
+    files = {"use": "files", "path": str(tmp_path / "kv")}
+    hot = {"use": "memory", "capacity": "64 MiB"}
+    engine.use(llama, transfer(pipeline(hot=hot, cold=files), **{"tierloom.reset": reset}))
+    tokens = prompt(600, seed=309)
+    expect(engine, tokens, cached=0)
+    engine.settle()
+    before = engine.ask("metrics").get("vllm:tierloom_hit_tokens{tier=hot}", 0.0)
+    assert engine.ask("reset")
+    expect(engine, tokens, cached=cached)
+    after = engine.ask("metrics").get("vllm:tierloom_hit_tokens{tier=hot}", 0.0)
+    assert after - before == (576 if reset == "none" else 0)
+    engine.settle()
+
+
+def test_a_reset_that_a_tier_refuses_is_told(engine: Engine, llama: Path, expect: Expect) -> None:
+    hot = {"use": "memory", "capacity": "64 MiB"}
+    stuck = {"use": "stuck", "capacity": "64 MiB", "timeout": "200 ms"}
+    engine.use(llama, transfer(pipeline(hot=hot, deaf=stuck), **{"tierloom.reset": "all"}))
+    expect(engine, prompt(600, seed=311), cached=0)
+    assert not engine.ask("reset")
+    assert "not cleared: deaf" in engine.log_text()
+
+
 def test_prompt_logprobs_are_computed(plain: Engine, expect: Expect) -> None:
     """They need the whole prompt: vLLM takes no hit, and says so after it has asked for one."""
     tokens = prompt(600, seed=307)
