@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SHAPES, Engine, config, settle, tokens, with_disk
 
-from tierloom import Closed, ConfigError, InputError, LayoutError, Lost
+from tierloom import Closed, ConfigError, InputError, LayoutError, Lost, TierDown
 
 if TYPE_CHECKING:
     from conftest import Open
@@ -516,6 +516,28 @@ def test_pins_clear_and_stats(opened: Open) -> None:
     assert pipe.pin(ids[0], pinned=False) == 1
     assert pipe.clear() == hot["objects"]
     assert pipe.lookup(ids[0]) == 0
+
+
+def test_clear_gives_up_stores_and_names_who_refuses(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine()
+    pipe = opened(with_disk(tmp_path), engine)
+    ids, at = tokens(128), engine.slots(128)
+    pipe.store(ids, engine.caches, at).wait()
+    wave = pipe.begin_store(tokens(128, seed=1), engine.caches, at)  # the model never goes on
+    assert pipe.clear(local=True) == 4, "two chunks in two tiers"
+    assert wave.wait(5).lost, "it was given up, not waited for"
+    assert (pipe.lookup(ids), pipe.lookup(tokens(128, seed=1))) == (0, 0)
+    pipe.store(ids, engine.caches, at).wait()
+
+    async def refuse() -> int:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(pipe.tiers["warm"].tier, "clear", refuse)
+    with pytest.raises(TierDown, match=r"not cleared: warm \(tier_down\)"):
+        pipe.clear()
+    assert len(pipe.tiers["hot"].tier._index) == 0, "the others have done it"
 
 
 def test_closed_is_closed(opened: Open) -> None:

@@ -129,8 +129,8 @@ def test_which_tiers_a_reset_forgets(
 
 def test_a_reset_that_a_tier_refuses_is_told(engine: Engine, llama: Path, expect: Expect) -> None:
     hot = {"use": "memory", "capacity": "64 MiB"}
-    stuck = {"use": "stuck", "capacity": "64 MiB", "timeout": "200 ms"}
-    engine.use(llama, transfer(pipeline(hot=hot, deaf=stuck), **{"tierloom.reset": "all"}))
+    nobody = {"use": "redis", "url": "redis://127.0.0.1:9/0"}
+    engine.use(llama, transfer(pipeline(hot=hot, deaf=nobody), **{"tierloom.reset": "all"}))
     expect(engine, prompt(600, seed=311), cached=0)
     assert not engine.ask("reset")
     assert "not cleared: deaf" in engine.log_text()
