@@ -109,7 +109,9 @@ def test_of_a_long_prompt_that_is_given_up_what_was_kept_is_right(
 
 
 @pytest.mark.parametrize("step", [2048, 8192, 16384, 131072])
-@pytest.mark.parametrize("token_bytes", [128 << 10, 40 << 10, 16 << 10], ids=["8B", "70B/8", "8B/8"])
+@pytest.mark.parametrize(
+    "token_bytes", [128 << 10, 40 << 10, 16 << 10], ids=["8B", "70B/8", "8B/8"]
+)
 @pytest.mark.parametrize("arena", [Budget().arena, 512 << 20], ids=["default", "presets"])
 def test_no_step_of_a_large_model_is_cut_short(step: int, token_bytes: int, arena: int) -> None:
     """Of models whose KV is too large for a test, the plan: every chunk is in one batch, none is
