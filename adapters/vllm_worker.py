@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from ..stages.errors import LayoutError, Lost
+from ..stages.errors import ConfigError, Lost, TierloomError
 from .vllm_ledger import Ledger
 from .vllm_messages import Hello, News, Plan, Seen, Told
 from .vllm_pipes import Pipe, Rank, open_pipes
@@ -89,9 +89,12 @@ class WorkerSide:
         self._rank, self.ledger = rank.index, Ledger(first=rank.index == 0)
         try:
             self.pipes, hello = open_pipes(self._vllm, self._kv, self.conf, caches, rank)
-        except LayoutError as error:
-            log.error("caching is off: %s", error)  # noqa: TRY400 - the message says it all
-            self._told.hello = _off(str(error))
+        except ConfigError:
+            raise
+        except Exception as error:  # no memory, no driver, no tier: vLLM can do without any of them
+            known = isinstance(error, TierloomError)
+            log.error("caching is off: %s", error, exc_info=not known)  # noqa: TRY400
+            self._told.hello = _off(str(error) or repr(error))
             return
         self._told.hello = hello
         self._layer = {
