@@ -87,7 +87,8 @@ class Kept:
         self.model, self.shape = model, inspect(model)
         self.store_decode, self._salt = store_decode, salt
         self.last = Request(0)
-        rows = torch.empty(1, self.shape.heads, self.shape.dim, dtype=self.shape.dtype)
+        # Two rows: the layout's self-test, at opening, then stands for caches of any length.
+        rows = torch.empty(2, self.shape.heads, self.shape.dim, dtype=self.shape.dtype)
         rows = rows.to(self.shape.device)
         self.pipe = tierloom.open(
             config, layout=layout_of([(rows, rows)] * self.shape.layers),
@@ -96,8 +97,6 @@ class Kept:
             facts=ModelFacts(self.shape.layers, weight_files(model)),
             overrides=PACE | dict(overrides or {}),
         )  # fmt: skip
-        # the layout's self-test runs before the first request: not in a request's time
-        self.cache(torch.zeros((1, 2), dtype=torch.long), store=False)
 
     def cache(
         self,

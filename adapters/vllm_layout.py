@@ -15,7 +15,7 @@ from vllm.v1 import kv_cache_interface as kv
 
 from ..stages.errors import LayoutError
 from ..stages.layout import KVLayout
-from ..stages.selftest import token
+from ..stages.selftest import fewer, look_alike, memory_of, token
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -158,26 +158,29 @@ def _backend(layer: Any) -> tuple[str, str]:
 
 
 def _probe_cpu(cache: torch.Tensor, layout: KVLayout, isa: str) -> None:
-    """Let vLLM's own operation write one block, and look whether K and V lie where we think.
+    """Let vLLM's own operation write a block of memory laid out as `cache` is, and look whether K
+    and V lie where we think. The engine's own blocks are not touched.
 
     Raises LayoutError. A layout that changes with a version of vLLM is found out here, before it
     can change an answer.
     """
     from vllm import _custom_ops as ops
 
-    _, heads, size, content = cache.shape
+    few = fewer(layout)
+    blocks, heads, size, content = few.shape
     if cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise LayoutError(f"CPU attention with a {cache.dtype} cache is not known here")
-    scratch = torch.zeros((2, heads, size, content), dtype=cache.dtype)
-    halves = scratch.view(2, heads, 2 * size, content // 2).chunk(2, dim=2)
+    scratch = look_alike(few, torch.zeros(memory_of(few), dtype=torch.uint8))[0]
+    halves = scratch.view(blocks, heads, 2 * size, content // 2).chunk(2, dim=2)
     rows = torch.arange(size * heads * content // 2, dtype=torch.float32) % 251
     k = rows.view(size, heads, content // 2).to(cache.dtype)
     v = -k - 1
-    slots = torch.arange(size, 2 * size)
+    first = (blocks - 1) * size
+    slots = torch.arange(first, first + size)
     ops.cpu_attn_reshape_and_cache(k, v, halves[0], halves[1], slots, isa)
     for i in range(size):
         for part, wanted in ((0, k[i]), (1, v[i])):
-            if not torch.equal(token(layout, scratch, part, size + i), wanted):
+            if not torch.equal(token(layout, scratch, part, first + i), wanted):
                 raise LayoutError(
                     f"vLLM's CPU attention ({isa}) no longer lays a block out as {layout.order}"
                 )

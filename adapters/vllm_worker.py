@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from ..stages.errors import LayoutError, TierDown
+from ..stages.errors import ConfigError, TierDown, TierloomError
 from .vllm_captures import Captures
 from .vllm_door import Door, address
 from .vllm_layout import is_draft, overwrites_early
@@ -99,9 +99,12 @@ class WorkerSide:
             log.warning("the scheduler cannot reset what this worker keeps: %s", error)
         try:
             self.pipes, hello = open_pipes(self._vllm, self._kv, self.conf, caches, rank)
-        except LayoutError as error:
-            log.error("caching is off: %s", error)  # noqa: TRY400 - the message says it all
-            self._told.hello = _off(str(error))
+        except ConfigError:
+            raise
+        except Exception as error:  # no memory, no driver, no tier: vLLM can do without any of them
+            known = isinstance(error, TierloomError)
+            log.error("caching is off: %s", error, exc_info=not known)  # noqa: TRY400
+            self._told.hello = _off(str(error) or repr(error))
             return
         self._told.hello = hello
         self._layer = {

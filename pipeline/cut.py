@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..stages.errors import Lost
 from ..stages.payload import Scope
 
 if TYPE_CHECKING:
@@ -20,17 +19,12 @@ def cut(ticket: Ticket, piece_bytes: int, working: int) -> list[Scope]:
     """The request's batches. `piece_bytes`: what a chunk may need of the arena's `working` bytes.
 
     Waves hold all of the request's memory until the last layer. One that would need more than half
-    of the arena keeps its head only (a store), or does without waves (a retrieve).
+    of the arena goes without them, batch by batch; a store when the last layer is computed.
     """
     if ticket.layered and len(ticket.pieces) * piece_bytes > working // 2:
-        if ticket.graph == "store":
-            fits = working // 2 // piece_bytes
-            for piece in ticket.pieces[fits:]:
-                piece.lost = Lost.NO_ROOM
-                ticket.tally(Lost.NO_ROOM)
-            ticket.pieces = ticket.pieces[:fits]
-        else:
-            ticket.layered, ticket.allowed = False, ticket.groups
+        ticket.layered = False
+        if ticket.graph == "retrieve":
+            ticket.allowed = ticket.groups
     step = max(1, min(BATCH_CHUNKS, BATCH_BYTES // piece_bytes, working // 4 // piece_bytes))
     scopes = [Scope(ticket.pieces[k : k + step]) for k in range(0, len(ticket.pieces), step)]
     for scope in scopes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -16,7 +15,7 @@ from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost, 
 from ..stages.inputs import tokens_array
 from ..stages.namespace import Namespace
 from ..stages.payload import Span
-from ..stages.selftest import check_layout
+from ..stages.selftest import SelfTests
 from ..stages.tables import Tables
 from ..stages.ticket import Ticket
 from .portal import awaited, finished
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from ..stages.ticket import Receipt
     from .graph import PipelineSpec
     from .worker import Change
-
-log = logging.getLogger("tierloom")
 
 
 class Pipeline:
@@ -63,8 +60,6 @@ class Pipeline:
         self.spec, self.layout = spec, layout
         self.native = _native(spec, layout)
         self.geometry = layout.geometry(native=self.native)
-        self.off: str | None = None
-        """Why nothing is cached any more; None: all is well."""
         self.prefill_rate = 0.0
         bound = sha256(layout.fingerprint + backend.encode()).digest()
         self._base = Namespace(
@@ -75,13 +70,15 @@ class Pipeline:
         )  # fmt: skip
         self._seed = lru_cache(1024)(self._seed_of)
         self._tables = Tables()
-        self._proven: set[tuple[Any, ...]] = set()
+        self._selftests = SelfTests(native=self.native)
         self._worker = Worker(
             spec, self.geometry, layout.device, self._base, facts, replica=replica, watch=watch
         )
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
         self._flows, self._portal = self._worker.flows, self._worker.portal
         self._closed = False
+        self.off: str | None = self._selftests.failure(layout)
+        """Why nothing is cached any more; None: all is well."""
 
     def lookup(
         self,
@@ -259,11 +256,8 @@ class Pipeline:
         wanted = (tokens.place or tokens.tokens) if isinstance(tokens, Span) else len(tokens)
         if (slots is None) == (blocks is None):
             raise InputError("pass either slots= or blocks=")
-        if layout is not self.layout and layout.geometry(native=self.native) != self.geometry:
-            raise LayoutError(
-                f"this pipeline keeps {self.geometry}, the layout given holds "
-                f"{layout.geometry(native=self.native)}"
-            )
+        if layout is not self.layout:
+            self._check_layout(layout)
         if blocks is not None:
             rows = layout.rows_of_blocks(blocks, wanted, native=self.native)
             if graph == "store" and len(rows) and int(rows.min()) < 0:
@@ -272,7 +266,6 @@ class Pipeline:
             rows = layout.check_slots(slots, wanted)
             rows = layout.block_rows(rows) if self.native else rows
         table = self._tables.of(layout, caches, native=self.native)
-        self.prove(caches, layout)
         pace = self.spec.graphs[graph].options.pace
         idle = pace.idle if layered else 0.0
         ticket = self._ticket(graph, tokens, rows, table, (caches, rows), idle=idle, **names)
@@ -315,23 +308,15 @@ class Pipeline:
         """The digest that starts a tenant's chains."""
         return self._base.of(salt=salt, adapter=adapter, tags=tags).digest
 
-    def prove(self, caches: Sequence[Any], layout: KVLayout | None = None) -> None:
-        """The layout's self-test on these tensors, once for each shape; done by the first request
-        unless it was before. A layout that fails turns caching off."""
-        layout = layout or self.layout
-        if self.off is not None:
-            return
-        # Dense tensors differ in length only: one of them stands for all.
-        inner = layout.stride[-1:] if layout.dense else layout.stride
-        shape = (layout.order, layout.blocks > 1, layout.heads, layout.dim, layout.dtype, *inner)
-        if shape in self._proven:
-            return
-        try:
-            check_layout(layout, caches, native=self.native)
-        except LayoutError as error:
-            self.off = str(error)
-            log.error("caching is off: %s", error)  # noqa: TRY400 - the message says it all
-        self._proven.add(shape)
+    def _check_layout(self, layout: KVLayout) -> None:
+        """Raise LayoutError unless `layout` holds what is kept here; test it if it is new."""
+        given = layout.geometry(native=self.native), layout.device
+        if given != (self.geometry, self.layout.device):
+            raise LayoutError(
+                f"this pipeline keeps {self.geometry} on {self.layout.device}, the layout given "
+                f"holds {given[0]} on {given[1]}"
+            )
+        self.off = self.off or self._selftests.failure(layout)
 
     def _check_open(self) -> None:
         if self._closed or not self._portal.alive:

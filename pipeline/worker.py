@@ -49,7 +49,8 @@ class Worker:
         facts: ModelFacts | None = None, *, replica: bool = False, watch: bool = False,
     ) -> None:  # fmt: skip
         """`names`: whose digest every object carries. `watch`: keep `changes`, which the
-        caller must empty. Raises ConfigError, TierDown."""
+        caller must empty. Raises ConfigError, TierDown; LayoutError where a device's memory cannot
+        be reached."""
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
         self._facts = facts or ModelFacts()
@@ -57,8 +58,12 @@ class Worker:
         self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
         kept = sum(spec.tiers[n].options.capacity for n in self._memory)
         self.arena = Arena(spec.budget.arena, kept)
-        if device == "cuda":
-            self.arena.pin()
+        if device != "cpu":
+            try:
+                self.arena.pin(device)
+            except BaseException:
+                self.arena.close()
+                raise
         warm_up(device)
         self.tiers: dict[str, Guarded] = {}
         self.flows: dict[str, Flow] = {}

@@ -16,6 +16,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from . import page_lock
 from .errors import ArenaFull
 from .space import PAGE, Space, aligned
 
@@ -82,7 +83,8 @@ class Arena(Slab):
     """`kept` bytes belong to memory tiers; `flight` bytes to requests under way.
 
     `flight` never exceeds `working`. Thread-safe. Pages are touched only when first used, and huge
-    pages are asked for, since first touches of small ones cost more than the copy into them.
+    pages are asked for, since first touches of small ones cost more than the copy into them. It
+    belongs to this process alone: a child that is forked does not have it.
     """
 
     def __init__(
@@ -105,6 +107,10 @@ class Arena(Slab):
             self._map = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # After a fork, the next write here moves a page that the child still has: a device or a
+            # NIC that has locked it goes on with the old one. Newer kernels copy all of it instead.
+            self._map.madvise(mmap.MADV_DONTFORK)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         if self.fd < 0:  # in shared memory, the kernel sees to it
             skip = -start % HUGE
@@ -199,25 +205,19 @@ class Arena(Slab):
                 self._kept -= lease.nbytes
         lease.release()
 
-    def pin(self) -> None:
-        """Page-lock the slab for a CUDA device (`cudaHostRegister`), once."""
-        import torch
-
-        if self._pinned:
-            return
-        code = torch.cuda.cudart().cudaHostRegister(self.address, self.total, 0)
-        if int(code):
-            raise RuntimeError(f"cudaHostRegister refused {self.total} bytes with code {int(code)}")
-        self._pinned = True
+    def pin(self, device: str) -> None:
+        """Page-lock the slab for a CUDA device (`cuda:3`), once. Raises LayoutError."""
+        if not self._pinned:
+            page_lock.lock(self.address, self.total, device)
+            self._pinned = True
 
     def close(self) -> None:
         """Unmap. Every lease must have been released."""
         if self.leases:
             raise RuntimeError(f"arena closed with {self.leases} leases still out")
         if self._pinned:
-            import torch
-
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            page_lock.unlock(self.address)
+            self._pinned = False
         self.view.release()
         with contextlib.suppress(BufferError):  # a view was kept: the mapping goes with it
             self._map.close()

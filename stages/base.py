@@ -104,7 +104,7 @@ class Context:
     chunk: ChunkOptions
     geometry: Geometry
     device: str
-    """'cpu' or 'cuda': where the engine's cache lives."""
+    """`cpu`, or `cuda:3`: where the engine's cache lives."""
     namespace: bytes
     """Digest that every object of this pipeline carries."""
     names: Namespace

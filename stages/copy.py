@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..triton_kernels.planes import CORRUPT, PLACED, FrameTable, PlaneTable
+from .page_lock import is_locked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,12 +53,13 @@ def frame_table(
 def gather(ticket: Ticket, frames: FrameTable, device: str) -> bool:
     """Fill frames from the ticket's cache and write their checksums; False: stopped half way.
 
-    A caller who gives up waits for it, and so never shares its memory with us.
+    A caller who gives up waits for it, and so never shares its memory with us. What was given up
+    meanwhile is not whole: a device goes on to the end, over memory that may have changed.
     """
     with ticket.touching:
         if not ticket.stop[0] and ticket.table is not None:
             gather_now(ticket.table, frames, ticket.slots, ticket.stop, device, ticket.fence)
-    return bool((frames.status == PLACED).all())
+    return not ticket.stop[0] and bool((frames.status == PLACED).all())
 
 
 def scatter(ticket: Ticket, frames: FrameTable, device: str, *, verify: bool) -> None:
@@ -70,13 +72,14 @@ def scatter(ticket: Ticket, frames: FrameTable, device: str, *, verify: bool) ->
 
 
 def fence(device: str) -> Any:
-    """What a copy must wait for before it touches the engine's memory; called by the engine's
-    thread, which does not wait for it. None on a CPU, where work is done when a call returns."""
+    """What a copy must wait for before it touches the engine's memory on `device`; called by the
+    engine's thread, which does not wait for it. None on a CPU, where work is done when a call
+    returns."""
     if device == "cpu":
         return None
     import torch
 
-    return torch.cuda.current_stream().record_event()
+    return torch.cuda.current_stream(device).record_event()
 
 
 def gather_now(
@@ -95,7 +98,7 @@ def gather_now(
         return
     from ..triton_kernels.xxh3 import xxh3_64
 
-    _launch(table, frames, slots, behind, gather=True)
+    _launch(table, frames, slots, device, behind, gather=True)
     for i in range(len(frames)):
         frames.checksum[i] = xxh3_64(frames.address[i], frames.nbytes[i])
     frames.status[:] = PLACED
@@ -123,7 +126,7 @@ def scatter_now(
     for i in range(len(frames) if verify else 0):
         good[i] = xxh3_64(frames.address[i], frames.nbytes[i]) == frames.checksum[i]
     frames.take[~good] = 0  # nothing of a bad frame is placed
-    _launch(table, frames, slots, behind, gather=False)
+    _launch(table, frames, slots, device, behind, gather=False)
     frames.status[:] = np.where(good, PLACED, CORRUPT)
 
 
@@ -140,19 +143,29 @@ def warm_up(device: str) -> None:
 
 
 def _launch(
-    table: PlaneTable, frames: FrameTable, slots: Slots, behind: Any, *, gather: bool
+    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, behind: Any, *, gather: bool
 ) -> None:
-    """One Triton launch on a side stream, behind the engine's event `behind`; waits for it."""
+    """One Triton launch on a side stream, behind the engine's event `behind`; waits for it.
+
+    Any thread, whatever device is current there. To enter the stream alone would do, but leaving it
+    would make a context on the device that was current before: half a GiB of another worker's.
+    """
     import torch
 
+    from ..triton_kernels.launch import on_device
     from ..triton_kernels.paged_copy import DeviceFrames, DevicePlanes, launch_paged_copy
 
-    stream = torch.cuda.Stream()
-    if behind is not None:
-        stream.wait_event(behind)
-    with torch.cuda.stream(stream):
-        launch_paged_copy(
-            DevicePlanes.of(table, "cuda"), DeviceFrames.of(frames, "cuda"),
-            torch.from_numpy(slots).to("cuda"), gather=gather,
-        )  # fmt: skip
-    stream.synchronize()
+    if not is_locked(frames.address, frames.nbytes):  # the engine would lose its device
+        raise RuntimeError(f"{device} was handed memory of the host that is not page-locked")
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        try:
+            if behind is not None:
+                stream.wait_event(behind)
+            with torch.cuda.stream(stream):
+                launch_paged_copy(
+                    DevicePlanes.of(table, device), DeviceFrames.of(frames, device),
+                    on_device(slots, device), gather=gather,
+                )  # fmt: skip
+        finally:  # whatever happens, nothing of it is under way when this returns
+            stream.synchronize()

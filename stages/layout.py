@@ -34,7 +34,8 @@ ORDERS = (
     "2BNHD", "B2NHD", "2BHND", "B2HND", "BNHD", "BHND", "SHD", "BND", "BHNC", "BHNC-KT",
 )  # fmt: skip
 _SHORT = {"NHD": ("2BNHD", "B2NHD", "BNHD"), "HND": ("2BHND", "B2HND", "BHND"), "MLA": ("BND",)}
-_PAIRS = ("BNHD", "BHND", "SHD")
+PAIRS = ("BNHD", "BHND", "SHD")
+"""Orders whose K and V are two tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class KVLayout:
     stride: tuple[int, ...]
     """Of one layer's tensor (or of its K), in elements."""
     device: str
+    """`cpu`, or `cuda:3`: which one counts, and which is current says nothing of it."""
 
     @classmethod
     def from_tensors(
@@ -79,6 +81,8 @@ class KVLayout:
             raise LayoutError(
                 f"block_tokens={block_tokens}, but {full} {tuple(first.shape)} has {tokens}"
             )
+        if first.device.type not in ("cpu", "cuda"):
+            raise LayoutError(f"a cache on {first.device} is not kept; known: cpu, cuda")
         dtype = str(first.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise LayoutError(f"dtype {dtype} is not kept; known: {', '.join(DTYPES)}")
@@ -95,7 +99,7 @@ class KVLayout:
             order=full, layers=len(caches), block_tokens=tokens,
             blocks=size["B"] if "B" in size else size["S"] // tokens,
             heads=size.get("H", 1), dim=dim, dtype=dtype, shape=tuple(first.shape),
-            stride=tuple(first.stride()), device=first.device.type,
+            stride=tuple(first.stride()), device=str(first.device),
         )  # fmt: skip
         layout.check(caches)
         return layout
@@ -118,16 +122,6 @@ class KVLayout:
             if "S" in self.order
             else self.blocks * self.block_tokens
         )
-
-    @property
-    def dense(self) -> bool:
-        """A layer's tensor has no gaps."""
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size > 1 and stride != step:
-                return False
-            step *= size
-        return True
 
     @property
     def rows_contiguous(self) -> bool:
@@ -161,7 +155,7 @@ class KVLayout:
         """Raise LayoutError unless every layer of `caches` is laid out like this."""
         if len(caches) != self.layers:
             raise LayoutError(f"{len(caches)} layers given, the layout has {self.layers}")
-        paired = self.order in _PAIRS
+        paired = self.order in PAIRS
         for i, layer in enumerate(caches):
             parts = layer if isinstance(layer, (tuple, list)) else (layer,)
             if len(parts) != (2 if paired else 1):
@@ -173,7 +167,7 @@ class KVLayout:
                     tuple(t.shape),
                     tuple(t.stride()),
                     str(t.dtype).removeprefix("torch."),
-                    t.device.type,
+                    str(t.device),
                 )
                 if seen != (self.shape, self.stride, self.dtype, self.device):
                     raise LayoutError(
@@ -192,6 +186,8 @@ class KVLayout:
             [t.data_ptr() for t in (layer if isinstance(layer, (tuple, list)) else (layer,))]
             for layer in caches
         ]
+        if len({at for p in pointers for at in p}) < sum(map(len, pointers)):
+            raise LayoutError(f"{self.order}: two of the tensors given begin at the same address")
         if native:
             kv, words = self._block()
             apart = [0, size["2"]] if "2" in size else [0, 0]
@@ -290,7 +286,7 @@ def _resolve(order: str, shape: tuple[int, ...], paired: bool) -> str:
         name
         for name in names
         if len(name.removesuffix("-KT")) == len(shape)
-        and (name in _PAIRS) == paired
+        and (name in PAIRS) == paired
         and ("2" not in name or shape[name.index("2")] == 2)
     ]
     if len(fits) != 1:

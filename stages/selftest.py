@@ -1,27 +1,129 @@
-"""The layout's self-test: a pattern through gather and scatter, on the engine's own tensors.
+"""The layout's self-test: noise through gather and scatter, in memory of our own that is laid out
+like the engine's.
 
-It compares with plain indexing of the tensors, which knows nothing of pointers and strides. What
-it writes it puts back, so it runs before the first request and needs no memory of its own in the
-engine.
+It compares with plain indexing of tensors, which knows nothing of pointers and strides. The
+engine's own tensors are not touched: requests may be using them by then.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..triton_kernels.planes import PLACED, FrameTable
 from . import copy
 from .arena import Arena
 from .errors import LayoutError
+from .layout import PAIRS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    import torch
+    import numpy.typing as npt
 
     from .layout import KVLayout
+
+    Bytes = npt.NDArray[np.uint8]
+
+log = logging.getLogger("tierloom")
+
+_FEW = 2
+"""Layers, and blocks of each, that stand for all of them."""
+_STEP = 256
+"""Elements by which addresses are moved, so that they stay as aligned as they were."""
+
+
+class SelfTests:
+    """Which layouts have been tested. Thread-safe: each kind once, and whoever asks meanwhile waits
+    for what comes of it."""
+
+    def __init__(self, *, native: bool) -> None:
+        self._native = native
+        self._passed: set[KVLayout] = set()
+        self._failed: str | None = None
+        self._running = threading.Lock()
+
+    def failure(self, layout: KVLayout) -> str | None:
+        """Why nothing may be kept, if this layout or one before it fails; None: all is well."""
+        with self._running:
+            if self._failed is None:
+                try:
+                    kind = fewer(layout)
+                    if kind not in self._passed:
+                        check_layout(kind, native=self._native)
+                        self._passed.add(kind)
+                except Exception as error:  # no memory on the device, no compiler for a kernel
+                    known = isinstance(error, LayoutError)
+                    self._failed = str(error) if known else f"the self-test broke: {error!r}"
+                    log.error("caching is off: %s", self._failed, exc_info=not known)  # noqa: TRY400
+            return self._failed
+
+
+def fewer(layout: KVLayout) -> KVLayout:
+    """The same layout of a few layers and blocks; what is left the same of two layouts is all that
+    kernels depend on.
+
+    Strides stay what they are, but for the way from K to V where all blocks lie between them.
+    Raises LayoutError where two slots share memory.
+    """
+    letters = layout.order.removesuffix("-KT")
+    size = dict(zip(letters, layout.shape, strict=True))
+    step = dict(zip(letters, layout.stride, strict=True))
+    blocks = min(_FEW, layout.blocks)
+    few = size | {"B": blocks, "S": blocks * layout.block_tokens}
+    inner: list[str] = []
+    for c in sorted(letters, key=lambda c: step[c]):
+        if size[c] > 1 and step[c] < _reach((size[i], step[i]) for i in inner):
+            raise LayoutError(f"{layout.order}: two slots share memory, strides: {layout.stride}")
+        if c == "2" and "B" in inner:
+            gap = step[c] - _reach((few[i], step[i]) for i in inner)
+            step[c] -= gap // _STEP * _STEP
+        inner.append(c)
+    return replace(
+        layout, layers=min(_FEW, layout.layers), blocks=blocks,
+        shape=tuple(few[c] for c in letters), stride=tuple(step.values()),
+    )  # fmt: skip
+
+
+def look_alike(layout: KVLayout, memory: torch.Tensor) -> list[Any]:
+    """Tensors in `memory` that `layout` describes. uint8, `memory_of(layout)` bytes."""
+    apart, _ = _apart(layout)
+    flat = memory.view(getattr(torch, layout.dtype))
+    made = [
+        flat.as_strided(layout.shape, layout.stride, i * apart) for i in range(_tensors(layout))
+    ]
+    return list(zip(made[::2], made[1::2], strict=True)) if layout.order in PAIRS else made
+
+
+def memory_of(layout: KVLayout) -> int:
+    """Bytes that `look_alike` needs."""
+    return _apart(layout)[1] * layout.geometry(native=False).itemsize
+
+
+def _apart(layout: KVLayout) -> tuple[int, int]:
+    """Elements from one tensor to the next, and of all of them. They lie in one another's gaps
+    where they fit, as those of an engine do that keeps the layers of a block together."""
+    dims = sorted(zip(layout.stride, layout.shape, strict=True))
+    reach = _reach((n, s) for s, n in dims)
+    apart = -(-_reach((n, s) for s, n in dims[:-1]) // _STEP) * _STEP
+    if apart * _tensors(layout) > dims[-1][0]:
+        apart = -(-reach // _STEP) * _STEP
+    total = apart * (_tensors(layout) - 1) + reach
+    return apart, total
+
+
+def _tensors(layout: KVLayout) -> int:
+    return layout.layers * (2 if layout.order in PAIRS else 1)
+
+
+def _reach(dims: Iterable[tuple[int, int]]) -> int:
+    """Elements from the first to the last of a tensor of these (sizes, strides)."""
+    return 1 + sum((size - 1) * step for size, step in dims)
 
 
 def token(layout: KVLayout, layer: Any, kv: int, slot: int) -> torch.Tensor:
@@ -58,66 +160,66 @@ def token(layout: KVLayout, layer: Any, kv: int, slot: int) -> torch.Tensor:
     return view  # type: ignore[no-any-return]
 
 
-def check_layout(layout: KVLayout, caches: Sequence[Any], *, native: bool) -> None:
-    """Raise LayoutError unless the kernels and plain indexing agree on `caches`.
+def check_layout(layout: KVLayout, *, native: bool) -> None:
+    """Raise LayoutError unless the kernels and plain indexing agree on memory laid out like this.
 
-    The slots it uses (the first and last block's) hold what they held before when it returns.
+    Of a large cache a few layers and blocks are imitated. What is gathered must be what was
+    written, and what is scattered must be in place and nothing else changed.
     """
-    size = layout.block_tokens
-    blocks = sorted({0, layout.blocks - 1})
-    slots = np.array([b * size + t for b in blocks for t in range(size)], np.int64)
+    layout = fewer(layout)
+    slots = np.arange(layout.blocks * layout.block_tokens)
     if not native:  # a few tokens of each prove as much as all of them
         slots = slots[np.unique(np.linspace(0, len(slots) - 1, 8).astype(int))]
-    before = _bytes(layout, caches, slots)
     rng = np.random.default_rng(0)
-    pattern = rng.integers(0, 256, before.shape, np.uint8)
-    arena = Arena(2 * before.nbytes + (1 << 16), huge_pages=False)
-    lease = arena.lease(before.nbytes)
+    wanted = torch.from_numpy(rng.integers(0, 256, memory_of(layout), np.uint8))
+    plain = look_alike(layout, wanted)
+    pattern = rng.integers(0, 256, _bytes(layout, plain, slots).shape, np.uint8)
+    _write(layout, plain, slots, pattern)
+    if not np.array_equal(_bytes(layout, plain, slots), pattern):
+        raise LayoutError(f"{layout.order}: two slots share memory")
+    memory = wanted.clone().to(layout.device)
+    table = layout.planes(look_alike(layout, memory), native=native)
+    rows = layout.block_rows(slots) if native else slots
+    stop, device = np.zeros(1, np.uint8), layout.device
+    arena = Arena(2 * pattern.nbytes + (1 << 16), huge_pages=False)
     try:
-        _write(layout, caches, slots, pattern)
-        if not np.array_equal(_bytes(layout, caches, slots), pattern):
-            raise LayoutError(f"{layout.order}: two slots share memory")
-        frames = _frame(layout, lease.address, len(slots), native=native)
-        table = layout.planes(caches, native=native)
-        rows = layout.block_rows(slots) if native else slots
-        stop, device = np.zeros(1, np.uint8), layout.device
-        copy.gather_now(table, frames, rows, stop, device, copy.fence(device))
-        _write(layout, caches, slots, before)
-        copy.scatter_now(table, frames, rows, stop, device, copy.fence(device), verify=True)
-        if frames.status[0] != PLACED:
-            raise LayoutError(f"{layout.order}: a frame did not survive in memory")
-        if not np.array_equal(_bytes(layout, caches, slots), pattern):
-            raise LayoutError(
-                f"{layout.order}: what was gathered and scattered is not what was written"
-            )
-        flat = np.frombuffer(lease.view, np.uint8)[: pattern.nbytes].reshape(pattern.shape)
-        if not native and not np.array_equal(flat, pattern):
-            raise LayoutError(f"{layout.order}: gathered bytes are not in canonical order")
-        del flat  # a view of the arena, which is about to go
+        if device != "cpu":
+            arena.pin(device)
+        lease = arena.lease(pattern.nbytes)
+        try:
+            frames = _frame(layout, lease.address, len(slots), native=native)
+            copy.gather_now(table, frames, rows, stop, device, copy.fence(device))
+            gathered = bytes(lease.view[: pattern.nbytes])
+            wanted.copy_(torch.from_numpy(rng.integers(0, 256, len(wanted), np.uint8)))
+            memory.copy_(wanted)
+            copy.scatter_now(table, frames, rows, stop, device, copy.fence(device), verify=True)
+        finally:
+            lease.release()
     finally:
-        _write(layout, caches, slots, before)
-        lease.release()
         arena.close()
+    if frames.status[0] != PLACED:
+        raise LayoutError(f"{layout.order}: a frame did not survive in memory")
+    if not native and gathered != pattern.tobytes():
+        raise LayoutError(f"{layout.order}: gathered bytes are not in canonical order")
+    _write(layout, plain, slots, pattern)
+    if not torch.equal(memory.cpu(), wanted):
+        raise LayoutError(
+            f"{layout.order}: what was gathered and scattered is not what was written"
+        )
 
 
-def _bytes(
-    layout: KVLayout, caches: Sequence[Any], slots: Any
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _bytes(layout: KVLayout, caches: Sequence[Any], slots: Any) -> Bytes:
     """[kv, layers, tokens, row bytes] by plain indexing."""
-    import torch
-
     rows = [
-        token(layout, layer, kv, int(s)).contiguous().view(torch.uint8).cpu().numpy().reshape(-1)
+        token(layout, layer, kv, int(s)).contiguous().view(torch.uint8).numpy().reshape(-1)
         for kv in range(layout.kv)
         for layer in caches
         for s in slots
     ]
-    return np.stack(rows).reshape(layout.kv, layout.layers, len(slots), -1).copy()
+    return np.stack(rows).reshape(layout.kv, layout.layers, len(slots), -1)
 
 
-def _write(layout: KVLayout, caches: Sequence[Any], slots: Any, rows: Any) -> None:
-    import torch
-
+def _write(layout: KVLayout, caches: Sequence[Any], slots: Any, rows: Bytes) -> None:
     for kv in range(layout.kv):
         for i, layer in enumerate(caches):
             for j, s in enumerate(slots):

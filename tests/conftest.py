@@ -14,6 +14,7 @@ sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 # (`transformers`!) would pass for other people's packages, too.
 sys.path.append(str(ROOT / "tests"))
 import bounds  # noqa: E402, F401
+import fake_cuda  # noqa: E402, F401
 import tiny  # noqa: E402, F401
 
 sys.path.pop()

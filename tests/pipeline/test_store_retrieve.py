@@ -301,30 +301,6 @@ def test_a_wave_stays_within_its_window(opened: Open) -> None:
     assert wave.wait().tokens == 64
 
 
-def test_a_store_in_layers_that_is_too_large_keeps_its_head(opened: Open) -> None:
-    engine = Engine(layers=6, blocks=600, heads=8, dim=64)
-    pace = {"by": "layer"}
-    source = config(
-        tiers__hot__capacity="64 MiB", graphs__store__pace=pace, graphs__retrieve__pace=pace
-    )
-    pipe = opened(source, engine)
-    ids, at = tokens(3000), engine.slots(3000)
-    wave = pipe.begin_store(ids, engine.caches, at)
-    for i in range(engine.layers):
-        wave.layer_done(i)
-    got = wave.wait()
-    assert 0 < got.tokens < 3000
-    assert got.tokens % 64 == 0
-    assert got.lost[Lost.NO_ROOM] == -(-3000 // 64) - got.tokens // 64
-    assert pipe.lookup(ids) == got.tokens
-    # A retrieve that does not fit at once goes in batches, and its gates open at the end.
-    assert pipe.store(ids[:2500], engine.caches, at[:2500]).wait().tokens == 2500
-    target = engine.blank()
-    wave = pipe.begin_retrieve(ids[:2500], target.caches, at[:2500])
-    assert wave.wait_layer(0) == 2500
-    assert same(engine, at[:2500], target, at[:2500])
-
-
 @pytest.mark.parametrize("evict", ["lru", "fifo", "s3-fifo", "arc"])
 def test_a_prompt_larger_than_the_tier_keeps_its_head(
     opened: Open, tmp_path: Path, evict: str

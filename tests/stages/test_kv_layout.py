@@ -43,14 +43,11 @@ def test_every_order_is_tested() -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
-def test_the_self_test_passes_and_leaves_no_trace(order: str, dtype: torch.dtype) -> None:
-    layout, made = layout_of(order, dtype)
-    flat = [t for layer in made for t in (layer if isinstance(layer, tuple) else (layer,))]
-    before = [t.clone() for t in flat]
-    selftest.check_layout(layout, made, native=False)
+def test_the_self_test_passes(order: str, dtype: torch.dtype) -> None:
+    layout, _ = layout_of(order, dtype)
+    selftest.check_layout(layout, native=False)
     if layout.dense_blocks:
-        selftest.check_layout(layout, made, native=True)
-    assert all(torch.equal(a, b) for a, b in zip(before, flat, strict=True))
+        selftest.check_layout(layout, native=True)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -70,7 +67,7 @@ def test_a_plane_is_where_indexing_says(order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_wrong_stride_fails_the_self_test(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that changes its layout under an old name must not get wrong bytes."""
-    layout, made = layout_of(order)
+    layout, _ = layout_of(order)
     real = KVLayout.planes
 
     def shifted(self: KVLayout, caches: list, *, native: bool = False) -> object:
@@ -80,7 +77,7 @@ def test_a_wrong_stride_fails_the_self_test(order: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(KVLayout, "planes", shifted)
     with pytest.raises(LayoutError):
-        selftest.check_layout(layout, made, native=False)
+        selftest.check_layout(layout, native=False)
 
 
 def test_nothing_is_guessed() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import anyio
 import pytest
 
@@ -104,5 +107,45 @@ def test_closed_with_leases_out():
     lease = arena.lease(PAGE)
     with pytest.raises(RuntimeError, match="1 leases still out"):
         arena.close()
+    lease.release()
+    arena.close()
+
+
+def flags_of(arena):
+    """What the kernel says of the mapping that the arena lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(n, 16) for n in first.split("-"))
+            inside = start <= arena.address < end
+        elif inside and first == "VmFlags:":
+            return rest.split()
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_a_child_gets_no_copy(shared, huge_pages):
+    """After a fork the next write would move a page from under a device that has locked it."""
+    arena = Arena(8 * PAGE, shared=shared, huge_pages=huge_pages)
+    assert "dc" in flags_of(arena)
+    arena.close()
+
+
+def test_a_child_that_closes_an_arena_does_no_harm():
+    arena = Arena(8 * PAGE, huge_pages=False)
+    lease = arena.lease(PAGE)
+    lease.view[:] = b"1" * PAGE
+    child = os.fork()
+    if not child:
+        try:
+            lease.release()
+            arena.close()
+        finally:
+            os._exit(0 if arena.leases == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bytes(lease.view) == b"1" * PAGE
     lease.release()
     arena.close()
