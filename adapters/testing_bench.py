@@ -17,12 +17,15 @@ import xxhash
 from ..stages.arena import Arena
 from ..stages.errors import BadObject, Lost
 from ..stages.geometry import Geometry
+from ..stages.held import Call
 from ..stages.object import Header, Object, plan_frames
 from ..stages.tiers.base import Read, Tier, TierContext
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
+
+    from ..stages.arena import Lease
 
 ALL = 1 << 30
 NAMESPACE = b"n" * 32
@@ -81,20 +84,29 @@ class Clock:
 
 
 class Pool:
-    """Threads, whose calls can be held back at a gate; abandoned calls go on."""
+    """Threads, whose calls can be held back at a gate; abandoned calls go on once they began."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.reached = threading.Event()
 
-    async def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
-        def run() -> Any:
-            self.reached.set()
-            assert self.gate.wait(30)
-            return fn(*args)
+    async def __call__(
+        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = ()
+    ) -> Any:
+        call = Call(fn, args, leases)
 
-        return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
+        def run() -> Any:
+            if call.take():
+                self.reached.set()
+                assert self.gate.wait(30)
+                return call.run()
+            return None
+
+        try:
+            return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
+        finally:
+            call.drop()
 
 
 class TierBench:

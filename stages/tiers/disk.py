@@ -85,10 +85,10 @@ class Disk(Tier):
         self._index = self._store.index
 
     async def open(self) -> None:
-        await self.ctx.pool(self._store.open)
+        await self.ctx.pool(self._store.open, leases=())
 
     async def close(self) -> None:
-        await self.ctx.pool(self._store.close)
+        await self.ctx.pool(self._store.close, leases=())
 
     def find(self, links: bytes) -> Found | None:
         return self._index.find(links)
@@ -110,10 +110,10 @@ class Disk(Tier):
         return tail_first[::-1]
 
     async def drop(self, keys: Sequence[bytes]) -> int:
-        return int(await self.ctx.pool(self._store.drop, list(keys)))
+        return int(await self.ctx.pool(self._store.drop, list(keys), leases=()))
 
     async def clear(self) -> int:
-        return int(await self.ctx.pool(self._store.clear))
+        return int(await self.ctx.pool(self._store.clear, leases=()))
 
     def stat(self) -> TierStat:
         return TierStat(len(self._index), self._index.nbytes, self._store.capacity)
@@ -142,7 +142,8 @@ class Disk(Tier):
                 return
         got: Header | Lost | None = None
         try:
-            got = await self.ctx.pool(self._store.load, entry, lease, begin, cuts[upto])
+            load = self._store.load
+            got = await self.ctx.pool(load, entry, lease, begin, cuts[upto], leases=(lease,))
         finally:
             if held is None and not isinstance(got, Header):
                 lease.release()
@@ -163,7 +164,7 @@ class Disk(Tier):
             raise ValueError("an object must be sealed before it is put")
         if self._index.get(obj.header.key) is not None:
             return None
-        lost: Lost | None = await self.ctx.pool(self._store.save, obj)
+        lost: Lost | None = await self.ctx.pool(self._store.save, obj, leases=(obj.lease,))
         if lost is None:
             self.counts.puts += 1
             self.counts.bytes_in += obj.header.nbytes

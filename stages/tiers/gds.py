@@ -61,7 +61,7 @@ class Gds(Files):
         super().__init__(options, ctx, clock=clock, mover=self._kvikio)
 
     async def open(self) -> None:
-        await self.ctx.pool(self._kvikio.start)
+        await self.ctx.pool(self._kvikio.start, leases=())
         await super().open()
 
 

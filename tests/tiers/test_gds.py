@@ -65,7 +65,7 @@ def test_no_driver() -> None:
 def test_no_client(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "kvikio", None)
 
-    async def pool(fn, *args):
+    async def pool(fn, *args, leases=()):
         return fn(*args)
 
     arena = Arena(4096, huge_pages=False)
