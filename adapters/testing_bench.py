@@ -14,18 +14,18 @@ import anyio.to_thread
 import pytest
 import xxhash
 
-from ..stages.arena import Arena
 from ..stages.errors import BadObject, Lost
 from ..stages.geometry import Geometry
 from ..stages.held import Call
 from ..stages.object import Header, Object, plan_frames
 from ..stages.tiers.base import Read, Tier, TierContext
+from .testing_arena import PoisonArena
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
-    from ..stages.arena import Lease
+    from ..stages.arena import Arena, Lease
 
 ALL = 1 << 30
 NAMESPACE = b"n" * 32
@@ -97,20 +97,25 @@ class Pool:
         call = Call(fn, args, leases)
 
         def run() -> Any:
-            if call.take():
-                self.reached.set()
-                assert self.gate.wait(30)
-                return call.run()
-            return None
+            if not call.take():
+                return None
+            self.begun()
+            return call.run()
 
         try:
             return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
         finally:
             call.drop()
 
+    def begun(self) -> None:
+        """A thread has taken a call."""
+        self.reached.set()
+        assert self.gate.wait(30)
+
 
 class TierBench:
-    """Fixtures and steps for tests of tiers: an arena that must be empty in the end, a pool."""
+    """Fixtures and steps for tests of tiers: an arena that must be empty in the end, and into which
+    nobody may write late; a pool."""
 
     def make(self, ctx: TierContext, folder: Path, clock: Clock, **options: Any) -> Tier:
         raise NotImplementedError
@@ -121,7 +126,7 @@ class TierBench:
 
     @pytest.fixture
     def arena(self) -> Iterator[Arena]:
-        arena = Arena(64 * SIZE, 64 * SIZE, huge_pages=False)
+        arena = PoisonArena(64 * SIZE, 64 * SIZE, huge_pages=False)
         yield arena
         for _ in range(200):  # threads that were left behind bring theirs home
             if not arena.leases:

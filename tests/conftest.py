@@ -3,8 +3,11 @@
 There, `adapters` and `triton_kernels` would pass for other people's packages.
 """
 
+import os
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = ROOT / "tests" / "vllm"
@@ -18,6 +21,33 @@ import tiny  # noqa: E402, F401
 
 sys.path.pop()
 sys.path.append(str(ROOT / "tests" / "tiers"))  # the servers that other folders' tests need, too
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Pipelines and depots are made over memory that tells who writes into it late. A list of it.
+
+    TIERLOOM_COPYING=8: so many threads copy, however few cores there are.
+    """
+    from tierloom.adapters.testing_arena import PoisonArena
+    from tierloom.pipeline.pool import Pool
+
+    made = []
+
+    def arena(*sizes, **options):
+        made.append(PoisonArena(*sizes, **options))
+        return made[-1]
+
+    def pool(threads, name):
+        copying = int(os.environ.get("TIERLOOM_COPYING", "0"))
+        return Pool(copying or threads if name == "work" else threads, name)
+
+    monkeypatch.setattr("tierloom.pipeline.worker.Arena", arena)
+    monkeypatch.setattr("tierloom.pipeline.depot.Arena", arena)
+    monkeypatch.setattr("tierloom.pipeline.worker.Pool", pool)
+    yield made
+    for each in made:
+        each.check()
 
 
 def pytest_collection_modifyitems(items):

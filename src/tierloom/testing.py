@@ -19,6 +19,7 @@ pytest.register_assert_rewrite(
     "tierloom.adapters.testing_tiers",
 )
 
+from .adapters.testing_arena import PoisonArena  # noqa: E402
 from .adapters.testing_bench import (  # noqa: E402
     ALL,
     FRAMES,
@@ -53,6 +54,7 @@ __all__ = [
     "SIZE",
     "Clock",
     "CodecContract",
+    "PoisonArena",
     "Pool",
     "TierBench",
     "TierContract",
