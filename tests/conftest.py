@@ -23,14 +23,32 @@ sys.path.pop()
 sys.path.append(str(ROOT / "tests" / "tiers"))  # the servers that other folders' tests need, too
 
 
+def touched(thing):
+    """The leases that a call's arguments lead to."""
+    from tierloom.stages.arena import Lease
+    from tierloom.stages.payload import Batch
+
+    if isinstance(thing, Lease):
+        return [thing]
+    if isinstance(thing, Batch):
+        return thing.leases()
+    if hasattr(thing, "lease"):
+        return [thing.lease]
+    if isinstance(thing, list | tuple):
+        return [lease for each in thing for lease in touched(each)]
+    return []
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Pipelines and depots are made over memory that tells who writes into it late. A list of it.
+    """Pipelines and depots are made over memory that tells who writes into it late, and every call
+    that is handed leases must name them. A list of these arenas.
 
     TIERLOOM_COPYING=8: so many threads copy, however few cores there are.
     """
     from tierloom.adapters.testing_arena import PoisonArena
     from tierloom.pipeline.pool import Pool
+    from tierloom.stages.held import Call
 
     made = []
 
@@ -44,7 +62,16 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr("tierloom.pipeline.worker.Arena", arena)
     monkeypatch.setattr("tierloom.pipeline.depot.Arena", arena)
+    begin = Call.__init__
+
+    def named(call, fn, args, leases):
+        leases = tuple(leases)
+        missing = [lease for lease in touched(args) if lease not in leases]
+        assert not missing, f"{fn} is handed leases that its call does not name: {missing}"
+        begin(call, fn, args, leases)
+
     monkeypatch.setattr("tierloom.pipeline.worker.Pool", pool)
+    monkeypatch.setattr(Call, "__init__", named)
     yield made
     for each in made:
         each.check()

@@ -129,7 +129,7 @@ class KvikioMover(Mover):
             raise TierDown("kvikio: wrote less than was asked")
 
     def _go(self, verb: str, fd: int, view: memoryview, at: int) -> int:
-        """Bytes moved. kvikio would cut `view` into tasks by itself, but older ones tell of the first
+        """Bytes moved. kvikio would cut `view` into tasks by itself, but older releases tell of one
         that fails while others are still at our memory: so each is asked for, and waited for."""
         begin, size = getattr(self._files[fd], verb), self._options.task
         begun, failed, moved = [], [], 0
