@@ -19,7 +19,7 @@ from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
 from .base import Found, Read, Tier, TierContext, TierStat
 from .disk_io import SYSTEM, Mover
-from .disk_store import Store, cuts_of
+from .disk_store import Store
 from .fan import fan
 from .index import IndexOptions
 
@@ -123,8 +123,9 @@ class Disk(Tier):
 
     async def _read(self, read: Read) -> None:
         entry, held = self._index.get(read.key), read.object
-        # Between two reads of one object it may have been evicted, and even been put again.
-        if entry is None or (held is not None and cuts_of(held.header) != entry.place.cuts):
+        # Between two reads of one object it may have been evicted, and even been put again: by who
+        # encrypts, with other bytes.
+        if entry is None or (held is not None and held.source is not entry):
             read.lost = Lost.ABSENT
             self.counts.misses += 1
             return
@@ -154,7 +155,7 @@ class Disk(Tier):
             return
         if held is None:
             self.counts.hits += 1
-            held = read.object = Object(got, lease)
+            held = read.object = Object(got, lease, source=entry)
         held.loaded = upto
         held.sealed = upto == len(cuts) - 1
         self.counts.bytes_out += cuts[upto] - begin
