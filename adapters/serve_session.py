@@ -238,7 +238,8 @@ class Session:
                 for asked, obj in zip(part, objects, strict=True):
                     item, data = _cut(asked, obj)
                     head = wire.message(Kind.ITEM, number, wire.pack_item(item))
-                    await self._line.send(head, data)
+                    leases = () if isinstance(obj, Lost) else (obj.lease,)
+                    await self._line.send(head, data, leases=leases)
 
     async def _put(self, number: int, offers: list[tuple[bytes, int]]) -> None:
         """Say which objects are wanted, receive them, and keep each when it is whole."""
@@ -249,7 +250,7 @@ class Session:
             for i, lease in enumerate(leases):
                 if lease is not None:
                     key, nbytes = offers[i]
-                    await self._line.fill(lease.view[:nbytes])
+                    await self._line.fill(lease.view[:nbytes], leases=(lease,))
                     codes[i] = await self._keep(key, nbytes, lease)
         await self._line.send(wire.message(Kind.KEPT, number, bytes(codes) + self._holdings(0)))
 

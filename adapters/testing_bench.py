@@ -14,15 +14,18 @@ import anyio.to_thread
 import pytest
 import xxhash
 
-from ..stages.arena import Arena
 from ..stages.errors import BadObject, Lost
 from ..stages.geometry import Geometry
+from ..stages.held import Call
 from ..stages.object import Header, Object, plan_frames
 from ..stages.tiers.base import Read, Tier, TierContext
+from .testing_arena import PoisonArena
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
+
+    from ..stages.arena import Arena, Lease
 
 ALL = 1 << 30
 NAMESPACE = b"n" * 32
@@ -59,6 +62,18 @@ def make_object(arena: Arena, seed: int, *, tokens: int = 64) -> Object:
     return obj
 
 
+def encrypted_anew(arena: Arena, seed: int) -> Object:
+    """As `make_object`, in other bytes: what a codec makes that draws keys."""
+    obj = make_object(arena, seed)
+    checksums = []
+    for f in obj.header.frames:
+        stored = obj.lease.view[f.offset : f.offset + f.stored]
+        stored[:] = bytes(byte ^ 0x5A for byte in stored)
+        checksums.append(xxhash.xxh3_64_intdigest(stored))
+    obj.seal(checksums)
+    return obj
+
+
 def verify(obj: Object, key: bytes) -> bytes:
     """The object's bytes, checked as a reader checks them. Raises BadObject."""
     view = obj.lease.view
@@ -81,24 +96,38 @@ class Clock:
 
 
 class Pool:
-    """Threads, whose calls can be held back at a gate; abandoned calls go on."""
+    """Threads, whose calls can be held back at a gate; abandoned calls go on once they began."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.reached = threading.Event()
 
-    async def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
-        def run() -> Any:
-            self.reached.set()
-            assert self.gate.wait(30)
-            return fn(*args)
+    async def __call__(
+        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = ()
+    ) -> Any:
+        call = Call(fn, args, leases)
 
-        return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
+        def run() -> Any:
+            if not call.take():
+                return None
+            self.begun()
+            return call.run()
+
+        try:
+            return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
+        finally:
+            call.drop()
+
+    def begun(self) -> None:
+        """A thread has taken a call."""
+        self.reached.set()
+        assert self.gate.wait(30)
 
 
 class TierBench:
-    """Fixtures and steps for tests of tiers: an arena that must be empty in the end, a pool."""
+    """Fixtures and steps for tests of tiers: an arena that must be empty in the end, and into which
+    nobody may write late; a pool."""
 
     def make(self, ctx: TierContext, folder: Path, clock: Clock, **options: Any) -> Tier:
         raise NotImplementedError
@@ -109,7 +138,7 @@ class TierBench:
 
     @pytest.fixture
     def arena(self) -> Iterator[Arena]:
-        arena = Arena(64 * SIZE, 64 * SIZE, huge_pages=False)
+        arena = PoisonArena(64 * SIZE, 64 * SIZE, huge_pages=False)
         yield arena
         for _ in range(200):  # threads that were left behind bring theirs home
             if not arena.leases:

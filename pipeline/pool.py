@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from ..stages.held import Call
 
-    Call = tuple[
-        Callable[..., Any], tuple[Any, ...], asyncio.AbstractEventLoop, asyncio.Future[Any]
-    ]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ..stages.arena import Lease
+
+    Queued = tuple[Call, asyncio.AbstractEventLoop, asyncio.Future[Any]]
 
 
 class Pool:
-    """`await pool(fn, *args)`. A caller that is cancelled leaves the call running on its own."""
+    """`await pool(fn, *args, leases=...)`. A caller that is cancelled leaves the call behind: it
+    runs on when a thread has taken it, and never begins when none has."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        self._calls: SimpleQueue[Queued | None] = SimpleQueue()
+        self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"tierloom-{name}-{i}", daemon=True)
             for i in range(threads)
@@ -31,33 +36,50 @@ class Pool:
         for thread in self._threads:
             thread.start()
 
-    async def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
+    async def __call__(
+        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = ()
+    ) -> Any:
+        """What `fn` returned or raised. `leases`: all whose memory it reads or writes; they are
+        held until its thread is through. Raises RuntimeError when the pool is closed."""
+        if self._closed:
+            raise RuntimeError("a call came to a pool that is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._calls.put((fn, args, loop, future))
-        return await future
+        call = Call(fn, args, leases)
+        self._calls.put((call, loop, future))
+        try:
+            return await future
+        finally:
+            call.drop()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Let the threads end; one that is stuck is left behind."""
+        """Let the threads end; one that is stuck is left behind, with the leases of its call."""
+        self._closed = True
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
             thread.join(timeout)
+        with suppress(Empty):  # what no thread came to
+            while True:
+                queued = self._calls.get_nowait()
+                if queued is not None:
+                    queued[0].drop()
+        for thread in self._threads:
+            if thread.is_alive():  # it ends if it ever comes back
+                self._calls.put(None)
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            fn, args, loop, future = call
+        while (queued := self._calls.get()) is not None:
+            call, loop, future = queued
             result, error = None, None
-            if not future.cancelled():
+            if call.take():
                 try:
-                    result = fn(*args)
+                    result = call.run()
                 except BaseException as e:
                     error = e
-            try:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(_settle, future, result, error)
-            except RuntimeError:  # the loop is closed: nobody waits any more
-                return
-            del call, fn, args, future, result, error
+            del queued, call, future, result, error
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -41,11 +41,11 @@ def steps(
 
 
 def _pooled(fn: Callable[[Any], Any], pool: Pool) -> Step:
-    """`fn` in a thread. It is waited for even when cancelled: it works on leases and on the
-    engine's memory, and the ticket's `stop` ends it soon."""
+    """`fn` in a thread, for a ticket or a batch. It is waited for even when cancelled: it works on
+    the engine's memory, and the ticket's `stop` ends it soon."""
 
     async def run(item: Any) -> Any:
         with anyio.CancelScope(shield=True):
-            return await pool(fn, item)
+            return await pool(fn, item, leases=item.leases())
 
     return run

@@ -72,7 +72,7 @@ class Gather(Stage):
     def apply(self, batch: Batch) -> Batch:
         live = [p for p in batch.live if p.object is not None]
         jobs = [
-            (p, o.header, o.lease.address, batch.frames, p.tokens)
+            (p, o.header, o.lease.at(0, o.header.nbytes), batch.frames, p.tokens)
             for p in live
             if (o := p.object) is not None
         ]

@@ -238,6 +238,8 @@ class Object:
     lease: Lease
     loaded: int = 0
     sealed: bool = False
+    source: object = None
+    """By what its tier knows it again, when it is to read on."""
 
     @property
     def arrived(self) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .arena import Lease
     from .errors import Lost
     from .ticket import Ticket
 
@@ -79,6 +80,12 @@ class Piece:
     @property
     def key(self) -> bytes:
         return self.links[-LINK:]
+
+    def leases(self) -> list[Lease]:
+        """All that holds it, in whatever form: what a call on it may touch."""
+        encoded = tuple(self.encoded.values())  # at once: another branch may add its own
+        forms = (self.object, self.plain, *[e.object for e in encoded])
+        return [form.lease for form in forms if form is not None]
 
 
 @dataclass(slots=True)
@@ -156,6 +163,10 @@ class Batch:
             self.lost.add(piece.index)
         else:
             piece.lost = code
+
+    def leases(self) -> list[Lease]:
+        """What a call on it may touch."""
+        return [lease for piece in self.scope.pieces for lease in piece.leases()]
 
     def fork(self) -> Batch:
         """The same chunks for one of several readers."""

@@ -16,9 +16,10 @@ from .base import LoopStage
 from .errors import ArenaFull, Lost
 from .lookup import in_slices
 from .object import LINK, Object, header_size, plan_frames
+from .payload import EncodedFrame
 
 if TYPE_CHECKING:
-    from .payload import Batch, Encoded, EncodedFrame, Piece
+    from .payload import Batch, Encoded, Piece
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +80,12 @@ class Put(LoopStage):
         encoded = piece.encoded[batch.encoder]
         async with encoded.lock:
             if encoded.object is None:
-                encoded.object = await self._assemble(batch, piece.object, encoded)
+                encoded.object = await self._assemble(batch, piece, encoded)
         return encoded.object
 
-    async def _assemble(self, batch: Batch, plain: Object, encoded: Encoded) -> Object:
+    async def _assemble(self, batch: Batch, piece: Piece, encoded: Encoded) -> Object:
+        plain = piece.object
+        assert plain is not None
         frames = [f for f in encoded.frames if f is not None]
         size = header_size(len(frames), len(plain.header.links) // LINK)
         header = plain.header._replace(
@@ -103,8 +106,14 @@ class Put(LoopStage):
         lease = self.ctx.arena.lease(header.nbytes)
         batch.defer(lease.release)
         made = Object(header, lease)
-        await self.ctx.pool(_fill, made, frames)
-        encoded.frames = [None] * len(frames)  # their bytes are in the lease now
+        # A frame that would not shrink is still a view of what it came from.
+        await self.ctx.pool(_fill, made, frames, leases=(lease, *piece.leases()))
+        # Their bytes are in the lease now. A branch beside this one may be reading the frames, or
+        # come to do so: it finds what it has in hand, or the same bytes here.
+        encoded.frames = [
+            EncodedFrame(lease.view[f.offset : f.offset + f.stored], f.raw, f.codecs)
+            for f in made.header.frames
+        ]
         return made
 
 

@@ -48,7 +48,7 @@ class Scatter(Stage):
 
     def _place(self, batch: Batch, live: list[Piece], *, verify: bool) -> None:
         jobs = [
-            (p, o.header, o.lease.address, batch.frames_of(o.header), p.take)
+            (p, o.header, o.lease.at(0, o.header.nbytes), batch.frames_of(o.header), p.take)
             for p in live
             if (o := p.plain or p.object) is not None
         ]

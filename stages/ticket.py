@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ..triton_kernels.planes import PlaneTable
+    from .arena import Lease
     from .payload import Batch, Piece, Scope, Span
 
 
@@ -221,6 +222,10 @@ class Ticket:
         with self._count:  # waves of one request end in several threads
             before, piece.done = piece.done, piece.done | bits
             return before != piece.done == (1 << self.groups) - 1
+
+    def leases(self) -> tuple[Lease, ...]:
+        """What a call on it touches besides the caller's memory: nothing before it is cut."""
+        return ()
 
     def tally(self, code: Lost, n: int = 1) -> None:
         with self._count:

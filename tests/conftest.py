@@ -3,8 +3,11 @@
 There, `adapters` and `triton_kernels` would pass for other people's packages.
 """
 
+import os
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = ROOT / "tests" / "vllm"
@@ -19,6 +22,60 @@ import tiny  # noqa: E402, F401
 
 sys.path.pop()
 sys.path.append(str(ROOT / "tests" / "tiers"))  # the servers that other folders' tests need, too
+
+
+def touched(thing):
+    """The leases that a call's arguments lead to."""
+    from tierloom.stages.arena import Lease
+    from tierloom.stages.payload import Batch
+
+    if isinstance(thing, Lease):
+        return [thing]
+    if isinstance(thing, Batch):
+        return thing.leases()
+    if hasattr(thing, "lease"):
+        return [thing.lease]
+    if isinstance(thing, list | tuple):
+        return [lease for each in thing for lease in touched(each)]
+    return []
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Pipelines and depots are made over memory that tells who writes into it late, and every call
+    that is handed leases must name them. A list of these arenas.
+
+    TIERLOOM_COPYING=8: so many threads copy, however few cores there are.
+    """
+    from tierloom.adapters.testing_arena import PoisonArena
+    from tierloom.pipeline.pool import Pool
+    from tierloom.stages.held import Call
+
+    made = []
+
+    def arena(*sizes, **options):
+        made.append(PoisonArena(*sizes, **options))
+        return made[-1]
+
+    def pool(threads, name):
+        copying = int(os.environ.get("TIERLOOM_COPYING", "0"))
+        return Pool(copying or threads if name == "work" else threads, name)
+
+    monkeypatch.setattr("tierloom.pipeline.worker.Arena", arena)
+    monkeypatch.setattr("tierloom.pipeline.depot.Arena", arena)
+    begin = Call.__init__
+
+    def named(call, fn, args, leases):
+        leases = tuple(leases)
+        missing = [lease for lease in touched(args) if lease not in leases]
+        assert not missing, f"{fn} is handed leases that its call does not name: {missing}"
+        begin(call, fn, args, leases)
+
+    monkeypatch.setattr("tierloom.pipeline.worker.Pool", pool)
+    monkeypatch.setattr(Call, "__init__", named)
+    yield made
+    for each in made:
+        each.check()
 
 
 def pytest_collection_modifyitems(items):

@@ -19,6 +19,7 @@ pytest.register_assert_rewrite(
     "tierloom.adapters.testing_tiers",
 )
 
+from .adapters.testing_arena import PoisonArena  # noqa: E402
 from .adapters.testing_bench import (  # noqa: E402
     ALL,
     FRAMES,
@@ -30,6 +31,7 @@ from .adapters.testing_bench import (  # noqa: E402
     Clock,
     Pool,
     TierBench,
+    encrypted_anew,
     key_of,
     links_of,
     make_object,
@@ -53,9 +55,11 @@ __all__ = [
     "SIZE",
     "Clock",
     "CodecContract",
+    "PoisonArena",
     "Pool",
     "TierBench",
     "TierContract",
+    "encrypted_anew",
     "header_of",
     "key_of",
     "links_of",

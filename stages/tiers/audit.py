@@ -84,7 +84,8 @@ class Audit(Tier):
         for read, begin, new in zip(reads, before, fresh, strict=True):
             if read.object is None or read.lost is not None:
                 continue
-            cause = await self.ctx.pool(_difference, read.object, begin, read.key)
+            made, args = read.object, (begin, read.key)
+            cause = await self.ctx.pool(_difference, made, *args, leases=(made.lease,))
             if not cause:
                 continue
             self._differs("out", read.key, cause)
@@ -98,8 +99,11 @@ class Audit(Tier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         lost: dict[int, Lost | None] = {}
         for i, obj in enumerate(objects):
+            if not obj.sealed:
+                continue
             key = obj.header.key
-            if obj.sealed and (cause := await self.ctx.pool(_difference, obj, 0, key)):
+            cause = await self.ctx.pool(_difference, obj, 0, key, leases=(obj.lease,))
+            if cause:
                 self._differs("in", key, cause)
                 lost[i] = Lost.CORRUPT
         right = [i for i in range(len(objects)) if i not in lost]
@@ -147,7 +151,6 @@ class Audit(Tier):
 
 def _difference(obj: Object, begin: int, key: bytes) -> str:
     """What of an object, from frame `begin` on, is not as its checksums say; empty: nothing is."""
-    obj.lease.retain()
     try:
         view = obj.lease.view
         if not begin:
@@ -162,6 +165,4 @@ def _difference(obj: Object, begin: int, key: bytes) -> str:
                 return f"frame {i} has another checksum"
     except BadObject as error:
         return str(error)
-    finally:
-        obj.lease.release()
     return ""

@@ -75,8 +75,8 @@ class TierContext(NamedTuple):
     namespace: bytes
     """The digest every object of this pipeline must carry; empty: any (tools that inspect)."""
     pool: Callable[..., Awaitable[Any]]
-    """`await pool(fn, *args)` runs a blocking call that frees the GIL; may be abandoned by a
-    cancelled caller, so `fn` must hold a reference to every lease it touches."""
+    """`await pool(fn, *args, leases=...)` runs a blocking call that frees the GIL. A caller that is
+    cancelled leaves it behind: `leases` are all whose memory it touches, and are held meanwhile."""
     watch: Watch | None = None
     """Told (True: kept, False: gone, and its grain links) of each object of a local tier."""
 

@@ -110,7 +110,7 @@ class Blobs(Tier):
             read.lost = Lost.NO_ROOM
             return
         try:
-            await self.ctx.pool(_fill, lease, data)
+            await self.ctx.pool(_fill, lease, data, leases=(lease,))
         except BaseException:
             lease.release()
             raise
@@ -134,7 +134,8 @@ class Blobs(Tier):
             return None
         self._storing.add(name)
         try:
-            data: bytearray = await self.ctx.pool(_copy, obj.lease, obj.header.nbytes)
+            nbytes, lease = obj.header.nbytes, obj.lease
+            data: bytearray = await self.ctx.pool(_copy, lease, nbytes, leases=(lease,))
             kept = await self.store(name, data)
         finally:
             self._storing.discard(name)
@@ -159,20 +160,12 @@ class Blobs(Tier):
 
 
 def _copy(lease: Lease, nbytes: int) -> bytearray:
-    """In a thread, perhaps abandoned; NumPy's copies free the GIL."""
-    lease.retain()
-    try:
-        data = bytearray(nbytes)
-        np.frombuffer(data, np.uint8)[:] = np.frombuffer(lease.view[:nbytes], np.uint8)
-    finally:
-        lease.release()
+    """In a thread; NumPy's copies free the GIL."""
+    data = bytearray(nbytes)
+    np.frombuffer(data, np.uint8)[:] = np.frombuffer(lease.view[:nbytes], np.uint8)
     return data
 
 
 def _fill(lease: Lease, data: Bytes) -> None:
-    lease.retain()
-    try:
-        view = np.frombuffer(lease.view[: len(data)], np.uint8)
-        view[:] = np.frombuffer(data, np.uint8)
-    finally:
-        lease.release()
+    view = np.frombuffer(lease.view[: len(data)], np.uint8)
+    view[:] = np.frombuffer(data, np.uint8)

@@ -2,7 +2,7 @@
 
 The client's own messages are not passed on: they repeat what a server answered, which may carry an
 account's id or a signed address. Every request belongs to the call that awaits it and ends with it;
-memory that a request still sends stays leased until the client has let go of it.
+memory that a request still sends stays leased until the client has let go of it (`transfers`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import BadObject, ConfigError, TierDown
+from ..held import Transfers, held
 from .profile import find_profile
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Bucket:
         self._endpoint, self._region, self._profile = endpoint, region, profile
         self._path_style, self._unsigned = path_style, unsigned
         self._if_absent, self._retries = if_absent, retries
+        self.transfers = Transfers()
+        """What the client still sends for callers who have gone."""
         self._obs: Any = None
         self._store: Any = None
 
@@ -112,14 +115,21 @@ class Bucket:
         if not self._if_absent and await self.size(name) is not None:
             return False
         mode = "create" if self._if_absent else "overwrite"
-        try:
-            await self._obs.put_async(
-                self._store, self._path(name), _held(lease, nbytes), mode=mode, use_multipart=False
-            )
-        except self._obs.exceptions.AlreadyExistsError:
-            return False
-        except Exception as error:
-            raise self._down("PUT", error) from None
+        body = (ctypes.c_ubyte * nbytes).from_address(lease.at(0, nbytes))
+        sent = weakref.ref(body)
+        with held(lease):
+            try:
+                await self._obs.put_async(
+                    self._store, self._path(name), memoryview(body).cast("B"), mode=mode,
+                    use_multipart=False,
+                )  # fmt: skip
+            except self._obs.exceptions.AlreadyExistsError:
+                return False
+            except Exception as error:
+                raise self._down("PUT", error) from None
+            finally:
+                del body  # from here on it is there as long as the client refers to it
+                self.transfers.keep(lease, lambda: sent() is None)
         return True
 
     async def delete(self, name: str) -> None:
@@ -225,12 +235,3 @@ def _answer(error: Exception) -> str:
     """A status, a server's code, a cause: nothing else of an error's text is passed on."""
     found = dict.fromkeys(each.strip() for each in _ANSWER.findall(str(error)))
     return ", ".join([type(error).__name__, *found])
-
-
-def _held(lease: Lease, nbytes: int) -> memoryview:
-    """The lease's first bytes; it is released when nobody refers to them any more, which may be
-    some time after the request was given up."""
-    lease.retain()
-    body = (ctypes.c_ubyte * nbytes).from_address(lease.address)
-    weakref.finalize(body, lease.release).atexit = False
-    return memoryview(body).cast("B")

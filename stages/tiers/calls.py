@@ -17,8 +17,9 @@ import anyio
 from ..errors import TierDown
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
+    from ..arena import Lease
     from .base import TierCounts
 
 _TURN = 0.02  # seconds between two looks at calls that nobody waits for
@@ -35,9 +36,9 @@ class _Call:
 
 
 class Calls:
-    """`await calls(fn, *args)` runs `fn` in a thread of `pool`, at most `limit` at once.
+    """`await calls(fn, *args, leases=...)` runs `fn` in a thread of `pool`, `limit` at once.
 
-    `fn` must hold a reference to every lease it touches: it may outlive its caller.
+    It may outlive its caller; `leases`, all that it touches, are held meanwhile.
     """
 
     def __init__(self, pool: Callable[..., Awaitable[Any]], limit: int, counts: TierCounts) -> None:
@@ -47,7 +48,9 @@ class Calls:
         self._running: set[_Call] = set()
         self._freed: anyio.Event | None = None
 
-    async def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
+    async def __call__(
+        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = ()
+    ) -> Any:
         """What `fn` returned or raised. Raises TierDown when `limit` calls hang."""
         call = _Call(time.monotonic())
         while not self._admit(call):
@@ -55,7 +58,7 @@ class Calls:
             with anyio.move_on_after(_TURN):
                 await self._freed.wait()
         try:
-            return await self._pool(self._run, call, fn, args)
+            return await self._pool(self._run, call, fn, args, leases=leases)
         finally:
             self._leave(call)
 
@@ -79,7 +82,7 @@ class Calls:
 
     def _run(self, call: _Call, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         with self._lock:
-            if call.left:  # before a thread was free: what it would touch is given back
+            if call.left:  # before a thread was free
                 return None
             call.started = True
         try:

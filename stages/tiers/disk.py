@@ -19,7 +19,7 @@ from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
 from .base import Found, Read, Tier, TierContext, TierStat
 from .disk_io import SYSTEM, Mover
-from .disk_store import Store, cuts_of
+from .disk_store import Store
 from .fan import fan
 from .index import IndexOptions
 
@@ -85,10 +85,10 @@ class Disk(Tier):
         self._index = self._store.index
 
     async def open(self) -> None:
-        await self.ctx.pool(self._store.open)
+        await self.ctx.pool(self._store.open, leases=())
 
     async def close(self) -> None:
-        await self.ctx.pool(self._store.close)
+        await self.ctx.pool(self._store.close, leases=())
 
     def find(self, links: bytes) -> Found | None:
         return self._index.find(links)
@@ -110,10 +110,10 @@ class Disk(Tier):
         return tail_first[::-1]
 
     async def drop(self, keys: Sequence[bytes]) -> int:
-        return int(await self.ctx.pool(self._store.drop, list(keys)))
+        return int(await self.ctx.pool(self._store.drop, list(keys), leases=()))
 
     async def clear(self) -> int:
-        return int(await self.ctx.pool(self._store.clear))
+        return int(await self.ctx.pool(self._store.clear, leases=()))
 
     def stat(self) -> TierStat:
         return TierStat(len(self._index), self._index.nbytes, self._store.capacity)
@@ -123,8 +123,9 @@ class Disk(Tier):
 
     async def _read(self, read: Read) -> None:
         entry, held = self._index.get(read.key), read.object
-        # Between two reads of one object it may have been evicted, and even been put again.
-        if entry is None or (held is not None and cuts_of(held.header) != entry.place.cuts):
+        # Between two reads of one object it may have been evicted, and even been put again: by who
+        # encrypts, with other bytes.
+        if entry is None or (held is not None and held.source is not entry):
             read.lost = Lost.ABSENT
             self.counts.misses += 1
             return
@@ -142,7 +143,8 @@ class Disk(Tier):
                 return
         got: Header | Lost | None = None
         try:
-            got = await self.ctx.pool(self._store.load, entry, lease, begin, cuts[upto])
+            load = self._store.load
+            got = await self.ctx.pool(load, entry, lease, begin, cuts[upto], leases=(lease,))
         finally:
             if held is None and not isinstance(got, Header):
                 lease.release()
@@ -153,7 +155,7 @@ class Disk(Tier):
             return
         if held is None:
             self.counts.hits += 1
-            held = read.object = Object(got, lease)
+            held = read.object = Object(got, lease, source=entry)
         held.loaded = upto
         held.sealed = upto == len(cuts) - 1
         self.counts.bytes_out += cuts[upto] - begin
@@ -163,7 +165,7 @@ class Disk(Tier):
             raise ValueError("an object must be sealed before it is put")
         if self._index.get(obj.header.key) is not None:
             return None
-        lost: Lost | None = await self.ctx.pool(self._store.save, obj)
+        lost: Lost | None = await self.ctx.pool(self._store.save, obj, leases=(obj.lease,))
         if lost is None:
             self.counts.puts += 1
             self.counts.bytes_in += obj.header.nbytes

@@ -68,6 +68,13 @@ class Mover:
 SYSTEM = Mover()
 
 
+def begins_with(mover: Mover, fd: int, head: memoryview) -> bool:
+    """Whether a file begins with these pages. Raises what `Mover.read` does."""
+    with mmap.mmap(-1, len(head)) as pages, memoryview(pages) as there:  # aligned, for O_DIRECT
+        mover.read(fd, there, 0)
+        return there == head
+
+
 def can_direct(folder: Path) -> bool:
     """Whether a page goes through O_DIRECT there and back."""
     probe = folder / ".direct"

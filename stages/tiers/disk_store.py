@@ -120,42 +120,34 @@ class Store:
         Lost.ABSENT when it was evicted meanwhile; Lost.CORRUPT, and dropped, when it is not the
         object that the index says. Frames are not verified here: who decodes them does.
         """
-        lease.retain()
-        try:
-            with self._work():
-                try:
-                    with self._reading(entry) as there:
-                        return self._read(entry, lease, start, end) if there else Lost.ABSENT
-                except BadObject as error:
-                    cause = {"key": entry.key.hex(), "cause": str(error)}
-                    log.warning("corrupt object", extra=cause)
-                    with self._changing:
-                        self._forget([entry])
-                    return Lost.CORRUPT
-        finally:
-            lease.release()
+        with self._work():
+            try:
+                with self._reading(entry) as there:
+                    return self._read(entry, lease, start, end) if there else Lost.ABSENT
+            except BadObject as error:
+                cause = {"key": entry.key.hex(), "cause": str(error)}
+                log.warning("corrupt object", extra=cause)
+                with self._changing:
+                    self._forget([entry])
+                return Lost.CORRUPT
 
     def save(self, obj: Object) -> Lost | None:
         """Write a sealed object and show it; None when it is there now. Raises OSError."""
-        obj.lease.retain()
-        try:
-            with self._work():
-                header = obj.header
-                pieces = self._room(header.key, header.nbytes)
-                if pieces is None:
-                    return Lost.NO_ROOM
-                extent = Extent(pieces, cuts_of(header))
-                kept = False
-                try:
-                    self._segments.write(pieces, obj.lease.view[: header.nbytes])
-                    kept = self._show(header, extent)
-                finally:
-                    if not kept:
-                        self._give(extent)
-                if self._journal.long:
-                    self._snapshot()
-        finally:
-            obj.lease.release()
+        with self._work():
+            header = obj.header
+            pieces = self._room(header.key, header.nbytes)
+            if pieces is None:
+                return Lost.NO_ROOM
+            extent = Extent(pieces, cuts_of(header))
+            kept = False
+            try:
+                self._segments.write(pieces, obj.lease.view[: header.nbytes])
+                kept = self._show(header, extent)
+            finally:
+                if not kept:
+                    self._give(extent)
+            if self._journal.long:
+                self._snapshot()
         return None
 
     def drop(self, keys: Sequence[bytes]) -> int:

@@ -25,7 +25,7 @@ from ..object import Header, Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
 from .base import Read, Tier, TierContext, TierStat
-from .disk_io import NO_SPACE, SYSTEM, Mover, want_direct
+from .disk_io import NO_SPACE, SYSTEM, Mover, begins_with, want_direct
 from .disk_store import cuts_of
 from .fan import fan
 
@@ -84,10 +84,10 @@ class Files(Tier):
         self._stat = TierStat(0, 0, options.capacity)  # as last seen, and what we did since
 
     async def open(self) -> None:
-        await self.ctx.pool(self._open)
+        await self.ctx.pool(self._open, leases=())
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        found: list[bool] = await self.ctx.pool(self._has, list(keys))
+        found: list[bool] = await self.ctx.pool(self._has, list(keys), leases=())
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -97,10 +97,11 @@ class Files(Tier):
         return await fan(self._put, objects, self.options.depth)
 
     async def drop(self, keys: Sequence[bytes]) -> int:
-        return int(await self.ctx.pool(self._drop, [self._path(key) for key in keys]))
+        paths = [self._path(key) for key in keys]
+        return int(await self.ctx.pool(self._drop, paths, leases=()))
 
     async def clear(self) -> int:
-        return int(await self.ctx.pool(self._clear))
+        return int(await self.ctx.pool(self._clear, leases=()))
 
     def stat(self) -> TierStat:
         """What this host knows: exact where it is alone, and `capacity` is set."""
@@ -111,7 +112,7 @@ class Files(Tier):
         if held is not None:
             lease, loaded = held.lease, held.loaded
         else:
-            nbytes = await self.ctx.pool(self._size, path)
+            nbytes = await self.ctx.pool(self._size, path, leases=())
             if not nbytes:
                 read.lost = Lost.ABSENT
                 self.counts.misses += 1
@@ -123,7 +124,9 @@ class Files(Tier):
                 return
         got: Header | Lost | None = None
         try:
-            got = await self.ctx.pool(self._load, path, read.key, lease, loaded, read.upto)
+            got = await self.ctx.pool(
+                self._load, path, read.key, lease, loaded, read.upto, leases=(lease,)
+            )
         finally:
             if held is None and not isinstance(got, Header):
                 lease.release()
@@ -144,7 +147,7 @@ class Files(Tier):
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:
             raise ValueError("an object must be sealed before it is put")
-        written: int | Lost = await self.ctx.pool(self._save, obj)
+        written: int | Lost = await self.ctx.pool(self._save, obj, leases=(obj.lease,))
         if isinstance(written, Lost):
             self.counts.refused += 1
             return written
@@ -189,7 +192,6 @@ class Files(Tier):
 
         A file that is cut short, foreign or in another's place is unlinked, and CORRUPT.
         """
-        lease.retain()
         try:
             with self._opened(path, os.O_RDONLY) as fd:
                 try:
@@ -208,8 +210,6 @@ class Files(Tier):
             return Lost.ABSENT
         else:
             return header
-        finally:
-            lease.release()
 
     def _fill(self, fd: int, key: bytes, lease: Lease, loaded: int, upto: int) -> Header | None:
         """None when another object of this key took the place. Raises BadObject, OSError."""
@@ -218,6 +218,8 @@ class Files(Tier):
             raise BadObject(f"no object is {size} bytes long")
         if size != lease.nbytes:
             return None
+        if loaded and not begins_with(self._mover, fd, view[: Header.length(view[:PAGE])]):
+            return None  # as long as before: who encrypts an object again writes other bytes
         if not loaded:
             self._mover.read(fd, view[:PAGE], 0)
             head = Header.length(view[:PAGE])
@@ -237,27 +239,23 @@ class Files(Tier):
     def _save(self, obj: Object) -> int | Lost:
         """Bytes written: 0 when the object is there already."""
         path, nbytes = self._path(obj.header.key), obj.header.nbytes
-        obj.lease.retain()
+        if self._size(path):
+            return 0
+        self._drop([path])  # one whose time is over
+        if not self._reserve(nbytes):
+            return Lost.NO_ROOM
         try:
-            if self._size(path):
-                return 0
-            self._drop([path])  # one whose time is over
-            if not self._reserve(nbytes):
+            self._write(path, obj.lease.view[:nbytes])
+        except OSError as error:
+            self._count(-1, -nbytes)
+            if error.errno in NO_SPACE:
                 return Lost.NO_ROOM
-            try:
-                self._write(path, obj.lease.view[:nbytes])
-            except OSError as error:
-                self._count(-1, -nbytes)
-                if error.errno in NO_SPACE:
-                    return Lost.NO_ROOM
-                raise
-            else:
-                return nbytes
-            finally:
-                with self._changing:
-                    self._unseen -= nbytes
+            raise
+        else:
+            return nbytes
         finally:
-            obj.lease.release()
+            with self._changing:
+                self._unseen -= nbytes
 
     def _write(self, path: Path, view: memoryview) -> None:
         path.parent.mkdir(exist_ok=True)

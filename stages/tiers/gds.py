@@ -61,7 +61,7 @@ class Gds(Files):
         super().__init__(options, ctx, clock=clock, mover=self._kvikio)
 
     async def open(self) -> None:
-        await self.ctx.pool(self._kvikio.start)
+        await self.ctx.pool(self._kvikio.start, leases=())
         await super().open()
 
 
@@ -129,11 +129,24 @@ class KvikioMover(Mover):
             raise TierDown("kvikio: wrote less than was asked")
 
     def _go(self, verb: str, fd: int, view: memoryview, at: int) -> int:
-        begin = getattr(self._files[fd], verb)
+        """Bytes moved. kvikio would cut `view` into tasks by itself, but older releases tell of one
+        that fails while others are still at our memory: so each is asked for, and waited for."""
+        begin, size = getattr(self._files[fd], verb), self._options.task
+        begun, failed, moved = [], [], 0
         try:
-            return int(begin(np.frombuffer(view, np.uint8), len(view), at).get())
+            for first in range(0, len(view), size):
+                part = np.frombuffer(view[first : first + size], np.uint8)
+                begun.append(begin(part, len(part), at + first, len(part)))
         except Exception as error:
-            raise TierDown(f"kvikio: {verb} failed: {_first_line(error)}") from None
+            failed.append(error)
+        for each in begun:
+            try:
+                moved += int(each.get())
+            except Exception as error:  # noqa: PERF203
+                failed.append(error)
+        if failed:
+            raise TierDown(f"kvikio: {verb} failed: {_first_line(failed[0])}")
+        return moved
 
     def _probe(self) -> None:
         """A page there and back. Raises OSError, TierDown."""

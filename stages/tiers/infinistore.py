@@ -68,7 +68,7 @@ class Infinistore(Pooled):
         self._closed = False
 
     async def open(self) -> None:
-        await self._calls(self._exists, [])
+        await self._calls(self._exists, [], leases=())
 
     async def close(self) -> None:
         self._closed = True

@@ -16,10 +16,13 @@ import anyio
 import anyio.lowlevel
 
 from ..errors import TierDown
+from ..held import held
 from . import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from ..arena import Lease
 
 _PIECE = 1 << 20
 """Bytes of one system call."""
@@ -83,8 +86,12 @@ class Line:
         self._start, self._end = 0, len(raw)
         self._buffer[: self._end] = raw
 
-    async def fill(self, view: memoryview) -> None:
-        """The next `len(view)` bytes, without a copy on the way."""
+    async def fill(self, view: memoryview, *, leases: Iterable[Lease] = ()) -> None:
+        """The next `len(view)` bytes, without a copy on the way. `leases`: whose memory it is."""
+        with held(*leases):
+            await self._fill(view)
+
+    async def _fill(self, view: memoryview) -> None:
         at = min(len(view), self._end - self._start)
         view[:at] = self._buffer[self._start : self._start + at]
         self._start += at
@@ -108,8 +115,12 @@ class Line:
             await self.fill(piece)
             nbytes -= len(piece)
 
-    async def send(self, *parts: bytes | memoryview) -> None:
-        """All of them, one after another."""
+    async def send(self, *parts: bytes | memoryview, leases: Iterable[Lease] = ()) -> None:
+        """All of them, one after another. `leases`: whose memory they are."""
+        with held(*leases):
+            await self._send(parts)
+
+    async def _send(self, parts: Iterable[bytes | memoryview]) -> None:
         turn = _TURN
         for part in parts:
             view = memoryview(part)

@@ -35,7 +35,7 @@ _KNOCK = 0.5  # seconds to wait for the master's port
 _SMALL = 1 << 20  # what is longer is neither a record nor a header
 _SURE = 30.0
 """The client gives a transfer up after 60 s and does not wait for it: one that failed later than
-this may still be writing. Sooner, it has seen the end of each."""
+this may still be under way. Sooner, it has seen the end of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,24 +91,24 @@ class Mooncake(Pooled):
         self._users = 0
         self._closed = False
         self._lame = False  # the master did not answer the last time
-        self._doubtful = False  # a transfer failed that may still be writing
-        self._held: list[Lease] = []  # ... into these
+        self._doubtful = False  # a transfer failed that may still be under way
+        self._held: list[Lease] = []  # ... into or out of these
 
     async def open(self) -> None:
         try:
-            await self._calls(_import, self.options.deadline)
+            await self._calls(_import, self.options.deadline, leases=())
         except ImportError as error:
             raise ConfigError(
                 f"mooncake: its client cannot be loaded ({error}): pip install 'tierloom[mooncake]'"
                 ", and apt-get install libibverbs1 librdmacm1 libnuma1 libcurl4 libjsoncpp25"
             ) from error
-        await self._calls(self._connect)
+        await self._calls(self._connect, leases=())
 
     async def close(self) -> None:
         with self._using:
             self._closed = True
         if await self._calls.idle(2 * self.options.deadline):
-            await self.ctx.pool(self._disconnect)  # else a thread is in it: it must stay
+            await self.ctx.pool(self._disconnect, leases=())  # else a thread is in it: it must stay
 
     # What follows runs in the pool's threads.
 
@@ -135,8 +135,7 @@ class Mooncake(Pooled):
         begun = time.monotonic()
         with self._in_use() as client:
             codes = client.batch_get_into(self._full(names), list(addresses), list(sizes))
-            if _TRANSFER in codes and time.monotonic() - begun >= _SURE:
-                self._doubtful = True
+            self._doubt(codes, begun)
             self._check(codes)
         found: list[Lost | None] = []
         for code, size in zip(codes, sizes, strict=True):
@@ -152,10 +151,12 @@ class Mooncake(Pooled):
 
     def _store(self, pieces: Sequence[Piece]) -> list[Lost | None]:
         names, addresses, sizes = zip(*pieces, strict=True)
+        begun = time.monotonic()
         with self._in_use() as client:
             codes = client.batch_put_from(
                 self._full(names), list(addresses), list(sizes), self._how()
             )
+            self._doubt(codes, begun)
             return self._outcome(codes)
 
     def _commit(self, records: dict[str, bytes]) -> list[Lost | None]:
@@ -180,10 +181,10 @@ class Mooncake(Pooled):
             self._check([gone, client.remove_by_regex(f"^{self._base}", True)])
             return gone
 
-    def _uncertain(self, lease: Lease) -> None:
+    def _uncertain(self, leases: Sequence[Lease]) -> None:
         with self._using:
             if self._doubtful:
-                self._held.append(lease.retain())
+                self._held += [lease.retain() for lease in leases]
 
     @contextmanager
     def _in_use(self) -> Iterator[Any]:
@@ -236,7 +237,7 @@ class Mooncake(Pooled):
         return client
 
     def _disconnect(self) -> None:
-        """Close the client, which waits for its threads: then nothing writes into `_held`."""
+        """Close the client, which waits for its threads: then nothing is at `_held`."""
         with self._connecting:
             client, self._client = self._client, None
             if client is not None:
@@ -261,6 +262,11 @@ class Mooncake(Pooled):
             if self.options.pin_ttl:
                 how.soft_pin_ttl_ms = int(1000 * self.options.pin_ttl)
         return how
+
+    def _doubt(self, codes: Sequence[int], begun: float) -> None:
+        """Note whether one that failed may still be under way."""
+        if _TRANSFER in codes and time.monotonic() - begun >= _SURE:
+            self._doubtful = True
 
     def _check(self, codes: Sequence[int]) -> None:
         """Raise TierDown when the master did not answer. It is asked for its port first, then."""

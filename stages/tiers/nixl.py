@@ -108,13 +108,13 @@ class Nixl(Tier):
 
     async def open(self) -> None:
         if self._mover is not None:
-            await self.ctx.pool(self._mover.start)
+            await self.ctx.pool(self._mover.start, leases=())
         await self.kept.open()
 
     async def close(self) -> None:
         await self.kept.close()
         if self._mover is not None:
-            await self.ctx.pool(self._mover.stop)
+            await self.ctx.pool(self._mover.stop, leases=())
 
     def find(self, links: bytes) -> Found | None:
         return self.kept.find(links)

@@ -6,15 +6,16 @@ cannot be ended: it keeps its lease until it is through.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import anyio
 
 from ..errors import BadObject, TierDown
+from ..held import held
 from ..object import Object
 from ..space import PAGE
 from .nixl_agent import Agent
@@ -22,15 +23,13 @@ from .profile import find_profile
 from .s3 import S3, S3Options, name_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..arena import Lease
     from .base import TierContext
     from .nixl_agent import Transfer
 
-log = logging.getLogger(__name__)
-
-_PATIENCE = 5.0  # seconds that closing waits for transfers whose readers have gone
 _FIRST = PAGE + (4 << 20)  # what is read to learn an object's header
-_SWEEP = 0.02  # seconds between two looks at those
 _LOOK = 0.001  # seconds between two looks at least: a look from the loop costs some 30 us
 
 
@@ -42,20 +41,15 @@ class NixlObjects(S3):
         self._backend, self._threads = backend, threads
         self._agent: Agent | None = None
         self._numbers = iter(range(1, 1 << 62))  # by which a transfer names its object
-        self._left: list[tuple[Transfer, _Mine]] = []
 
     async def open(self) -> None:
         await super().open()
         if self._agent is None:
-            self._agent = await self.ctx.pool(self._start)
+            self._agent = await self.ctx.pool(self._start, leases=())
 
     async def close(self) -> None:
-        with anyio.move_on_after(_PATIENCE):
-            while self._sweep():  # noqa: ASYNC110 (nothing tells when a transfer is through)
-                await anyio.sleep(0.01)
-        if self._left:  # they may still write into the arena, which therefore stays
-            log.error("transfers left under way", extra={"transfers": len(self._left)})
-        elif self._agent is not None:
+        await super().close()
+        if self._agent is not None and not self._bucket.transfers:
             self._agent.close()
             self._agent = None
 
@@ -110,56 +104,36 @@ class NixlObjects(S3):
         agent = self._agent
         assert agent is not None
         number = next(self._numbers)
+        address = lease.at(start, stop - start)
         known = agent.register([(0, lease.nbytes, number, self._bucket.key_of(name))], "OBJ")
-        mine = _Mine(lease, agent, known)
+        over = partial(agent.deregister, known)
         try:
-            transfer = agent.begin(
-                "READ", [(start, stop - start, number)], "OBJ", lease.address + start
-            )
+            transfer = agent.begin("READ", [(start, stop - start, number)], "OBJ", address)
         except BaseException:
-            mine.end()
+            over()
             raise
-        try:
-            while not transfer.done():  # noqa: ASYNC110
-                await anyio.sleep(max(_LOOK, transfer.pause))
-        except TierDown:
-            mine.end()
-            if await self._bucket.size(name) != lease.nbytes:
-                raise FileNotFoundError(name) from None
-            raise
-        except BaseException:
-            self._left.append((transfer, mine))
-            asyncio.get_running_loop().call_later(_SWEEP, self._sweep_on)
-            raise
-        mine.end()
-
-    def _sweep_on(self) -> None:
-        if self._sweep():
-            asyncio.get_running_loop().call_later(_SWEEP, self._sweep_on)
-
-    def _sweep(self) -> bool:
-        """End what is through of the transfers whose readers have gone; whether any are left."""
-        left, self._left = self._left, []
-        for transfer, mine in left:
+        with held(lease):
             try:
-                through = transfer.done()
+                while not transfer.done():  # noqa: ASYNC110
+                    await anyio.sleep(max(_LOOK, transfer.pause))
             except TierDown:
-                through = True
-            if through:
-                mine.end()
-            else:
-                self._left.append((transfer, mine))
-        return bool(self._left)
+                over()
+                if await self._bucket.size(name) != lease.nbytes:
+                    raise FileNotFoundError(name) from None
+                raise
+            except BaseException:
+                self._bucket.transfers.keep(lease, partial(_through, transfer, over))
+                raise
+            over()
 
 
-class _Mine:
-    """What a transfer needs until it is through: its lease, and its object's registration."""
-
-    def __init__(self, lease: Lease, agent: Agent, known: object) -> None:
-        self._lease, self._agent, self._known = lease.retain(), agent, known
-
-    def end(self) -> None:
-        try:
-            self._agent.deregister(self._known)
-        finally:
-            self._lease.release()
+def _through(transfer: Transfer, over: Callable[[], None]) -> bool:
+    """Whether a transfer is, however it ended; then its object is registered no more."""
+    try:
+        if not transfer.done():
+            return False
+    except TierDown:
+        pass
+    with suppress(TierDown):
+        over()
+    return True

@@ -12,7 +12,6 @@ from __future__ import annotations
 import secrets
 import threading
 from abc import abstractmethod
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -89,20 +88,21 @@ class Pooled(Tier):
     def _wipe(self) -> int:
         """Forget all of the namespace; how many records there were."""
 
-    def _uncertain(self, lease: Lease) -> None:
-        """A read into it failed: keep it while the client may still write there."""
+    def _uncertain(self, leases: Sequence[Lease]) -> None:
+        """Transfers into or out of these failed: keep them while the client may still be there."""
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         if not keys:
             return []
-        found: list[bool] = await self._calls(self._exists, [key.hex() for key in keys])
+        names = [key.hex() for key in keys]
+        found: list[bool] = await self._calls(self._exists, names, leases=())
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
         if not reads:
             return
         heads = [_head(read.object) for read in reads]
-        known = await self._calls(self._known, [read.key for read in reads], heads)
+        known = await self._calls(self._known, [read.key for read in reads], heads, leases=())
         jobs: dict[int, _Job] = {}
         got: dict[int, Header | Lost] = {}
         try:
@@ -111,6 +111,9 @@ class Pooled(Tier):
                     got[i] = record
                     continue
                 held = read.object
+                if held is not None and record.cuts != cuts_of(held.header):
+                    got[i] = Lost.ABSENT  # another has taken its place, perhaps a longer one
+                    continue
                 first = held.loaded + 1 if held is not None else 0
                 try:
                     lease = held.lease if held else self.ctx.arena.lease(record.cuts[-1])
@@ -120,7 +123,8 @@ class Pooled(Tier):
                 last = max(first, min(read.upto, len(record.cuts) - 1) + 1)
                 jobs[i] = _Job(read.key, record, lease, first, last)
             if jobs:
-                loaded = await self._calls(self._load, list(jobs.values()))
+                leases = [job.lease for job in jobs.values()]
+                loaded = await self._calls(self._load, list(jobs.values()), leases=leases)
                 got |= zip(jobs, loaded, strict=True)
         finally:
             for i, job in jobs.items():
@@ -134,7 +138,8 @@ class Pooled(Tier):
             raise ValueError("an object must be sealed before it is put")
         if not objects:
             return []
-        written: list[int | Lost] = await self._calls(self._save, list(objects))
+        leases = [obj.lease for obj in objects]
+        written: list[int | Lost] = await self._calls(self._save, list(objects), leases=leases)
         for one in written:
             self.counts.refused += isinstance(one, Lost)
             self.counts.puts += not isinstance(one, Lost) and one > 0
@@ -142,10 +147,10 @@ class Pooled(Tier):
         return [one if isinstance(one, Lost) else None for one in written]
 
     async def drop(self, keys: Sequence[bytes]) -> int:
-        return int(await self._calls(self._drop, list(keys))) if keys else 0
+        return int(await self._calls(self._drop, list(keys), leases=())) if keys else 0
 
     async def clear(self) -> int:
-        cleared = int(await self._calls(self._wipe))
+        cleared = int(await self._calls(self._wipe, leases=()))
         with self._changing:
             self._stat = TierStat(0, 0, 0)
         return cleared
@@ -189,32 +194,26 @@ class Pooled(Tier):
         return found
 
     def _load(self, jobs: list[_Job]) -> list[Header | Lost]:
-        with ExitStack() as home:
-            for job in jobs:
-                home.callback(job.lease.retain().release)
-            pieces, owners = [], []
-            for i, job in enumerate(jobs):
-                for name, at, size in job.record.names(job.key, self.piece, job.first, job.last):
-                    pieces.append(Piece(name, job.lease.address + at, size))
-                    owners.append((at, i))
-            order = sorted(range(len(pieces)), key=owners.__getitem__)
-            lost: dict[int, Lost] = {}
-            try:
-                outcomes = self._fetch([pieces[n] for n in order])
-            except BaseException:
-                for job in jobs:
-                    self._uncertain(job.lease)
-                raise
-            for n, outcome in zip(order, outcomes, strict=True):
-                i = owners[n][1]
-                if outcome is not None and lost.get(i) is not Lost.TIER_DOWN:
-                    lost[i] = outcome
-            for i, outcome in lost.items():
-                if outcome is Lost.TIER_DOWN:
-                    self._uncertain(jobs[i].lease)
-            if lost and len(lost) == len(jobs) and set(lost.values()) == {Lost.TIER_DOWN}:
-                raise TierDown("no piece could be read")
-            return [self._checked(job, lost.get(i)) for i, job in enumerate(jobs)]
+        pieces, owners = [], []
+        for i, job in enumerate(jobs):
+            for name, at, size in job.record.names(job.key, self.piece, job.first, job.last):
+                pieces.append(Piece(name, job.lease.at(at, size), size))
+                owners.append((at, i))
+        order = sorted(range(len(pieces)), key=owners.__getitem__)
+        lost: dict[int, Lost] = {}
+        try:
+            outcomes = self._fetch([pieces[n] for n in order])
+        except BaseException:
+            self._uncertain([job.lease for job in jobs])
+            raise
+        for n, outcome in zip(order, outcomes, strict=True):
+            i = owners[n][1]
+            if outcome is not None and lost.get(i) is not Lost.TIER_DOWN:
+                lost[i] = outcome
+        self._uncertain([jobs[i].lease for i, one in lost.items() if one is Lost.TIER_DOWN])
+        if lost and len(lost) == len(jobs) and set(lost.values()) == {Lost.TIER_DOWN}:
+            raise TierDown("no piece could be read")
+        return [self._checked(job, lost.get(i)) for i, job in enumerate(jobs)]
 
     def _checked(self, job: _Job, lost: Lost | None) -> Header | Lost:
         """The header of what was loaded. What is bad or lacks a piece is forgotten."""
@@ -232,34 +231,39 @@ class Pooled(Tier):
 
     def _save(self, objects: list[Object]) -> list[int | Lost]:
         """Bytes written of each: 0 when it is there already."""
-        with ExitStack() as home:
-            for obj in objects:
-                home.callback(obj.lease.retain().release)
-            done: list[int | Lost] = [0] * len(objects)
-            keys = [obj.header.key for obj in objects]
-            there = self._exists([key.hex() for key in keys])
-            fresh = {key: i for i, key in enumerate(keys) if not there[i]}
-            records = {key: _record(objects[i]) for key, i in fresh.items()}
-            pieces, owners = [], []
-            for key, i in fresh.items():
-                parts = len(records[key].cuts)
-                for name, at, size in records[key].names(key, self.piece, 0, parts):
-                    pieces.append(Piece(name, objects[i].lease.address + at, size))
-                    owners.append(key)
-            for key, lost in zip(owners, self._store(pieces) if pieces else (), strict=True):
-                if lost is not None:
-                    done[fresh[key]] = lost
-            whole = [key for key, i in fresh.items() if done[i] == 0]
-            with self._committing:  # who comes second takes his pieces away, and replaces nothing
-                late = self._exists([key.hex() for key in whole]) if whole else []
-                mine = [key for key, there in zip(whole, late, strict=True) if not there]
-                packed = {key.hex(): records[key].pack() for key in mine}
-                for key, lost in zip(mine, self._commit(packed) if mine else (), strict=True):
-                    done[fresh[key]] = objects[fresh[key]].header.nbytes if lost is None else lost
-            useless = [key for key, i in fresh.items() if isinstance(done[i], Lost) or not done[i]]
-            self._clean([(key, records[key]) for key in useless])
-            self._count(*[w for w in done if not isinstance(w, Lost) and w])
-            return done
+        done: list[int | Lost] = [0] * len(objects)
+        keys = [obj.header.key for obj in objects]
+        there = self._exists([key.hex() for key in keys])
+        fresh = {key: i for i, key in enumerate(keys) if not there[i]}
+        records = {key: _record(objects[i]) for key, i in fresh.items()}
+        pieces, owners = [], []
+        for key, i in fresh.items():
+            parts = len(records[key].cuts)
+            for name, at, size in records[key].names(key, self.piece, 0, parts):
+                pieces.append(Piece(name, objects[i].lease.at(at, size), size))
+                owners.append(key)
+        stored: Sequence[Lost | None] = ()
+        try:
+            stored = self._store(pieces) if pieces else ()
+        except BaseException:
+            self._uncertain([objects[i].lease for i in fresh.values()])
+            raise
+        failed = {key for key, one in zip(owners, stored, strict=True) if one is Lost.TIER_DOWN}
+        self._uncertain([objects[fresh[key]].lease for key in failed])
+        for key, lost in zip(owners, stored, strict=True):
+            if lost is not None:
+                done[fresh[key]] = lost
+        whole = [key for key, i in fresh.items() if done[i] == 0]
+        with self._committing:  # who comes second takes his pieces away, and replaces nothing
+            late = self._exists([key.hex() for key in whole]) if whole else []
+            mine = [key for key, there in zip(whole, late, strict=True) if not there]
+            packed = {key.hex(): records[key].pack() for key in mine}
+            for key, lost in zip(mine, self._commit(packed) if mine else (), strict=True):
+                done[fresh[key]] = objects[fresh[key]].header.nbytes if lost is None else lost
+        useless = [key for key, i in fresh.items() if isinstance(done[i], Lost) or not done[i]]
+        self._clean([(key, records[key]) for key in useless])
+        self._count(*[w for w in done if not isinstance(w, Lost) and w])
+        return done
 
     def _drop(self, keys: list[bytes]) -> int:
         raws = self._peek([key.hex() for key in keys])

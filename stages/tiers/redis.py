@@ -283,7 +283,7 @@ class Redis(Tier):
                 full = full or _is_full(await under_way.pop(0).future)
             if full:
                 break
-            want = Want(asyncio.get_running_loop().create_future())
+            want = Want(asyncio.get_running_loop().create_future(), lease=obj.lease)
             under_way.append(await lane.send(manifest.store(number, view[begin:stop]), want))
         for want in under_way:
             full = _is_full(await want.future) or full

@@ -90,11 +90,11 @@ class Load:
         self._open = len(self.pieces)
         return None
 
-    def ask(self, piece: Piece) -> tuple[bytes, memoryview]:
-        """The command for a piece, and the memory it lands in."""
+    def ask(self, piece: Piece) -> tuple[bytes, Lease, int, int]:
+        """The command for a piece, and where it lands."""
         assert self.manifest is not None
         assert self._lease is not None
-        return self.manifest.ask(*piece[1:]), self._lease.view[piece.begin : piece.stop]
+        return self.manifest.ask(*piece[1:]), self._lease, piece.begin, piece.stop
 
     def took(self, piece: Piece, got: Answer) -> None:
         """A piece has come, or has not."""

@@ -16,6 +16,8 @@ from ..errors import BadObject, TierDown
 if TYPE_CHECKING:
     import asyncio
 
+    from ..arena import Lease
+
 _ROOM = 16 << 10  # bytes of the buffer while nothing larger than a few small answers is expected
 _LINE = 1024  # longest line: errors are the long ones
 _DEPTH = 6  # arrays within arrays; CLUSTER SLOTS has 4
@@ -47,7 +49,18 @@ class Want:
     """Bytes that all of them together may take."""
     into: memoryview | None = None
     """Where one bulk string goes; the answer is then its length. No longer one is taken."""
+    lease: Lease | None = None
+    """Whose memory is sent or received into; held until nobody does so any more."""
     got: list[Answer] = field(default_factory=list)
+
+    def begin(self) -> None:
+        if self.lease is not None:
+            self.lease.retain()
+
+    def end(self) -> None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.release()
 
 
 class _More(Exception):
@@ -70,6 +83,7 @@ class Answers:
         return bool(self._wants)
 
     def expect(self, want: Want) -> None:
+        want.begin()
         self._wants.append(want)
 
     def fail(self, error: Exception) -> None:
@@ -79,6 +93,7 @@ class Answers:
         """
         wants, self._wants, self._body = self._wants, deque(), None
         for n, want in enumerate(wants):
+            want.end()
             if not want.future.done():
                 first = not n or not isinstance(error, BadObject)
                 want.future.set_exception(error if first else TierDown("connection given up"))
@@ -118,7 +133,7 @@ class Answers:
             self._begin = end
         want.got.append(answer)
         if len(want.got) == want.count:
-            self._wants.popleft()
+            self._wants.popleft().end()
             if not want.future.done():  # else its caller has gone
                 want.future.set_result(want.got)
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
+    from ..arena import Lease
+
 _SLICE = 1 << 20
 """Bytes handed to the transport at once. What a socket does not take Python 3.11 copies, and with
 every send again: of a MiB that costs less than more turns would, of 32 MiB it costs most."""
@@ -81,15 +83,19 @@ class Connection(asyncio.BufferedProtocol):
         await self.send([b"".join(commands)], want)
         return await want.future
 
-    def fetch(self, asked: bytes, into: memoryview) -> asyncio.Future[list[Answer]]:
-        """Ask for a bulk string, to land in `into`; the answer is its length, or None."""
-        want = Want(self._loop.create_future(), into=into)
+    def fetch(
+        self, asked: bytes, lease: Lease, begin: int, stop: int
+    ) -> asyncio.Future[list[Answer]]:
+        """Ask for a bulk string, to land at `begin` to `stop` of a lease, which is held meanwhile;
+        the answer is its length, or None."""
+        want = Want(self._loop.create_future(), into=lease.view[begin:stop], lease=lease)
         self._expect(want)
         self._write(asked)
         return want.future
 
     async def send(self, parts: Iterable[bytes | memoryview], want: Want) -> Want:
-        """Send one or more commands, as fast as the server takes them."""
+        """Send one or more commands, as fast as the server takes them. What is sent of a lease,
+        `want` names."""
         self._expect(want)
         for part in parts:
             for at in range(0, len(part), _SLICE):
@@ -104,12 +110,12 @@ class Connection(asyncio.BufferedProtocol):
         if self.error is not None:
             return
         self.error = error
+        if self._transport is not None:
+            self._transport.abort()  # it may keep what it has not sent: that is leased still
         self._answers.fail(error)
         self.resume_writing()
         if self._watch is not None:
             self._watch.cancel()
-        if self._transport is not None:
-            self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)

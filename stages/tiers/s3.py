@@ -10,6 +10,7 @@ that is given up ends its requests, so nothing here waits longer than the tier's
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
     from ..arena import Lease
 
+log = logging.getLogger(__name__)
+
+_PATIENCE = 5.0  # seconds that closing waits for transfers whose callers have gone
 _WIDE = 16  # requests of one call at once that carry no data
 _LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
 
@@ -114,6 +118,10 @@ class S3(Tier):
     async def open(self) -> None:
         await self._bucket.open()
 
+    async def close(self) -> None:
+        if not await self._bucket.transfers.idle(_PATIENCE):  # the arena stays, therefore
+            log.error("transfers left under way", extra={"transfers": len(self._bucket.transfers)})
+
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         found = await fan(self._bucket.size, [name_of(key) for key in keys], _WIDE)
         return [size is not None for size in found]  # an empty one, too: who reads it drops it
@@ -171,7 +179,7 @@ class S3(Tier):
             header = self._header(view, key, size)
             lease = self.ctx.arena.lease(size)
             try:
-                await self.ctx.pool(_copy, lease, 0, view)
+                await self.ctx.pool(_copy, lease, 0, view, leases=(lease,))
             except BaseException:
                 lease.release()
                 raise
@@ -199,7 +207,7 @@ class S3(Tier):
         stop = min(end, start + self.options.part)
         async with self._parts:
             view = await self._bucket.get_range(name, start, stop)
-            await self.ctx.pool(_copy, lease, start, view)
+            await self.ctx.pool(_copy, lease, start, view, leases=(lease,))
 
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:
@@ -228,10 +236,6 @@ def name_of(key: bytes) -> str:
 
 
 def _copy(lease: Lease, start: int, view: memoryview) -> None:
-    """In a thread of the pool, without the GIL; the lease is held meanwhile."""
-    lease.retain()
-    try:
-        there = np.frombuffer(lease.view, np.uint8)
-        there[start : start + len(view)] = np.frombuffer(view, np.uint8)
-    finally:
-        lease.release()
+    """In a thread of the pool, without the GIL."""
+    there = np.frombuffer(lease.view, np.uint8)
+    there[start : start + len(view)] = np.frombuffer(view, np.uint8)

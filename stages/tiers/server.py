@@ -189,7 +189,7 @@ class Server(Tier):
             await line.skip(item.end)
             return
         try:
-            await line.fill(lease.view[: item.end])
+            await line.fill(lease.view[: item.end], leases=(lease,))
         except BaseException:  # we were the only ones to write into it, and have stopped
             lease.release()
             raise
@@ -200,7 +200,7 @@ class Server(Tier):
         cuts = cuts_of(held.header)
         if (item.begin, item.end) != (cuts[asked.first], cuts[asked.upto]):
             raise wire.BadMessage("other frames came than were asked for")
-        await line.fill(held.lease.view[item.begin : item.end])
+        await line.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
         held.loaded = asked.upto
         held.sealed = held.loaded == len(held.header.frames)
         self.counts.bytes_out += item.end - item.begin
@@ -242,7 +242,7 @@ class Server(Tier):
             wanted = wire.codes_of(body, len(objects), also=wire.SEND)
             for obj, code in zip(objects, wanted, strict=True):
                 if code == wire.SEND:
-                    await line.send(obj.lease.view[: obj.header.nbytes])
+                    await line.send(obj.lease.view[: obj.header.nbytes], leases=(obj.lease,))
             body = await self._answer(line, number, wire.Kind.KEPT)
             codes, holds = wire.kept_of(body, len(objects))
             self._note(holds)

@@ -19,6 +19,8 @@ from tierloom import KVLayout, Pipeline
 if TYPE_CHECKING:
     from stores import Store
 
+    from tierloom.testing import PoisonArena
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 SHAPES = {
@@ -173,6 +175,12 @@ def with_disk(path: Path, **changes: Any) -> dict[str, Any]:
 
 
 Open = Callable[..., Pipeline]
+
+
+@pytest.fixture(autouse=True)
+def over_poison(poisoned: list[PoisonArena]) -> list[PoisonArena]:
+    """The whole folder runs over memory into which nobody may write late."""
+    return poisoned
 
 
 @pytest.fixture

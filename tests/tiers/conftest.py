@@ -10,8 +10,16 @@ from pathlib import Path
 import pools
 import pytest
 
+from tierloom.testing import PoisonArena
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONVERSATION = ROOT.parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def over_poison(poisoned: list[PoisonArena]) -> list[PoisonArena]:
+    """The whole folder runs over memory into which nobody may write late."""
+    return poisoned
 
 
 @pytest.fixture(scope="session")

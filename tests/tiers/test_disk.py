@@ -13,7 +13,7 @@ from tierloom.stages.space import PAGE, Space
 from tierloom.stages.tiers import disk_io
 from tierloom.stages.tiers.base import Read
 from tierloom.stages.tiers.disk import Disk, DiskOptions
-from tierloom.testing import ALL, SIZE, TierContract, key_of, links_of
+from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of, links_of
 
 SEGMENT = 5 * PAGE  # shorter than an object: each lies in several files
 
@@ -207,17 +207,24 @@ class TestBuffered(DiskContract):
             assert await self.get(tier, 3) == self.bytes_of(arena, 3)
 
     @pytest.mark.anyio
-    async def test_put_again_between_two_layers(self, tier, arena):
-        """Another object under the same key, cut otherwise, is not mixed with the first."""
+    @pytest.mark.parametrize("cut", ["as before", "otherwise"])
+    async def test_put_again_between_two_layers(self, tier, arena, cut):
+        """Another object under the same key is not mixed with the first, and is not to blame."""
         await self.put(tier, 1)
         read = Read(key_of(1), 1)
         await tier.read([read])
-        entry = tier._index.get(key_of(1))
-        entry.place.cuts = (*entry.place.cuts[:-2], entry.place.cuts[-2] - PAGE, SIZE)
+        await tier.drop([key_of(1)])
+        other = encrypted_anew(arena, 1)
+        assert await tier.put([other]) == [None]
+        if cut == "otherwise":
+            entry = tier._index.get(key_of(1))
+            entry.place.cuts = (*entry.place.cuts[:-2], entry.place.cuts[-2] - PAGE, SIZE)
         again = Read(key_of(1), ALL, read.object)
         await tier.read([again])
         assert again.lost is Lost.ABSENT
-        read.object.lease.release()
+        assert await tier.has([key_of(1)]) == [True]
+        for obj in (read.object, other):
+            obj.lease.release()
 
     @pytest.mark.anyio
     async def test_a_snapshot_replaces_the_log(self, ctx, tmp_path, clock, monkeypatch):

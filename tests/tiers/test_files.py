@@ -11,7 +11,7 @@ import pytest
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.tiers.base import Read, TierContext
 from tierloom.stages.tiers.files import Files, FilesOptions
-from tierloom.testing import ALL, SIZE, TierContract, key_of
+from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of
 
 
 class TestFiles(TierContract):
@@ -95,13 +95,20 @@ class TestFiles(TierContract):
             assert not path.exists()
 
     @pytest.mark.anyio
-    async def test_another_object_took_the_place(self, tier, arena):
-        """Between two layers a file was replaced by one of another length."""
+    @pytest.mark.parametrize("length", ["as before", "another"])
+    async def test_another_object_took_the_place(self, tier, arena, length):
+        """Between two layers a file was replaced: what came is not to blame, and not mixed."""
         await self.put(tier, 1)
         read = Read(key_of(1), 1)
         await tier.read([read])
         path = tier._path(key_of(1))
-        path.write_bytes(bytes(2 * SIZE + 4096 - 2 * SIZE % 4096))
+        if length == "another":
+            path.write_bytes(bytes(2 * SIZE + 4096 - 2 * SIZE % 4096))
+        else:
+            await tier.drop([key_of(1)])
+            other = encrypted_anew(arena, 1)
+            assert await tier.put([other]) == [None]
+            other.lease.release()
         again = Read(key_of(1), ALL, read.object)
         await tier.read([again])
         assert again.lost is Lost.ABSENT

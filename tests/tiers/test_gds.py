@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
 from processes import missing
 
 from tierloom.stages.arena import Arena
-from tierloom.stages.errors import ConfigError
+from tierloom.stages.errors import BadObject, ConfigError, TierDown
 from tierloom.stages.tiers.base import TierContext
-from tierloom.stages.tiers.gds import Gds, GdsOptions
+from tierloom.stages.tiers.gds import Gds, GdsOptions, KvikioMover
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv-gds" / "bin" / "python"
@@ -65,7 +67,7 @@ def test_no_driver() -> None:
 def test_no_client(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "kvikio", None)
 
-    async def pool(fn, *args):
+    async def pool(fn, *args, leases=()):
         return fn(*args)
 
     arena = Arena(4096, huge_pages=False)
@@ -79,3 +81,48 @@ def test_no_client(tmp_path, monkeypatch) -> None:
 def test_bad_options(options) -> None:
     with pytest.raises(ValueError):
         GdsOptions(**({"path": "/x"} | options))
+
+
+class File:
+    """A CuFile whose requests end one by one, some of them badly."""
+
+    def __init__(self, *ends) -> None:
+        self.ends = list(ends)
+        self.asked: list[tuple[int, int, int]] = []
+        self.ended = 0
+
+    def pread(self, buffer, size, offset, task_size):
+        assert size == len(buffer) == task_size, "one task each"
+        self.asked.append((buffer.ctypes.data, size, offset))
+        end = self.ends[len(self.asked) - 1]
+        if end == "not begun":
+            raise RuntimeError("queue is gone")
+        return SimpleNamespace(get=lambda: self._get(end, size))
+
+    def _get(self, end, size):
+        self.ended += 1
+        if end == "fails":
+            raise RuntimeError("I/O error")
+        return size - (end == "short")
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [
+        ("comes comes comes", None),
+        ("fails comes comes", TierDown),
+        ("comes fails fails", TierDown),
+        ("comes comes short", BadObject),
+        ("comes comes not_begun", TierDown),
+    ],
+)
+def test_no_request_is_left_at_the_memory(ends, error) -> None:
+    """One that fails leaves others under way, which read into the same lease."""
+    mover = KvikioMover(GdsOptions(path="x", task=4096))
+    file = mover._files[7] = File(*[end.replace("_", " ") for end in ends.split()])
+    into = memoryview(bytearray(10_000))
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        mover.read(7, into, 100)
+    start = file.asked[0][0]
+    assert file.asked == [(start + n, min(4096, 10_000 - n), 100 + n) for n in (0, 4096, 8192)]
+    assert file.ended == len(file.asked) - ("not_begun" in ends)

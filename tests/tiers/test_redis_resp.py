@@ -11,7 +11,7 @@ import pytest
 
 from tierloom.stages.errors import BadObject, TierDown
 from tierloom.stages.tiers.redis_resp import Answers, Refusal, Want, command
-from tierloom.testing import mutations
+from tierloom.testing import PoisonArena, mutations
 
 BODY = 3000
 RIGHT = (
@@ -199,3 +199,35 @@ def test_a_refusal_quotes_nothing(loop) -> None:
     answers.get_buffer()[: len(said)] = said
     answers.took(len(said))
     assert [w.future.result() for w in wants] == [[Refusal("ERR")], [Refusal("ERR")]]
+
+
+@pytest.mark.parametrize("end", ["answered", "failed", "left"])
+def test_what_is_received_into_is_held(end):
+    """Until it has come, or the connection is given up, whatever became of who asked for it."""
+    arena, loop = PoisonArena(8192, huge_pages=False), asyncio.new_event_loop()
+    lease, answers = arena.lease(BODY), Answers()
+    want = Want(loop.create_future(), into=lease.view[:BODY], lease=lease)
+    answers.expect(want)
+    lease.release()
+    head = b"$%d\r\n" % BODY
+    answers.get_buffer()[: len(head)] = head
+    answers.took(len(head))
+    answers.get_buffer()[:10] = b"0123456789"
+    answers.took(10)
+    assert arena.leases == 1
+    if end == "answered":
+        answers.get_buffer()[: BODY - 10] = bytes(BODY - 10)
+        answers.took(BODY - 10)
+        assert arena.leases == 1, "its end has not come"
+        answers.get_buffer()[:2] = b"\r\n"
+        answers.took(2)
+        assert want.future.result() == [BODY]
+    else:
+        if end == "left":
+            want.future.cancel()
+            assert arena.leases == 1
+        answers.fail(TierDown("given up"))
+    assert arena.leases == 0
+    answers.get_buffer()[:4] = b"late"
+    loop.close()
+    arena.close()
