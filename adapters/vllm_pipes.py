@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..pipeline.check import load
 from ..pipeline.pipeline import Pipeline
 from ..stages.base import ModelFacts
 from ..stages.codecs.rope import frequencies
@@ -114,7 +113,7 @@ def open_pipes(
             heads, twin = rank.heads(_heads(share, model))
             overrides = _overrides(conf, rank, share, len(parts), kv_cache_config.hash_block_size)
             pipe = Pipeline(
-                load(conf.source, overrides), share.layout,
+                conf.pipeline(overrides), share.layout,
                 model=conf.settings.name, weights=weights, rope=_rope(model, share),
                 layers=None if alone else (first, last), heads=heads, part=share.part,
                 backend=share.backend, replica=twin, watch=True,
@@ -186,21 +185,23 @@ def _overrides(
     conf: Configured, rank: Rank, share: Share, groups: int, hash_block: int | None
 ) -> dict[str, Any]:
     """The user's, and what several processes or groups must not share: folders and budgets."""
-    overrides = dict(conf.overrides)
-    if conf.settings.saves_by_layer(share.layout.device):
-        overrides.setdefault("graphs.store.pace.by", "layer")
+    by_layer = conf.settings.saves_by_layer(share.layout.device)
+    overrides = {"graphs.store.pace.by": "layer"} if by_layer else {}
+    overrides |= conf.overrides
+    ours: dict[str, Any] = {}
     if conf.settings.keys == "engine" and hash_block:
-        overrides["chunk.grain"] = hash_block
-    spec = load(conf.source, overrides)
+        ours["chunk.grain"] = hash_block
+    spec = conf.pipeline(overrides | ours)
     folder = "-".join(p for p in (rank.folder, f"g{share.group}" if groups > 1 else "") if p)
     for name, tier in spec.tiers.items():
         if tier.cls.local and folder and hasattr(tier.options, "path"):
-            overrides[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
+            ours[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
         if tier.cls.local and groups > 1 and hasattr(tier.options, "capacity"):
-            overrides[f"tiers.{name}.capacity"] = tier.options.capacity // groups
+            ours[f"tiers.{name}.capacity"] = tier.options.capacity // groups
     if groups > 1:
-        overrides["budget.arena"] = max(1 << 20, spec.budget.arena // groups)
-    return overrides
+        ours["budget.arena"] = max(1 << 20, spec.budget.arena // groups)
+    # Behind all that the user says of the same, with dots or in a mapping: the last one wins.
+    return {path: value for path, value in overrides.items() if path not in ours} | ours
 
 
 def _refuse(vllm_config: Any) -> None:

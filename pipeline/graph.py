@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..stages.base import PortType, Stage
     from ..stages.tiers.base import Tier
+    from .problems import Place
 
 WhenFull = Literal["block", "drop", "spill"]
 
@@ -138,7 +139,7 @@ class TierSpec:
     cls: type[Tier]
     options: Any
     breaker: Breaker
-    place: str
+    place: Place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

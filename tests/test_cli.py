@@ -66,6 +66,18 @@ def test_check_tells_every_problem_and_exits_with_2(run) -> None:
     assert "p.yaml:2:1: unknown key 'teirs'\n    teirs: {}\n    hint: did you mean 'tiers'?" in err
 
 
+def test_check_refuses_times_without_a_unit(run) -> None:
+    Path("p.yaml").write_text(
+        "version: 1\nextends: tiered\ntiers: {warm: {ttl: 90, capacity: 9000000, depth: 1}}\n"
+        "graphs: {store: {deadline: '0.5'}}\n"
+    )
+    code, _, err = run("check", "p.yaml")
+    assert code == 2
+    assert err.startswith("p.yaml:3:21: tiers.warm.ttl: 90 has no unit; write '90 ms' or '90 s'\n")
+    assert "\np.yaml:4:28: graphs.store.deadline: '0.5' has no unit; write" in err
+    assert err.count("p.yaml:") == 2
+
+
 def test_check_prints_warnings_and_exits_with_0(run) -> None:
     Path("p.yaml").write_text(
         "version: 1\nextends: minimal\ntiers: {spare: {use: memory, capacity: 1 MiB}}\n"
