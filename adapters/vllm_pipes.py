@@ -41,7 +41,9 @@ class Rank:
     pp: int
     pp_size: int
     dp: int
+    """Counts copies of the model that are told apart by nothing else."""
     dp_size: int
+    """1 for dense models too: each copy is an engine of its own to vLLM."""
 
     @classmethod
     def here(cls, parallel: Any) -> Rank:
@@ -51,7 +53,8 @@ class Rank:
         tp, pp = get_tp_group(), get_pp_group()
         return cls(
             tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size,
-            parallel.data_parallel_rank, parallel.data_parallel_size,
+            # Of a dense model vLLM sets the rank back to 0, and the size to 1.
+            parallel.data_parallel_index, parallel.data_parallel_size,
         )  # fmt: skip
 
     @property
@@ -62,7 +65,8 @@ class Rank:
     @property
     def folder(self) -> str:
         """Names it in paths that only one process may use; empty when it is alone."""
-        parts = [f"dp{self.dp}of{self.dp_size}"] if self.dp_size > 1 else []
+        parts = [f"dp{self.dp}"] if self.dp else []
+        parts = [f"dp{self.dp}of{self.dp_size}"] if self.dp_size > 1 else parts
         parts += [f"tp{self.tp}of{self.tp_size}"] if self.tp_size > 1 else []
         parts += [f"pp{self.pp}of{self.pp_size}"] if self.pp_size > 1 else []
         return "-".join(parts)

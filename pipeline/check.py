@@ -52,8 +52,7 @@ def warnings(spec: PipelineSpec) -> tuple[Problem, ...]:
         used = {t for n in graph.nodes for t in (n.keeps_in() if stores else n.reads(spec.tiers))}
         for tier in spec.tiers.keys() - used:
             what = "keeps nothing in it" if stores else "does not read it"
-            at = spec.tiers[tier].place._replace(text="")
-            found.add(at, f"tiers.{tier}", f"graph {name!r} {what}")
+            found.add(spec.tiers[tier].place, f"tiers.{tier}", f"graph {name!r} {what}")
     return found.sorted()
 
 
@@ -112,7 +111,7 @@ def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
                     f"at most half of it is a good start: capacity: {there >> 31} GiB",
                 )  # fmt: skip
         if breaker is not None and options is not None:
-            yield TierSpec(name, use, cls, options, breaker, table.at)
+            yield TierSpec(name, use, cls, options, breaker, table.at._replace(text=""))
 
 
 def _stage(id: str, table: Table, path: str, found: Findings) -> Draft:

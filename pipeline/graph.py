@@ -140,6 +140,7 @@ class TierSpec:
     options: Any
     breaker: Breaker
     place: Place
+    """Without the line itself, which may hold a password."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
