@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -116,6 +117,26 @@ def test_doctor_never_fails(run, monkeypatch) -> None:
     assert (code, err) == (0, "")
     for name in ("cores", "memory", "huge pages", "O_DIRECT", "disk", "GPU", "triton", "numba"):
         assert name in out
+
+
+def test_doctor_tells_what_this_user_may_not_write(run, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    monkeypatch.delenv("TIERLOOM_DIR", raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code_of = "tierloom.triton_kernels.machine_code"
+    for kept, says in (
+        (None, "nowhere to keep its code"),
+        (tmp_path / "numba" / "x", f"keeps its code in {tmp_path}"),
+    ):
+        monkeypatch.setattr(f"{code_of}.numba_folder", lambda kept=kept: kept)
+        monkeypatch.setattr(f"{code_of}.temporary_folder", lambda: tmp_path)
+        code, out, _ = run("doctor")
+        assert code == 0
+        assert says in out
+        assert out.count("set NUMBA_CACHE_DIR to a folder") == 1
+        assert "may not write to /dev" in out
+        assert "set TIERLOOM_DIR to a folder of this user's" in out
 
 
 def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:
