@@ -10,6 +10,7 @@ import typer
 
 from .. import __version__
 from ..stages.errors import ConfigError, TierloomError
+from ..stages.options import parse_seconds
 
 app = typer.Typer(
     name="tierloom",
@@ -216,15 +217,19 @@ def serve(
     ] = False,
     clients: Annotated[int, typer.Option(min=1, help="Connections at most.")] = 512,
     drain: Annotated[
-        float, typer.Option(min=0, help="Seconds to finish what is under way, at the end.")
-    ] = 10.0,
+        str, typer.Option(metavar="TIME", help="To finish what is under way, at the end.")
+    ] = "10 s",
 ) -> None:
     """Keep objects for many engines, whose pipelines have a tier that uses `server`."""
     from .serve import run_serve
 
+    try:
+        seconds = parse_seconds(drain)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--drain") from None
     run_serve(
         config, listen or ["tcp://127.0.0.1:7654"], token_file=token_file, cert=cert, key=key,
-        without_token=without_token, clients=clients, drain=drain, say=typer.echo,
+        without_token=without_token, clients=clients, drain=seconds, say=typer.echo,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..pipeline.check import memory_here
+from ..stages.home import expanded
+from ..stages.tiers.folder import DEFAULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +74,7 @@ def _huge_pages() -> Finding:
 
 def _disk_folder() -> Path:
     """The nearest existing folder to TIERLOOM_DIR, which need not be there yet."""
-    folder = Path(os.environ.get("TIERLOOM_DIR") or "~/.cache/tierloom").expanduser()
+    folder = expanded(os.environ.get("TIERLOOM_DIR") or DEFAULT)
     return next(f for f in (folder, *folder.absolute().parents) if f.is_dir())
 
 
@@ -80,6 +82,8 @@ def _direct() -> Finding:
     from ..stages.tiers.disk_io import can_direct
 
     folder = _disk_folder()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("absent", f"may not write to {folder}")
     if can_direct(folder):
         return Finding("ok", f"works in {folder}")
     hint = "reads go through the page cache; set TIERLOOM_DIR to a local disk"
@@ -88,6 +92,9 @@ def _direct() -> Finding:
 
 def _free_disk() -> Finding:
     folder = _disk_folder()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        hint = "nothing is kept on disk by default: set TIERLOOM_DIR to a folder of this user's"
+        return Finding("warn", f"may not write to {folder}", hint)
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free in {folder}"
     if free >= 20 * GIB:
@@ -113,7 +120,17 @@ def _triton() -> Finding:
 def _numba() -> Finding:
     import numba
 
-    return Finding("ok", f"numba {numba.__version__}, {numba.get_num_threads()} threads")
+    from ..triton_kernels.machine_code import numba_folder, temporary_folder
+
+    text = f"numba {numba.__version__}, {numba.get_num_threads()} threads"
+    kept, passing = numba_folder(), temporary_folder()
+    if kept is None:
+        hint = "each process compiles its code anew: set NUMBA_CACHE_DIR to a folder of this user's"
+        return Finding("warn", f"{text}; nowhere to keep its code", hint)
+    if passing in kept.parents:
+        hint = "gone with it, the first start is slow: set NUMBA_CACHE_DIR to a folder that stays"
+        return Finding("warn", f"{text}; keeps its code in {passing}", hint)
+    return Finding("ok", text)
 
 
 def _client(tier: str, *modules: str) -> Finding:

@@ -8,15 +8,16 @@ file that is no YAML.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..stages.errors import ConfigError
+from ..stages.home import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 PREFIX = "LMCACHE_"
 
@@ -199,7 +200,7 @@ def from_environment(environ: Mapping[str, str]) -> Given:
     """What LMCache itself would read there: the file that LMCACHE_CONFIG_FILE names, and
     variables. Raises ConfigError, OSError."""
     if named := environ.get(f"{PREFIX}CONFIG_FILE"):
-        return from_file(Path(named).expanduser(), environ)
+        return from_file(expanded(named), environ)
     if raw := _variables(environ):
         return Given(raw, f"{PREFIX}* of the environment")
     hint = "name a file: tierloom import-lmcache FILE"

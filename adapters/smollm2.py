@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..stages.errors import TierloomError
+from ..stages.home import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,8 +48,7 @@ class DemoNeeds(TierloomError):
 
 def cache_dir() -> Path:
     """Where converted models lie: `${XDG_CACHE_HOME:-~/.cache}/tierloom/models`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tierloom" / "models"
+    return cache_folder() / "models"
 
 
 def model_dir(*, progress: bool = True) -> Path:

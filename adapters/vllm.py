@@ -29,7 +29,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from ..stages.errors import ConfigError
+from .vllm_check import check_early
 from .vllm_events import Events
+from .vllm_log import speak
 from .vllm_messages import Plan
 from .vllm_metrics import PromMetrics, Stats
 from .vllm_scheduler import SchedulerSide
@@ -64,6 +66,7 @@ def register() -> None:
         KVConnectorFactory.register_connector(
             "TierloomConnector", "tierloom.adapters.vllm", "TierloomConnector"
         )
+    check_early(KVConnectorFactory)
 
 
 def guarded(otherwise: Callable[[], Any] = lambda: None) -> Callable[[F], F]:
@@ -98,7 +101,7 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any, **_: Any) -> None:
         """Raises ConfigError for options that cannot be used."""
         super().__init__(vllm_config, role, kv_cache_config)
-        _speak()
+        speak()
         _check_version()
         conf = configured(self._kv_transfer_config.kv_connector_extra_config)
         self.trace: dict[str, list[float]] | None = {} if conf.settings.trace else None
@@ -301,11 +304,3 @@ def _mend_policy(transfer: Any, failure: str) -> None:
     else:
         log.warning("kv_load_failure_policy is %r: a load that fails will fail its request",
                     transfer.kv_load_failure_policy)  # fmt: skip
-
-
-def _speak() -> None:
-    """Let our log lines appear where vLLM's do, unless the user has settled that already."""
-    ours, theirs = logging.getLogger("tierloom"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        ours.handlers, ours.propagate = list(theirs.handlers), False
-        ours.setLevel(theirs.level)

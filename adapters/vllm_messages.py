@@ -140,6 +140,15 @@ class Told:
         lists = (self.seen, self.captured, self.ended, self.loaded, self.failed)
         return self.hello is not None or any(lists) or bool(self.answers or self.costs)
 
+    def then(self, later: Told) -> Told:
+        """Both as one, in order; where each says something of one thing, the later counts."""
+        return Told(
+            hello=later.hello or self.hello, seen=self.seen + later.seen, more=later.more,
+            captured=self.captured + later.captured, ended=self.ended + later.ended,
+            answers=self.answers | later.answers, loaded=self.loaded + later.loaded,
+            failed=self.failed + later.failed, costs=self.costs | later.costs,
+        )  # fmt: skip
+
 
 @dataclass(slots=True)
 class News(KVConnectorWorkerMetadata):
@@ -149,5 +158,9 @@ class News(KVConnectorWorkerMetadata):
     """By worker."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
+        """Of all workers. One may come twice, where vLLM brings late what a step left behind."""
         assert isinstance(other, News)
-        return News(self.told | other.told)
+        told = dict(self.told)
+        for worker, news in other.told.items():
+            told[worker] = told[worker].then(news) if worker in told else news
+        return News(told)

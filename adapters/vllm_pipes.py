@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline.check import load
 from ..pipeline.pipeline import Pipeline
 from ..stages.base import ModelFacts
 from ..stages.codecs.rope import frequencies
@@ -44,7 +43,9 @@ class Rank:
     pp: int
     pp_size: int
     dp: int
+    """Counts copies of the model that are told apart by nothing else."""
     dp_size: int
+    """1 for dense models too: each copy is an engine of its own to vLLM."""
 
     @classmethod
     def here(cls, parallel: Any) -> Rank:
@@ -54,7 +55,8 @@ class Rank:
         tp, pp = get_tp_group(), get_pp_group()
         return cls(
             tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size,
-            parallel.data_parallel_rank, parallel.data_parallel_size,
+            # Of a dense model vLLM sets the rank back to 0, and the size to 1.
+            parallel.data_parallel_index, parallel.data_parallel_size,
         )  # fmt: skip
 
     @property
@@ -65,7 +67,8 @@ class Rank:
     @property
     def folder(self) -> str:
         """Names it in paths that only one process may use; empty when it is alone."""
-        parts = [f"dp{self.dp}of{self.dp_size}"] if self.dp_size > 1 else []
+        parts = [f"dp{self.dp}"] if self.dp else []
+        parts = [f"dp{self.dp}of{self.dp_size}"] if self.dp_size > 1 else parts
         parts += [f"tp{self.tp}of{self.tp_size}"] if self.tp_size > 1 else []
         parts += [f"pp{self.pp}of{self.pp_size}"] if self.pp_size > 1 else []
         return "-".join(parts)
@@ -112,7 +115,7 @@ def open_pipes(
             heads, twin = rank.heads(_heads(share, model))
             overrides = _overrides(conf, rank, share, len(parts), kv_cache_config.hash_block_size)
             pipe = Pipeline(
-                load(conf.source, overrides), share.layout,
+                conf.pipeline(overrides), share.layout,
                 model=conf.settings.name, weights=weights, rope=_rope(model, share),
                 layers=None if alone else (first, last), heads=heads, part=share.part,
                 backend=share.backend, replica=twin, watch=True,
@@ -184,21 +187,23 @@ def _overrides(
     conf: Configured, rank: Rank, share: Share, groups: int, hash_block: int | None
 ) -> dict[str, Any]:
     """The user's, and what several processes or groups must not share: folders and budgets."""
-    overrides = dict(conf.overrides)
-    if conf.settings.saves_by_layer(share.layout.device):
-        overrides.setdefault("graphs.store.pace.by", "layer")
+    by_layer = conf.settings.saves_by_layer(share.layout.device)
+    overrides = {"graphs.store.pace.by": "layer"} if by_layer else {}
+    overrides |= conf.overrides
+    ours: dict[str, Any] = {}
     if conf.settings.keys == "engine" and hash_block:
-        overrides["chunk.grain"] = hash_block
-    spec = load(conf.source, overrides)
+        ours["chunk.grain"] = hash_block
+    spec = conf.pipeline(overrides | ours)
     folder = "-".join(p for p in (rank.folder, f"g{share.group}" if groups > 1 else "") if p)
     for name, tier in spec.tiers.items():
         if tier.cls.local and folder and hasattr(tier.options, "path"):
-            overrides[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
+            ours[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
         if tier.cls.local and groups > 1 and hasattr(tier.options, "capacity"):
-            overrides[f"tiers.{name}.capacity"] = tier.options.capacity // groups
+            ours[f"tiers.{name}.capacity"] = tier.options.capacity // groups
     if groups > 1:
-        overrides["budget.arena"] = max(1 << 20, spec.budget.arena // groups)
-    return overrides
+        ours["budget.arena"] = max(1 << 20, spec.budget.arena // groups)
+    # Behind all that the user says of the same, with dots or in a mapping: the last one wins.
+    return {path: value for path, value in overrides.items() if path not in ours} | ours
 
 
 def _refuse(vllm_config: Any) -> None:

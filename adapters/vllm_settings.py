@@ -4,24 +4,31 @@
                                   "tiers.warm.path": "/data/kv"}
 
 Keys that begin with `tierloom.` are the fields of `Settings`; every other key is the dotted path of
-one value of the pipeline's configuration.
+one value of the pipeline's configuration. vLLM makes mappings of its own dotted flags
+(`--kv-transfer-config.kv_connector_extra_config.tierloom.load layer`): they mean the same.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..pipeline.check import load
 from ..pipeline.problems import Findings, Place
-from ..pipeline.tree import Table, from_python
+from ..pipeline.tree import Table, dotted, from_python
 from ..pipeline.values import fill
 from ..stages.options import Seconds  # noqa: TC001 (options are read at run time)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
 
-PREFIX = "tierloom."
+    from ..pipeline.graph import PipelineSpec
+
+NAME = "tierloom"
+PREFIX = f"{NAME}."
 WHERE = "kv_connector_extra_config"
 
 
@@ -76,23 +83,54 @@ class Configured:
     source: Any
     """A preset's name, a path, or a mapping: for `tierloom.open`."""
     overrides: dict[str, Any] = field(default_factory=dict)
+    """Later ones win."""
+
+    def pipeline(self, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
+        """The pipeline, by `overrides` or those that the user gave. Raises ConfigError."""
+        return load(self.source, self.overrides if overrides is None else overrides, said_in=WHERE)
 
 
 def configured(extra: Mapping[str, Any]) -> Configured:
     """Read `kv_connector_extra_config`. Raises ConfigError with every problem of our own keys."""
-    found = Findings()
-    own = {k.removeprefix(PREFIX): v for k, v in extra.items() if k.startswith(PREFIX)}
+    found, at = Findings(), Place(WHERE)
+    for path in _twice(extra):
+        found.add(at, path, "stands twice", "once with dots, and once in a mapping")
+    try:
+        own = _own(extra)
+    except ValueError as error:
+        found.add(at, "", str(error))
+        own = {}
     source = own.pop("config", None) or os.environ.get("TIERLOOM_CONFIG") or "tiered"
-    tree = from_python(own, Place(WHERE), "", found)
-    settings = None
-    if isinstance(tree, Table):
-        settings = fill(Settings, tree, PREFIX.rstrip("."), found)
+    tree = from_python(own, at, "", found)
+    settings = fill(Settings, tree, NAME, found) if isinstance(tree, Table) else None
     found.raise_all()
     assert settings is not None
-    overrides = {k: v for k, v in extra.items() if not k.startswith(PREFIX)}
-    if settings.load == "layer":
-        overrides.setdefault("graphs.retrieve.pace.by", "layer")
+    overrides = {"graphs.retrieve.pace.by": "layer"} if settings.load == "layer" else {}
+    overrides |= {k: v for k, v in extra.items() if k != NAME and not k.startswith(PREFIX)}
     return Configured(settings, source, overrides)
+
+
+def _own(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of tierloom itself: `tierloom.key`, and what a mapping `tierloom` holds.
+    Raises ValueError."""
+    nested = said.get(NAME, {})
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"{NAME} wants a mapping, got {nested!r}")  # noqa: TRY004 (as the others)
+    return {**nested} | {k.removeprefix(PREFIX): v for k, v in said.items() if k.startswith(PREFIX)}
+
+
+def _twice(said: Mapping[str, Any]) -> list[str]:
+    """Dotted paths of what stands there in both ways."""
+    return [path for path, times in Counter(_paths(said, "")).items() if times > 1]
+
+
+def _paths(value: Any, path: str) -> Iterator[str]:
+    """The dotted path of each value, however it was written."""
+    if not isinstance(value, Mapping) or not value:
+        yield path
+        return
+    for key, inner in value.items():
+        yield from _paths(inner, dotted(path, str(key)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +147,18 @@ class Wishes:
 
 def wishes(params: Mapping[str, Any] | None) -> Wishes:
     """Read a request's switches. Raises ValueError, naming the one that cannot be used."""
-    own = {k: v for k, v in (params or {}).items() if k.startswith(PREFIX)}
+    own = _own(params) if params else {}
     if not own:
         return Wishes()
-    known = {f"{PREFIX}{name}" for name in ("skip_save", "skip_load", "tags", "max_tokens")}
+    assert params is not None
+    if twice := _twice(params):
+        raise ValueError(f"{', '.join(twice)}: stands twice")
+    known = {"skip_save", "skip_load", "tags", "max_tokens"}
     if unknown := own.keys() - known:
-        raise ValueError(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    tags, most = own.get(f"{PREFIX}tags") or {}, own.get(f"{PREFIX}max_tokens")
-    skip_save, skip_load = (own.get(f"{PREFIX}{s}", False) for s in ("skip_save", "skip_load"))
+        said, ours = (", ".join(f"{PREFIX}{n}" for n in sorted(s)) for s in (unknown, known))
+        raise ValueError(f"unknown {said}; known: {ours}")
+    tags, most = own.get("tags") or {}, own.get("max_tokens")
+    skip_save, skip_load = own.get("skip_save", False), own.get("skip_load", False)
     for name, value, kind, wants in (
         ("tags", tags, dict, "a mapping"),
         ("skip_save", skip_save, bool, "true or false"),

@@ -28,14 +28,16 @@ _OUTSIDE = {"version", "extends", "tiers", "graphs"}
 """Keys of a file that are not options."""
 
 
-def load(source: Source, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
+def load(
+    source: Source, overrides: Mapping[str, Any] | None = None, *, said_in: str = ""
+) -> PipelineSpec:
     """Read and check a preset, a file or a mapping. Imports the classes it names, opens nothing.
 
-    `overrides` maps dotted paths (`tiers.warm.path`) to values. Raises ConfigError, whose
-    `problems` are all there are.
+    `overrides` maps dotted paths (`tiers.warm.path`) to values. `said_in`: where the user wrote
+    what is in no file. Raises ConfigError, whose `problems` are all there are.
     """
     found = Findings()
-    tree = read(source, overrides, found)
+    tree = read(source, overrides, found, said_in)
     spec = _pipeline(tree, found) if tree is not None else None
     found.raise_all()
     assert spec is not None
@@ -49,9 +51,8 @@ def warnings(spec: PipelineSpec) -> tuple[Problem, ...]:
         stores = name == "store"
         used = {t for n in graph.nodes for t in (n.keeps_in() if stores else n.reads(spec.tiers))}
         for tier in spec.tiers.keys() - used:
-            file, line, col = spec.tiers[tier].place.rsplit(":", 2)
             what = "keeps nothing in it" if stores else "does not read it"
-            found.add(Place(file, int(line), int(col)), f"tiers.{tier}", f"graph {name!r} {what}")
+            found.add(spec.tiers[tier].place, f"tiers.{tier}", f"graph {name!r} {what}")
     return found.sorted()
 
 
@@ -110,7 +111,7 @@ def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
                     f"at most half of it is a good start: capacity: {there >> 31} GiB",
                 )  # fmt: skip
         if breaker is not None and options is not None:
-            yield TierSpec(name, use, cls, options, breaker, str(table.at))
+            yield TierSpec(name, use, cls, options, breaker, table.at._replace(text=""))
 
 
 def _stage(id: str, table: Table, path: str, found: Findings) -> Draft:

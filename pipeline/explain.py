@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_type_hints
 
-from ..stages.options import masked, parse_seconds, parse_size
+from ..stages.options import masked, parse_seconds, parse_size, seconds_text
 from ..stages.tiers.base import Inner
 from .lower import lower
 
@@ -128,5 +128,5 @@ def _shown(kind: Any, value: Any) -> str:
         unit = next(((n, u) for n, u in _SIZES if value >= n), (1, "B"))
         return f"{value / unit[0]:g} {unit[1]}"
     if parse_seconds in marks:
-        return f"{value:g} s" if value >= 1 or not value else f"{value * 1e3:g} ms"
+        return seconds_text(value)
     return str(value)

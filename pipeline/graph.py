@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..stages.base import PortType, Stage
     from ..stages.tiers.base import Tier
+    from .problems import Place
 
 WhenFull = Literal["block", "drop", "spill"]
 
@@ -138,7 +139,8 @@ class TierSpec:
     cls: type[Tier]
     options: Any
     breaker: Breaker
-    place: str
+    place: Place
+    """Without the line itself, which may hold a password."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

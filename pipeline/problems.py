@@ -23,12 +23,13 @@ class Place(NamedTuple):
     """The line itself."""
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.col}"
+        return f"{self.file}:{self.line}:{self.col}" if self.line else self.file
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One finding. Prints as `file:line:col: path: message`, the source line, and the hint."""
+    """One finding. Prints as `file:line:col: path: message`, the source line, and the hint; what
+    is in no file prints as `where it was said: path: message`."""
 
     file: str
     line: int
@@ -41,7 +42,7 @@ class Problem:
     """The source line."""
 
     def __str__(self) -> str:
-        head = f"{self.file}:{self.line}:{self.col}: {self.path}{': ' if self.path else ''}"
+        head = f"{Place(self.file, self.line, self.col)}: {self.path}{': ' if self.path else ''}"
         lines = [head + self.message]
         if self.text.strip():
             lines.append(f"    {self.text.strip()}")

@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..stages import catalog
-from ..stages.options import field_docs, parse_size
+from ..stages.options import field_docs, parse_seconds, parse_size, seconds_text
 from ..stages.tiers.base import Inner
 from .check import GRAPHS
 from .graph import Breaker, GraphOptions, PipelineOptions, Wire
@@ -25,6 +25,8 @@ _URL = {
     "pattern": r"^[A-Za-z][A-Za-z0-9+.-]*://|\$\{",
     "description": "A URL says which tier to use, and is its `url`; it may also stand in `use`.",
 }
+_TIME = {"minimum": 0, "maximum": 0, "pattern": r"[A-Za-z]|^[\s0.]*$"}
+"""A time has a unit, or is 0."""
 _SIMPLE: dict[Any, dict[str, Any]] = {
     bool: {"type": "boolean"}, int: {"type": "integer"}, float: {"type": "number"},
     str: {"type": "string"}, type(None): {"type": "null"},
@@ -96,7 +98,9 @@ def _properties(cls: type[Any], without: set[str] | None = None) -> dict[str, An
         doc = " ".join(docs[field.name].split())
         found[field.name] = _type(kinds[field.name]) | {"description": doc}
         if not is_dataclass(field.default) and field.default is not MISSING:
-            found[field.name]["default"] = field.default
+            kind, default = kinds[field.name], field.default
+            is_time = default is not None and parse_seconds in _marks(kind)
+            found[field.name]["default"] = seconds_text(default) if is_time else default
     return found
 
 
@@ -105,12 +109,18 @@ def _required(cls: type[Any]) -> list[str]:
     return [f.name for f in missing]
 
 
+def _marks(kind: Any) -> set[Any]:
+    """What a type, or one that it is made of, is annotated with."""
+    return {m for k in (kind, *get_args(kind)) for m in getattr(k, "__metadata__", ())}
+
+
 def _type(kind: Any) -> dict[str, Any]:
     """What may be written for a type."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        plain = "integer" if parse_size in args else "number"
-        return {"type": [plain, "string"]} if any(map(callable, args[1:])) else _type(args[0])
+        plain = {"type": ["integer" if parse_size in args else "number", "string"]}
+        timed = _TIME if parse_seconds in args else {}
+        return plain | timed if any(map(callable, args[1:])) else _type(args[0])
     if origin in (Union, types.UnionType):
         return {"anyOf": [_type(a) for a in args]}
     if origin in (list, tuple):

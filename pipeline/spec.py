@@ -28,19 +28,24 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """A preset's name, a path, or what a YAML file would hold."""
 
 
-def read(source: Source, overrides: Mapping[str, Any] | None, found: Findings) -> Table | None:
+def read(
+    source: Source, overrides: Mapping[str, Any] | None, found: Findings, said_in: str = ""
+) -> Table | None:
     """The whole tree, bases merged and overrides applied. None: nothing could be read at all.
 
-    Overrides map dotted paths (`tiers.warm.path`) to values; they win over every file.
+    Overrides map dotted paths (`tiers.warm.path`) to values; they win over every file. `said_in` is
+    what messages call the place of what is in no file.
     """
     if isinstance(source, Mapping):
-        whole = _extend(from_python(source, Place("<mapping>"), "", found), Path(), found, ())
+        at = Place(said_in or "<mapping>")
+        whole = _extend(from_python(source, at, "", found), Path(), found, ())
     else:
         name = os.fspath(source)
-        file = _find(name, Place(name), Path(), found)
+        file = _find(name, Place(said_in or name), Path(), found)
         whole = _extend(parse(file, found), file.parent, found, ()) if file else None
     for path, value in (overrides or {}).items():
-        whole = whole and _override(whole, str(path), value, found)
+        at = Place(said_in or "<overrides>")
+        whole = whole and _override(whole, str(path), value, at, found)
     return whole
 
 
@@ -132,9 +137,8 @@ def _value(tree: Tree) -> Scalar:
     return tree.value if isinstance(tree, Leaf) else None
 
 
-def _override(tree: Table, path: str, value: Any, found: Findings) -> Table:
+def _override(tree: Table, path: str, value: Any, at: Place, found: Findings) -> Table:
     """One value put at a dotted path. The ids that it goes through must be there."""
-    at = Place("<overrides>")
     *parents, last = path.split(".")
     here: Tree | None = tree
     for i, name in enumerate(parents):

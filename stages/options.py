@@ -38,14 +38,22 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_seconds(text: str | float) -> float:
-    """'150 ms' -> seconds. A bare number is seconds. Raises ValueError."""
-    if isinstance(text, (int, float)) and not isinstance(text, bool) and text >= 0:
-        return float(text)
-    m = _NUMBER.match(text) if isinstance(text, str) else None
-    unit = (m[2].lower() or "s") if m else ""
-    if m is None or unit not in _TIMES:
+    """'150 ms' -> seconds. Only 0 needs no unit: a bare number may be meant as milliseconds, as
+    other programs have it. Raises ValueError."""
+    bare = isinstance(text, (int, float)) and not isinstance(text, bool)
+    m = _NUMBER.match(str(text)) if bare or isinstance(text, str) else None
+    if m is not None and not m[2]:
+        if float(m[1]):
+            raise ValueError(f"{text!r} has no unit; write '{m[1]} ms' or '{m[1]} s'")
+        return 0.0
+    if m is None or m[2].lower() not in _TIMES:
         raise ValueError(f"{text!r} is not a time; write one as in '150 ms' or '24 h'")
-    return float(m[1]) * _TIMES[unit]
+    return float(m[1]) * _TIMES[m[2].lower()]
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds as one writes them: '150 ms'."""
+    return f"{seconds:g} s" if seconds >= 1 or not seconds else f"{seconds * 1e3:g} ms"
 
 
 Size = Annotated[int, parse_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -66,6 +67,18 @@ def test_check_tells_every_problem_and_exits_with_2(run) -> None:
     assert "p.yaml:2:1: unknown key 'teirs'\n    teirs: {}\n    hint: did you mean 'tiers'?" in err
 
 
+def test_check_refuses_times_without_a_unit(run) -> None:
+    Path("p.yaml").write_text(
+        "version: 1\nextends: tiered\ntiers: {warm: {ttl: 90, capacity: 9000000, depth: 1}}\n"
+        "graphs: {store: {deadline: '0.5'}}\n"
+    )
+    code, _, err = run("check", "p.yaml")
+    assert code == 2
+    assert err.startswith("p.yaml:3:21: tiers.warm.ttl: 90 has no unit; write '90 ms' or '90 s'\n")
+    assert "\np.yaml:4:28: graphs.store.deadline: '0.5' has no unit; write" in err
+    assert err.count("p.yaml:") == 2
+
+
 def test_check_prints_warnings_and_exits_with_0(run) -> None:
     Path("p.yaml").write_text(
         "version: 1\nextends: minimal\ntiers: {spare: {use: memory, capacity: 1 MiB}}\n"
@@ -104,6 +117,26 @@ def test_doctor_never_fails(run, monkeypatch) -> None:
     assert (code, err) == (0, "")
     for name in ("cores", "memory", "huge pages", "O_DIRECT", "disk", "GPU", "triton", "numba"):
         assert name in out
+
+
+def test_doctor_tells_what_this_user_may_not_write(run, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    monkeypatch.delenv("TIERLOOM_DIR", raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code_of = "tierloom.triton_kernels.machine_code"
+    for kept, says in (
+        (None, "nowhere to keep its code"),
+        (tmp_path / "numba" / "x", f"keeps its code in {tmp_path}"),
+    ):
+        monkeypatch.setattr(f"{code_of}.numba_folder", lambda kept=kept: kept)
+        monkeypatch.setattr(f"{code_of}.temporary_folder", lambda: tmp_path)
+        code, out, _ = run("doctor")
+        assert code == 0
+        assert says in out
+        assert out.count("set NUMBA_CACHE_DIR to a folder") == 1
+        assert "may not write to /dev" in out
+        assert "set TIERLOOM_DIR to a folder of this user's" in out
 
 
 def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:

@@ -57,6 +57,12 @@ def test_settings_and_overrides_are_told_apart(monkeypatch) -> None:
         ({"tierloom.save_decode": "yes"}, "true or false"),
         ({"tierloom.wait": "soon"}, "not a time"),
         ({"tierloom.min_tokens": -1}, "must not be negative"),
+        ({"tierloom.wait": "250"}, "'250' has no unit; write '250 ms' or '250 s'"),
+        ({"tierloom": {"hold": 0.5}}, "0.5 has no unit; write '0.5 ms' or '0.5 s'"),
+        ({"tierloom": {"laod": "async"}}, "unknown key 'laod'.*load"),
+        ({"tierloom": "layer"}, "tierloom wants a mapping, got 'layer'"),
+        ({"tierloom.load": "layer", "tierloom": {"load": "async"}}, "tierloom.load: stands twice"),
+        ({"tiers.hot.capacity": 1, "tiers": {"hot": {"capacity": 2}}}, "hot.capacity: stands twi"),
     ],
 )
 def test_settings_that_cannot_be_used(extra: dict[str, Any], says: str) -> None:
@@ -64,18 +70,63 @@ def test_settings_that_cannot_be_used(extra: dict[str, Any], says: str) -> None:
         configured(extra)
 
 
+def test_nested_mappings_mean_what_dotted_keys_do(monkeypatch) -> None:
+    """vLLM's own dotted flags make them: `...extra_config.tierloom.load layer`."""
+    monkeypatch.delenv("TIERLOOM_CONFIG", raising=False)
+    got = configured({
+        "tierloom": {"save_decode": True, "wait": "1 s"}, "tierloom.load": "layer",
+        "tiers": {"hot": {"capacity": "1 GiB"}}, "tiers.warm.capacity": "2 GiB",
+    })  # fmt: skip
+    assert got.settings == Settings(save_decode=True, wait=1.0, load="layer")
+    spec = got.pipeline()
+    assert [t.options.capacity for t in spec.tiers.values()] == [1 << 30, 2 << 30]
+    assert spec.graphs["retrieve"].options.pace.by == "layer"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"graphs.retrieve.pace.by": "request"},
+        {"graphs": {"retrieve": {"pace": {"by": "request"}}}},
+    ],
+)
+def test_what_the_user_says_of_the_pipeline_wins(said) -> None:
+    spec = configured({"tierloom.load": "layer", **said}).pipeline()
+    assert spec.graphs["retrieve"].options.pace.by == "request"
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"tiers.hto.capacity": "1 GiB"}, "tiers.hto.capacity: no 'hto' in tiers"),
+        ({"tierloom.config": "teired"}, "no preset is called 'teired'"),
+        ({"tierloom.config": {"version": 1, "graphs": {"stroe": {}}}}, "graphs.stroe: there is no"),
+        ({"graphs": {"store": {"deadline": 5}}}, "graphs.store.deadline: 5 has no unit"),
+    ],
+)
+def test_mistakes_of_the_pipeline_stand_where_they_were_written(extra, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"^kv_connector_extra_config: {says}"):
+        configured(extra).pipeline()
+
+
 def test_wishes_of_a_request() -> None:
     assert wishes(None) == wishes({"do_remote_decode": True}) == Wishes()
     got = wishes({"tierloom.skip_save": True, "tierloom.tags": {"b": 1, "a": "x"},
                   "tierloom.max_tokens": 64})  # fmt: skip
     assert got == Wishes(skip_save=True, tags=(("a", "x"), ("b", "1")), max_tokens=64)
+    nested = {
+        "tierloom": {"skip_save": True, "max_tokens": 64},
+        "tierloom.tags": {"b": 1, "a": "x"},
+    }
+    assert wishes(nested) == got
 
 
 @pytest.mark.parametrize(
     "params",
     [
         {"tierloom.skip": True}, {"tierloom.skip_load": 1}, {"tierloom.tags": ["a"]},
-        {"tierloom.max_tokens": -1}, {"tierloom.max_tokens": True},
+        {"tierloom.max_tokens": -1}, {"tierloom.max_tokens": True}, {"tierloom": True},
+        {"tierloom": {"skip": 1}}, {"tierloom.skip_save": False, "tierloom": {"skip_save": True}},
     ],
 )  # fmt: skip
 def test_wishes_that_cannot_be_read(params: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 
 from .floats import as_like, infinite, magnitude, to_bits, to_float
+from .machine_code import compiled
 
 CENTRE = 128
 """The symbol of q = 0."""
@@ -37,7 +38,7 @@ def turns(start: int, tokens: int, freqs: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def moments(x, first, turned, cos, sin, dim, means, spreads):
     """Means and mean square deviations over tokens, float64 [planes, channels], of turned-back x.
     False where a number is not finite."""
@@ -67,7 +68,7 @@ def moments(x, first, turned, cos, sin, dim, means, spreads):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def quantise(x, first, turned, cos, sin, dim, means, steps, q):
     """q int16 [planes, tokens - first, channels] for means and steps float32 [planes, channels],
     where a step of 0 makes 0. False where a number is not finite or is too many steps off."""
@@ -95,7 +96,7 @@ def quantise(x, first, turned, cos, sin, dim, means, steps, q):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def choose_tables(q, costs, tabid):
     """The cheapest table of each plane and channel, the first of equals: `tabid` uint8 [planes,
     channels]. costs int32 [tables, SYMBOLS]: of each symbol, 1/256 bit; of the escape, with its
@@ -125,7 +126,7 @@ def choose_tables(q, costs, tabid):
             tabid[p, c] = best
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def to_symbols(q, reach, tabid, symbols, places, values):
     """symbols uint8 like q. What is further off than `reach` int32 [tables] of the channel's table
     becomes an escape: its index in q goes to `places` uint32, q to `values` int32. Returns how many
@@ -155,7 +156,7 @@ def to_symbols(q, reach, tabid, symbols, places, values):
     return found
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, values, x):
     """The inverse of `quantise` and `to_symbols`; fills `x` from token `first` on. Returns how many
     escapes of the list found their places: all of them, if the places are in order."""
@@ -184,7 +185,7 @@ def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, valu
     return used
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def centred(x, first, turned, cos, sin, dim, means, y):
     """`y` float32 [planes, tokens - first, channels] becomes turned-back x around its means, for a
     transform that is no kernel's. False where a number is not finite."""
@@ -201,7 +202,7 @@ def centred(x, first, turned, cos, sin, dim, means, y):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def uncentred(y, first, turned, cos, sin, dim, means, x):
     """The inverse of `centred`: fills `x` from token `first` on; `y` is spoilt."""
     planes, tokens, channels = y.shape
@@ -216,7 +217,7 @@ def uncentred(y, first, turned, cos, sin, dim, means, x):
                 out[c] = to_bits(row[c], out[c])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def quantise_tokens(x, most, tops, q):
     """CacheGen's own rule: ``x ~ q / most * top``, where `top` is the largest |x| of a token.
 
@@ -242,7 +243,7 @@ def quantise_tokens(x, most, tops, q):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def dequantise_tokens(symbols, centres, most, tops, places, values, x):
     """The inverse of `quantise_tokens` and `to_symbols`, between which `centres` int8 [planes,
     channels] were taken from q; fills `x`. Returns what `dequantise` does; -1 where a top is not

@@ -13,18 +13,20 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numba import njit
 
+from .machine_code import compiled, settle_triton
 from .raw_memory import load8, load32
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+settle_triton()
+
 _QUADS = 256
 _STEPS = 8
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def positional_sums_cpu(
     address: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64], sums: npt.NDArray[np.uint64]
 ) -> None:

@@ -10,7 +10,8 @@ every machine, but it is the same for the same symbols on one.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .machine_code import compiled
 
 _ABSENT = np.float32(18)
 """Bits that a symbol costs which a table has not seen yet: more than it will."""
@@ -19,7 +20,7 @@ _NEAR = 8
 """Tables to each side of a column's own that it is tried with: the order of their means lasts."""
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def count_columns(symbols, counts):
     """``counts`` uint16 [planes, columns, NS], zeroed before: of each symbol in each column of
     symbols uint8 [planes, rows, columns], whose rows are 65535 at most."""
@@ -32,7 +33,7 @@ def count_columns(symbols, counts):
                 flat[np.uint64(c) * ns + np.uint64(row[c])] += np.uint16(1)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def cluster(counts, turns, choice, tables):
     """Assign columns, counts uint16 [columns, NS], to K tables: ``choice`` uint8 [columns], and
     ``tables`` int64 [K, NS], the sums of the columns of each.
@@ -76,7 +77,7 @@ def cluster(counts, turns, choice, tables):
         _sum(counts, choice, tables)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _sum(counts, choice, tables):
     tables[:] = 0
     for c in range(counts.shape[0]):

@@ -17,7 +17,8 @@ Arrays are C-contiguous; nothing is allocated, nothing outside of them is touche
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .machine_code import compiled
 
 SHIFTS = (6, 8)
 _SIX, _TWO, _ONE = np.uint16(63), np.uint16(3), np.uint16(6)
@@ -33,7 +34,7 @@ def run_of(n: int) -> int:
     return -(-n // 64) * 16
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def count_tops(x, shift, counts):
     """Add to ``counts`` int64 [2^(16 - shift)] how often each top occurs in x uint16 [n]."""
     # Neighbours are often equal: in one table each would wait for the last one's store.
@@ -52,7 +53,7 @@ def count_tops(x, shift, counts):
             counts[t] += other[k, t]
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def split(x, shift, symbol_of, symbols, rest):
     """x uint16 [n] to symbols uint8 [n] by ``symbol_of`` uint8 [2^(16 - shift)], and its rest
     uint8 [rest_bytes(n, shift)]."""
@@ -72,7 +73,7 @@ def split(x, shift, symbol_of, symbols, rest):
         _pack(own, last, np.uint16(2 * k), out)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def merge(symbols, rest, shift, top_of, x):
     """The inverse of `split`; ``top_of`` uint16 [256] has the top of each symbol; fills `x`."""
     n = x.shape[0]
@@ -93,7 +94,7 @@ def merge(symbols, rest, shift, top_of, x):
         x[i] = np.uint16(top_of[symbols[i]] << s) | np.uint16(high)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _pack(own, last, by, out):
     """``out[i] = own[i] % 64 | (last[i] >> by) % 4 << 6``, where either may end early."""
     n, m = own.shape[0], last.shape[0]
@@ -104,7 +105,7 @@ def _pack(own, last, by, out):
     out[n:] = 0
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _join(symbols, rest, top_of, x):
     for i in range(x.shape[0]):
         x[i] = np.uint16(top_of[symbols[i]] << _ONE) | (np.uint16(rest[i]) & _SIX)

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
+from .machine_code import settle_triton
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+settle_triton()
 
 
 @dataclass(frozen=True, slots=True)

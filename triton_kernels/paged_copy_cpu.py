@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from numba import njit
 
+from .machine_code import compiled
 from .planes import CORRUPT, PLACED
 from .raw_memory import (
     copy_bytes,
@@ -87,7 +88,7 @@ def scatter_frames(
     )
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _gather(
     base, stride, kv, block_tokens, heads, dim, itemsize,
     address, nbytes, layer, rows, take, slot0, checksum, status, slots, stop, with_checksum,
@@ -112,7 +113,7 @@ def _gather(
         status[f] = PLACED
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _scatter(
     base, stride, kv, block_tokens, heads, dim, itemsize,
     address, nbytes, layer, rows, take, slot0, checksum, status, slots, stop, verify,

@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 from .floats import as_like, extremes, infinite, magnitude, to_bits, to_float
+from .machine_code import compiled
 
 GROUP = 32
 """Channels of an int4 group."""
@@ -29,7 +30,7 @@ half of the extremes' last step costs less than coarser steps for all."""
 _SCALE_INFINITE = 0x7C0
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def int8_encode(x, scales, codes):
     """Symmetric: ``x ~ codes * scales``. x bits [groups, G], scales float16 bits [groups], codes
     int8 [groups, G]."""
@@ -54,7 +55,7 @@ def int8_encode(x, scales, codes):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def int8_decode(codes, scales, x):
     """The inverse of `int8_encode`; fills `x`."""
     for n in range(codes.shape[0]):
@@ -64,7 +65,7 @@ def int8_decode(codes, scales, x):
             out[c] = to_bits(_F(row[c]) * scale, out[c])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def fp8_encode(x, group, scales, codes):
     """e4m3fn, scaled so that the greatest of a head and `group` tokens becomes 448. x bits
     [planes, tokens, heads, dim], scales float32 [planes, ceil(tokens / group), heads], codes uint8
@@ -91,7 +92,7 @@ def fp8_encode(x, group, scales, codes):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def fp8_decode(codes, group, scales, x):
     """The inverse of `fp8_encode`; fills `x`."""
     planes, tokens, heads, dim = x.shape
@@ -104,7 +105,7 @@ def fp8_decode(codes, group, scales, x):
                     out[c] = to_bits(to_float(row[c]) * scale, out[c])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def channel_means(x, first, means):
     """Means over the tokens from `first` on, as float16. x bits [planes, tokens, channels], means
     float16 bits [some planes, channels]. Sums run in float32, token by token."""
@@ -124,7 +125,7 @@ def channel_means(x, first, means):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def int4_encode(x, first, means, steps, codes):
     """Asymmetric, in groups of 32 channels: ``x ~ (code - zero / 2) * scale + mean``.
 
@@ -176,7 +177,7 @@ def int4_encode(x, first, means, steps, codes):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def int4_decode(codes, first, means, steps, x):
     """The inverse of `int4_encode`; fills `x` from token `first` on."""
     planes, tokens, channels = x.shape

@@ -17,12 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .machine_code import settle_triton
 from .rans_format import BAD, DONE, INITIAL_STATE
 from .rans_tables import ENCODE_ROW, UNCODABLE
 
 if TYPE_CHECKING:
     from .rans_format import StreamGrid
     from .rans_tables import RansTables
+
+settle_triton()
 
 _START = tl.constexpr(INITIAL_STATE)
 _DONE, _BAD = tl.constexpr(DONE), tl.constexpr(BAD)

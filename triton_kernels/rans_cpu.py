@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
+from .machine_code import compiled
 from .rans_format import BAD, DONE, INITIAL_STATE
 from .rans_tables import ENCODE_ROW, UNCODABLE
 
@@ -89,7 +89,7 @@ def decode_streams(
     )
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _encode(
     table, bits, symbols, tabid, lanes, rounds, room, words, counts, states, status
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def _encode(
     return total
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _decode(
     freq_cdf, decode, bits, words, size, counts, states, tabid, lanes, rounds, symbols, status
 ):  # fmt: skip

@@ -7,13 +7,14 @@ is nearer to zero is the more frequent. Both ways run over flat int16 arrays and
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .machine_code import compiled
 
 FAR = (1 << 15) - 10
 """The largest number that can be parted, or come of joining: all between stays within int16."""
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def part(q, wide, third):
     """`wide` and `third` int16, flat like q int16 within +-FAR. `wide` may be q itself."""
     for i in range(len(q)):
@@ -24,7 +25,7 @@ def part(q, wide, third):
         third[i] = np.int16(-t if m < 0 else t)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def join(q, third):
     """q int16, flat, becomes the numbers that `part` would make q and `third` of. `third` uint8,
     128 more than what `part` gives, as symbols are."""

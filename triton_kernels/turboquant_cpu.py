@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 
 from .floats import as_like, infinite, magnitude, to_bits, to_float
+from .machine_code import compiled
 
 LLOYD_MAX = {
     3: (0.245094179, 0.756005281, 1.343909279, 2.151945705),
@@ -38,7 +39,7 @@ def codebook(bits: int) -> tuple[np.ndarray, np.ndarray]:
     return levels.astype(_F), ((levels[1:] + levels[:-1]) / 2).astype(_F)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def turboquant_encode(x, signs, levels, bounds, gains, codes):
     """x bits [planes, vectors, dim], dim a power of two from 8 on; signs float32 [planes, dim], 1
     or -1; gains float16 bits [planes, vectors]; codes uint8 [planes, vectors, dim * bits / 8].
@@ -74,7 +75,7 @@ def turboquant_encode(x, signs, levels, bounds, gains, codes):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def turboquant_decode(codes, signs, levels, gains, x):
     """The inverse of `turboquant_encode`; fills `x`."""
     planes, vectors, dim = x.shape

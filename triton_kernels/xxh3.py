@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
+from .machine_code import compiled
 from .raw_memory import intrinsic, load8, load32, load64
 
 _SECRET = bytes.fromhex(
@@ -44,7 +45,7 @@ _I64, _I128 = ir.IntType(64), ir.IntType(128)
 _VECTOR = ir.VectorType(_I64, 8)
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def xxh3_64(address, nbytes):
     """XXH3-64 of `nbytes` >= 0 bytes at `address`; from Python or from other numba code.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BadObject, ConfigError
+from ..home import cache_folder, expanded
 from .cachegen_tables import Codebook
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def _sliced(c: Calibration, level: int, layers: range, channels: range) -> Any:
 
 def folder() -> Path:
     """Where calibrations lie."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tierloom" / "calibrations"
+    return cache_folder() / "calibrations"
 
 
 def packed(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str]) -> bytes:
@@ -109,7 +108,7 @@ def packed(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str]) -> by
 
 def read(path: str | Path) -> Calibration:
     """Read and remember a file, for whatever frame names it. Raises ConfigError."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         stat = file.stat()
         found = _read(str(file), stat.st_mtime_ns, stat.st_size)

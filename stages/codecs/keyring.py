@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hmac
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BadObject, ConfigError
+from ..home import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 KEY_ID = 8
 """Bytes of a key's id."""
@@ -44,7 +45,7 @@ class Keyring:
             raise ConfigError(
                 "encryption needs the `cryptography` package: pip install 'tierloom[crypto]'"
             ) from e
-        return cls([_secret(Path(path).expanduser()) for path in paths])
+        return cls([_secret(expanded(path)) for path in paths])
 
     def key(self, id: bytes, name: bytes) -> bytes:
         """The 32 bytes for one object. Raises BadObject: no file here has this id."""

@@ -162,6 +162,8 @@ class Guarded(Tier):
             raise ConfigError(masked(str(error))) from None  # clients' errors may name their URL
         except Exception as error:
             self._failed(error)
+            if self._failures < self._limits.fails:  # else that has said it
+                log.warning("tier %s is down: %s", self.name, _cause(error))
             self._trip()
 
     async def close(self) -> None:

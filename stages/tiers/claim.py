@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -12,28 +13,33 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-_MARKER = "tierloom.json"
+_LOCK, _MARKER = "lock", "tierloom.json"
 _FORMAT = {"format": "tierloom disk tier", "version": 1}
+
+
+class Taken(ConfigError):
+    """Another process has the folder."""
 
 
 class Claim:
     """A folder that is ours until `release`."""
 
     def __init__(self, folder: Path, *, segment: int) -> None:
-        """Make, lock and check the folder. Raises ConfigError, with a cure.
+        """Make, lock and check the folder. Raises ConfigError, with a cure; Taken.
 
         `segment` is written down the first time; afterwards the folder's own is in force.
         """
-        self._fd = -1
+        self._fd, self.folder = -1, folder
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.segment = self._check(folder / _MARKER, segment)
         except BlockingIOError:
             self.release()
-            raise ConfigError(
-                f"{folder}: in use by another disk tier; give each process a path of its own"
+            raise Taken(
+                f"{folder}: in use by another disk tier; each process wants a folder of its own: "
+                "set TIERLOOM_DIR, or the tier's `path`, to another for one of them"
             ) from None
         except OSError as error:
             self.release()
@@ -47,6 +53,20 @@ class Claim:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def own(self, owner: bytes) -> None:
+        """Note whose folder this is, for `owner_of`."""
+        with suppress(OSError):  # a full disk: the next start may choose another folder
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, owner.hex().encode(), 0)
+
+    @staticmethod
+    def owner_of(folder: Path) -> str:
+        """Who had the folder last, in hex; empty: nobody that we know of."""
+        try:
+            return (folder / _LOCK).read_text()
+        except (OSError, ValueError):
+            return ""
 
     @staticmethod
     def segment_of(folder: Path) -> int:

@@ -9,13 +9,13 @@ import os
 import secrets
 import socket
 import ssl
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 import anyio
 
 from ..errors import ConfigError, TierDown
+from ..home import expanded
 from ..options import masked
 from . import wire
 from .line import Line
@@ -76,7 +76,7 @@ def read_token(file: str) -> bytes:
     if not file:
         return os.environ.get(TOKEN, "").strip().encode()
     try:
-        token = Path(file).expanduser().read_bytes().strip()
+        token = expanded(file).read_bytes().strip()
     except OSError as error:
         raise ConfigError(f"token file {file}: {error.strerror}; write the token into it") from None
     if not token:

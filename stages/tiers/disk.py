@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import ArenaFull, Lost
@@ -32,7 +31,8 @@ class DiskOptions(IndexOptions):
     """Where, how much, and what goes first. `capacity` bounds the segment files, too."""
 
     path: str
-    """A folder of this process's own; `~` is the home folder."""
+    """A folder of this process's own; `~` is the home folder. Where another process has one of
+    ~/.cache/tierloom*, the next is taken: NAME-2, and so on."""
     segment: Size = 1 << 30
     """Bytes of a segment file; a folder keeps the size that it was begun with."""
     direct: bool | Literal["auto"] = "auto"
@@ -69,7 +69,7 @@ class Disk(Tier):
         super().__init__(ctx)
         self.options = options
         self._store = Store(
-            Path(options.path).expanduser(),
+            options.path,
             options.capacity // PAGE * PAGE,
             segment=options.segment // PAGE * PAGE,
             policy=options.evict,

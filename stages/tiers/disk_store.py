@@ -19,20 +19,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import BadObject, Lost, TierDown
+from ..home import expanded
 from ..object import Header
 from ..space import Space, aligned
-from .claim import Claim
 from .disk_io import SYSTEM, Mover, Segments, want_direct
 from .disk_log import PIN, UNPIN, Extent, Journal
+from .folder import claim
 from .index import Entry, Index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from ..arena import Lease
     from ..object import Object
     from .base import TierCounts, Watch
+    from .claim import Claim
     from .evict import Policy
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Store:
 
     def __init__(
         self,
-        folder: Path,
+        path: str,
         capacity: int,
         *,
         segment: int,
@@ -71,7 +72,8 @@ class Store:
             policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0,
             watch=watch,
         )  # fmt: skip
-        self._folder, self._segment, self._direct = folder, segment, direct
+        self._path, self._segment, self._direct = path, segment, direct
+        self._folder = expanded(path)  # or one beside it, from `open` on
         self._keep_free, self._namespace, self._counts = keep_free, namespace, counts
         self._changing = threading.Lock()  # taken before the index's lock, never after it
         self._resting = threading.Condition()
@@ -81,14 +83,15 @@ class Store:
         self._snapshotting = threading.Lock()
 
     def open(self) -> None:
-        """Claim the folder and read the index back. Raises ConfigError, OSError.
+        """Claim a folder and read the index back. Raises ConfigError, TierDown, OSError.
 
         A second call finds the work of a first one that nobody waited for.
         """
         with self._changing:
             if self._open:
                 return
-            self._claim = Claim(self._folder, segment=self._segment)
+            self._claim = claim(self._path, segment=self._segment, owner=self._namespace)
+            self._folder = self._claim.folder
             direct = want_direct(self._folder, self._direct)
             self._segments = Segments(
                 self._folder, self._claim.segment, self.capacity, direct=direct, mover=self._mover

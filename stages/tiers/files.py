@@ -17,10 +17,10 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import ArenaFull, BadObject, ConfigError, Lost
+from ..home import expanded
 from ..object import Header, Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
@@ -28,9 +28,11 @@ from .base import Read, Tier, TierContext, TierStat
 from .disk_io import NO_SPACE, SYSTEM, Mover, begins_with, want_direct
 from .disk_store import cuts_of
 from .fan import fan
+from .folder import defaults_only_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from ..arena import Lease
 
@@ -77,7 +79,7 @@ class Files(Tier):
         self._mover, self._direct, self._flags = mover, direct, 0
         self._clock = clock
         name = ctx.namespace.hex()[:32] or "any"
-        self._folder = Path(options.path).expanduser() / name
+        self._folder = expanded(options.path) / name
         self._writer = f"{socket.gethostname()}-{os.getpid()}"
         self._changing = threading.RLock()
         self._unseen = 0  # bytes of files that have no name yet
@@ -168,7 +170,8 @@ class Files(Tier):
                         path.unlink()
         except OSError as error:
             cause = f"{self._folder}: {error.strerror}; choose a folder we may write"
-            raise ConfigError(cause) from error
+            with defaults_only_down(self.options.path):
+                raise ConfigError(cause) from error
         self._flags = os.O_DIRECT if want_direct(self._folder, self._direct) else 0
         if self.options.capacity or self.options.ttl:
             self._prune(0)

@@ -10,9 +10,13 @@ from __future__ import annotations
 import configparser
 import os
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..home import expanded
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _ELSEWHERE = (
     "AWS_ACCESS_KEY_ID",
@@ -67,11 +71,10 @@ def find_profile(name: str) -> Profile | None:
 
 def _section(name: str) -> dict[str, str]:
     """What both files say of a profile, the credentials file last."""
-    config = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
+    config = expanded(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
     keys = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
-    return _read(config, f"profile {name}") | _read(config, name) | _read(
-        Path(keys).expanduser(), name
-    )  # fmt: skip
+    sections = (config, f"profile {name}"), (config, name), (expanded(keys), name)
+    return {k: v for file, section in sections for k, v in _read(file, section).items()}
 
 
 def _read(path: Path, section: str) -> dict[str, str]:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import unquote
 
 from ..errors import ConfigError
+from ..home import expanded
 from .redis_wire import Address
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def password_of(url: Url, env: str, file: str) -> str:
             raise ConfigError(f"password_env: environment variable {env} is not set")
     if file:
         try:
-            password = Path(file).expanduser().read_text("utf-8").strip("\r\n")
+            password = expanded(file).read_text("utf-8").strip("\r\n")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise ConfigError(f"password_file {file}: {reason}") from None

@@ -45,6 +45,8 @@ def store(stage: str) -> str:
         "{version: 1, chunk: {tokens: '${TOKENS}'}}",
         store("{use: lookup, tiers: [a], when_full: drop}"),
         store("{use: get, promote: null, hedge: 20 ms}"),
+        "{version: 1, tiers: {hot: {use: files, path: x, ttl: 0, timeout: '${T:-2 s}'}}}",
+        "{version: 1, tiers: {hot: {use: files, path: x, ttl: '0', capacity: 5000000}}}",
     ],
 )
 def test_right_files(validator, text) -> None:
@@ -63,6 +65,10 @@ def test_right_files(validator, text) -> None:
         "{version: 1, tiers: {hot: {use: memroy}}}",
         "{version: 1, tiers: {hot: memory}}",
         "{version: 1, tiers: {hot: {use: memory, capacity: 1, path: x}}}",
+        "{version: 1, tiers: {hot: {use: files, path: x, ttl: 250}}}",
+        "{version: 1, tiers: {hot: {use: files, path: x, timeout: '250'}}}",
+        "{version: 1, graphs: {store: {deadline: 0.5}}}",
+        store("{use: get, hedge: 20}"),
         store("{use: put}"),
         store("{use: lookup, want: all}"),
         store("{use: gather, when_full: never}"),
@@ -71,6 +77,25 @@ def test_right_files(validator, text) -> None:
 def test_wrong_files(validator, text) -> None:
     with pytest.raises(jsonschema.ValidationError):
         validator.validate(yaml.safe_load(text))
+
+
+def test_defaults_are_right_too(validator) -> None:
+    """Editors write them down: a time's has its unit."""
+
+    def with_defaults(node):
+        if isinstance(node, dict):
+            if "default" in node:
+                yield node
+            for value in node.values():
+                yield from with_defaults(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from with_defaults(value)
+
+    found = list(with_defaults(json.loads(schema.written())))
+    assert any(node["default"] == "60 s" for node in found)
+    for node in found:
+        validator.evolve(schema=node).validate(node["default"])
 
 
 def test_every_option_is_described() -> None:

@@ -119,10 +119,20 @@ def test_overrides_win_and_are_checked(base) -> None:
     with pytest.raises(ConfigProblems) as caught:
         load("base.yaml", {"tiers.hto.capacity": 1, "tiers.hot.capacty": 1, "budget.threads": "2"})
     assert [str(p) for p in caught.value.problems] == [
-        "<overrides>:0:0: tiers.hto.capacity: no 'hto' in tiers\n    hint: did you mean 'hot'?",
-        "<overrides>:0:0: budget.threads: wants a whole number, got '2'",
-        "<overrides>:0:0: tiers.hot: unknown key 'capacty'\n    hint: did you mean 'capacity'?",
+        "<overrides>: tiers.hto.capacity: no 'hto' in tiers\n    hint: did you mean 'hot'?",
+        "<overrides>: budget.threads: wants a whole number, got '2'",
+        "<overrides>: tiers.hot: unknown key 'capacty'\n    hint: did you mean 'capacity'?",
     ]
+
+
+def test_what_is_in_no_file_stands_where_the_user_wrote_it(base) -> None:
+    for source, wrong in (
+        ("base.yaml", {"tiers.hot.capacty": 1}),
+        ({"version": 1, "extends": "minimal", "tiers": {"hot": {"capacty": 1}}}, {}),
+        ("bsae", {}),
+    ):
+        with pytest.raises(ConfigProblems, match=r"^the launcher: (tiers.hot|no preset)"):
+            load(source, wrong, said_in="the launcher")
 
 
 def test_variables(base, monkeypatch) -> None:
@@ -139,7 +149,7 @@ def test_variables(base, monkeypatch) -> None:
 def test_a_mapping_is_a_source_too() -> None:
     spec = load({"version": 1, "extends": "minimal", "tiers": {"hot": {"capacity": "1 MiB"}}})
     assert (spec.name, spec.source) == ("minimal", "<mapping>")
-    with pytest.raises(ConfigProblems, match=r"^<mapping>:0:0: tiers.hot.capacity: 'x' is not a s"):
+    with pytest.raises(ConfigProblems, match=r"^<mapping>: tiers.hot.capacity: 'x' is not a s"):
         load({"version": 1, "extends": "minimal", "tiers": {"hot": {"capacity": "x"}}})
 
 

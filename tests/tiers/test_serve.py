@@ -110,7 +110,7 @@ def test_a_unix_socket_is_ours_alone(tmp_path: Path) -> None:
 def test_a_request_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
     """SIGTERM while a client reads slowly: it gets every byte, nobody new is let in."""
     arena = Arena(2 * SIZE, huge_pages=False)
-    with process(tmp_path, "--drain", "20") as server:
+    with process(tmp_path, "--drain", "20 s") as server:
         fill(server.url, arena, *range(8))
         wanted = [wire.Wanted(key_of(seed % 8), 0, 3, 0) for seed in range(256)]
         with welcomed(server.url) as idle, welcomed(server.url) as sock:
@@ -131,10 +131,14 @@ def test_a_request_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
     arena.close()
 
 
+def test_a_time_to_drain_has_a_unit() -> None:
+    assert "'10' has no unit; write '10 ms' or '10 s'" in refused("--drain", "10")
+
+
 def test_the_end_is_bounded(tmp_path: Path) -> None:
     """A client that never reads what it asked for does not hold up the end."""
     arena = Arena(2 * SIZE, huge_pages=False)
-    with process(tmp_path, "--drain", "0.3") as server:
+    with process(tmp_path, "--drain", "300 ms") as server:
         fill(server.url, arena, *range(8))
         wanted = [wire.Wanted(key_of(seed % 8), 0, 3, 0) for seed in range(256)]
         with welcomed(server.url) as sock:

@@ -6,6 +6,7 @@ cases that held.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import SimpleNamespace as Bag
 from typing import Any
 
@@ -194,6 +195,45 @@ def a_session_that_goes_on_is_named_by_what_it_is_now() -> None:
     assert b"".join(s.span.links for s in saves).endswith(right.links[-1])
 
 
+def a_worker_that_tells_twice_in_a_step_is_heard_twice() -> None:
+    first = Told(
+        hello=hello(), seen=seen(1), more=True, captured=[1], ended=[2], answers={"q": 3, "r": 1},
+        loaded=["r"], failed=["r"], costs={"hot": (1.0, 1.0), "warm": (5.0, 5.0)},
+    )  # fmt: skip
+    later = Told(
+        seen=seen(2)[1:], captured=[3], ended=[4], answers={"r": 2}, loaded=["s"], failed=["s"],
+        costs={"hot": (2.0, 2.0)},
+    )  # fmt: skip
+    nothing = Told()
+    assert all(getattr(first, f.name) != getattr(nothing, f.name) for f in fields(Told))
+    other = Told(ended=[9])
+    news = News({0: first}).aggregate(News({1: other})).aggregate(News({0: later}))
+    assert news.told == {
+        0: Told(
+            hello=hello(), seen=seen(2), more=False, captured=[1, 3], ended=[2, 4],
+            answers={"q": 3, "r": 2}, loaded=["r", "s"], failed=["r", "s"],
+            costs={"hot": (2.0, 2.0), "warm": (5.0, 5.0)},
+        ),
+        1: other,
+    }  # fmt: skip
+    assert (first.seen, first.ended) == (seen(1), [2]), "what was aggregated stays as it was"
+
+
+def jobs_end_though_their_worker_told_twice_in_a_step() -> None:
+    scheduler, one = side(), request()
+    tell(scheduler, hello=hello())
+    scheduler.arrived(one)
+    (save,) = step(scheduler, "r").saves
+    assert scheduler.finished(one, ([],))
+    assert scheduler.busy
+    parts = [Told(captured=[save.job]), Told(ended=[save.job], seen=seen(4)), Told(seen=seen(1))]
+    scheduler.heard(
+        News({0: parts[0]}).aggregate(News({0: parts[1]})).aggregate(News({0: parts[2]}))
+    )
+    assert step(scheduler).held == ["r"]
+    assert not scheduler.busy, "an idle engine would step for ever"
+
+
 def in_doubt() -> tuple[SchedulerSide, Any]:
     """A request of which two chunks are loaded within the step, and the rest is computed."""
     scheduler, one = side("layer"), request()
@@ -215,6 +255,8 @@ CASES = [
     a_follow_up_does_not_wait_for_what_vllm_has_itself,
     what_was_computed_before_a_reset_is_not_saved_behind_it,
     a_session_that_goes_on_is_named_by_what_it_is_now,
+    a_worker_that_tells_twice_in_a_step_is_heard_twice,
+    jobs_end_though_their_worker_told_twice_in_a_step,
 ]
 
 if __name__ == "__main__":

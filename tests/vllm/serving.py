@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 class Server:
     """vLLM's OpenAI-compatible server, on a free loopback port; stopped by its pid."""
 
-    def __init__(self, model: Path, kv: dict[str, Any], log: Path, **flags: Any) -> None:
+    def __init__(
+        self, model: Path, kv: dict[str, Any], log: Path, *, env: dict[str, str] | None = None,
+        **flags: Any,
+    ) -> None:  # fmt: skip
+        """`flags` are vLLM's own; one that is None is left out."""
         self.log = log
         self._tmp = tempfile.mkdtemp(prefix="vllm-")  # vLLM leaves sockets and files behind
         self.port = free_port()
@@ -39,7 +43,8 @@ class Server:
             "max-num-seqs": 8,
             "kv-transfer-config": json.dumps(kv),
         } | flags
-        words = [w for flag, value in flags.items() for w in (f"--{flag}", str(value))]
+        given = {flag: value for flag, value in flags.items() if value is not None}
+        words = [w for flag, value in given.items() for w in (f"--{flag}", str(value))]
         words += ["--enforce-eager", "--enable-prompt-tokens-details", "--no-enable-prefix-caching"]
         with log.open("ab") as out:
             self._child = subprocess.Popen(
@@ -48,7 +53,7 @@ class Server:
                 stdout=out,
                 stderr=out,
                 cwd=log.parent,
-                env=environment(TMPDIR=self._tmp),
+                env=environment(TMPDIR=self._tmp, **(env or {})),
                 start_new_session=True,
             )
 
