@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .errors import Lost
+    from .errors import BadObject, Lost
     from .ticket import Ticket
 
 
@@ -75,6 +75,8 @@ class Piece:
     nbytes: int = 0
     """KV bytes gathered, or placed."""
     lost: Lost | None = None
+    refused: BadObject | None = None
+    """Retrieve: why the object that came is of no use."""
 
     @property
     def key(self) -> bytes:
@@ -156,6 +158,11 @@ class Batch:
             self.lost.add(piece.index)
         else:
             piece.lost = code
+
+    def refuse(self, piece: Piece, error: BadObject) -> None:
+        """The piece's object came, and is of no use."""
+        piece.refused = error
+        self.lose(piece, error.lost)
 
     def fork(self) -> Batch:
         """The same chunks for one of several readers."""

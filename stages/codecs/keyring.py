@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import BadObject, ConfigError
+from ..errors import ConfigError, Lost, Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,9 +47,11 @@ class Keyring:
         return cls([_secret(Path(path).expanduser()) for path in paths])
 
     def key(self, id: bytes, name: bytes) -> bytes:
-        """The 32 bytes for one object. Raises BadObject: no file here has this id."""
+        """The 32 bytes for one object. Raises Unreadable: no file here has this id."""
         if id not in self._keys:
-            raise BadObject(f"encrypted with key {id.hex()}, for which there is no key file here")
+            raise Unreadable(
+                Lost.NO_KEY, f"encrypted with key {id.hex()}, for which there is no key file here"
+            )
         return hkdf(self._keys[id], name, b"tierloom aesgcm key", 32)
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ArenaFull, Lost
+from ..errors import ArenaFull, BadObject, Damaged, Lost
 from ..object import Header, Object
 from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
@@ -143,13 +143,16 @@ class Disk(Tier):
         got: Header | Lost | None = None
         try:
             got = await self.ctx.pool(self._store.load, entry, lease, begin, cuts[upto])
+        except BadObject as error:
+            read.refuse(error)
+            self.counts.corrupt += isinstance(error, Damaged)
+            return
         finally:
             if held is None and not isinstance(got, Header):
                 lease.release()
         if not isinstance(got, Header):
             read.lost = got
             self.counts.misses += got is Lost.ABSENT
-            self.counts.corrupt += got is Lost.CORRUPT
             return
         if held is None:
             self.counts.hits += 1

@@ -14,7 +14,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import BadObject, ConfigError
+from ..errors import ConfigError, Damaged
 from ..space import PAGE
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ _MINIMUM = 1 << 20  # smaller growth is not worth a call
 
 
 def read_all(fd: int, view: memoryview, at: int) -> None:
-    """Fill `view` from `at` on. Raises BadObject at the end of the file, OSError."""
+    """Fill `view` from `at` on. Raises Damaged at the end of the file, OSError."""
     while view:
         count = os.preadv(fd, [view], at)
         if not count:
-            raise BadObject("the file ends inside the object")
+            raise Damaged("the file ends inside the object")
         view, at = view[count:], at + count
 
 
@@ -57,7 +57,7 @@ class Mover:
         os.close(fd)
 
     def read(self, fd: int, view: memoryview, at: int) -> None:
-        """Fill `view` from `at` on. Raises BadObject at the end of the file, OSError, TierDown."""
+        """Fill `view` from `at` on. Raises Damaged at the end of the file, OSError, TierDown."""
         read_all(fd, view, at)
 
     def write(self, fd: int, view: memoryview, at: int) -> None:

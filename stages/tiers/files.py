@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ArenaFull, BadObject, ConfigError, Lost
+from ..errors import ArenaFull, BadObject, ConfigError, Damaged, Lost
 from ..object import Header, Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
@@ -124,13 +124,16 @@ class Files(Tier):
         got: Header | Lost | None = None
         try:
             got = await self.ctx.pool(self._load, path, read.key, lease, loaded, read.upto)
+        except BadObject as error:
+            read.refuse(error)
+            self.counts.corrupt += isinstance(error, Damaged)
+            return
         finally:
             if held is None and not isinstance(got, Header):
                 lease.release()
         if not isinstance(got, Header):
             read.lost = got
             self.counts.misses += got is Lost.ABSENT
-            self.counts.corrupt += got is Lost.CORRUPT
             return
         if held is None:
             self.counts.hits += 1
@@ -187,16 +190,17 @@ class Files(Tier):
     def _load(self, path: Path, key: bytes, lease: Lease, loaded: int, upto: int) -> Header | Lost:
         """Frames `loaded` to `upto` into the lease; the header too, while no frame is loaded.
 
-        A file that is cut short, foreign or in another's place is unlinked, and CORRUPT.
+        Raises BadObject; where it is Damaged (cut short, no object, in another's place), the file
+        is unlinked.
         """
         lease.retain()
         try:
             with self._opened(path, os.O_RDONLY) as fd:
                 try:
                     header = self._fill(fd, key, lease, loaded, upto)
-                except BadObject:
-                    _unlink_same(fd, path)
-                    return Lost.CORRUPT
+                except Damaged as proof:
+                    _expel(fd, path, proof)
+                    raise
                 if header is None:
                     return Lost.ABSENT
             now = self._clock()
@@ -215,19 +219,21 @@ class Files(Tier):
         """None when another object of this key took the place. Raises BadObject, OSError."""
         view, size = lease.view, os.fstat(fd).st_size
         if not size or size % PAGE:
-            raise BadObject(f"no object is {size} bytes long")
+            with open(f"/proc/self/fd/{fd}", "rb") as plain:  # not O_DIRECT: of any length
+                Header.length(plain.read(PAGE))  # as objects of a later format may be
+            raise Damaged(f"no object is {size} bytes long")
         if size != lease.nbytes:
             return None
         if not loaded:
             self._mover.read(fd, view[:PAGE], 0)
             head = Header.length(view[:PAGE])
             if head > size:
-                raise BadObject("the file ends inside its header")
+                raise Damaged("the file ends inside its header")
             if head > PAGE:
                 self._mover.read(fd, view[PAGE:head], PAGE)
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
-            raise BadObject(f"the file is {size} bytes long, its object {header.nbytes}")
+            raise Damaged(f"the file is {size} bytes long, its object {header.nbytes}")
         cuts = cuts_of(header)
         begin, end = cuts[loaded], cuts[min(upto, len(header.frames))]
         if begin < end:
@@ -336,8 +342,8 @@ class Files(Tier):
             )
 
 
-def _unlink_same(fd: int, path: Path) -> None:
-    """Unlink the file that `fd` is, unless another has taken its name."""
-    with suppress(FileNotFoundError):
+def _expel(fd: int, path: Path, proof: Damaged) -> None:
+    """Unlink the file that `fd` is, on proof that it is damaged, unless another has its name."""
+    with suppress(OSError):  # ours to read, perhaps not ours to unlink
         if os.path.samestat(os.fstat(fd), path.stat()):
             path.unlink()

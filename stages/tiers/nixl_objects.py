@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import anyio
 
-from ..errors import BadObject, TierDown
-from ..object import Object
+from ..errors import Damaged, TierDown
+from ..object import Header, Object
 from ..space import PAGE
 from .nixl_agent import Agent
 from .profile import find_profile
@@ -91,7 +91,8 @@ class NixlObjects(S3):
         if size is None:
             raise FileNotFoundError(name)
         if size < PAGE or size % PAGE:
-            raise BadObject(f"no object is {size} bytes long")
+            Header.length((await self._bucket.get(name, PAGE))[0])  # a later format's may be
+            raise Damaged(f"no object is {size} bytes long")
         lease = self.ctx.arena.lease(size)
         try:
             first = min(size, _FIRST)
