@@ -41,6 +41,8 @@ class Record(NamedTuple):
     def unpack(cls, raw: bytes) -> Record:
         """Raises Damaged on any doubt, Unreadable where it is one of a later format."""
         if is_later(raw[:4], _MAGIC):
+            if xxhash.xxh3_64_digest(_MAGIC + raw[4:-8]) == raw[-8:]:
+                raise Damaged("a record's format was turned: it was written as ours")
             raise Unreadable(Lost.NEWER, f"a record of format {raw[:4]!r}: TLR1 is read here")
         if len(raw) < _HEAD.size + 8 or xxhash.xxh3_64_digest(raw[:-8]) != raw[-8:]:
             raise Damaged("a record's checksum does not match")
