@@ -53,11 +53,11 @@ SERVED = [name for name in KINDS if name not in ("nixl-posix", "nixl-static", "g
 WIRED = ["redis", "server-tcp", "s3", "nixl-obj", "infinistore"]
 """Those that a gate can stand in front of."""
 DAMAGED = [
-    *(name for name in KINDS if not name.startswith("server")),
+    "files", "disk", *(name for name in KINDS if not name.startswith("server")),
     "server-tcp-files", "server-unix-files", "server-lent",
 ]  # fmt: skip
 
-READ = ["files", "disk", *DAMAGED, "server-shared"]
+READ = [*DAMAGED, "server-shared"]
 """Those that several readers read."""
 
 

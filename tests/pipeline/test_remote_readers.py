@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 from conftest import Engine, settle
-from kinds import READ, kinds
+from kinds import DAMAGED, READ, kinds
 from stores import IDS
 from trips import PACES, get, lands
 
@@ -200,4 +200,38 @@ def test_what_is_not_for_a_reader_stays(
         reader.close()
     owner = open_as("request", **known)
     assert get(owner, engine, at).tokens == 192, "the owner reads all"
+    owner.close()
+
+
+@kinds(DAMAGED)
+def test_damage_is_damage_to_whoever_reads(
+    over: Open, opened: Open, store: Store, engine: Engine, tmp_path: Path
+) -> None:
+    """Also to him who has no key: a checksum tells it before any is asked for."""
+    keys = {"keys": [secret(tmp_path, "ours")]}
+    over(engine).close()  # sets the scene
+    at = engine.slots(192)
+    owner = opened(spec(store, "request", use="aesgcm", options=keys, **keys), engine,
+                   model=store.model)  # fmt: skip
+    lands(owner, engine, at)
+    before = everything(store, owner)
+    name, raw = next(
+        (name, bytearray(raw)) for name, raw in before.items()
+        if len(raw) > 4096 and (store.whole or b"TLM1" not in raw[:28])
+    )  # fmt: skip
+    raw[4196 if store.whole else 100] ^= 1
+    store.set(owner, name, bytes(raw))
+    owner.close()
+    reader = opened(spec(store, "request"), engine, model=store.model)
+    lost = get(reader, engine, at).lost
+    assert lost[Lost.CORRUPT] == 1
+    assert lost[Lost.NO_KEY] == 2
+    figures: Any = reader.stats()["tiers"]["cold"]
+    assert (figures["corrupt"], figures["no_key"]) == (1, 2)
+    reader.close()
+    owner = opened(spec(store, "request", use="aesgcm", options=keys, **keys), engine,
+                   model=store.model)  # fmt: skip
+    assert owner.store(IDS, engine.caches, at).wait().tiers == {"cold": 1}, "one was dropped"
+    settle(owner)
+    assert get(owner, engine, at).tokens == 192
     owner.close()
