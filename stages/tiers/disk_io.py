@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import ConfigError, Damaged
 from ..space import PAGE
+from .aside import numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -112,10 +113,9 @@ class Segments:
         """Bytes there are of each segment."""
         self._fds: dict[int, int] = {}
         self._told = False
-        for path in folder.glob("segment-*.slab"):
-            number = int(path.stem.removeprefix("segment-"))
+        for number in numbers(folder, "segment", "slab"):
             if number >= len(self.sizes):
-                path.unlink()
+                (folder / f"segment-{number:05}.slab").unlink()
                 continue
             fd = self._open(number)
             size = os.fstat(fd).st_size

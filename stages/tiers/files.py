@@ -163,7 +163,7 @@ class Files(Tier):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.glob("*/*.tmp"):
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # gone, or another user's
                     if path.stat().st_mtime < time.time() - _STALE:
                         path.unlink()
         except OSError as error:
@@ -316,9 +316,10 @@ class Files(Tier):
                 full = bool(self.options.capacity) and total > limit
                 if not full and not self._is_over(stat):
                     break
-                path.unlink(missing_ok=True)
-                total, count = total - stat.st_size, count - 1
-                self.counts.evicted += full
+                with suppress(OSError):  # another user's, perhaps
+                    path.unlink(missing_ok=True)
+                    total, count = total - stat.st_size, count - 1
+                    self.counts.evicted += full
             self._stat = TierStat(count, total, self.options.capacity)
 
     def _drop(self, paths: list[Path]) -> int:
