@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from ..errors import BadObject, Lost
-    from .base import TierCounts
+    from .base import TierCounts, Watch
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ class Unread:
         """`tier`: its name. Counts are kept in `counts.extra`, by cause."""
         self._tier, self._counts, self._clock = tier, counts, clock
         self._until: dict[bytes, float] = {}
+        self.watch: Watch | None = None
+        """Told of each that it is gone: an index elsewhere must not plan it."""
 
     def __contains__(self, key: bytes) -> bool:
         """It was found so of late: no use to ask for it."""
@@ -46,6 +48,8 @@ class Unread:
                 *(self._tier, cause.name, why or f"object {key.hex()[:16]}", cause.cure),
             )
         extra[name] = extra.get(name, 0) + 1
+        if self.watch is not None:
+            self.watch(False, key)
         self._until.pop(key, None)
         while len(self._until) >= _MOST:
             del self._until[next(iter(self._until))]

@@ -173,6 +173,26 @@ def test_without_the_key_it_is_a_miss(opened: Open, tmp_path: Path, reader: str)
     assert pipe.retrieve(IDS, target.caches, at).wait().tokens == 200, "and its owner has it still"
 
 
+def test_an_index_elsewhere_learns_what_cannot_be_read(opened: Open, tmp_path: Path) -> None:
+    """It would plan the same load for every request."""
+    engine = Engine(dim=32)
+    at, target = engine.slots(200), engine.blank()
+    pipe = opened(encoded(tmp_path, "aesgcm"), engine)
+    pipe.store(IDS, engine.caches, at).wait()
+    settle(pipe)
+    pipe.close()
+    source = encoded(tmp_path, "aesgcm")
+    del source["graphs"]["retrieve"]["stages"]["grow"]["keys"]
+    pipe = opened(source, engine, watch=True)
+    there = {change.links[-32:] for change in pipe.changes(99) if change.kept}
+    assert len(there) == 4
+    for seen in (there, set()):
+        assert pipe.retrieve(IDS, target.caches, at).wait().tokens == 0
+        settle(pipe)
+        gone = {(c.tier, c.kept, c.links[-32:]) for c in pipe.changes(99)}
+        assert gone == {("warm", False, key) for key in seen}
+
+
 def test_what_is_on_the_disk_cannot_be_read(opened: Open, tmp_path: Path) -> None:
     engine = Engine(dim=32)
     at = engine.slots(200)
