@@ -163,6 +163,8 @@ class Header(NamedTuple):
         inside = at + nframes * _FRAME.size + nlinks * LINK <= size
         if not inside or not block or not dtype:
             raise Damaged("header fields contradict each other")
+        if flags & ~_NATIVE:
+            raise Unreadable(Lost.NEWER, f"an object of flags {flags:#x}, which are not known here")
         if dtype >= len(_NAMES):
             raise Unreadable(Lost.NEWER, f"an object of data type {dtype}, which is not known here")
         frames = []
