@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..stages.codecs.table import CACHEGEN, NAMES, PROGRESSIVE
-from ..stages.errors import BadObject, ConfigError
+from ..stages.errors import BadObject, ConfigError, Unreadable
 from ..stages.object import LINK, Header
 from ..stages.space import PAGE
 from ..stages.tiers.claim import Claim
 from ..stages.tiers.disk_log import read_index
 
-_MAGIC = b"TLM1"
+_MAGIC = b"TLM"  # what follows is the format
+
+
 def inspect_object(where: str) -> int:
     """Print an object's header and verify its frames. 0: whole, 1: damaged, 2: no object."""
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -38,6 +40,9 @@ def inspect_object(where: str) -> int:
         return 2
     except ConfigError as e:
         errors.print(str(e))
+        return 2
+    except Unreadable as e:
+        errors.print(f"{where}: {e}; {e.lost.cure}")
         return 2
     except BadObject as e:
         errors.print(f"{where}: damaged: {e}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 import anyio
+import anyio.lowlevel
 
 from ..pipeline.depot import Depot
 from ..stages.errors import ConfigError
@@ -176,10 +177,15 @@ class Serving:
             strangers = sum(not s.welcomed for s in self.sessions)
             if len(self.sessions) >= self._clients or strangers >= _STRANGERS:
                 sock.close()
+                await anyio.lowlevel.checkpoint()  # who floods us with these stops nobody else
                 continue
-            tasks.start_soon(self._session, sock, tls)
+            session = self._session(sock, tls)
+            if session is not None:
+                self.sessions.add(session)  # at once: the next one of a burst must see it
+                tasks.start_soon(self._serve, session)
 
-    async def _session(self, sock: socket.socket, tls: bool) -> None:
+    def _session(self, sock: socket.socket, tls: bool) -> Session | None:
+        """Of a connection that was accepted; None where it is closed already."""
         try:
             if tls and self._context is not None:
                 sock.setblocking(False)
@@ -189,9 +195,10 @@ class Serving:
             line = Line(sock, stall=_STALL)
         except OSError:
             sock.close()
-            return
-        session = Session(line, self.depot, self._terms, self._lending)
-        self.sessions.add(session)
+            return None
+        return Session(line, self.depot, self._terms, self._lending)
+
+    async def _serve(self, session: Session) -> None:
         try:
             await session.serve(_HELLO)
         finally:

@@ -302,6 +302,24 @@ class TierContract(TierBench):
         await tier.clear()
 
     @pytest.mark.anyio
+    async def test_what_is_of_a_later_format_stays(self, tier: Tier, arena: Arena) -> None:
+        """It may be whole, for whoever knows the format: a miss, and nothing is put over it."""
+        if self.damage is None:
+            pytest.skip("cannot be damaged")
+        await self.put(tier, 1)
+        self.damage(tier, key_of(1), lambda raw: raw.__setitem__(4, 2))
+        for _ in range(2):
+            try:
+                assert await self.get(tier, 1) is Lost.NEWER
+            except BadObject:
+                assert tier.in_arena  # whoever reads memory checks its header himself
+            assert await tier.has([key_of(1)]) == [True]
+            assert await self.put(tier, 1) == [None]
+        assert tier.counts.corrupt == 0
+        self.damage(tier, key_of(1), lambda raw: raw.__setitem__(4, 1))
+        assert await self.get(tier, 1) == self.bytes_of(arena, 1)
+
+    @pytest.mark.anyio
     async def test_swapped_objects_are_misses(self, tier: Tier) -> None:
         if self.damage is None:
             pytest.skip("cannot be damaged")

@@ -224,7 +224,7 @@ class Depot:
                 lost = read.lost if read.lost not in (None, Lost.ABSENT) else lost
                 continue
             if obj.header.namespace != space:  # a name says more than this could
-                return Lost.CORRUPT
+                return Lost.FOREIGN
             if tier is not self.tiers[0] and self.tiers[0].in_arena:
                 await self.tiers[0].put([_named(obj, space, name)])
             return obj

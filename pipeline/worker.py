@@ -108,6 +108,7 @@ class Worker:
                 watch = partial(self._note, name) if self._watch else None
                 ctx = TierContext(self.arena, self._names.digest, self._io, watch)
                 tier = Guarded(make(t.options, ctx), name, t.breaker)
+                tier.unread.watch = watch if tier.local else None
                 home.push_async_callback(tier.close)
                 await tier.open()
                 self.tiers[name] = tier

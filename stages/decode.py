@@ -2,8 +2,9 @@
 
     grow: {use: decode}
 
-With `keys: [FILE]`, encrypted frames too. A frame is verified before it is decoded. Plain frames
-pass untouched: scatter verifies those.
+With `keys: [FILE]`, encrypted frames too. A frame is verified before it is decoded, and that alone
+tells what is damaged: bytes that are as they were written, but cannot be decoded here, are left to
+those who can. Plain frames pass untouched: scatter verifies those.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .base import Lane, Stage
 from .codecs.keyring import Keyring
 from .codecs.shape import FrameShape, Site
 from .codecs.table import decode_frame, undo
-from .errors import ArenaFull, BadObject, Lost
+from .errors import ArenaFull, BadObject, Damaged, Lost
 from .object import LINK, Object, header_size, plan_frames
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class Decode(Stage):
             try:
                 for i in batch.frames_of(piece.plain.header):
                     self._decode(piece, i)
-            except BadObject:
-                batch.lose(piece, Lost.CORRUPT)
+            except BadObject as error:
+                batch.refuse(piece, error)
         return batch
 
     def _decode(self, piece: Piece, i: int) -> None:
@@ -105,6 +106,6 @@ class Decode(Stage):
         stored = object.header.frames[i]
         data = object.lease.view[stored.offset : stored.offset + stored.stored]
         if xxhash.xxh3_64_intdigest(data) != stored.checksum:
-            raise BadObject(f"frame {i} checksum does not match")
+            raise Damaged(f"frame {i} checksum does not match")
         site = Site(object.header, i, b"", self._keys)
         return undo(data, shape, stored.codecs, site, down_to=down_to)

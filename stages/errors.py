@@ -34,7 +34,35 @@ class TierDown(TierloomError):
 
 
 class BadObject(TierloomError):
-    """Bytes that are not the object they should be: wrong magic, key, length or checksum."""
+    """Bytes that are of no use to this reader. No reason to drop them: others may read them."""
+
+    @property
+    def lost(self) -> Lost:
+        """The cause, for whoever asked for the object."""
+        return Lost.NO_CODEC
+
+
+class Damaged(BadObject):
+    """Proof that an object is of no use to anybody, the only reason for which a reader drops one: a
+    checksum that fails over bytes that came whole, or a header or a length that contradicts itself
+    in a version that we know. What drops objects for being bad takes one of these."""
+
+    @property
+    def lost(self) -> Lost:
+        return Lost.CORRUPT
+
+
+class Unreadable(BadObject):
+    """An object that may well be whole, but is not for this reader: a miss, and it stays."""
+
+    def __init__(self, cause: Lost, text: str) -> None:
+        """`cause`: one of those that are `unreadable`."""
+        super().__init__(text)
+        self._cause = cause
+
+    @property
+    def lost(self) -> Lost:
+        return self._cause
 
 
 class Closed(TierloomError):
@@ -49,13 +77,13 @@ class Lost(IntEnum):
     LATE = 2
     """The request's deadline came first."""
     CORRUPT = 3
-    """A header or checksum did not match; the object was dropped."""
+    """It is damaged: a header or checksum did not match. The object was dropped."""
     TIER_DOWN = 4
     """The tier failed, timed out, or its breaker is open."""
     NO_ROOM = 5
     """The arena or the tier had no room."""
     BAD_LAYOUT = 6
-    """Its geometry is not this engine's."""
+    """Its geometry is not this engine's. It stays."""
     CANCELLED = 7
     """The request was cancelled."""
     FULL = 8
@@ -64,3 +92,36 @@ class Lost(IntEnum):
     """A chunk before it was lost, so it is of no use."""
     BROKEN = 10
     """A stage raised what it should not have; the log has the trace once."""
+    NO_KEY = 11
+    """It is encrypted with a key that this reader does not have. It stays, as below."""
+    WRONG_KEY = 12
+    """The key that it names does not open it: it is another's of that name, or was altered."""
+    NO_CODEC = 13
+    """It is encoded in a way that this version does not know, or cannot undo."""
+    NO_CALIBRATION = 14
+    """It is encoded by a calibration that is not at hand."""
+    NEWER = 15
+    """It is written in a format that this version does not know."""
+    FOREIGN = 16
+    """What has its name is another namespace's, or no object."""
+
+    @property
+    def unreadable(self) -> bool:
+        """It is there, for others: it was left where it is."""
+        return self in _CURES
+
+    @property
+    def cure(self) -> str:
+        """What can be done about an unreadable object."""
+        return _CURES[self]
+
+
+_CURES = {
+    Lost.BAD_LAYOUT: "give engines of another layout a `model` name of its own",
+    Lost.NO_KEY: "name its key file in `keys` of the stage `decode`",
+    Lost.WRONG_KEY: "let all who share the tier use the same key files",
+    Lost.NO_CODEC: "let all who share the tier run the newest version of those that write",
+    Lost.NO_CALIBRATION: "copy the calibration here, or name it in `calibrations` of `decode`",
+    Lost.NEWER: "let all who share the tier run the newest version of those that write",
+    Lost.FOREIGN: "look who else writes there, and give this tier a place of its own",
+}

@@ -164,6 +164,8 @@ class Get(LoopStage):
             code: Lost | None = Lost.LATE
             for name, reads in asked.items():
                 code = _judge(batch, piece, reads[i], self.ctx.geometry)
+                if code is Lost.BAD_LAYOUT:
+                    self.ctx.tiers[name].unread.note(piece.source, code)
                 if code is None:
                     piece.object, reads[i].object = reads[i].object, None  # its lease, too
                     piece.took = {name}
@@ -239,15 +241,15 @@ class Get(LoopStage):
             await self.ctx.tiers[name].read(short)
 
     async def _done(self, scope: Scope) -> None:
-        """The last frame has been placed, or given up: promote, quarantine, release."""
+        """The last frame has been placed, or given up: promote, drop what is damaged, release."""
         del self._turns[id(scope)]
         promote, bad = [], []
         for piece in scope.pieces:
             if piece.object is None:
                 continue
             tier = next(iter(piece.took))
-            if piece.lost is Lost.CORRUPT:
-                bad.append((tier, piece.source))
+            if piece.refused is not None:
+                bad.append((tier, piece.source, piece.refused))
             elif piece.object.lease.arena is not self.ctx.arena:
                 continue  # another process's memory, on this host: keeping it here gains nothing
             elif tier != self.options.promote and piece.nbytes:  # placed to the last frame
@@ -256,9 +258,8 @@ class Get(LoopStage):
                 piece.object.sealed = True
                 promote.append(piece.object)
         try:
-            for tier, key in bad:
-                self.ctx.tiers[tier].counts.corrupt += 1
-                await self.ctx.tiers[tier].drop([key])
+            for tier, key, error in bad:
+                await self.ctx.tiers[tier].refused(key, error)
             if promote and self.options.promote:
                 await self.ctx.tiers[self.options.promote].put(promote)
         finally:

@@ -165,6 +165,8 @@ class Lookup(LoopStage):
                 key, tokens = piece.key, piece.tokens
             else:
                 continue
+            if key in tier.unread:
+                continue
             tokens = min(tokens, wanted)
             if self.ctx.geometry.native:
                 tokens -= tokens % self.ctx.geometry.block_tokens

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
-from .errors import BadObject
+from .errors import Damaged, Lost, Unreadable
 from .geometry import DTYPES, Geometry
 from .space import PAGE, aligned
 
@@ -51,6 +51,7 @@ _MAGIC, _VERSION, _NATIVE = b"TLM1", 1, 1
 _NAMES = ("", *DTYPES)
 _FIXED = struct.Struct("<4sHHQQQ32s32s32s32sIIHHHHIIHHHH8x")
 _FRAME = struct.Struct("<QQQQ8s")
+_START = struct.Struct("<4sHHQ")
 _CHECK_AT = 16
 
 
@@ -117,49 +118,55 @@ class Header(NamedTuple):
     def length(page: bytes | memoryview) -> int:
         """`header_bytes` as the first page claims it, so that a reader knows how much to fetch.
 
-        Raises BadObject when the page cannot begin an object.
+        `page` may be what there is of one: the format is told before any length is judged. Raises
+        Unreadable (a format of later), Damaged (it cannot begin an object).
         """
-        magic, version, _, size = struct.unpack_from("<4sHHQ", page)
+        start = bytes(page[: _START.size]).ljust(_START.size, b"\0")
+        magic, version, _, size = _START.unpack(start)
+        if is_later(magic, _MAGIC) or (magic == _MAGIC and version > _VERSION):
+            if _one_bit_turned(page, start):
+                raise Damaged("a bit of its version was turned")
+            text = f"{magic.decode(errors='replace')}, version {version}"
+            raise Unreadable(Lost.NEWER, f"written as {text}: TLM1, version 1, is read here")
         if magic != _MAGIC:
-            raise BadObject(f"not an object: magic is {magic!r}, not {_MAGIC!r}")
+            raise Damaged(f"not an object: magic is {magic!r}, not {_MAGIC!r}")
         if version != _VERSION:
-            raise BadObject(
-                f"object version {version} is not {_VERSION}: written by another tierloom"
-            )
+            raise Damaged(f"there was never a version {version} of objects")
         if not PAGE <= size <= 64 * PAGE or size % PAGE:
-            raise BadObject(f"header length {size} is impossible")
+            raise Damaged(f"header length {size} is impossible")
         return int(size)
 
     @classmethod
     def unpack(cls, raw: bytes | memoryview, *, key: bytes = b"", namespace: bytes = b"") -> Header:
-        """Parse and check a header. Raises BadObject on any doubt.
+        """Parse and check a header. Raises Damaged where it contradicts itself or its name, and
+        Unreadable where it is another's: of a later format, or of another namespace.
 
         `key` and `namespace`, when given, are what the reader asked for: an object that is whole
-        but another one (two objects swapped on disk) is as bad as a torn one. Without a namespace,
-        `key` may also be what `name_of` says.
+        but another one of the namespace (two were swapped on disk) is as bad as a torn one. Without
+        a namespace, `key` may also be what `name_of` says.
         """
-        if len(raw) < PAGE:
-            raise BadObject(f"header cut short: {len(raw)} bytes")
         size = cls.length(raw)
         if len(raw) < size:
-            raise BadObject(f"header cut short: {len(raw)} of {size} bytes")
+            raise Damaged(f"header cut short: {len(raw)} of {size} bytes")
         page = bytearray(raw[:size])
-        (check,) = struct.unpack_from("<Q", page, _CHECK_AT)
-        struct.pack_into("<Q", page, _CHECK_AT, 0)
-        if xxhash.xxh3_64_intdigest(page) != check:
-            raise BadObject("header checksum does not match")
+        if not _has_checksum(page):
+            raise Damaged("header checksum does not match")
         (
             _, _, flags, _, _, nbytes, own, space, parent, digest,
             tokens, grain, group, kv, layers, heads, dim, block, dtype, nframes, nlinks, finer,
         ) = _FIXED.unpack_from(page)  # fmt: skip
-        if key and own != key and (namespace or name_of(space, own) != key):
-            raise BadObject(f"holds object {own.hex()[:16]}, not {key.hex()[:16]}")
         if namespace and space != namespace:
-            raise BadObject("belongs to another namespace")
+            raise Unreadable(Lost.FOREIGN, f"an object of another namespace, {space.hex()[:16]}")
+        if key and own != key and (namespace or name_of(space, own) != key):
+            raise Damaged(f"holds object {own.hex()[:16]}, not {key.hex()[:16]}")
         at = _FIXED.size
         inside = at + nframes * _FRAME.size + nlinks * LINK <= size
-        if not inside or not block or not 0 < dtype < len(_NAMES):
-            raise BadObject("header fields contradict each other")
+        if not inside or not block or not dtype:
+            raise Damaged("header fields contradict each other")
+        if flags & ~_NATIVE:
+            raise Unreadable(Lost.NEWER, f"an object of flags {flags:#x}, which are not known here")
+        if dtype >= len(_NAMES):
+            raise Unreadable(Lost.NEWER, f"an object of data type {dtype}, which is not known here")
         frames = []
         for i in range(nframes):
             offset, stored, plain, xxh, codecs = _FRAME.unpack_from(page, at + i * _FRAME.size)
@@ -178,13 +185,13 @@ class Header(NamedTuple):
         return header
 
     def _check_frames(self, nbytes: int, header_bytes: int) -> None:
-        """Raise BadObject unless frames lie in order, apart, inside the object, one per group and
+        """Raise Damaged unless frames lie in order, apart, inside the object, one per group and
         scan."""
         groups = self.groups
         if not groups or len(self.frames) != groups * self.scans:
-            raise BadObject("frame count does not match the layers")
+            raise Damaged("frame count does not match the layers")
         if not self.tokens or not self.links or self.links[-LINK:] != self.key:
-            raise BadObject("links do not end in the key")
+            raise Damaged("links do not end in the key")
         end = header_bytes
         for i, f in enumerate(self.frames):
             layers = min(self.group, self.geometry.layers - i % groups * self.group)
@@ -193,12 +200,37 @@ class Header(NamedTuple):
                 or not f.stored
                 or f.raw != self.geometry.frame_bytes(layers, self.tokens)
             ):
-                raise BadObject(f"frame {i} contradicts the geometry")
+                raise Damaged(f"frame {i} contradicts the geometry")
             if not f.codecs and (f.stored != f.raw or self.scans > 1):
-                raise BadObject(f"frame {i} is plain but {f.stored} of {f.raw} bytes long")
+                raise Damaged(f"frame {i} is plain but {f.stored} of {f.raw} bytes long")
             end = f.offset + aligned(f.stored)
         if end != nbytes:
-            raise BadObject(f"object length {nbytes} does not match its frames ({end})")
+            raise Damaged(f"object length {nbytes} does not match its frames ({end})")
+
+
+def _one_bit_turned(page: bytes | memoryview, start: bytes) -> bool:
+    """Whether a header that calls itself later than ours is one of ours with one bit turned: with
+    that bit as it should be, its checksum holds."""
+    ours = struct.pack("<4sH", _MAGIC, _VERSION)
+    size = _START.unpack(start)[3]
+    turned = int.from_bytes(ours, "little") ^ int.from_bytes(start[: len(ours)], "little")
+    if turned.bit_count() != 1 or not PAGE <= size <= min(len(page), 64 * PAGE):
+        return False
+    header = bytearray(page[:size])
+    header[: len(ours)] = ours
+    return _has_checksum(header)
+
+
+def _has_checksum(header: bytearray) -> bool:
+    """Whether a header's checksum is right; afterwards it is zero."""
+    (check,) = struct.unpack_from("<Q", header, _CHECK_AT)
+    struct.pack_into("<Q", header, _CHECK_AT, 0)
+    return bool(xxhash.xxh3_64_intdigest(header) == check)
+
+
+def is_later(magic: bytes, ours: bytes) -> bool:
+    """Whether a magic is that of a later format than ours: they differ in the last byte only."""
+    return magic[:-1] == ours[:-1] and magic > ours
 
 
 def name_of(namespace: bytes, key: bytes) -> bytes:

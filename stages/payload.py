@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from .arena import Lease
-    from .errors import Lost
+    from .errors import BadObject, Lost
     from .ticket import Ticket
 
 
@@ -76,6 +76,8 @@ class Piece:
     nbytes: int = 0
     """KV bytes gathered, or placed."""
     lost: Lost | None = None
+    refused: BadObject | None = None
+    """Retrieve: why the object that came is of no use."""
 
     @property
     def key(self) -> bytes:
@@ -167,6 +169,11 @@ class Batch:
     def leases(self) -> list[Lease]:
         """What a call on it may touch."""
         return [lease for piece in self.scope.pieces for lease in piece.leases()]
+
+    def refuse(self, piece: Piece, error: BadObject) -> None:
+        """The piece's object came, and is of no use."""
+        piece.refused = error
+        self.lose(piece, error.lost)
 
     def fork(self) -> Batch:
         """The same chunks for one of several readers."""

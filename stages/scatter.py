@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..triton_kernels.planes import CORRUPT, PLACED
 from . import copy
 from .base import Lane, Stage
-from .errors import Lost
+from .errors import Damaged, Lost
 
 if TYPE_CHECKING:
     from .object import Header
@@ -63,7 +63,7 @@ class Scatter(Stage):
             state = frames.status[at : at + len(part)]
             at += len(part)
             if (state == CORRUPT).any():
-                batch.lose(piece, Lost.CORRUPT)
+                batch.refuse(piece, Damaged("a frame's checksum does not match"))
             elif not (state == PLACED).all():
                 batch.lose(piece, batch.ticket.cancelled or Lost.CANCELLED)
             else:

@@ -5,7 +5,8 @@
 And `grow: {use: decode, keys: [...]}` where it is read. AES-256-GCM (NIST SP 800-38D), a random
 nonce per frame, a key per object (see `keyring.py`). A frame opens only in its own place: its
 object's whole header (but where frames lie), its number and its codecs are authenticated with it.
-A wrong key and a changed byte are a damaged object: a miss, and the object is dropped.
+What does not open is a miss and stays: a frame's checksum, outside of all this, says whether bytes
+were damaged; where it holds, a tag that does not match says "not my key", and nothing else.
 
 What is read can be told by its sizes and times, and by whoever knows a prompt's tokens and salt.
 """
@@ -17,7 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadObject
+from ..errors import BadObject, Lost, Unreadable
 from ..namespace import tlv
 from ..payload import EncodedFrame
 from .encode import Encode
@@ -77,9 +78,9 @@ class AesGcm(Encode):
 
 
 def opened(data: Bytes, shape: FrameShape, site: Site | None) -> bytes:
-    """Inverse of `AesGcm.frame`. Raises BadObject."""
+    """Inverse of `AesGcm.frame`. Raises BadObject; Unreadable where the key is missing or wrong."""
     if site is None or site.keys is None:
-        raise BadObject("encrypted, and `decode` has no keys: say keys: [FILE]")
+        raise Unreadable(Lost.NO_KEY, "encrypted, and `decode` has no keys: say keys: [FILE]")
     view = memoryview(data)
     ours = view.nbytes - _HEAD - _TAG
     if not 0 < ours <= shape.nbytes + _MORE or view[:1] != _VERSION:
@@ -93,7 +94,8 @@ def opened(data: Bytes, shape: FrameShape, site: Site | None) -> bytes:
     try:
         lock.finalize_with_tag(bytes(view[-_TAG:]))
     except InvalidTag:
-        raise BadObject("encrypted bytes were changed, or are of another place") from None
+        text = f"key {id.hex()} of this process does not open it"
+        raise Unreadable(Lost.WRONG_KEY, text) from None
     return bytes(plain)
 
 

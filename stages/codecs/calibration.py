@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadObject, ConfigError
+from ..errors import ConfigError, Lost, Unreadable
 from ..home import cache_folder, expanded
 from .cachegen_tables import Codebook
 
@@ -64,10 +64,11 @@ class Calibration:
 
     def slice(self, level: int, layers: range, channels: range) -> tuple[Any, ...]:
         """Means, steps and tables' numbers [2 * layers, channels] of a frame, the tables, and its
-        transforms [2 * layers, heads, dim, dim], if any. Raises BadObject where the model has no
+        transforms [2 * layers, heads, dim, dim], if any. Raises Unreadable where the model has no
         such layers or channels."""
         if layers.stop > self.means.shape[1] or channels.stop > self.means.shape[2]:
-            raise BadObject(f"calibration {self.id:016x} has no {layers} of {channels}")
+            text = f"calibration {self.id:016x} has no {layers} of {channels}"
+            raise Unreadable(Lost.NO_CALIBRATION, text)
         found: tuple[Any, ...] = _sliced(self, level, layers, channels)
         return found
 
@@ -134,13 +135,14 @@ def for_model(*names: str) -> Calibration | None:
 
 
 def by_id(id: int) -> Calibration:
-    """Raises BadObject: it is not at hand."""
+    """Raises Unreadable: it is not at hand."""
     if id not in _known:
         next((c for c in _all() if c.id == id), None)
     if id not in _known:
-        raise BadObject(
+        raise Unreadable(
+            Lost.NO_CALIBRATION,
             f"encoded by calibration {id:016x}, which is not in {folder()}: copy it there, or "
-            "name it in decode's `calibrations`"
+            "name it in decode's `calibrations`",
         )
     return _known[id]
 

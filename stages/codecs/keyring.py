@@ -12,7 +12,7 @@ import hmac
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from ..errors import BadObject, ConfigError
+from ..errors import ConfigError, Lost, Unreadable
 from ..home import expanded
 
 if TYPE_CHECKING:
@@ -48,9 +48,11 @@ class Keyring:
         return cls([_secret(expanded(path)) for path in paths])
 
     def key(self, id: bytes, name: bytes) -> bytes:
-        """The 32 bytes for one object. Raises BadObject: no file here has this id."""
+        """The 32 bytes for one object. Raises Unreadable: no file here has this id."""
         if id not in self._keys:
-            raise BadObject(f"encrypted with key {id.hex()}, for which there is no key file here")
+            raise Unreadable(
+                Lost.NO_KEY, f"encrypted with key {id.hex()}, for which there is no key file here"
+            )
         return hkdf(self._keys[id], name, b"tierloom aesgcm key", 32)
 
     def __repr__(self) -> str:

@@ -1,8 +1,9 @@
 """What a frame's codec ids mean: the table that `decode` reads, so that any config reads any frame.
 
 A decoder is a function `(data, shape, site) -> bytes`, imported when its id is first met. It
-raises BadObject, and allocates nothing before it has checked every length against the shape; no
-more than the frame's own bytes then. Ids are part of the format and never reused.
+raises BadObject (never Damaged: that is for checksums to say), and allocates nothing before it has
+checked every length against the shape; no more than the frame's own bytes then. Ids are part of the
+format and never reused.
 """
 
 from __future__ import annotations
@@ -49,12 +50,15 @@ class Decoder(Protocol):
 
 @lru_cache
 def decoder(codec: int) -> Decoder:
-    """The decoder of an id. Raises BadObject where there is none."""
+    """The decoder of an id. Raises BadObject where there is none, or not what it needs."""
+    name = f" ({NAMES[codec]})" if codec in NAMES else ""
     if codec not in DECODERS:
-        name = f" ({NAMES[codec]})" if codec in NAMES else ""
         raise BadObject(f"codec {codec}{name} is unknown to this version")
     module, _, function = DECODERS[codec].partition(":")
-    found: Decoder = getattr(import_module(f"{__package__}.{module}"), function)
+    try:
+        found: Decoder = getattr(import_module(f"{__package__}.{module}"), function)
+    except ImportError as e:
+        raise BadObject(f"codec {codec}{name} needs a package that is not there: {e}") from e
     return found
 
 

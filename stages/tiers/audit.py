@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from ..errors import BadObject, Lost
+from ..errors import BadObject, Damaged, Lost
 from ..object import Header, Object
 from .base import Inner, Read, Tier, TierContext, TierStat
 
@@ -86,15 +86,20 @@ class Audit(Tier):
                 continue
             made, args = read.object, (begin, read.key)
             cause = await self.ctx.pool(_difference, made, *args, leases=(made.lease,))
-            if not cause:
+            if cause is None:
                 continue
             self._differs("out", read.key, cause)
-            self.counts.corrupt += 1
-            read.lost = Lost.CORRUPT
+            read.refuse(cause)
             if new:
                 read.object.lease.release()
                 read.object = None
-            await self.drop([read.key])
+            if isinstance(cause, Damaged):
+                await self._expel(read.key, cause)
+
+    async def _expel(self, key: bytes, proof: Damaged) -> None:
+        """Drop an object, on proof (`_differs` has logged it) that it is damaged."""
+        self.counts.corrupt += 1
+        await self.drop([key])
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         lost: dict[int, Lost | None] = {}
@@ -144,25 +149,25 @@ class Audit(Tier):
             spent = 1e3 * (time.perf_counter() - began)
             log.info("%s: %s in %.3f ms: %s", self.use, what, spent, ", ".join(said) or "done")
 
-    def _differs(self, way: str, key: bytes, cause: str) -> None:
+    def _differs(self, way: str, key: bytes, cause: BadObject) -> None:
         self.counts.extra[f"differ_{way}"] += 1
         log.error("%s: object %s differs on its way %s: %s", self.use, key.hex()[:16], way, cause)
 
 
-def _difference(obj: Object, begin: int, key: bytes) -> str:
-    """What of an object, from frame `begin` on, is not as its checksums say; empty: nothing is."""
+def _difference(obj: Object, begin: int, key: bytes) -> BadObject | None:
+    """What of an object, from frame `begin` on, is not as its checksums say; None: nothing is."""
     try:
         view = obj.lease.view
         if not begin:
             found, said = Header.unpack(view, key=key), obj.header
             # Where many namespaces are kept, an object goes by another name than its key.
             if found._replace(key=said.key, links=said.links) != said:
-                return "it has another header"
+                return Damaged("it has another header")
         for i in range(begin, obj.loaded):
             frame = obj.header.frames[i]
             stored = view[frame.offset : frame.offset + frame.stored]
             if xxhash.xxh3_64_intdigest(stored) != frame.checksum:
-                return f"frame {i} has another checksum"
+                return Damaged(f"frame {i} has another checksum")
     except BadObject as error:
-        return str(error)
-    return ""
+        return error
+    return None

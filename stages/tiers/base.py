@@ -2,8 +2,9 @@
 
 Batch forms only. A tier never shows an object before its last byte is there, never returns bytes
 whose header does not name the key that was asked for, and never raises for a single bad object:
-that is a `Lost`. What it raises (TierDown, OSError, a timeout) is about the tier, and opens its
-breaker. `tierloom.testing` turns each of these promises into a test.
+that is a `Lost`. It drops an object that it read on proof of damage alone (`Damaged`): what this
+reader cannot read, others may. What it raises (TierDown, OSError, a timeout) is about the tier, and
+opens its breaker. `tierloom.testing` turns each of these promises into a test.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from ..arena import Arena
-    from ..errors import Lost
+    from ..errors import BadObject, Lost
     from ..object import Object
 
     Watch = Callable[[bool, bytes], None]
@@ -44,6 +45,12 @@ class Read:
     """Read frames up to, not including, this one; a large number means all."""
     object: Object | None = None
     lost: Lost | None = None
+    why: BadObject | None = None
+    """What is wrong with what is there, where the tier can say."""
+
+    def refuse(self, error: BadObject) -> None:
+        """What is there is of no use. Damaged: the tier has dropped it; else it stays."""
+        self.lost, self.why = error.lost, error
 
 
 class Inner(NamedTuple):

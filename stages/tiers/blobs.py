@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..errors import ArenaFull, BadObject, Lost
+from ..errors import ArenaFull, BadObject, Damaged, Lost
 from ..object import Header, Object
 from .base import Read, Tier, TierContext, TierStat
 from .fan import fan
@@ -98,11 +98,12 @@ class Blobs(Tier):
             read.lost = Lost.ABSENT
             self.counts.misses += 1
             return
-        header = self._header(read.key, memoryview(data))
-        if header is None:
-            read.lost = Lost.CORRUPT
-            self.counts.corrupt += 1
-            await self.remove(name)
+        try:
+            header = self._header(read.key, memoryview(data))
+        except BadObject as error:
+            read.refuse(error)
+            if isinstance(error, Damaged):
+                await self._expel(name, error)
             return
         try:
             lease = self.ctx.arena.lease(len(data))
@@ -118,13 +119,17 @@ class Blobs(Tier):
         self.counts.hits += 1
         self.counts.bytes_out += header.nbytes
 
-    def _header(self, key: bytes, data: memoryview) -> Header | None:
-        """None: these bytes are not the object that they should be."""
-        try:
-            header = Header.unpack(data, key=key, namespace=self.ctx.namespace)
-        except BadObject:
-            return None
-        return header if header.nbytes == data.nbytes else None
+    def _header(self, key: bytes, data: memoryview) -> Header:
+        """Raises BadObject: these bytes are not the object that they should be."""
+        header = Header.unpack(data, key=key, namespace=self.ctx.namespace)
+        if header.nbytes != data.nbytes:
+            raise Damaged(f"{data.nbytes} bytes are kept, but the object has {header.nbytes}")
+        return header
+
+    async def _expel(self, name: str, proof: Damaged) -> None:
+        """Drop an object, on proof that it is damaged."""
+        self.counts.corrupt += 1
+        await self.remove(name)
 
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 
-from ..errors import ConfigError, Lost, TierDown
+from ..errors import BadObject, ConfigError, Damaged, Lost, TierDown
 from ..options import masked
 from .base import Found, Read, Tier, TierStat
+from .unread import Unread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -129,6 +130,8 @@ class Guarded(Tier):
         self._retry = self._read_at = 0.0
         self.share = 1.0
         """Bytes read of objects per byte of their KV; progressive ones: of what is read first."""
+        self.unread = Unread(name, self.counts, clock)
+        """Objects that are there, but not for this reader."""
 
     @property
     def available(self) -> bool:
@@ -201,6 +204,11 @@ class Guarded(Tier):
             if nbytes:
                 self.reads.add(nbytes, self._clock() - began)
                 self._read_at = self._clock()
+            for read in reads:
+                if isinstance(read.why, Damaged):
+                    self._say(read.key, read.why)
+                elif read.lost is not None and read.lost.unreadable:
+                    self.unread.note(read.key, read.lost, read.why)
             for read in fresh:
                 if read.object is not None and read.object.loaded:
                     self.share += (_share(read.object) - self.share) / min(10, self.reads.reads)
@@ -214,9 +222,30 @@ class Guarded(Tier):
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         lost = await self._call(lambda: self.tier.put(objects), cargo=True)
-        return [lost] * len(objects) if isinstance(lost, Lost) else lost
+        if isinstance(lost, Lost):
+            return [lost] * len(objects)
+        self.unread.forget([obj.header.key for obj in objects])
+        return lost
+
+    async def refused(self, key: bytes, error: BadObject) -> None:
+        """What a read brought turned out to be of no use: drop it if it is damaged, else let it be.
+        The one way by which whoever reads drops an object of a tier."""
+        if isinstance(error, Damaged):
+            await self.expel(key, error)
+        else:
+            self.unread.note(key, error.lost, error)
+
+    async def expel(self, key: bytes, proof: Damaged) -> None:
+        """Drop an object, on proof that it is damaged."""
+        self.counts.corrupt += 1
+        self._say(key, proof)
+        await self.drop([key])
+
+    def _say(self, key: bytes, proof: Damaged) -> None:
+        log.warning("tier %s dropped object %s: %s", self.name, key.hex()[:16], proof)
 
     async def drop(self, keys: Sequence[bytes]) -> int:
+        self.unread.forget(keys)
         dropped = await self._call(lambda: self.tier.drop(keys))
         return 0 if isinstance(dropped, Lost) else dropped
 

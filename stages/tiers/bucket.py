@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from ..errors import BadObject, ConfigError, TierDown
+from ..errors import ConfigError, Damaged, TierDown
 from ..held import Transfers, held
 from .profile import find_profile
 
@@ -81,7 +81,7 @@ class Bucket:
 
     async def get(self, name: str, stop: int) -> tuple[memoryview, int]:
         """Bytes up to `stop`, or to the object's end, and how long it is. Raises
-        FileNotFoundError, BadObject (it is empty, or not what it says that it is), TierDown."""
+        FileNotFoundError, Damaged (it is empty), TierDown (also when fewer bytes came)."""
         try:
             got = await self._obs.get_async(
                 self._store, self._path(name), options={"range": (0, stop)}
@@ -92,12 +92,12 @@ class Bucket:
         except Exception as error:
             raise await self._judged(name, 0, error) from None
         if len(view) != min(stop, size):
-            raise BadObject(f"{len(view)} bytes came for {stop} of {size}")
+            raise TierDown(f"{self._url}: {len(view)} bytes came for {stop} of {size}")
         return view, size
 
     async def get_range(self, name: str, start: int, stop: int) -> memoryview:
         """Bytes `start` to `stop`, all of them; cheaper than `get`. Raises FileNotFoundError (also
-        when it has not as many any more), BadObject, TierDown."""
+        when it has not as many any more), Damaged, TierDown."""
         try:
             got = await self._obs.get_range_async(
                 self._store, self._path(name), start=start, end=stop
@@ -220,7 +220,7 @@ class Bucket:
         down = self._down("GET", error)
         size = await self.size(name)
         if size == 0:
-            return BadObject("it is empty")
+            return Damaged("it is empty")
         return down if size is not None and size > start else FileNotFoundError(name)
 
     def _down(self, verb: str, error: Exception) -> TierDown:

@@ -1,4 +1,7 @@
-"""One process per folder: a lock that dies with its holder, and a marker that names the format."""
+"""One process per folder: a lock that dies with its holder, and a marker that names the format.
+
+What cannot be used is set aside, and the folder begun anew: an engine starts whatever lies there.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import fcntl
 import json
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..space import PAGE
+from .aside import numbers, ours, set_aside
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _LOCK, _MARKER = "lock", "tierloom.json"
-_FORMAT = {"format": "tierloom disk tier", "version": 1}
+_FORMAT: dict[str, Any] = {"format": "tierloom disk tier", "version": 1}
 
 
 class Taken(ConfigError):
@@ -78,21 +83,44 @@ class Claim:
 
     @staticmethod
     def _check(marker: Path, segment: int) -> int:
-        """The folder's segment size; writes the marker of a new folder."""
-        if not marker.exists():
-            fresh = marker.with_suffix(".tmp")
-            fresh.write_text(json.dumps(_FORMAT | {"segment": segment}) + "\n")
-            fresh.replace(marker)
-            return segment
-        try:
-            found = json.loads(marker.read_text())
-            known = found | _FORMAT == found
-            size = int(found["segment"])
-        except (ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise ConfigError(
-                f"{marker} is not of version {_FORMAT['version']}: "
-                "empty the folder, or choose another path"
-            )
-        return size
+        """The folder's segment size; begins it anew where it cannot be used. Raises OSError."""
+        folder = marker.parent
+        if wrong := [path for path in ours(folder) if not path.is_file()]:
+            set_aside(folder, wrong, "strays", f"{wrong[0].name} is no file")
+        found, label, why = _read(marker) if marker.exists() else _guess(folder, segment)
+        if found:
+            return found
+        if why:
+            set_aside(folder, ours(folder), label, why)
+        fresh = marker.with_suffix(".tmp")
+        with fresh.open("w") as file:
+            file.write(json.dumps(_FORMAT | {"segment": segment}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # an empty one would cost all that is kept
+        fresh.replace(marker)
+        return segment
+
+
+def _read(marker: Path) -> tuple[int, str, str]:
+    """Bytes of a segment; 0: it is of no use here, with a label and a reason."""
+    try:
+        found = json.loads(marker.read_text())
+        version = int(found.get("version", 0))
+        size = int(found["segment"]) if found | _FORMAT == found else 0
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        version = size = 0
+    if size >= PAGE and not size % PAGE:
+        return size, "", ""
+    if version > _FORMAT["version"]:
+        return 0, f"version-{version}", f"it is of version {version}, which is not known here"
+    return 0, "damaged", f"{marker.name} is damaged"
+
+
+def _guess(folder: Path, segment: int) -> tuple[int, str, str]:
+    """The same without a marker. Segments that can be of this size are gone on with: all of them
+    but the last are whole."""
+    found = numbers(folder, "segment", "slab")
+    sizes = [(folder / f"segment-{n:05}.slab").stat().st_size for n in found]
+    if sizes and (max(sizes) > segment or min([segment, *sizes[:-1]]) < segment):
+        return 0, "unmarked", f"it has no {_MARKER}, and segments of another size"
+    return 0, "", ""

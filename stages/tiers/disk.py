@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ArenaFull, Lost
+from ..errors import ArenaFull, BadObject, Damaged, Lost
 from ..object import Header, Object
 from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
@@ -145,13 +145,16 @@ class Disk(Tier):
         try:
             load = self._store.load
             got = await self.ctx.pool(load, entry, lease, begin, cuts[upto], leases=(lease,))
+        except BadObject as error:
+            read.refuse(error)
+            self.counts.corrupt += isinstance(error, Damaged)
+            return
         finally:
             if held is None and not isinstance(got, Header):
                 lease.release()
         if not isinstance(got, Header):
             read.lost = got
             self.counts.misses += got is Lost.ABSENT
-            self.counts.corrupt += got is Lost.CORRUPT
             return
         if held is None:
             self.counts.hits += 1

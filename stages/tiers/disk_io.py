@@ -14,8 +14,9 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import BadObject, ConfigError
+from ..errors import ConfigError, Damaged
 from ..space import PAGE
+from .aside import numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,11 +32,11 @@ _MINIMUM = 1 << 20  # smaller growth is not worth a call
 
 
 def read_all(fd: int, view: memoryview, at: int) -> None:
-    """Fill `view` from `at` on. Raises BadObject at the end of the file, OSError."""
+    """Fill `view` from `at` on. Raises Damaged at the end of the file, OSError."""
     while view:
         count = os.preadv(fd, [view], at)
         if not count:
-            raise BadObject("the file ends inside the object")
+            raise Damaged("the file ends inside the object")
         view, at = view[count:], at + count
 
 
@@ -57,7 +58,7 @@ class Mover:
         os.close(fd)
 
     def read(self, fd: int, view: memoryview, at: int) -> None:
-        """Fill `view` from `at` on. Raises BadObject at the end of the file, OSError, TierDown."""
+        """Fill `view` from `at` on. Raises Damaged at the end of the file, OSError, TierDown."""
         read_all(fd, view, at)
 
     def write(self, fd: int, view: memoryview, at: int) -> None:
@@ -119,10 +120,9 @@ class Segments:
         """Bytes there are of each segment."""
         self._fds: dict[int, int] = {}
         self._told = False
-        for path in folder.glob("segment-*.slab"):
-            number = int(path.stem.removeprefix("segment-"))
+        for number in numbers(folder, "segment", "slab"):
             if number >= len(self.sizes):
-                path.unlink()
+                (folder / f"segment-{number:05}.slab").unlink()
                 continue
             fd = self._open(number)
             size = os.fstat(fd).st_size

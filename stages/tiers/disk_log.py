@@ -17,11 +17,13 @@ import logging
 import os
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..object import LINK
 from ..space import PAGE
+from .aside import numbers
 from .index import Entry, split
 
 if TYPE_CHECKING:
@@ -71,8 +73,8 @@ class Journal:
 
     def load(self) -> list[Entry[Extent]]:
         """Read everything back, oldest first, and begin a new log. Blocks."""
-        for stale in self._folder.glob("index-*.tmp"):
-            stale.unlink()
+        for stale in numbers(self._folder, "index", "tmp"):
+            (self._folder / f"index-{stale:08}.tmp").unlink()
         entries, last = read_index(self._folder)
         self._begin(last + 1)  # nothing is written behind a tail that may be torn
         return entries
@@ -107,7 +109,7 @@ class Journal:
         fresh.replace(path)
         sync_folder(self._folder)
         for suffix in ("snap", "log"):
-            for old in _numbered(self._folder, suffix):
+            for old in numbers(self._folder, "index", suffix):
                 if old < generation:
                     (self._folder / f"index-{old:08}.{suffix}").unlink()
 
@@ -149,13 +151,14 @@ class Journal:
 def read_index(folder: Path) -> tuple[list[Entry[Extent]], int]:
     """(entries, oldest first; the last generation) as the files say. Changes nothing. Blocks."""
     entries: dict[bytes, Entry[Extent]] = {}
-    snapshots = _numbered(folder, "snap")
+    snapshots = numbers(folder, "index", "snap")
     first = max(snapshots, default=0)
-    logs = [n for n in _numbered(folder, "log") if n >= first]
+    logs = [n for n in numbers(folder, "index", "log") if n >= first]
     files = [f"index-{first:08}.snap"] if snapshots else []
     for name in files + [f"index-{n:08}.log" for n in logs]:
         for body in _records(folder / name):
-            _apply(body, entries)
+            with suppress(struct.error, IndexError):  # whole, says its CRC: not of this version
+                _apply(body, entries)
     return list(entries.values()), max([first, *logs])
 
 
@@ -166,11 +169,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _numbered(folder: Path, suffix: str) -> list[int]:
-    stems = (path.stem.removeprefix("index-") for path in folder.glob(f"index-*.{suffix}"))
-    return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
 def _framed(body: bytes) -> bytes:

@@ -18,7 +18,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import BadObject, Lost, TierDown
+from ..errors import Damaged, Lost, TierDown
 from ..home import expanded
 from ..object import Header
 from ..space import Space, aligned
@@ -120,19 +120,17 @@ class Store:
         """Bytes `start` to `end` of an object into its lease; its header, which is there already
         when `start` is not 0.
 
-        Lost.ABSENT when it was evicted meanwhile; Lost.CORRUPT, and dropped, when it is not the
-        object that the index says. Frames are not verified here: who decodes them does.
+        Lost.ABSENT when it was evicted meanwhile. Raises BadObject when it is not the object that
+        the index says; where that is Damaged, it is dropped. Frames are not verified here: who
+        decodes them does.
         """
         with self._work():
             try:
                 with self._reading(entry) as there:
                     return self._read(entry, lease, start, end) if there else Lost.ABSENT
-            except BadObject as error:
-                cause = {"key": entry.key.hex(), "cause": str(error)}
-                log.warning("corrupt object", extra=cause)
-                with self._changing:
-                    self._forget([entry])
-                return Lost.CORRUPT
+            except Damaged as proof:
+                self._expel(entry, proof)
+                raise
 
     def save(self, obj: Object) -> Lost | None:
         """Write a sealed object and show it; None when it is there now. Raises OSError."""
@@ -174,7 +172,7 @@ class Store:
         self._segments.read(entry.place.pieces, view, start, end)
         header = Header.unpack(view[: cuts[0]], key=entry.key, namespace=self._namespace)
         if cuts_of(header) != cuts:
-            raise BadObject("its frames lie elsewhere than the index says")
+            raise Damaged("its frames lie elsewhere than the index says")
         return header
 
     def _restore(self, entries: list[Entry[Extent]]) -> None:
@@ -247,6 +245,11 @@ class Store:
         for entry in gone:
             self._give(entry.place)
         return len(gone)
+
+    def _expel(self, entry: Entry[Extent], proof: Damaged) -> None:
+        """Drop an entry, on proof that what it stands for is damaged."""
+        with self._changing:
+            self._forget([entry])
 
     def _show(self, header: Header, extent: Extent) -> bool:
         """Log and add what has been written; False when another has put it meanwhile."""

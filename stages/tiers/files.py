@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ArenaFull, BadObject, ConfigError, Lost
+from ..errors import ArenaFull, BadObject, ConfigError, Damaged, Lost
 from ..home import expanded
 from ..object import Header, Object
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
@@ -129,13 +129,16 @@ class Files(Tier):
             got = await self.ctx.pool(
                 self._load, path, read.key, lease, loaded, read.upto, leases=(lease,)
             )
+        except BadObject as error:
+            read.refuse(error)
+            self.counts.corrupt += isinstance(error, Damaged)
+            return
         finally:
             if held is None and not isinstance(got, Header):
                 lease.release()
         if not isinstance(got, Header):
             read.lost = got
             self.counts.misses += got is Lost.ABSENT
-            self.counts.corrupt += got is Lost.CORRUPT
             return
         if held is None:
             self.counts.hits += 1
@@ -165,7 +168,7 @@ class Files(Tier):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.glob("*/*.tmp"):
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # gone, or another user's
                     if path.stat().st_mtime < time.time() - _STALE:
                         path.unlink()
         except OSError as error:
@@ -193,15 +196,16 @@ class Files(Tier):
     def _load(self, path: Path, key: bytes, lease: Lease, loaded: int, upto: int) -> Header | Lost:
         """Frames `loaded` to `upto` into the lease; the header too, while no frame is loaded.
 
-        A file that is cut short, foreign or in another's place is unlinked, and CORRUPT.
+        Raises BadObject; where it is Damaged (cut short, no object, in another's place), the file
+        is unlinked.
         """
         try:
             with self._opened(path, os.O_RDONLY) as fd:
                 try:
                     header = self._fill(fd, key, lease, loaded, upto)
-                except BadObject:
-                    _unlink_same(fd, path)
-                    return Lost.CORRUPT
+                except Damaged as proof:
+                    _expel(fd, path, proof)
+                    raise
                 if header is None:
                     return Lost.ABSENT
             now = self._clock()
@@ -218,7 +222,9 @@ class Files(Tier):
         """None when another object of this key took the place. Raises BadObject, OSError."""
         view, size = lease.view, os.fstat(fd).st_size
         if not size or size % PAGE:
-            raise BadObject(f"no object is {size} bytes long")
+            with open(f"/proc/self/fd/{fd}", "rb") as plain:  # not O_DIRECT: of any length
+                Header.length(plain.read(PAGE))  # as objects of a later format may be
+            raise Damaged(f"no object is {size} bytes long")
         if size != lease.nbytes:
             return None
         if loaded and not begins_with(self._mover, fd, view[: Header.length(view[:PAGE])]):
@@ -227,12 +233,12 @@ class Files(Tier):
             self._mover.read(fd, view[:PAGE], 0)
             head = Header.length(view[:PAGE])
             if head > size:
-                raise BadObject("the file ends inside its header")
+                raise Damaged("the file ends inside its header")
             if head > PAGE:
                 self._mover.read(fd, view[PAGE:head], PAGE)
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
-            raise BadObject(f"the file is {size} bytes long, its object {header.nbytes}")
+            raise Damaged(f"the file is {size} bytes long, its object {header.nbytes}")
         cuts = cuts_of(header)
         begin, end = cuts[loaded], cuts[min(upto, len(header.frames))]
         if begin < end:
@@ -311,9 +317,10 @@ class Files(Tier):
                 full = bool(self.options.capacity) and total > limit
                 if not full and not self._is_over(stat):
                     break
-                path.unlink(missing_ok=True)
-                total, count = total - stat.st_size, count - 1
-                self.counts.evicted += full
+                with suppress(OSError):  # another user's, perhaps
+                    path.unlink(missing_ok=True)
+                    total, count = total - stat.st_size, count - 1
+                    self.counts.evicted += full
             self._stat = TierStat(count, total, self.options.capacity)
 
     def _drop(self, paths: list[Path]) -> int:
@@ -337,8 +344,8 @@ class Files(Tier):
             )
 
 
-def _unlink_same(fd: int, path: Path) -> None:
-    """Unlink the file that `fd` is, unless another has taken its name."""
-    with suppress(FileNotFoundError):
+def _expel(fd: int, path: Path, proof: Damaged) -> None:
+    """Unlink the file that `fd` is, on proof that it is damaged, unless another has its name."""
+    with suppress(OSError):  # ours to read, perhaps not ours to unlink
         if os.path.samestat(os.fstat(fd), path.stat()):
             path.unlink()

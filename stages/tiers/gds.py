@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BadObject, ConfigError, TierDown
+from ..errors import ConfigError, Damaged, TierDown
 from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
 from .disk_io import Mover
@@ -121,7 +121,7 @@ class KvikioMover(Mover):
 
     def read(self, fd: int, view: memoryview, at: int) -> None:
         if self._go("pread", fd, view, at) != len(view):
-            raise BadObject("the file ends inside the object")
+            raise Damaged("the file ends inside the object")
 
     def write(self, fd: int, view: memoryview, at: int) -> None:
         os.posix_fallocate(fd, at, len(view))  # kvikio would not tell that a disk is full

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import anyio
 
-from ..errors import BadObject, TierDown
+from ..errors import Damaged, TierDown
 from ..held import held
-from ..object import Object
+from ..object import Header, Object
 from ..space import PAGE
 from .nixl_agent import Agent
 from .profile import find_profile
@@ -85,7 +85,8 @@ class NixlObjects(S3):
         if size is None:
             raise FileNotFoundError(name)
         if size < PAGE or size % PAGE:
-            raise BadObject(f"no object is {size} bytes long")
+            Header.length((await self._bucket.get(name, PAGE))[0])  # a later format's may be
+            raise Damaged(f"no object is {size} bytes long")
         lease = self.ctx.arena.lease(size)
         try:
             first = min(size, _FIRST)

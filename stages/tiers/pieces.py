@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from ..errors import BadObject
+from ..errors import Damaged, Lost, Unreadable
+from ..object import is_later
 from ..space import PAGE
 
 _MAGIC = b"TLR1"
@@ -38,16 +39,20 @@ class Record(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes) -> Record:
-        """Raises BadObject on any doubt."""
+        """Raises Damaged on any doubt, Unreadable where it is one of a later format."""
+        if is_later(raw[:4], _MAGIC):
+            if xxhash.xxh3_64_digest(_MAGIC + raw[4:-8]) == raw[-8:]:
+                raise Damaged("a record's format was turned: it was written as ours")
+            raise Unreadable(Lost.NEWER, f"a record of format {raw[:4]!r}: TLR1 is read here")
         if len(raw) < _HEAD.size + 8 or xxhash.xxh3_64_digest(raw[:-8]) != raw[-8:]:
-            raise BadObject("a record's checksum does not match")
+            raise Damaged("a record's checksum does not match")
         magic, writer, count = _HEAD.unpack_from(raw)
         if magic != _MAGIC or count < 2 or len(raw) != _HEAD.size + 8 * count + 8:
-            raise BadObject("a record's fields contradict each other")
+            raise Damaged("a record's fields contradict each other")
         cuts = struct.unpack_from(f"<{count}Q", raw, _HEAD.size)
         steps = [b - a for a, b in zip((0, *cuts), cuts, strict=False)]
         if cuts[-1] > _LARGEST or any(step <= 0 or step % PAGE for step in steps):
-            raise BadObject("a record's cuts are impossible")
+            raise Damaged("a record's cuts are impossible")
         return cls(writer, cuts)
 
     def names(self, key: bytes, piece: int, first: int, last: int) -> list[tuple[str, int, int]]:

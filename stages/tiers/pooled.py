@@ -15,7 +15,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from ..errors import ArenaFull, BadObject, Lost, TierDown
+from ..errors import ArenaFull, BadObject, Damaged, Lost, TierDown
 from ..object import Header, Object
 from ..space import PAGE
 from .base import Read, Tier, TierContext, TierStat
@@ -45,6 +45,14 @@ class _Job(NamedTuple):
     lease: Lease
     first: int
     last: int
+
+
+class _Head(NamedTuple):
+    """What is at hand of an object of which more is wanted."""
+
+    page: bytes
+    """Its header."""
+    cuts: tuple[int, ...]
 
 
 class Pooled(Tier):
@@ -104,10 +112,10 @@ class Pooled(Tier):
         heads = [_head(read.object) for read in reads]
         known = await self._calls(self._known, [read.key for read in reads], heads, leases=())
         jobs: dict[int, _Job] = {}
-        got: dict[int, Header | Lost] = {}
+        got: dict[int, Header | Lost | BadObject] = {}
         try:
             for i, (read, record) in enumerate(zip(reads, known, strict=True)):
-                if isinstance(record, Lost):
+                if not isinstance(record, Record):
                     got[i] = record
                     continue
                 held = read.object
@@ -159,8 +167,12 @@ class Pooled(Tier):
         """What this process put and has not seen dropped; what the pool evicted it cannot know."""
         return self._stat
 
-    def _settled(self, read: Read, got: Header | Lost, job: _Job | None) -> None:
+    def _settled(self, read: Read, got: Header | Lost | BadObject, job: _Job | None) -> None:
         """Give a read its object, or the reason why there is none."""
+        if isinstance(got, BadObject):
+            read.refuse(got)
+            self.counts.corrupt += isinstance(got, Damaged)
+            return
         if isinstance(got, Lost) or job is None:
             read.lost = got if isinstance(got, Lost) else Lost.ABSENT
             self.counts.misses += got is Lost.ABSENT
@@ -176,24 +188,29 @@ class Pooled(Tier):
 
     # What follows runs in the pool's threads.
 
-    def _known(self, keys: list[bytes], heads: list[bytes | None]) -> list[Record | Lost]:
-        """The record of each; ABSENT, too, where it is no longer that of the object at hand."""
+    def _known(
+        self, keys: list[bytes], heads: list[_Head | None]
+    ) -> list[Record | Lost | BadObject]:
+        """The record of each; ABSENT, too, where it is no longer that of the object at hand, by
+        which bytes would land beside their place, or beyond the lease."""
         raws = self._peek([key.hex() for key in keys])
         found = [_unpacked(raw) for raw in raws]
-        bad = [key.hex() for key, one in zip(keys, found, strict=True) if one is Lost.CORRUPT]
-        if bad:
-            self._remove(bad)
-        names = {
-            i: record.names(keys[i], PAGE, 0, 1)[0][0]
-            for i, record in enumerate(found)
-            if heads[i] is not None and isinstance(record, Record)
-        }
+        both = list(zip(keys, found, strict=True))
+        self._expel([(key, None, one) for key, one in both if isinstance(one, Damaged)])
+        names: dict[int, str] = {}
+        for i, (record, held) in enumerate(zip(found, heads, strict=True)):
+            if held is not None and isinstance(record, Record):
+                if record.cuts == held.cuts:
+                    names[i] = record.names(keys[i], PAGE, 0, 1)[0][0]
+                else:
+                    found[i] = Lost.ABSENT
         for i, now in zip(names, self._peek(list(names.values())) if names else (), strict=True):
-            if now != heads[i]:
+            held = heads[i]
+            if held is None or now != held.page:
                 found[i] = Lost.ABSENT
         return found
 
-    def _load(self, jobs: list[_Job]) -> list[Header | Lost]:
+    def _load(self, jobs: list[_Job]) -> list[Header | Lost | BadObject]:
         pieces, owners = [], []
         for i, job in enumerate(jobs):
             for name, at, size in job.record.names(job.key, self.piece, job.first, job.last):
@@ -215,19 +232,28 @@ class Pooled(Tier):
             raise TierDown("no piece could be read")
         return [self._checked(job, lost.get(i)) for i, job in enumerate(jobs)]
 
-    def _checked(self, job: _Job, lost: Lost | None) -> Header | Lost:
-        """The header of what was loaded. What is bad or lacks a piece is forgotten."""
+    def _checked(self, job: _Job, lost: Lost | None) -> Header | Lost | BadObject:
+        """The header of what was loaded. What is damaged or lacks a piece is forgotten."""
+        proof = Damaged("a piece of it was evicted, or is of another length")
         if lost is None:
             try:
                 header = Header.unpack(job.lease.view, key=job.key, namespace=self.ctx.namespace)
+            except Damaged as error:
+                proof = error
+            except BadObject as error:
+                return error
+            else:
                 if cuts_of(header) == job.record.cuts:
                     return header
-            except BadObject:
-                pass
-            lost = Lost.CORRUPT
-        if lost in (Lost.ABSENT, Lost.CORRUPT):
-            self._forget([(job.key, job.record)])
-        return lost
+                proof = Damaged("its record and its header contradict each other")
+        if lost in (None, Lost.ABSENT, Lost.CORRUPT):
+            self._expel([(job.key, job.record, proof)])
+        return proof if lost in (None, Lost.CORRUPT) else lost
+
+    def _expel(self, bad: Sequence[tuple[bytes, Record | None, Damaged]]) -> None:
+        """Forget objects, on proof that they are damaged."""
+        if bad:
+            self._forget([(key, record) for key, record, _ in bad])
 
     def _save(self, objects: list[Object]) -> list[int | Lost]:
         """Bytes written of each: 0 when it is there already."""
@@ -269,7 +295,7 @@ class Pooled(Tier):
         raws = self._peek([key.hex() for key in keys])
         return self._forget([(k, _unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
 
-    def _forget(self, found: Sequence[tuple[bytes, Record | Lost]]) -> int:
+    def _forget(self, found: Sequence[tuple[bytes, object]]) -> int:
         """Take records away, then their pieces; how many records there were."""
         gone = self._remove([key.hex() for key, _ in found])
         known = [(key, record) for key, record in found if isinstance(record, Record)]
@@ -291,15 +317,17 @@ class Pooled(Tier):
             self._stat = TierStat(max(0, objects), max(0, nbytes), 0)
 
 
-def _head(obj: Object | None) -> bytes | None:
-    return bytes(obj.lease.view[: obj.header.header_bytes]) if obj is not None else None
+def _head(obj: Object | None) -> _Head | None:
+    if obj is None:
+        return None
+    return _Head(bytes(obj.lease.view[: obj.header.header_bytes]), cuts_of(obj.header))
 
 
-def _unpacked(raw: bytes | None) -> Record | Lost:
+def _unpacked(raw: bytes | None) -> Record | Lost | BadObject:
     try:
         return Lost.ABSENT if raw is None else Record.unpack(raw)
-    except BadObject:
-        return Lost.CORRUPT
+    except BadObject as error:
+        return error
 
 
 def _record(obj: Object) -> Record:

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from ..errors import BadObject, Lost, TierDown
+from ..errors import Damaged, Lost, TierDown
 from ..options import Seconds, Size  # noqa: TC001 (options are read at run time)
 from .base import Read, Tier, TierContext, TierStat
 from .fan import fan
 from .redis_load import Load, carry
-from .redis_pieces import LARGEST, MANIFEST, Manifest
+from .redis_pieces import LARGEST, MANIFEST, Manifest, dropping
 from .redis_resp import Answer, Refusal, Want, command
 from .redis_servers import Cluster, Moved, Node, Sentinel, Servers
 from .redis_url import parse_url, password_of, tls_of
@@ -244,12 +244,17 @@ class Redis(Tier):
                 renew.append(load)
             await anyio.lowlevel.checkpoint()  # a header takes 50 us
         await carry(node, loads, self.options.window, _trouble)
-        torn = [load.read.key for load in loads if load.torn]
+        bad = [(load, load.proof) for load in loads if load.proof]
         again = [load.manifest.renew(self._ttl) for load in renew if load.whole and load.manifest]
         with suppress(OSError, TierDown):  # who may only read, reads
-            if torn:
-                await self._drop(node, torn)
+            if bad:
+                await self._expel(node, bad)
             await self._quick(node, again)
+
+    async def _expel(self, node: Node, bad: list[tuple[Load, Damaged]]) -> None:
+        """Drop objects, on proof that they are damaged: those that were read, not what another has
+        put there meanwhile."""
+        await self._forget(node, [(self._name(load.read.key), load.raw) for load, _ in bad])
 
     def _ask(self, key: bytes) -> list[bytes]:
         """No more than a manifest may have: one that somebody made longer is just a bad one."""
@@ -304,17 +309,12 @@ class Redis(Tier):
     async def _drop(self, node: Node, keys: Sequence[bytes]) -> int:
         names = [self._name(key) for key in keys]
         asked = [command("GETRANGE", name, 0, MANIFEST - 1) for name in names]
-        orders: list[tuple[bytes, int]] = []
-        for name, raw in zip(names, await self._quick(node, asked), strict=True):
-            if not raw:
-                orders.append((Manifest.drop_empty(name), 0))
-                continue
-            try:
-                manifest = Manifest.unpack(name, raw if isinstance(raw, bytes) else b"")
-            except BadObject:
-                orders.append((command("UNLINK", name), 0))
-            else:
-                orders.append((manifest.drop(), manifest.nbytes))
+        answers = await self._quick(node, asked)
+        return await self._forget(node, list(zip(names, answers, strict=True)))
+
+    async def _forget(self, node: Node, there: list[tuple[bytes, Answer]]) -> int:
+        """Drop what has these names as long as it begins so still; how many objects there were."""
+        orders = [dropping(name, raw) for name, raw in there]
         dropped = 0
         answers = await self._quick(node, [order for order, _ in orders])
         for (_, nbytes), gone in zip(orders, answers, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ArenaFull, BadObject, Lost
+from ..errors import ArenaFull, BadObject, Damaged, Lost, Unreadable
 from ..object import Header, Object
 from .disk_store import cuts_of
 from .fan import fan
@@ -39,8 +39,11 @@ class Load:
     def __init__(self, read: Read, ctx: TierContext, counts: TierCounts) -> None:
         self.read, self._ctx, self._counts = read, ctx, counts
         self.lost: Lost | None = None
-        self.torn = False
-        """What is there of it is of no use: to be dropped."""
+        self.why: BadObject | None = None
+        self.proof: Damaged | None = None
+        """What is there of it is of no use to anybody: to be dropped."""
+        self.raw = b""
+        """What the manifest begins with."""
         self.manifest: Manifest | None = None
         self.pieces: list[Piece] = []
         """What is to be fetched."""
@@ -64,15 +67,15 @@ class Load:
         held = self.read.object
         if raw is None:
             return self._lose(Lost.ABSENT)
+        if not isinstance(raw, bytes):
+            return self._refuse(Unreadable(Lost.FOREIGN, "a value that is no string"))
+        self.raw = raw[:MANIFEST]
         try:
             manifest, header = unpack_whole(
-                name,
-                raw if isinstance(raw, bytes) else b"",
-                key=self.read.key,
-                namespace=self._ctx.namespace,
+                name, raw, key=self.read.key, namespace=self._ctx.namespace
             )
-        except BadObject:
-            return self._lose(Lost.CORRUPT, torn=True)
+        except BadObject as error:
+            return self._refuse(error)
         if held is not None and held.header != header:  # another took its place meanwhile
             return self._lose(Lost.ABSENT)
         if self._lease is None:
@@ -80,7 +83,6 @@ class Load:
                 self._lease = self._ctx.arena.lease(header.nbytes)
             except ArenaFull:
                 return self._lose(Lost.NO_ROOM)
-            assert isinstance(raw, bytes)
             self._lease.view[: header.header_bytes] = memoryview(raw)[MANIFEST:]
         self.manifest, self._header = manifest, header
         cuts, upto = cuts_of(header), min(self.read.upto, len(header.frames))
@@ -102,9 +104,10 @@ class Load:
             self._open -= 1
         elif not got and self.lost is None:  # evicted; a part of nothing is empty
             self._counts.extra["torn"] = self._counts.extra.get("torn", 0) + 1
-            self._lose(Lost.ABSENT, torn=True)
+            self._lose(Lost.ABSENT)
+            self.proof = Damaged("a piece of it was evicted")
         elif self.lost is None:
-            self._lose(Lost.CORRUPT, torn=True)
+            self._refuse(Damaged("a piece of it is of another length"))
 
     def fail(self) -> None:
         """Its server failed; what had come whole stays."""
@@ -115,7 +118,7 @@ class Load:
         """Tell the reader. No memory may be written any more."""
         read, header = self.read, self._header
         if self.lost is not None or header is None or self._lease is None:
-            read.lost = self.lost
+            read.lost, read.why = self.lost, self.why
             return
         if read.object is None:
             self._counts.hits += 1
@@ -131,10 +134,15 @@ class Load:
             self._lease.release()
         self._lease = None
 
-    def _lose(self, code: Lost, *, torn: bool = False) -> None:
-        self.lost, self.torn = code, torn
+    def _lose(self, code: Lost) -> None:
+        self.lost = code
         self._counts.misses += code is Lost.ABSENT
         self._counts.corrupt += code is Lost.CORRUPT
+
+    def _refuse(self, error: BadObject) -> None:
+        self.why = error
+        self.proof = error if isinstance(error, Damaged) else None
+        self._lose(error.lost)
 
 
 async def carry(

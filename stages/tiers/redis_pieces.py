@@ -16,12 +16,14 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import BadObject
-from ..object import Header
+from ..errors import BadObject, Damaged, Lost, Unreadable
+from ..object import Header, is_later
 from .redis_resp import command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from .redis_resp import Answer
 
 GRACE = 300_000
 """Milliseconds that a piece lives without a manifest."""
@@ -73,12 +75,15 @@ class Manifest(NamedTuple):
 
     @classmethod
     def unpack(cls, name: bytes, raw: bytes, head: int = 0) -> Manifest:
-        """Its first 24 bytes; of them alone the header's length is not known. Raises BadObject."""
+        """Its first 24 bytes; of them alone the header's length is not known. Raises Damaged, or
+        Unreadable where it is one of a later format."""
+        if is_later(raw[:4], _MAGIC):
+            raise Unreadable(Lost.NEWER, f"a manifest of format {raw[:4]!r}: TLR1 is read here")
         if len(raw) < MANIFEST:
-            raise BadObject(f"manifest cut short: {len(raw)} bytes")
+            raise Damaged(f"manifest cut short: {len(raw)} bytes")
         magic, piece, nbytes, write = _FIXED.unpack_from(raw)
         if magic != _MAGIC or not piece or nbytes > piece << 12 or head > nbytes:
-            raise BadObject("no manifest of an object")
+            raise Damaged("no manifest of an object")
         return cls(name, write, nbytes, piece, head)
 
     @property
@@ -125,11 +130,6 @@ class Manifest(NamedTuple):
     def drop(self) -> bytes:
         return self._script(_DROP, self.prefix)
 
-    @staticmethod
-    def drop_empty(name: bytes) -> bytes:
-        """Forget a manifest of no bytes, which is there for everybody who asks whether it is."""
-        return command("EVAL", _DROP_EMPTY, 1, name)
-
     def renew(self, ttl: int) -> bytes:
         return self._script(_RENEW, self.prefix, ttl)
 
@@ -141,11 +141,26 @@ class Manifest(NamedTuple):
 def unpack_whole(
     name: bytes, raw: bytes, *, key: bytes, namespace: bytes
 ) -> tuple[Manifest, Header]:
-    """A manifest with its header, both checked. Raises BadObject."""
+    """A manifest with its header, both checked. Raises Damaged, Unreadable."""
+    Manifest.unpack(name, raw)
     header = Header.unpack(memoryview(raw)[MANIFEST:], key=key, namespace=namespace)
     if len(raw) != MANIFEST + header.header_bytes:
-        raise BadObject(f"a manifest of {len(raw)} bytes")
+        raise Damaged(f"a manifest of {len(raw)} bytes")
     manifest = Manifest.unpack(name, raw, header.header_bytes)
     if manifest.nbytes != header.nbytes:
-        raise BadObject(f"a manifest for {manifest.nbytes} bytes, not {header.nbytes}")
+        raise Damaged(f"a manifest for {manifest.nbytes} bytes, not {header.nbytes}")
     return manifest, header
+
+
+def dropping(name: bytes, raw: Answer) -> tuple[bytes, int]:
+    """The command that forgets what has this name as long as it begins with `raw`, its first 24
+    bytes, and how many bytes of objects that are: 0 where it is no manifest."""
+    if not raw:  # of no bytes: it is there for everybody who asks whether it is
+        return command("EVAL", _DROP_EMPTY, 1, name), 0
+    if not isinstance(raw, bytes):
+        return command("UNLINK", name), 0
+    try:
+        manifest = Manifest.unpack(name, raw)
+    except BadObject:
+        return command("EVAL", _DROP, 1, name, raw), 0
+    return manifest.drop(), manifest.nbytes

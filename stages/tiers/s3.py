@@ -11,6 +11,7 @@ that is given up ends its requests, so nothing here waits longer than the tier's
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import anyio
 import numpy as np
 
-from ..errors import ArenaFull, BadObject, Lost
+from ..errors import ArenaFull, BadObject, Damaged, Lost, TierDown
 from ..object import Header, Object
 from ..options import Size  # noqa: TC001 (options are read at run time)
 from ..space import PAGE
@@ -154,10 +155,16 @@ class S3(Tier):
         except FileNotFoundError:  # or another one has taken its name
             read.lost = Lost.ABSENT
             self.counts.misses += 1
-        except BadObject:
-            read.lost = Lost.CORRUPT
-            self.counts.corrupt += 1
-            await self._drop(name_of(read.key))
+        except BadObject as error:
+            read.refuse(error)
+            if isinstance(error, Damaged):
+                await self._expel(read.key, error)
+
+    async def _expel(self, key: bytes, proof: Damaged) -> None:
+        """Drop an object, on proof that it is damaged."""
+        self.counts.corrupt += 1
+        with suppress(TierDown):  # ours to read, perhaps not ours to delete
+            await self._drop(name_of(key))
 
     async def _begin(self, read: Read) -> None:
         """The header and what comes with it, then the frames that are wanted."""
@@ -189,7 +196,7 @@ class S3(Tier):
         """What `size` bytes that begin like this say of themselves. Raises BadObject."""
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
-            raise BadObject(f"{size} bytes are kept, but the object has {header.nbytes}")
+            raise Damaged(f"{size} bytes are kept, but the object has {header.nbytes}")
         return header
 
     async def _frames(self, key: bytes, held: Object, upto: int, begin: int) -> None:

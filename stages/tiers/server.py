@@ -11,9 +11,9 @@ short is closed; so a cancelled read leaves nothing behind that could still writ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from ..errors import ArenaFull, BadObject, ConfigError, Lost
+from ..errors import ArenaFull, BadObject, ConfigError, Damaged, Lost
 from ..object import Header, Object
 from . import wire
 from .base import Read, Tier, TierContext, TierStat
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .line import Line
 
 T = TypeVar("T")
+_Bad: TypeAlias = list[tuple[bytes, Damaged]]
 
 _WHOLE = 0xFFFFFFFF
 _NOTHING = wire.Holdings(0, 0, 0, 0, 0)
@@ -94,7 +95,7 @@ class Server(Tier):
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
-        bad: list[bytes] = []
+        bad: _Bad = []
         try:
             for part in _parts(reads, wire.OBJECTS):
                 left = await self._borrow(part, bad) if self._lines.shares else part
@@ -103,7 +104,11 @@ class Server(Tier):
         finally:
             self.counts.corrupt += len(bad)
         if bad:
-            await self.drop(bad)
+            await self._expel(bad)
+
+    async def _expel(self, bad: _Bad) -> None:
+        """Drop objects, on proof that they are damaged."""
+        await self.drop([key for key, _ in bad])
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         if not all(obj.sealed for obj in objects):
@@ -136,7 +141,7 @@ class Server(Tier):
         """As of the last change of ours that the server told: others change it, too."""
         return TierStat(self._holds.objects, self._holds.nbytes, self._holds.capacity)
 
-    async def _borrow(self, reads: Sequence[Read], bad: list[bytes]) -> list[Read]:
+    async def _borrow(self, reads: Sequence[Read], bad: _Bad) -> list[Read]:
         """Lease what the server lends; returns the reads that are to go by bytes."""
         fresh = [read for read in reads if read.object is None]
         left = [
@@ -160,7 +165,7 @@ class Server(Tier):
                 self._miss(read, loan.code)
         return left
 
-    async def _fetch(self, reads: Sequence[Read], bad: list[bytes]) -> None:
+    async def _fetch(self, reads: Sequence[Read], bad: _Bad) -> None:
         """Receive each object's wanted bytes into its lease."""
         wanted = []
         for read in reads:
@@ -180,7 +185,7 @@ class Server(Tier):
                 else:
                     await self._further(line, read.object, asked, item)
 
-    async def _first(self, line: Line, read: Read, item: wire.Item, bad: list[bytes]) -> None:
+    async def _first(self, line: Line, read: Read, item: wire.Item, bad: _Bad) -> None:
         """An object's header and first frames, into a new lease."""
         try:
             lease = self.ctx.arena.lease(item.nbytes)
@@ -206,7 +211,7 @@ class Server(Tier):
         self.counts.bytes_out += item.end - item.begin
 
     def _judge(
-        self, read: Read, lease: Lease, bad: list[bytes], *,
+        self, read: Read, lease: Lease, bad: _Bad, *,
         item: wire.Item | None = None, borrowed: bool = False,
     ) -> None:  # fmt: skip
         """Make the read's object, unless its header is not what it should be."""
@@ -216,13 +221,13 @@ class Server(Tier):
             count = len(header.frames)
             loaded = count if borrowed else min(read.upto, count)
             end = cuts_of(header)[loaded]
-            right = header.nbytes == lease.nbytes and (item is None or item.end == end)
-        except BadObject:
-            right = False
-        if not right:
+            if header.nbytes != lease.nbytes or (item is not None and item.end != end):
+                raise Damaged("its length and its header contradict each other")
+        except BadObject as error:
             lease.release()
-            bad.append(read.key)
-            read.lost = Lost.CORRUPT
+            if isinstance(error, Damaged):
+                bad.append((read.key, error))
+            read.refuse(error)
             return
         read.object = Object(header, lease, loaded=loaded, sealed=loaded == count)
         self.counts.hits += 1

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from stores import (
     S3,
+    Disk,
+    Files,
     Gds,
     InfiniStore,
     Lent,
@@ -37,6 +39,8 @@ KINDS: dict[str, Callable[[Path], Store]] = {
 if importlib.util.find_spec("kvikio") is not None:  # in its own environment: see tests/tiers
     KINDS["gds"] = Gds
 OTHERS: dict[str, Callable[[Path], Store]] = {
+    "files": Files,
+    "disk": Disk,
     "redis-small": lambda folder: Redis(
         folder, "--maxmemory", "3mb", "--maxmemory-policy", "allkeys-random"
     ),
@@ -49,9 +53,12 @@ SERVED = [name for name in KINDS if name not in ("nixl-posix", "nixl-static", "g
 WIRED = ["redis", "server-tcp", "s3", "nixl-obj", "infinistore"]
 """Those that a gate can stand in front of."""
 DAMAGED = [
-    *(name for name in KINDS if not name.startswith("server")),
+    "files", "disk", *(name for name in KINDS if not name.startswith("server")),
     "server-tcp-files", "server-unix-files", "server-lent",
 ]  # fmt: skip
+
+READ = [*DAMAGED, "server-shared"]
+"""Those that several readers read."""
 
 
 def kinds(names: list[str]) -> pytest.MarkDecorator:

@@ -51,6 +51,8 @@ class Store:
     """A client that hangs up takes the server with it."""
     counting = True
     """It can say how many objects are cleared that others have put."""
+    sealed = False
+    """What it keeps can neither be seen nor changed from outside."""
     lends = False
     """What is read stays where it is: in memory of this host."""
 
@@ -138,6 +140,12 @@ class InFiles(Store):
         return sorted(p for p in found if p.stat().st_size >= 4096 or p.suffix == ".tlm")
 
 
+class Files(InFiles):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "kv")
+        self.tier = {"use": "files", "path": str(self.files)}
+
+
 class Gds(InFiles):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "kv")
@@ -151,22 +159,24 @@ class NixlPosix(InFiles):
         self.tier = {"use": "nixl", "path": str(self.files)}
 
 
-class NixlStatic(Store):
+class Disk(Store):
     """A folder of one process: objects lie one after another in segments."""
 
     lasting = whole = fixed = True
 
     def __init__(self, folder: Path) -> None:
-        need("nixl", "nixl_cu12")
         super().__init__()
         self.files = folder / "kv"
-        self.tier = {"use": "nixl", "path": str(self.files), "pool": "static", "capacity": "8 MiB"}
+        self.tier = {
+            "use": "disk", "path": str(self.files), "capacity": "8 MiB", "keep_free": 0,
+        }  # fmt: skip
 
     def ready(self) -> None:
         shutil.rmtree(self.files, ignore_errors=True)
 
     def values(self, pipe: Pipeline) -> list[Any]:
-        entries = pipe.tiers["cold"].tier.kept._index._entries.values()  # type: ignore[attr-defined]
+        tier: Any = pipe.tiers["cold"].tier
+        entries = getattr(tier, "kept", tier)._index._entries.values()
         return [e.place.pieces[0] for e in entries if len(e.place.pieces) == 1]
 
     def get(self, pipe: Pipeline, name: Any) -> bytes:
@@ -179,6 +189,14 @@ class NixlStatic(Store):
         with segment.open("r+b") as file:
             file.seek(name[0])
             file.write(value)
+
+
+class NixlStatic(Disk):
+    def __init__(self, folder: Path) -> None:
+        need("nixl", "nixl_cu12")
+        super().__init__(folder)
+        del self.tier["keep_free"]
+        self.tier |= {"use": "nixl", "pool": "static"}
 
 
 class S3(InFiles):
@@ -230,6 +248,8 @@ class Redis(Store):
 
 class Served(Store):
     """`tierloom serve`, over memory, on a port or on a socket, whose memory is lent or not."""
+
+    sealed = True
 
     def __init__(self, folder: Path, way: str) -> None:
         super().__init__()

@@ -156,18 +156,41 @@ def test_without_the_key_it_is_a_miss(opened: Open, tmp_path: Path, reader: str)
     pipe.store(IDS, engine.caches, at).wait()
     settle(pipe)
     pipe.close()
-    source = encoded(tmp_path, "aesgcm")
-    keys = source["graphs"]["retrieve"]["stages"]["grow"].pop("keys")
+    owner, source = encoded(tmp_path, "aesgcm"), encoded(tmp_path, "aesgcm")
+    del source["graphs"]["retrieve"]["stages"]["grow"]["keys"]
     if reader == "with another key":
-        Path(keys[0]).unlink()
-        source["graphs"]["retrieve"]["stages"]["grow"]["keys"] = [key_file(tmp_path)]
+        (tmp_path / "other").mkdir()
+        source["graphs"]["retrieve"]["stages"]["grow"]["keys"] = [key_file(tmp_path / "other")]
     pipe = opened(source, engine)
     got = pipe.retrieve(IDS, target.caches, at).wait()
     assert got.tokens == 0
-    assert got.lost[Lost.CORRUPT] == 4
+    assert got.lost[Lost.NO_KEY] == 4
     assert target.untouched(at[:0])
     settle(pipe)
-    assert pipe.lookup(IDS) == 0, "so that it is stored again"
+    assert pipe.lookup(IDS) == 0, "so that it is computed"
+    pipe.close()
+    pipe = opened(owner, engine)
+    assert pipe.retrieve(IDS, target.caches, at).wait().tokens == 200, "and its owner has it still"
+
+
+def test_an_index_elsewhere_learns_what_cannot_be_read(opened: Open, tmp_path: Path) -> None:
+    """It would plan the same load for every request."""
+    engine = Engine(dim=32)
+    at, target = engine.slots(200), engine.blank()
+    pipe = opened(encoded(tmp_path, "aesgcm"), engine)
+    pipe.store(IDS, engine.caches, at).wait()
+    settle(pipe)
+    pipe.close()
+    source = encoded(tmp_path, "aesgcm")
+    del source["graphs"]["retrieve"]["stages"]["grow"]["keys"]
+    pipe = opened(source, engine, watch=True)
+    there = {change.links[-32:] for change in pipe.changes(99) if change.kept}
+    assert len(there) == 4
+    for seen in (there, set()):
+        assert pipe.retrieve(IDS, target.caches, at).wait().tokens == 0
+        settle(pipe)
+        gone = {(c.tier, c.kept, c.links[-32:]) for c in pipe.changes(99)}
+        assert gone == {("warm", False, key) for key in seen}
 
 
 def test_what_is_on_the_disk_cannot_be_read(opened: Open, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import anyio
 import anyio.to_thread
+import xxhash
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.base import Read
@@ -137,6 +138,44 @@ async def check_replaced_between_two_layers(bench, tier, arena):
     assert await tier.has([key_of(1)]) == [True]
     read.object.lease.release()
     assert tier.stat()[:2] == (1, SIZE)
+
+
+async def check_a_record_that_differs_between_two_layers(bench, tier, replaced):
+    """It was made by the same writer and has the same header, and says of frames that they lie
+    elsewhere: nothing is read by it, beside its place or beyond the lease."""
+    await bench.put(tier, 1)
+    read = Read(key_of(1), 1)
+    await tier.read([read])
+    right, held = record_of(tier, key_of(1)), read.object
+    fetched, fetch = [], tier._fetch
+    tier._fetch = lambda pieces: fetched.extend(pieces) or fetch(pieces)
+    far = right.cuts[-1] + (1 << 20)
+    for cuts in ((*right.cuts[:-1], far), (*right.cuts, far), (*right.cuts[:2], far)):
+        replaced(tier, key_of(1).hex(), Record(right.writer, cuts).pack())
+        again = Read(key_of(1), ALL, held)
+        await tier.read([again])
+        assert (again.lost, held.loaded, fetched) == (Lost.ABSENT, 1, [])
+    replaced(tier, key_of(1).hex(), right.pack())
+    again = Read(key_of(1), ALL, held)
+    await tier.read([again])
+    assert (again.lost, held.loaded) == (None, FRAMES)
+    assert fetched
+    held.lease.release()
+
+
+async def check_a_record_of_a_later_format(bench, tier, replaced):
+    """It stays, for those who know it."""
+    await bench.put(tier, 1)
+    right = record_of(tier, key_of(1)).pack()
+    later = b"TLR2" + right[4:-8]
+    replaced(tier, key_of(1).hex(), later + xxhash.xxh3_64_digest(later))
+    for _ in range(2):
+        assert await bench.get(tier, 1) is Lost.NEWER
+        assert await tier.has([key_of(1)]) == [True]
+        assert await bench.put(tier, 1) == [None]
+    assert tier.counts.corrupt == 0
+    replaced(tier, key_of(1).hex(), right)
+    assert isinstance(await bench.get(tier, 1), bytes)
 
 
 async def check_two_writers_of_one_key(bench, tier, arena):

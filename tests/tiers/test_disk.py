@@ -111,16 +111,6 @@ class TestBuffered(DiskContract):
         await self.put(tier, 1)
 
     @pytest.mark.anyio
-    async def test_a_folder_of_another_version(self, ctx, tmp_path, clock):
-        async with self.opened(ctx, tmp_path, clock):
-            pass
-        marker = tmp_path / "disk" / "tierloom.json"
-        for text in ("{}", "no json", '{"format": "tierloom disk tier", "version": 2}'):
-            marker.write_text(text)
-            with pytest.raises(ConfigError, match="not of version 1"):
-                await self.make(ctx, tmp_path, clock).open()
-
-    @pytest.mark.anyio
     async def test_a_folder_we_may_not_write(self, ctx, tmp_path, clock):
         (tmp_path / "disk").write_text("a file")
         with pytest.raises(ConfigError, match="choose one we may write"):

@@ -9,6 +9,8 @@ import pools
 import pytest
 from pooled_cases import (
     check_a_piece_that_was_evicted,
+    check_a_record_of_a_later_format,
+    check_a_record_that_differs_between_two_layers,
     check_hostile_records,
     check_namespaces,
     check_replaced_between_two_layers,
@@ -87,6 +89,14 @@ class TestMooncake(TierContract):
     @pytest.mark.anyio
     async def test_replaced_between_two_layers(self, tier, arena):
         await check_replaced_between_two_layers(self, tier, arena)
+
+    @pytest.mark.anyio
+    async def test_a_record_that_differs_between_two_layers(self, tier):
+        await check_a_record_that_differs_between_two_layers(self, tier, replaced)
+
+    @pytest.mark.anyio
+    async def test_a_record_of_a_later_format(self, tier):
+        await check_a_record_of_a_later_format(self, tier, replaced)
 
     @pytest.mark.anyio
     async def test_pieces_end_where_frames_do(self, tier, arena):

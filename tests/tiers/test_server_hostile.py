@@ -245,11 +245,32 @@ def test_who_floods_is_served_in_turn(url: str) -> None:
 
 def test_strangers_cannot_take_every_place(within: Within, url: str) -> None:
     strangers = [connected(url) for _ in range(serve._STRANGERS + 20)]
-    eventually(lambda: len(within.serving.sessions) <= serve._STRANGERS)
+    eventually(lambda: len(within.serving.sessions) == serve._STRANGERS)
     eventually(lambda: not within.serving.sessions)
     unharmed(url)
     for sock in strangers:
         sock.close()
+
+
+def test_a_burst_of_strangers(within: Within, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are all there before the server looks."""
+    monkeypatch.setattr(serve, "_HELLO", 60.0)
+    looks = threading.Event()
+
+    async def busy() -> None:
+        assert looks.wait(30)
+
+    caller = threading.Thread(target=within.call, args=[busy])
+    caller.start()
+    strangers = [connected(url) for _ in range(3 * serve._STRANGERS)]
+    looks.set()
+    caller.join()
+    greeted = sum(sock.recv(1) != b"" for sock in strangers)
+    assert greeted == serve._STRANGERS
+    for sock in strangers:
+        sock.close()
+    eventually(lambda: not within.serving.sessions)
+    unharmed(url)
 
 
 @pytest.mark.slow
