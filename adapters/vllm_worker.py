@@ -311,4 +311,4 @@ class WorkerSide:
 def _off(why: str) -> Hello:
     from ..stages.namespace import Namespace
 
-    return Hello(Namespace(model=""), 1, 1, 1, 1, (), "", {}, "never", 0.0, 0, why)
+    return Hello(Namespace(model="off"), 1, 1, 1, 1, (), "", {}, "never", 0.0, 0, why)
