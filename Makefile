@@ -15,11 +15,12 @@ SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reord
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test lint bench bench-remote bench-vllm quality vllm engines clean
+.PHONY: help demo demo-vllm test architectures lint bench bench-remote bench-vllm quality vllm engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
 	@echo "make test    every test"
+	@echo "make architectures   every causal LM class of transformers, with and without a cache of ours"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
 	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
@@ -61,6 +62,9 @@ test: $(READY)
 	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."
 	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/vllm are skipped."
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+architectures: $(READY)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/transformers/test_architectures.py -m "campaign or not campaign"
 
 lint: $(READY)
 	$(BIN)/ruff check .

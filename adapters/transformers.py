@@ -192,6 +192,11 @@ class Kept:
         transformers 5.24, `past_key_values=`; they handle Abandoned, and call `storing.wait()` of
         it before they close this. Raises InputError.
         """
+        if getattr(self.model.config, "use_cache", None) is False:
+            raise InputError(
+                "the model's config says use_cache=False, with which a forward may ignore a cache: "
+                "set model.config.use_cache = True"
+            )
         self._follow()
         return self._cache(input_ids, room=room, retrieve=retrieve, store=store)
 

@@ -8,6 +8,7 @@ must say what it says without.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -163,17 +164,28 @@ def _run_one_token(model: Any, cache: DynamicCache) -> None:
 
 def _tried(model: Any, shape: KVShape) -> float:
     """How far the logits behind a prompt are off, as a share of their size, when its first tokens
-    come out of another prompt's cache."""
+    come out of another prompt's cache: the worse of what `generate` and a bare forward say."""
     ids = (torch.arange(TRIED, device=model.device) * 7 + 5) % (model.config.vocab_size or TRIED)
     ids = ids.unsqueeze(0)
-    cache = TierloomCache(None, shape, ids[0].cpu().numpy(), retrieve=False, store=False)
-    _logits(model, ids[:, :KEPT], cache)
-    cache.crop(KEPT - cache.get_seq_length())
-    kept, alone = _logits(model, ids, cache), _logits(model, ids, DynamicCache(config=model.config))
-    return float((kept - alone).norm() / alone.norm().clamp(min=1e-20))
+    found = []
+    for logits in (_generated, _forward):
+        cache = TierloomCache(None, shape, ids[0].cpu().numpy(), retrieve=False, store=False)
+        logits(model, ids[:, :KEPT], cache)
+        kept = logits(model, ids[:, 0 if logits is _generated else KEPT :], cache)
+        alone = logits(model, ids, DynamicCache(config=model.config))
+        found.append(float((kept - alone).norm() / alone.norm().clamp(min=1e-20)))
+    return max(found, key=lambda off: (math.isnan(off), off))
 
 
-def _logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+def _forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """What the model says of the token after `ids`, which come behind what `cache` holds."""
+    with torch.no_grad():
+        out = model(ids, use_cache=True, **with_cache(model, cache))
+    logits: torch.Tensor = out.logits[:, -1].float()
+    return logits
+
+
+def _generated(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """What `generate` says of the token after `ids`, float32."""
     how = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1, use_cache=True,

@@ -119,13 +119,18 @@ class State:
         return (t.data_ptr(), -1, t.shape, t.stride()), sample_of(t)
 
 
-def parts(model: Any) -> Iterator[Part]:
-    """All that the model's forward computes with. Raises InputError in training mode."""
-    seen: set[int] = set()
+def parts(model: Any, seen: set[int] | None = None) -> Iterator[Part]:
+    """All that the model's forward computes with. Raises InputError in training mode.
+
+    `seen`: ids of objects that were taken apart before.
+    """
+    seen = set() if seen is None else seen
+    modules = list(model.named_modules())
+    seen.update(id(module) for _, module in modules)
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         for hook in hooks.values():
             yield "torch", _HOOKS[0], hook
-    for owner, module in model.named_modules():
+    for owner, module in modules:
         if module.training:
             raise InputError(
                 f"{owner or 'the model'} is in training mode, where dropout and the like change "
@@ -171,9 +176,9 @@ def sample_of(t: torch.Tensor) -> torch.Tensor:
     """Up to `SAMPLES` values of a tensor `[n]`, evenly spaced; of a contiguous one it is a view."""
     t, n = t.detach(), t.numel()
     step = (n // SAMPLES) | 1  # odd: of rows as long as a power of two it is not one column
-    if not t.is_contiguous():
-        return t.reshape(-1)[::step].view(_BITS.get(t.element_size(), t.dtype))
     t = t.view(_BITS.get(t.element_size(), t.dtype))
+    if not t.is_contiguous():
+        return t[torch.unravel_index(torch.arange(0, n, step, device=t.device), t.shape)]
     return torch.as_strided(t, ((n + step - 1) // step,), (step,), t.storage_offset())
 
 
@@ -201,8 +206,7 @@ def _taken_apart(owner: str, key: str, value: Any, seen: set[int]) -> Iterator[P
             yield owner, key, _Config(value)
     elif isinstance(value, torch.nn.Module):  # outside of `_modules`, so that nobody names it
         if id(value) not in seen:
-            seen.add(id(value))
-            for name, module, inner in parts(value):
+            for name, module, inner in parts(value, seen):
                 yield f"{owner}.{key}.{name}", module, inner
     elif _is_function(value) or isinstance(value, (type, enum.Enum)) or not _has_fields(value):
         yield owner, key, value

@@ -11,7 +11,7 @@ import torch
 
 from tierloom.adapters.transformers import Abandoned
 from tierloom.adapters.transformers_model import with_cache
-from tierloom.adapters.transformers_state import State, rest_id
+from tierloom.adapters.transformers_state import SAMPLES, State, rest_id, sample_of
 from tierloom.stages.errors import InputError, TierloomError
 
 from .conftest import greedy, spread, tiny_llama, tokens
@@ -266,6 +266,32 @@ def test_the_same_state_in_another_model_of_the_same_making(model: Any) -> None:
     assert State(model).differs(State(model)) is None
     large = tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert rest_id(model) != rest_id(large)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool,
+                                   torch.complex64, torch.int64])  # fmt: skip
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (512, 256), (7, 5, 3)])
+def test_a_sample_is_of_all_rows_and_columns(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n = int(torch.Size(shape).numel())
+    t = torch.arange(n).reshape(shape).to(dtype)
+    for one in (t, t.mT if t.dim() > 1 else t):
+        sample = sample_of(one)
+        assert (sample.numel() > 0) == (n > 0)
+        assert sample.numel() <= 2 * SAMPLES
+        if dtype is torch.int64 and n > 1000:
+            rows, columns = torch.unravel_index(sample, shape)
+            assert len(set(rows.tolist())) > 60
+            assert len(set(columns.tolist())) > 60
+
+
+def test_a_module_that_knows_what_it_is_part_of(keep: Any, model: Any) -> None:
+    layer(model).up = [model]
+    layer(model).aside = [Doubled(torch.nn.Linear(2, 2)).eval()]
+    kept = keep(model)
+    say(kept, tokens(300))
+    assert say(kept, tokens(300)) == 288
+    layer(model).aside[0].inner.weight.data += 1
+    assert say(kept, tokens(300)) == 0
 
 
 def test_a_changed_tensor_of_a_large_model_is_hashed_whole(
