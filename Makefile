@@ -15,12 +15,13 @@ SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reord
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test test-vllm lint bench bench-remote bench-vllm quality vllm engines clean
+.PHONY: help demo demo-vllm test test-vllm architectures lint bench bench-remote bench-vllm quality vllm engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
 	@echo "make test    every test"
 	@echo "make test-vllm   the long campaigns around vLLM, of which make test runs a slice"
+	@echo "make architectures   every causal LM class of transformers, with and without a cache of ours"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
 	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
@@ -68,6 +69,8 @@ test-vllm: $(READY) $(VLLM_READY)
 	TIERLOOM_WHOLE=1 $(BIN)/python -m pytest tests/vllm/test_sim.py tests/vllm/test_speculative.py \
 	  tests/vllm/test_block_sizes.py
 	TIERLOOM_CASES=20000 $(BIN)/python -m pytest tests/pipeline/test_positions.py --timeout 20000
+architectures: $(READY)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/transformers/test_architectures.py -m "campaign or not campaign"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -67,11 +67,13 @@ def load_subject(name: str) -> Subject:
 
     Raises ConfigError when there is no such model, LayoutError when its KV cannot be kept.
     """
+    if not name.strip():
+        raise ConfigError(f"--model {name!r} names none: pass {SMOLLM2}, or a model's folder")
     if name == SMOLLM2:
         model, tokenizer = smollm2.load()
     else:
         model, tokenizer = _from_folder(Path(name))
-    return subject_of(Path(name).name, model, tokenizer)
+    return subject_of(Path(name).resolve().name, model, tokenizer)
 
 
 def subject_of(name: str, model: Any, tokenizer: Any) -> Subject:

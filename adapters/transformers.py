@@ -10,19 +10,30 @@ way, the prompt is computed as if there were no cache.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import GenerationMixin
 
 import tierloom
 
 from ..stages.base import ModelFacts
 from ..stages.errors import InputError
 from .transformers_cache import SPARE, Abandoned, KeptLayer, TierloomCache, layout_of
-from .transformers_model import KVShape, fingerprint, inspect, rope, weight_files, with_cache
+from .transformers_model import (
+    KVShape,
+    fingerprint,
+    generated_with,
+    inspect,
+    rope,
+    weight_files,
+)
+from .transformers_state import State, rest_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,14 +50,25 @@ PACE = {"graphs.store.pace.by": "layer", "graphs.retrieve.pace.by": "layer"}
 _REFUSED = {
     "cache": "the cache is this class's own: kept.cache() gives it out",
     "past_key_values": "the cache is this class's own: kept.cache() gives it out",
-    "inputs_embeds": "KV is named by token ids",
-    "position_ids": "KV is kept for positions 0, 1, 2, ...",
-    "assistant_model": "assisted decoding is not supported",
-    "prompt_lookup_num_tokens": "assisted decoding is not supported",
-    "negative_prompt_ids": "guidance runs two sequences",
-    "token_type_ids": "KV is named by token ids alone",
     "cache_implementation": "the cache is this class's own",
-}
+    "inputs_embeds": "KV is named by token ids",
+    "token_type_ids": "KV is named by token ids alone",
+    "token_healing": "KV is named by the prompt's tokens, which this changes",
+    "position_ids": "KV is kept for positions 0, 1, 2, ...",
+    "negative_prompt_ids": "guidance runs two sequences",
+    "custom_generate": "what it does with the cache is not known",
+    "penalty_alpha": "contrastive search runs several sequences",
+    "dola_layers": "custom code generates then, and what it does with the cache is not known",
+    "constraints": "beam search runs several sequences",
+    "force_words_ids": "beam search runs several sequences",
+} | dict.fromkeys(
+    ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"),
+    "assisted decoding is not supported",
+)
+_OPTIONS = {"logits_to_keep", "tokenizer", "trust_remote_code"} | signature(
+    GenerationMixin.generate
+).parameters.keys()
+"""What `generate` takes besides the fields of a GenerationConfig and what it hands to a model."""
 
 
 @dataclass(slots=True)
@@ -78,25 +100,82 @@ class Kept:
         self, model: Any, *, config: str = "tiered", name: str = "", weights: str = "",
         salt: str = "", overrides: Mapping[str, Any] | None = None, store_decode: bool = False,
     ) -> None:  # fmt: skip
-        """Open `config` for `model`, which must be in eval mode and whose weights must not change.
+        """Open `config` for `model`, which must be in eval mode.
 
-        `name`: defaults to the config's. `weights`: a content id, instead of hashing the weights.
-        `salt`: the tenant's secret. `store_decode`: keep the answer's KV too, so that the next turn
-        of a chat hits all of this one.
+        A model that is changed later is seen at the next call, and its KV kept under another name
+        from then on, in a pipeline opened anew. Seen is whatever torch counts, or replaces, and of
+        each tensor a sample of values (writing through `.data` is not counted).
+
+        `name`: defaults to the config's. `weights`: a content id of all that the model computes
+        with, instead of hashing it; then changes are refused. `salt`: the tenant's secret.
+        `store_decode`: keep the answer's KV too, so that the next turn of a chat hits all of this
+        one.
         """
-        self.model, self.shape = model, inspect(model)
+        self.model = getattr(model, "_orig_mod", model)  # of torch.compile, which wraps it
         self.store_decode, self._salt = store_decode, salt
         self.last = Request(0)
-        # Two rows: the layout's self-test, at opening, then stands for caches of any length.
-        rows = torch.empty(2, self.shape.heads, self.shape.dim, dtype=self.shape.dtype)
-        rows = rows.to(self.shape.device)
-        self.pipe = tierloom.open(
-            config, layout=layout_of([(rows, rows)] * self.shape.layers),
-            model=name or getattr(model.config, "name_or_path", "") or model.config.model_type,
-            weights=weights or fingerprint(model), rope=rope(model),
-            facts=ModelFacts(self.shape.layers, weight_files(model)),
-            overrides=PACE | dict(overrides or {}),
-        )  # fmt: skip
+        self._config, self._overrides = config, PACE | dict(overrides or {})
+        self._name = name or getattr(model.config, "name_or_path", "")
+        self._name = self._name or model.config.model_type or type(model).__name__
+        self._weights = weights
+        self._touched: set[str] = set()
+        """Tensors that were changed while this was open: they are named by all of their bytes."""
+        self._names: tuple[str, ...] = ()
+        self._watched()
+        if not weights:
+            rest_id(self.model)  # refuses before anything is run what could not be named
+        self._open()
+
+    def _watched(self) -> State:
+        return State(self.model, vouched=bool(self._weights))
+
+    def _open(self) -> None:
+        """Open the pipeline for the model as it is, unless it is open for that."""
+        self.shape = inspect(self.model)
+        state = self._watched()
+        names = self._named()
+        if names != self._names:
+            if self._names:
+                self.close()
+            # Two rows: the layout's self-test, at opening, then stands for caches of any length.
+            rows = torch.empty(2, self.shape.heads, self.shape.dim, dtype=self.shape.dtype)
+            rows = rows.to(self.shape.device)
+            self.pipe = tierloom.open(
+                self._config, model=self._name, weights=names[0], rope=names[1],
+                layout=layout_of([(rows, rows)] * self.shape.layers),
+                facts=ModelFacts(self.shape.layers, weight_files(self.model)),
+                overrides=self._overrides,
+            )  # fmt: skip
+        self._names, self._state = names, state
+
+    def _named(self) -> tuple[str, ...]:
+        """What the pipeline is named by, besides the model's name: its weights, how it computes
+        with them, and the shape of its KV."""
+        how = rope(self.model) + ("" if self._weights else f" {rest_id(self.model)}")
+        weights = self._weights or fingerprint(self.model, self._touched)
+        return weights, how, str(self.shape)
+
+    def _changed(self) -> str:
+        """What of the model is not what it was when its KV got its name; empty for nothing."""
+        try:
+            found = self._watched().differs(self._state)
+        except InputError as e:
+            return f"the model ({e})"
+        return found[0] if found else ""
+
+    def _follow(self) -> None:
+        """Give KV a new name where the model is no longer what it was. Raises InputError where the
+        user gave the name."""
+        found = self._watched().differs(self._state)
+        if found is None:
+            return
+        if self._weights:
+            raise InputError(
+                f"{found[0]} of the model changed, and weights={self._weights!r} names it as it "
+                "was: close this and open another with a new id"
+            )
+        self._touched |= set(found)
+        self._open()
 
     def cache(
         self,
@@ -108,14 +187,22 @@ class Kept:
     ) -> TierloomCache:
         """A cache for this prompt `[1, tokens]`, with what is kept on its way into it.
 
-        For those who call the model themselves, with `cache=` or, before transformers 5.24,
-        `past_key_values=`; they handle Abandoned, and call `storing.wait()` of it before they close
-        this. Raises InputError.
+        For those who call the model themselves, with `use_cache=True` and `cache=` or, before
+        transformers 5.24, `past_key_values=`; they handle Abandoned, and call `storing.wait()` of
+        it before they close this. Raises InputError.
         """
+        if getattr(self.model.config, "use_cache", None) is False:
+            raise InputError(
+                "the model's config says use_cache=False, with which a forward may ignore a cache: "
+                "set model.config.use_cache = True"
+            )
+        self._follow()
+        return self._cache(input_ids, room=room, retrieve=retrieve, store=store)
+
+    def _cache(self, input_ids: torch.Tensor, **how: Any) -> TierloomCache:
         return TierloomCache(
-            self.pipe, self.shape, _prompt(input_ids), room=room, retrieve=retrieve, store=store,
-            salt=self._salt,
-        )  # fmt: skip
+            self.pipe, self.shape, _prompt(input_ids), salt=self._salt, changed=self._changed, **how
+        )
 
     def generate(
         self, input_ids: torch.Tensor, *, streamer: Any = None,
@@ -130,13 +217,15 @@ class Kept:
         self.last = Request(input_ids.shape[1])
         watch = Watch(streamer)
         room = self._room(input_ids.shape[1], options)
-        cache = self.cache(input_ids, room=room)
+        self._follow()
+        cache = self._cache(input_ids, room=room, stepwise=True)
         try:
             out = self._generate(cache, input_ids, watch, options)
         except Abandoned as e:
             self.last.abandoned = str(e)
             watch.skip_prompt()
-            cache = self.cache(input_ids, room=room, retrieve=False)
+            self._follow()
+            cache = self._cache(input_ids, room=room, retrieve=False, stepwise=True)
             out = self._generate(cache, input_ids, watch, options)
         self.last.hit_tokens = cache.planned
         self._close(cache, out)
@@ -164,10 +253,15 @@ class Kept:
     def _generate(
         self, cache: TierloomCache, ids: torch.Tensor, watch: Watch, options: dict[str, Any]
     ) -> Any:
+        if (config := options.get("generation_config")) is None:
+            options = {**options, "use_cache": True}
+        else:
+            options = {**options, "generation_config": (config := copy.copy(config))}
+            config.use_cache, config.cache_implementation = True, None
         try:
             return self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), streamer=watch,
-                **with_cache(self.model, cache), **options,
+                **generated_with(self.model, cache), **options,
             )  # fmt: skip
         except BaseException:
             cache.abandon()
@@ -179,7 +273,7 @@ class Kept:
             self.last.loaded = cache.loading.wait()
         cache.storing.captured()
         self.last.storing = (cache.storing,)
-        if self.store_decode:
+        if self.store_decode and not self._changed():
             whole = out if isinstance(out, torch.Tensor) else out.sequences
             cache.storing.wait()
             answer = cache.store_all(whole[0].cpu().numpy())
@@ -188,23 +282,33 @@ class Kept:
 
     def _check(self, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
         for key, why in _REFUSED.items():
-            if options.get(key) is not None:
+            own = key == "cache_implementation"  # of a config, ours takes its place
+            if (options.get(key) if own else self._said(key, options)) not in (None, False):
                 raise InputError(f"{key}= cannot be combined with kept KV: {why}")
-        config = options.get("generation_config") or self.model.generation_config
         for key in ("num_beams", "num_return_sequences"):
-            if (options.get(key) or getattr(config, key, None) or 1) != 1:
+            if (self._said(key, options) or 1) != 1:
                 raise InputError(f"{key} must be 1: kept KV is served to one sequence at a time")
         if options.get("use_cache") is False:
             raise InputError("use_cache=False leaves nothing to keep: call model.generate")
+        known = _OPTIONS | vars(self.model.generation_config).keys()
+        for key in (key for key, said in options.items() if said is not None and key not in known):
+            raise InputError(
+                f"{key}= goes to the model itself, and KV is named by token ids alone: call "
+                "model.generate"
+            )
         _prompt(ids)
         if mask is not None and (mask.shape != ids.shape or not bool(mask.bool().all())):
             raise InputError("attention_mask must be all ones: padded prompts are not kept")
 
+    def _said(self, key: str, options: dict[str, Any]) -> Any:
+        """An option of `generate`: said to it, else in the config given to it, else the model's."""
+        places = (options.get("generation_config"), self.model.generation_config)
+        found = (options.get(key), *(getattr(config, key, None) for config in places))
+        return next((value for value in found if value is not None), None)
+
     def _room(self, prompt: int, options: dict[str, Any]) -> int:
         """Tokens to make room for; more are made room for when they come."""
-        config = options.get("generation_config") or self.model.generation_config
-        new = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
-        total = options.get("max_length") or getattr(config, "max_length", None)
+        new, total = self._said("max_new_tokens", options), self._said("max_length", options)
         return int(new or max((total or 0) - prompt, SPARE))
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..stages.errors import InputError, TierloomError
+from ..stages.errors import InputError, LayoutError, TierloomError
 from ..stages.layout import KVLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from .transformers_model import KVShape
@@ -65,6 +67,7 @@ class KeptLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise InputError(f"batch of {key_states.shape[0]}: this cache holds one sequence")
         self.cache.arrive(self.index)
         end = self.length + key_states.shape[2]
+        self.cache.expect(self.length, end)
         if end > self.rows_k.shape[0]:
             self._grow(end)
         self.rows_k[self.length : end] = key_states[0].transpose(0, 1)
@@ -127,9 +130,16 @@ class TierloomCache(Cache):
     def __init__(
         self, pipe: Any, shape: KVShape, prompt: npt.NDArray[np.int64], *,
         room: int = SPARE, retrieve: bool = True, store: bool = True, salt: str = "",
+        changed: Callable[[], str] = lambda: "", stepwise: bool = False,
     ) -> None:  # fmt: skip
-        """`prompt`: the token ids. `room`: tokens to be generated. Waits for the plan only."""
+        """`prompt`: the token ids. `room`: tokens to be generated. Waits for the plan only.
+
+        `changed`: says what of the model has changed since its KV got its name, empty for nothing;
+        asked when the prompt's KV is whole. `stepwise`: the prompt is run once, then token by
+        token, and anything else is an error.
+        """
         self.pipe, self.prompt, self._salt = pipe, prompt, salt
+        self._changed, self._stepwise = changed, stepwise
         self._rows = [KeptLayer(self, i, shape, len(prompt) + room) for i in range(shape.layers)]
         super().__init__(layers=list(self._rows))
         self.planned = 0
@@ -157,10 +167,29 @@ class TierloomCache(Cache):
                 "compute the prompt without the cache"
             )
 
+    def expect(self, length: int, end: int) -> None:
+        """A layer that holds `length` tokens is about to hold `end`. Raises LayoutError."""
+        most = max(len(self.prompt), length + 1)
+        if self._stepwise and end > most:
+            self.abandon()
+            raise LayoutError(
+                f"the model was run over {end - length} tokens where {most - length} were left: it "
+                "does not go on from what its cache holds, so its KV cannot be kept"
+            )
+
     def leave(self, index: int, length: int) -> None:
-        """Layer `index` holds `length` tokens; once that is the prompt, it may be stored."""
-        if self.storing is not None and index == self._stored and length >= len(self.prompt):
-            self._stored += 1
+        """Layer `index` holds `length` tokens; once that is the prompt, it may be stored.
+
+        Raises Abandoned when by then the model is no longer the one whose kept KV it was given.
+        """
+        if index != self._whole or length < len(self.prompt):
+            return
+        self._whole += 1
+        if self._whole == len(self.layers) and (what := self._changed()):
+            self.abandon()
+            if self.planned:
+                raise Abandoned(f"{what} changed before the prompt was computed")
+        elif self.storing is not None:
             self.storing.layer_done(index)
 
     def abandon(self) -> None:
@@ -175,8 +204,8 @@ class TierloomCache(Cache):
         """Store `tokens`, the whole sequence as far as it was computed; returns the ticket."""
         return self._begin("store", tokens[: self.get_seq_length()])
 
-    _stored = 0
-    """Layers handed to the store, in model order."""
+    _whole = 0
+    """Layers that hold the prompt, and were handed to the store, in model order."""
 
     def _begin_retrieve(self) -> None:
         self.loading = self._begin("begin_retrieve", self.prompt[:-1])

@@ -9,6 +9,8 @@ import hashlib
 import struct
 from dataclasses import dataclass, fields, replace
 
+from .errors import ConfigError
+
 
 def tlv(*named: tuple[str, bytes]) -> bytes:
     """A canonical encoding of named fields: (tag length, tag, value length, value), in order.
@@ -23,10 +25,13 @@ def tlv(*named: tuple[str, bytes]) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Namespace:
-    """What a request's KV depends on besides its tokens. Frozen; equal fields, equal digest."""
+    """What a request's KV depends on besides its tokens. Frozen; equal fields, equal digest.
+
+    Raises ConfigError for a model without a name: any two of them of one shape would be the same.
+    """
 
     model: str
-    """Name of the model."""
+    """Name of the model; may be empty where `weights` is not."""
     weights: str = ""
     """Fingerprint of its weights, where the engine knows one."""
     adapter: str = ""
@@ -42,7 +47,7 @@ class Namespace:
     layout: bytes = b""
     """Fingerprint of the engine's layout; only when bytes are kept in its native order."""
     rope: str = ""
-    """RoPE parameters, where they can differ for the same weights."""
+    """RoPE parameters and whatever else can differ in how the same weights are computed with."""
     chunk: tuple[int, int] = (256, 32)
     """Tokens of a chunk and of a grain."""
     salt: str = ""
@@ -51,6 +56,16 @@ class Namespace:
     """Further names that keep caches apart, sorted."""
     multimodal: tuple[str, ...] = ()
     """Content hashes of images and the like, in prompt order."""
+
+    def __post_init__(self) -> None:
+        for field in ("model", "weights"):
+            if not isinstance(said := getattr(self, field), str):
+                raise ConfigError(f"{field}={said!r} is not a text: whose KV this is must be named")
+        if not (self.model.strip() or self.weights.strip()):
+            raise ConfigError(
+                f"model={self.model!r} names no model, and unnamed models of one shape would share "
+                "their KV: pass model=, its name, or weights=, a content id of its weights"
+            )
 
     def encode(self) -> bytes:
         """Canonical bytes, domain-separated from everything else that is hashed here."""

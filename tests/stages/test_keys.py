@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierloom.stages.errors import InputError
+from tierloom.stages.errors import ConfigError, InputError
 from tierloom.stages.hash import Chain, chunks, grain_links
 from tierloom.stages.inputs import tokens_array
 from tierloom.stages.namespace import Namespace, tlv
@@ -78,6 +78,17 @@ def test_the_chain_is_what_the_docs_say() -> None:
 def test_every_field_of_the_namespace_counts(change: dict) -> None:
     fields = {"model": "m", "geometry": "g"} | change
     assert Namespace(**fields).digest != BASE.digest
+
+
+@pytest.mark.parametrize("model", ["", " ", None, 7])
+def test_a_model_must_have_a_name(model: object) -> None:
+    with pytest.raises(ConfigError, match=r"model=.*(pass model=|must be named)"):
+        Namespace(model=model, geometry="g")  # type: ignore[arg-type]
+
+
+def test_a_content_id_is_a_name() -> None:
+    one, two = (Namespace(model="", weights=w, geometry="g") for w in "ab")
+    assert one.digest != two.digest
 
 
 def test_tags_cannot_be_shuffled_into_one_another() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 VOCAB = 300
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The whole campaign over transformers' models runs when it is asked for."""
+    if "campaign" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("campaign")]
+
+
 def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = {
@@ -29,6 +36,24 @@ def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
         "eos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**config | options)).eval()
+
+
+def spread(model: Any) -> Any:
+    """`model` with weights that keep a signal about as large as it comes in, so that attention
+    matters: a random model of the usual scale says the same whatever its KV is."""
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():
+                noise = torch.randn(p.shape, generator=chance).to(p.dtype)
+                if p.dim() > 1:
+                    p.copy_(noise * 1.4 / math.sqrt(p.shape[-1]))
+                else:
+                    p.add_(noise * 0.1)
+        embeddings = model.get_input_embeddings()
+        if isinstance(embeddings, torch.nn.Embedding):
+            embeddings.weight.mul_(math.sqrt(embeddings.weight.shape[-1]) / 1.4)
+    return model
 
 
 def tokens(n: int, seed: int = 1) -> torch.Tensor:

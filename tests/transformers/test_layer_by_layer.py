@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from .conftest import greedy, tokens
 from .test_kept import say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 DISK_ONLY = {
@@ -71,18 +73,31 @@ def logged(monkeypatch: pytest.MonkeyPatch, short_from: int = 99) -> list[Tierlo
     return made
 
 
+@contextmanager
+def hooked(model: Any, see: Callable[[], list[int]]) -> Iterator[list[list[int]]]:
+    """What is seen behind each layer of the model, as long as a request is under way."""
+    seen: list[list[int]] = []
+
+    def look(*_: Any) -> None:
+        with suppress(IndexError, AttributeError):
+            seen.append(list(see()))
+
+    hooks = [layer.register_forward_hook(look) for layer in model.model.layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def test_each_layer_is_stored_when_it_is_computed(
     keep: Any, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, made = keep(model), logged(monkeypatch)
-    seen: list[list[int]] = []
-    hooks = [
-        layer.register_forward_hook(lambda *_: seen.append(list(made[-1].storing.done)))
-        for layer in model.model.layers
-    ]
-    kept.generate(tokens(300), max_new_tokens=1, do_sample=False)
-    for hook in hooks:
-        hook.remove()
+    made = logged(monkeypatch)
+    with hooked(model, lambda: made[-1].storing.done) as seen:
+        kept = keep(model, weights="hooks only look on")
+        seen.clear()
+        kept.generate(tokens(300), max_new_tokens=1, do_sample=False)
     assert seen == [list(range(i + 1)) for i in range(6)]
     assert kept.last.storing[0].wait().tokens == 300
 
@@ -90,17 +105,14 @@ def test_each_layer_is_stored_when_it_is_computed(
 def test_each_layer_waits_for_its_own_kv_only(
     keep: Any, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = keep(model)
-    say(kept, tokens(300))
+    first = keep(model, weights="hooks only look on")
+    say(first, tokens(300))
+    first.close()
     made = logged(monkeypatch)
-    seen: list[list[int]] = []
-    hooks = [
-        layer.register_forward_hook(lambda *_: seen.append(list(made[-1].loading.waited)))
-        for layer in model.model.layers
-    ]
-    kept.generate(tokens(300), max_new_tokens=1, do_sample=False)
-    for hook in hooks:
-        hook.remove()
+    with hooked(model, lambda: made[-1].loading.waited) as seen:
+        kept = keep(model, weights="hooks only look on")
+        seen.clear()
+        kept.generate(tokens(300), max_new_tokens=1, do_sample=False)
     assert seen == [list(range(i + 1)) for i in range(6)]
     assert kept.last.loaded is not None
     assert kept.last.loaded.tokens == kept.last.hit_tokens == 288
@@ -170,15 +182,17 @@ def test_a_damaged_object_is_never_used(keep: Any, model: Any, tmp_path: Path, a
     assert say(second, tokens(600)) == 576
 
 
-def test_a_failing_model_leaves_nothing_under_way(keep: Any, model: Any) -> None:
+def test_a_failing_model_leaves_nothing_under_way(
+    keep: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = keep(model)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("the model failed")
 
-    hook = model.model.layers[3].register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="the model failed"):
-        kept.generate(tokens(300), max_new_tokens=4, do_sample=False)
-    hook.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "silu", fail)  # of the MLP: behind a layer's KV
+        with pytest.raises(RuntimeError, match="the model failed"):
+            kept.generate(tokens(300), max_new_tokens=4, do_sample=False)
     assert say(kept, tokens(300)) == 0
     assert say(kept, tokens(300)) == 288

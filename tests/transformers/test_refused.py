@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -19,13 +24,15 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )  # fmt: skip
 
 from tierloom.adapters.transformers import Kept
 from tierloom.adapters.transformers_model import fingerprint, inspect, rope
 from tierloom.stages.errors import InputError, LayoutError
 
-from .conftest import tiny_llama, tokens
+from .conftest import greedy, spread, tiny_llama, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +60,9 @@ def dynamic_rope() -> Any:
             "encoder-decoder",
         ),
         (dynamic_rope, "rope_type dynamic"),
+        (lambda: spread(BertLMHeadModel(BertConfig(**SMALL))), "answers otherwise"),
+        (lambda: XLMWithLMHeadModel(XLMConfig(vocab_size=300, emb_dim=64, n_layers=2, n_heads=4)),
+         "xlm fails when it is run with a cache"),
     ],
 )
 def test_a_model_whose_kv_cannot_be_kept(make: Callable[[], Any], why: str) -> None:
@@ -88,6 +98,12 @@ def test_other_models_with_full_attention_have_a_shape(make: Callable[[], Any]) 
         ({"past_key_values": object()}, "past_key_values"),
         ({"prompt_lookup_num_tokens": 3}, "assisted"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "attention_mask"),
+        ({"pixel_values": torch.zeros(1, 3, 8, 8)}, "pixel_values= goes to the model itself"),
+        ({"encoder_hidden_states": torch.zeros(1, 4, 64)}, "named by token ids alone"),
+        ({"token_healing": True}, "token_healing"),
+        ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams"),
+        ({"generation_config": GenerationConfig(use_mtp=True)}, "assisted"),
     ],
 )
 def test_a_call_that_cannot_be_served(
@@ -95,6 +111,58 @@ def test_a_call_that_cannot_be_served(
 ) -> None:
     with pytest.raises(InputError, match=why):
         keep(model).generate(tokens(4), **options)
+
+
+def test_what_the_model_s_own_config_asks_for_counts(keep: Any) -> None:
+    """transformers takes from it what the config of the call leaves out."""
+    one = tiny_llama(num_hidden_layers=2)
+    one.generation_config.num_beams = 2
+    with pytest.raises(InputError, match="num_beams"):
+        keep(one).generate(tokens(4), generation_config=GenerationConfig(max_new_tokens=4))
+
+
+@pytest.mark.parametrize("place", ["config", "made with", "generation_config", "given", "static"])
+def test_use_cache_is_ours_to_say(keep: Any, place: str) -> None:
+    options: dict[str, Any] = {}
+    one = spread(tiny_llama(num_hidden_layers=2, use_cache=place != "made with"))
+    if place == "config":
+        one.config.use_cache = False
+    elif place == "generation_config":
+        one.generation_config.use_cache = False
+    elif place == "given":
+        options["generation_config"] = GenerationConfig(
+            use_cache=False, max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+    elif place == "static":
+        one.generation_config.cache_implementation = "static"
+    kept = keep(one)
+    want = greedy(spread(tiny_llama(num_hidden_layers=2)), tokens(300)).tolist()
+    options = options or {"max_new_tokens": 12, "do_sample": False}
+    for hit in (0, 288):
+        assert kept.generate(tokens(300), **options).tolist() == want
+        assert kept.last.hit_tokens == hit
+        kept.flush()
+    if one.config.use_cache is False:
+        with pytest.raises(InputError, match=r"set model\.config\.use_cache = True"):
+            kept.cache(tokens(300))
+    if place == "given":
+        assert options["generation_config"].use_cache is False, "it is the caller's"
+
+
+def test_a_model_that_is_run_over_all_tokens_again(
+    keep: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would be if it were generated without a cache."""
+    kept = keep(model)
+    prepare = LlamaForCausalLM.prepare_inputs_for_generation
+
+    @wraps(prepare)
+    def all_of_it(self: Any, ids: torch.Tensor, **options: Any) -> Any:
+        return prepare(self, ids, **options | {"next_sequence_length": None})
+
+    monkeypatch.setattr(LlamaForCausalLM, "prepare_inputs_for_generation", all_of_it)
+    with pytest.raises(LayoutError, match="run over 301 tokens where 1 were left"):
+        kept.generate(tokens(300), max_new_tokens=4, do_sample=False)
 
 
 @pytest.mark.parametrize(
