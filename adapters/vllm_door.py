@@ -29,8 +29,12 @@ _LINE = 1 << 16
 """Bytes of a question or an answer, at most."""
 
 
-def address(engine: str, worker: int) -> str:
-    """Where a worker of an engine listens. `engine`: what all of its processes call it."""
+def address(vllm_config: Any, worker: int) -> str:
+    """Where a worker of an engine listens."""
+    engine = (  # all of its processes have the same, and no other engine has
+        getattr(vllm_config, "instance_id", ""), vllm_config.kv_transfer_config.engine_id,
+        getattr(vllm_config.parallel_config, "data_parallel_index", 0),
+    )  # fmt: skip
     name = hashlib.sha256(f"{engine} {worker}".encode()).hexdigest()[:24]
     return f"{tempfile.gettempdir()}/tierloom-{os.getuid()}/{name}"
 
@@ -90,16 +94,17 @@ def ask(address: str, question: dict[str, Any], seconds: float) -> dict[str, Any
         return dict(json.loads(_line(door)))
 
 
-def forget(engine: str, workers: int, epoch: int, *, local: bool) -> bool:
+def forget(vllm_config: Any, epoch: int, *, local: bool) -> bool:
     """Have all workers of an engine forget what they keep, in their own tiers or in all, and keep
     nothing that was planned before reset number `epoch`. False: not all of it is gone."""
-    done = [_forgot(engine, worker, epoch, local=local) for worker in range(workers)]
+    workers = range(vllm_config.parallel_config.world_size)
+    done = [_forgot(address(vllm_config, w), w, epoch, local=local) for w in workers]
     return all(done)
 
 
-def _forgot(engine: str, worker: int, epoch: int, *, local: bool) -> bool:
+def _forgot(address: str, worker: int, epoch: int, *, local: bool) -> bool:
     try:
-        said = ask(address(engine, worker), {"reset": epoch, "local": local}, _RESET)
+        said = ask(address, {"reset": epoch, "local": local}, _RESET)
     except (OSError, ValueError) as error:
         log.error("reset: worker %d does not answer: %s", worker, error)  # noqa: TRY400
         return False

@@ -44,7 +44,7 @@ class SchedulerSide:
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self.conf = conf
         self._loads, saves = transfer.is_kv_consumer, transfer.is_kv_producer
-        self._workers, self._engine = parallel.world_size, transfer.engine_id
+        self._workers, self._vllm = parallel.world_size, vllm_config
         self._groups = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
         self._block = kv_cache_config.cache_hit_alignment_tokens or max(self._groups)
         self.hash_block = kv_cache_config.hash_block_size or self._block
@@ -236,7 +236,7 @@ class SchedulerSide:
             self.saves.forget(self._epoch)
         if self.mirror is not None:
             self.mirror.clear()
-        return forget(self._engine, self._workers, self._epoch, local=which == "local")
+        return forget(self._vllm, self._epoch, local=which == "local")
 
     def close(self) -> None:
         self._adapters.close()

@@ -93,8 +93,7 @@ class WorkerSide:
         rank = Rank.here(self._vllm.parallel_config)
         self._rank, self.ledger = rank.index, Ledger(first=rank.index == 0)
         try:
-            at = address(self._vllm.kv_transfer_config.engine_id, rank.index)
-            self._door = Door(at, self._answer)
+            self._door = Door(address(self._vllm, rank.index), self._answer)
         except OSError as error:
             log.warning("the scheduler cannot reset what this worker keeps: %s", error)
         try:

@@ -78,11 +78,13 @@ def poisoned(monkeypatch):
         each.check()
 
 
-def pytest_collection_modifyitems(items):
-    """The folder that takes longest goes first: tests run side by side, and end together so.
+def pytest_collection_modifyitems(config, items):
+    """Long campaigns run when they are asked for. The folder that takes longest goes first: tests run side by side, and end together so.
 
     A contract cannot mark its tests: whoever else runs it knows no such mark.
     """
+    if "campaign" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("campaign")]
     items.sort(key=lambda item: item.path.parent != VLLM)
     for item in items:
         if item.name == "test_hostile_bytes":

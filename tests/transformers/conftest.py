@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 VOCAB = 300
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The whole campaign over transformers' models runs when it is asked for."""
-    if "campaign" not in config.option.markexpr:
-        items[:] = [item for item in items if not item.get_closest_marker("campaign")]
-
-
 def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = {

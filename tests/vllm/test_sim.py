@@ -6,7 +6,6 @@ A slice of what `make test-vllm` runs whole: every order of hooks, and engines o
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,18 @@ import pytest
 
 RUN = Path(__file__).with_name("sim_run.py")
 NEXT = "0.33.0"
-WHOLE = bool(os.environ.get("TIERLOOM_WHOLE"))
 
 
-def played(model: Path, *arguments: Any, release: Path | None = None) -> dict[str, Any]:
+def played(
+    model: Path, *arguments: Any, release: Path | None = None, seconds: float = 580
+) -> dict[str, Any]:
     """`release`: another vLLM's Python files, instead of the one that is installed."""
     path = {"PYTHONPATH": f"{release}:{harness.ROOT / 'src'}"} if release else {}
     run = subprocess.run(
         ["nice", harness.PYTHON, RUN, model, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=10_000 if WHOLE else 580,
+        timeout=seconds,
         env=harness.environment(VLLM_LOGGING_LEVEL="ERROR", **path),
     )
     said = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
@@ -34,40 +34,38 @@ def played(model: Path, *arguments: Any, release: Path | None = None) -> dict[st
     assert len(said) == 1
     result: dict[str, Any] = json.loads(said[0].removeprefix("RESULT "))
     print(result)
+    assert (result["wrong"], result["read_late"]) == ([], 0)
+    assert result["hit_tokens"] > 10 * result["engines"]
     return result
 
 
-@pytest.mark.timeout(10_000 if WHOLE else 600)
 def test_no_order_of_hooks_reads_a_block_that_is_somebody_elses(llama: Path) -> None:
     """Saves by layer and by step, finished, given up, preempted and continued requests, drafts
     that are refused; blocks are overwritten as soon as nobody holds them."""
-    result = played(llama, "orders", 3, 1) if WHOLE else played(llama, "orders", 1, 11)
-    assert (result["wrong"], result["read_late"]) == ([], 0)
-    assert result["hit_tokens"] > 10 * result["engines"]
+    played(llama, "orders", 1, 23)
 
 
-@pytest.mark.timeout(10_000 if WHOLE else 600)
 def test_any_block_size_with_any_chunk_size(llama: Path) -> None:
-    result = played(llama, "positions", 1250 if WHOLE else 16, 7)
-    assert (result["wrong"], result["read_late"]) == ([], 0)
-    assert result["hit_tokens"] > 100 * result["engines"]
+    played(llama, "positions", 12, 7)
 
 
-@pytest.mark.timeout(10_000 if WHOLE else 600)
 def test_sessions_that_get_their_input_piece_by_piece(llama: Path) -> None:
     """What was sampled last is dropped when more comes; and the engine sleeps once."""
-    result = played(llama, "sessions", 1 if WHOLE else 60)
-    assert (result["wrong"], result["read_late"]) == ([], 0)
-    assert result["hit_tokens"] > 10 * result["engines"]
+    played(llama, "sessions", 90)
 
 
-@pytest.mark.skipif(not WHOLE, reason="part of `make test-vllm`: it downloads a release of vLLM")
-@pytest.mark.timeout(10_000)
-def test_the_next_release_of_vllm(llama: Path) -> None:
+@pytest.mark.campaign
+@pytest.mark.timeout(20_000)
+@pytest.mark.parametrize("what", [("orders", 1, 1), ("positions", 1250, 0), ("sessions", 1)])
+def test_all_of_it(llama: Path, what: tuple[Any, ...]) -> None:
+    played(llama, *what, seconds=20_000)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(20_000)
+@pytest.mark.parametrize("what", [("orders", 1, 1), ("positions", 100, 3), ("sessions", 4)])
+def test_the_next_release_of_vllm(llama: Path, what: tuple[Any, ...]) -> None:
     """Its scheduler, its orders of hooks, its sessions."""
     release = harness.VENV / f"vllm-{NEXT}"
     subprocess.run([harness.PYTHON, RUN.with_name("next_release.py"), NEXT, release], check=True)
-    for what in (("orders", 1, 1), ("sessions", 4), ("positions", 100, 3)):
-        result = played(llama, *what, release=release)
-        assert (result["wrong"], result["read_late"]) == ([], 0)
-        assert result["vllm"].startswith(NEXT)
+    assert played(llama, *what, release=release, seconds=20_000)["vllm"].startswith(NEXT)

@@ -3,7 +3,7 @@ order; what is kept, and what is read, is what was accepted."""
 
 from __future__ import annotations
 
-import os
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
     from conftest import Expect
 
-WHOLE = bool(os.environ.get("TIERLOOM_WHOLE"))
+REST = [pytest.mark.campaign]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-KINDS = [("ngram", "step", True), ("draft", "layer", True)] + WHOLE * [
-    ("ngram", "layer", True), ("ngram", "step", False), ("ngram", "layer", False),
-    ("draft", "step", True), ("draft", "step", False), ("draft", "layer", False),
-]  # fmt: skip
+KINDS = [
+    pytest.param(
+        *kind, marks=[] if kind in (("ngram", "step", True), ("draft", "layer", True)) else REST
+    )
+    for kind in itertools.product(("ngram", "draft"), ("step", "layer"), (True, False))
+]
 
 
 def speculative(kind: str, model: Path) -> dict[str, Any]:
