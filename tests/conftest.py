@@ -79,7 +79,8 @@ def poisoned(monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long campaigns run when they are asked for. The folder that takes longest goes first: tests run side by side, and end together so.
+    """Long campaigns run when they are asked for. The folder that takes longest goes first: tests
+    run side by side, and end together so.
 
     A contract cannot mark its tests: whoever else runs it knows no such mark.
     """
