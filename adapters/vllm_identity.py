@@ -82,6 +82,15 @@ def draft_model(vllm_config: Any) -> Any:
     return spec.draft_model_config if spec is not None and spec.method == "draft_model" else None
 
 
+def drafted(vllm_config: Any) -> int:
+    """Tokens up to which vLLM lets a draft model run; 0 where there is none."""
+    draft = draft_model(vllm_config)
+    if draft is None:
+        return 0
+    longest = draft.max_model_len or vllm_config.model_config.max_model_len
+    return int(longest) - int(vllm_config.speculative_config.num_speculative_tokens)
+
+
 def calibrated_id(vllm_config: Any) -> str:
     """What calibrations of this engine's model are found by; empty where no file is it."""
     model, load = vllm_config.model_config, vllm_config.load_config

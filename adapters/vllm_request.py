@@ -48,6 +48,8 @@ class Passage:
         self.prompt_saved = False
         self.jobs: set[int] = set()
         """Saves whose blocks are still needed."""
+        self.drafted = 1 << 62
+        """Tokens of it of which a draft model's layers have KV, too."""
         self.stale = False
         """Some of it was computed before what is kept was reset: it is not saved."""
         self._prompt = request.num_prompt_tokens
@@ -88,8 +90,8 @@ class Passage:
     @property
     def most(self) -> int:
         """Tokens of it that may be loaded or saved."""
-        most = self.wishes.max_tokens
-        return self.request.num_tokens if most is None else min(most, self.request.num_tokens)  # type: ignore[no-any-return]
+        most = self.request.num_tokens if self.wishes.max_tokens is None else self.wishes.max_tokens
+        return min(most, self.request.num_tokens, self.drafted)  # type: ignore[no-any-return]
 
     def links(self, keys: str) -> Chain:
         """Its chain, up to the last whole grain of what is known of it now; only what is new is

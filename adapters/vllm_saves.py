@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.v1.request import RequestStatus
 
 from ..stages.blocks import BlockTable
+from .vllm_identity import drafted
 from .vllm_messages import Save
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ class Job(NamedTuple):
 class Saves:
     """Used by the scheduler's thread alone."""
 
-    def __init__(self, groups: list[int], workers: int, settings: Settings) -> None:
+    def __init__(self, vllm_config: Any, groups: list[int], settings: Settings) -> None:
         """`groups`: tokens of a block in each KV group's tables."""
+        self._drafted = drafted(vllm_config)
+        workers = vllm_config.parallel_config.world_size
         self.jobs: dict[int, Job] = {}
         self.on_save: Callable[[Any, int, int, list[bytes]], None] | None = None
         """Called with (request, first token, one past the last, keys) when a save sets out."""
@@ -78,6 +81,8 @@ class Saves:
     ) -> list[Save]:
         """What this step completes, and what was left to save before. With `doubt` all of it
         waits: the KV may prove to be spoilt."""
+        if self._drafted:
+            self._undrafted(output, passages)
         for name, tokens in output.num_scheduled_tokens.items():
             p = passages.get(name)
             if p is not None:
@@ -110,6 +115,16 @@ class Saves:
         waiting, self._waiting = self._waiting, []
         for save in waiting:
             self._cancel(save.job)
+
+    def _undrafted(self, output: Any, passages: Mapping[str, Passage]) -> None:
+        """One request that is too long for the draft model keeps it from running for all of a step:
+        what is computed in it lacks the draft's KV, and is not kept."""
+        steps = output.num_scheduled_tokens
+        mine = [(p, n) for name, n in steps.items() if (p := passages.get(name)) is not None]
+        longest = max((p.request.num_computed_tokens + n for p, n in mine), default=0)
+        if longest > self._drafted or not getattr(output, "num_spec_tokens_to_schedule", 1):
+            for p, _ in mine:
+                p.drafted = min(p.drafted, p.request.num_computed_tokens)
 
     def forget(self, epoch: int) -> None:
         """All that is kept was reset: nothing that was planned before may be kept, either."""

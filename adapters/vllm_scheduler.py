@@ -61,7 +61,7 @@ class SchedulerSide:
         """What workers told before all had said what they are."""
         self.mirror: Mirror | None = None
         self._passages: dict[str, Passage] = {}
-        self.saves = Saves(self._groups, self._workers, conf.settings) if saves else None
+        self.saves = Saves(vllm_config, self._groups, conf.settings) if saves else None
         self._to_load: list[Load] = []
         self._questions: dict[str, Any] = {}
         self._held: list[str] = []

@@ -16,7 +16,7 @@ from processes import missing
 
 from tierloom.adapters import weight_files
 from tierloom.adapters.identity import config_text, strip_starts
-from tierloom.adapters.vllm_identity import adapter_id, weights_id
+from tierloom.adapters.vllm_identity import adapter_id, drafted, weights_id
 from tierloom.stages.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,3 +302,29 @@ def test_metrics(tmp_path: Path) -> None:
         'vllm:tierloom_lost_chunks_total{cause="no_room",engine="0",model_name="m"} 0.0',
     } <= ours
     assert not [line for line in ours if 'engine="0"' in line and not line.endswith(" 0.0")]
+
+
+def test_a_draft_models_weights_are_in_the_name(folder: Path, tmp_path: Path) -> None:
+    """Its KV lies beside the model's own; drafts without KV change no name."""
+    draft = tmp_path / "draft"
+    shutil.copytree(folder, draft)
+
+    def named(method: str) -> str:
+        made = engine(folder)
+        made.speculative_config = SimpleNamespace(
+            method=method, draft_model_config=engine(draft).model_config, num_speculative_tokens=3
+        )
+        return weights_id(made)
+
+    plain = weights_id(engine(folder))
+    assert named("ngram") == plain
+    first = named("draft_model")
+    assert first != plain
+    (draft / "b.safetensors").write_bytes(b"c" * 5000)
+    assert named("draft_model") not in (first, plain)
+    made = engine(folder, max_model_len=2048)
+    assert drafted(made) == 0
+    made.speculative_config = SimpleNamespace(
+        method="draft_model", draft_model_config=made.model_config, num_speculative_tokens=3
+    )
+    assert drafted(made) == 2045

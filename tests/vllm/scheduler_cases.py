@@ -14,8 +14,10 @@ import numpy as np
 from vllm.v1.request import RequestStatus
 
 from tierloom.adapters.vllm_messages import Hello, News, Seen, Told
+from tierloom.adapters.vllm_pipes import _refuse
 from tierloom.adapters.vllm_scheduler import SchedulerSide
 from tierloom.adapters.vllm_settings import configured
+from tierloom.stages.errors import LayoutError
 from tierloom.stages.hash import Chain
 from tierloom.stages.namespace import Namespace
 
@@ -234,6 +236,33 @@ def jobs_end_though_their_worker_told_twice_in_a_step() -> None:
     assert not scheduler.busy, "an idle engine would step for ever"
 
 
+def what_a_draft_model_did_not_see_is_not_kept() -> None:
+    """One request in the batch is too long for it: then it runs for none of them."""
+    scheduler, one, long = side(), request(), request("long", seed=3)
+    scheduler.saves._drafted = 2000  # type: ignore[union-attr]
+    tell(scheduler, hello=hello())
+    for each in (one, long):
+        scheduler.arrived(each)
+    long.num_computed_tokens = 1990
+    assert "r" not in [save.request for save in step(scheduler, "r", "long", tokens=512).saves]
+    one.num_computed_tokens = 512
+    assert step(scheduler, "r", tokens=512).saves == []
+    other = request("s", seed=5)
+    scheduler.arrived(other)
+    assert [save.request for save in step(scheduler, "s").saves] == ["s"]
+
+
+def drafts_that_look_at_hidden_states_are_refused_by_name() -> None:
+    said = {}
+    for method in ("ngram", "draft_model", "eagle3", "mtp"):
+        try:
+            _refuse(Bag(parallel_config=Bag(), speculative_config=Bag(method=method)))
+        except LayoutError as error:
+            said[method] = str(error)
+    assert list(said) == ["eagle3", "mtp"]
+    assert all(f"speculative decoding by {method}" in said[method] for method in said)
+
+
 def in_doubt() -> tuple[SchedulerSide, Any]:
     """A request of which two chunks are loaded within the step, and the rest is computed."""
     scheduler, one = side("layer"), request()
@@ -255,6 +284,8 @@ CASES = [
     a_follow_up_does_not_wait_for_what_vllm_has_itself,
     what_was_computed_before_a_reset_is_not_saved_behind_it,
     a_session_that_goes_on_is_named_by_what_it_is_now,
+    what_a_draft_model_did_not_see_is_not_kept,
+    drafts_that_look_at_hidden_states_are_refused_by_name,
     a_worker_that_tells_twice_in_a_step_is_heard_twice,
     jobs_end_though_their_worker_told_twice_in_a_step,
 ]
