@@ -126,9 +126,8 @@ class Files(Tier):
                 return
         got: Header | Lost | None = None
         try:
-            got = await self.ctx.pool(
-                self._load, path, read.key, lease, loaded, read.upto, leases=(lease,)
-            )
+            args = path, read.key, lease, loaded, read.upto
+            got = await self.ctx.pool(self._load, *args, leases=(lease,))
         except BadObject as error:
             read.refuse(error)
             self.counts.corrupt += isinstance(error, Damaged)
