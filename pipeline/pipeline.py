@@ -56,7 +56,9 @@ class Pipeline:
     ) -> None:
         """`layers`, `heads`, `part`: which share of the model's KV `layout` holds. `backend`: whose
         native blocks these are, where the layout alone does not say it. `replica`: another process
-        has the same KV. `watch`: `changes()` will be called. Raises ConfigError, TierDown."""
+        has the same KV. `watch`: `changes()` will be called. A layout that fails its self-test
+        turns caching `off`. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given
+        the arena."""
         self.spec, self.layout = spec, layout
         self.native = _native(spec, layout)
         self.geometry = layout.geometry(native=self.native)

@@ -49,8 +49,8 @@ class Worker:
         facts: ModelFacts | None = None, *, replica: bool = False, watch: bool = False,
     ) -> None:  # fmt: skip
         """`names`: whose digest every object carries. `watch`: keep `changes`, which the
-        caller must empty. Raises ConfigError, TierDown; LayoutError where a device's memory cannot
-        be reached."""
+        caller must empty. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given the
+        arena."""
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
         self._facts = facts or ModelFacts()

@@ -166,32 +166,31 @@ def check_layout(layout: KVLayout, *, native: bool) -> None:
     Of a large cache a few layers and blocks are imitated. What is gathered must be what was
     written, and what is scattered must be in place and nothing else changed.
     """
-    layout = fewer(layout)
+    layout, rng = fewer(layout), np.random.default_rng(0)
+
+    def noise() -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(rng.bytes(memory_of(layout)), np.uint8).copy())
+
+    first, second = noise(), noise()
+    was, wanted = look_alike(layout, first), look_alike(layout, second)
     slots = np.arange(layout.blocks * layout.block_tokens)
-    if not native:  # a few tokens of each prove as much as all of them
+    if not native:  # a few tokens prove as much as all of them
         slots = slots[np.unique(np.linspace(0, len(slots) - 1, 8).astype(int))]
-    rng = np.random.default_rng(0)
-    wanted = torch.from_numpy(rng.integers(0, 256, memory_of(layout), np.uint8))
-    plain = look_alike(layout, wanted)
-    pattern = rng.integers(0, 256, _bytes(layout, plain, slots).shape, np.uint8)
-    _write(layout, plain, slots, pattern)
-    if not np.array_equal(_bytes(layout, plain, slots), pattern):
-        raise LayoutError(f"{layout.order}: two slots share memory")
-    memory = wanted.clone().to(layout.device)
+    memory = first.clone().to(layout.device)
     table = layout.planes(look_alike(layout, memory), native=native)
     rows = layout.block_rows(slots) if native else slots
     stop, device = np.zeros(1, np.uint8), layout.device
-    arena = Arena(2 * pattern.nbytes + (1 << 16), huge_pages=False)
+    nbytes = layout.geometry(native=native).frame_bytes(layout.layers, len(slots))
+    arena = Arena(2 * nbytes + (1 << 16), huge_pages=False)
     try:
         if device != "cpu":
             arena.pin(device)
-        lease = arena.lease(pattern.nbytes)
+        lease = arena.lease(nbytes)
         try:
             frames = _frame(layout, lease.address, len(slots), native=native)
             copy.gather_now(table, frames, rows, stop, device, copy.fence(device))
-            gathered = bytes(lease.view[: pattern.nbytes])
-            wanted.copy_(torch.from_numpy(rng.integers(0, 256, len(wanted), np.uint8)))
-            memory.copy_(wanted)
+            gathered = bytes(lease.view[:nbytes])
+            memory.copy_(second)
             copy.scatter_now(table, frames, rows, stop, device, copy.fence(device), verify=True)
         finally:
             lease.release()
@@ -199,10 +198,10 @@ def check_layout(layout: KVLayout, *, native: bool) -> None:
         arena.close()
     if frames.status[0] != PLACED:
         raise LayoutError(f"{layout.order}: a frame did not survive in memory")
-    if not native and gathered != pattern.tobytes():
+    if not native and gathered != _bytes(layout, was, slots).tobytes():
         raise LayoutError(f"{layout.order}: gathered bytes are not in canonical order")
-    _write(layout, plain, slots, pattern)
-    if not torch.equal(memory.cpu(), wanted):
+    _copy(layout, was, wanted, None if native else slots)
+    if not torch.equal(memory.cpu(), second):
         raise LayoutError(
             f"{layout.order}: what was gathered and scattered is not what was written"
         )
@@ -219,13 +218,16 @@ def _bytes(layout: KVLayout, caches: Sequence[Any], slots: Any) -> Bytes:
     return np.stack(rows).reshape(layout.kv, layout.layers, len(slots), -1)
 
 
-def _write(layout: KVLayout, caches: Sequence[Any], slots: Any, rows: Bytes) -> None:
-    for kv in range(layout.kv):
-        for i, layer in enumerate(caches):
-            for j, s in enumerate(slots):
-                view = token(layout, layer, kv, int(s))
-                plain = torch.from_numpy(rows[kv, i, j].copy()).view(view.dtype).reshape(view.shape)
-                view.copy_(plain)
+def _copy(layout: KVLayout, source: Sequence[Any], target: Sequence[Any], slots: Any) -> None:
+    """These tokens by plain indexing; None: all there is."""
+    for one, other in zip(source, target, strict=True):
+        if slots is None:
+            for a, b in zip(one, other, strict=True):
+                b.copy_(a)
+            continue
+        for kv in range(layout.kv):
+            for s in slots:
+                token(layout, other, kv, int(s)).copy_(token(layout, one, kv, int(s)))
 
 
 def _frame(layout: KVLayout, address: int, tokens: int, *, native: bool) -> FrameTable:

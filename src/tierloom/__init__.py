@@ -89,7 +89,8 @@ def open(
 
     `overrides` replaces single values by their path, `{"tiers.warm.path": "/data/kv"}`. `model`,
     and where known `weights=`, `rope=`, `layers=` and `heads=`, say whose KV this is: nothing is
-    shared across different ones. Raises ConfigError with every problem of the configuration.
+    shared across different ones. Raises ConfigError with every problem of the configuration, and
+    LayoutError where host memory cannot be page-locked for the GPU that the caches are on.
     """
     from .pipeline.check import load
     from .pipeline.pipeline import Pipeline

@@ -173,6 +173,34 @@ def test_a_wrong_stride_is_found(
     monkeypatch.setattr(KVLayout, "planes", wrong)
     with pytest.raises(LayoutError):
         selftest.check_layout(layout, native=False)
+    if letter == "B" and layout.dense_blocks:
+        with pytest.raises(LayoutError):
+            selftest.check_layout(layout, native=True)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_stray_is_found(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """What is right in every row that was asked for, and wrong beside it."""
+    layout, _, _ = made("BHNC", "together")
+    real, memory = selftest.copy.scatter_now, []
+
+    def remember(layout: KVLayout, made: torch.Tensor) -> list[Any]:
+        memory.append(made)
+        return alike(layout, made)
+
+    def strays(*args: Any, **options: Any) -> None:
+        real(*args, **options)
+        memory[-1][gap] += 1
+
+    alike, few = selftest.look_alike, selftest.fewer(layout)
+    used = torch.zeros(selftest.memory_of(few), dtype=torch.uint8)
+    for t in alike(few, used):
+        t.view(torch.int16).fill_(-1)
+    gap = int(torch.where(used == 0)[0][0])
+    monkeypatch.setattr(selftest, "look_alike", remember)
+    monkeypatch.setattr(selftest.copy, "scatter_now", strays)
+    with pytest.raises(LayoutError, match="is not what was written"):
+        selftest.check_layout(layout, native=native)
 
 
 def test_tensors_that_share_memory_are_refused(opened: Open) -> None:

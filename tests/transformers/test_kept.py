@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tierloom.adapters.transformers_model import with_cache
+from tierloom.stages import selftest
 
 from .conftest import greedy, tiny_llama, tokens
 
@@ -150,3 +151,23 @@ def test_generate_returns_what_the_model_would(keep: Keep, model: Any) -> None:
     alone = greedy(model, tokens(100), 4, return_dict_in_generate=True, output_logits=True)
     assert out.sequences.tolist() == alone.sequences.tolist()
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(alone.logits))
+
+
+def test_opening_tests_the_layout_for_every_prompt(
+    keep: Keep, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory of its own, once: no request's cache is written to for it, or waits for it."""
+    tested: list[Any] = []
+    real = selftest.check_layout
+
+    def watched(layout: Any, *, native: bool) -> None:
+        tested.append(layout)
+        real(layout, native=native)
+
+    monkeypatch.setattr(selftest, "check_layout", watched)
+    kept = keep(model)
+    assert len(tested) == 1
+    for length in (1, 2, 300, 600):
+        say(kept, tokens(length))
+    assert len(tested) == 1
+    assert kept.pipe.off is None
