@@ -46,7 +46,7 @@ _NOT_COMPUTED_WITH = frozenset({
     "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_load_state_dict_pre_hooks",
     "_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-    "_compiled_call_impl",
+    "_compiled_call_impl", "_is_torch_compile",
     # transformers: loading, saving, sharding, training
     "_is_hf_initialized", "name_or_path", "generation_config", "warnings_issued", "loss_type",
     "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected", "_fsdp_plan",

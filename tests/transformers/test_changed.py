@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from tierloom.adapters.transformers import Abandoned
 from tierloom.adapters.transformers_model import with_cache
@@ -194,6 +195,21 @@ def test_a_hook_cannot_be_named(keep: Any, model: Any, hook: str) -> None:
     own_forward(model)
     with pytest.raises(InputError, match=r"mlp\.forward .*weights="):
         kept.generate(tokens(300))
+
+
+def test_hooks_of_accelerate_move_tensors_only(keep: Any, model: Any) -> None:
+    for part in layer(model).children():
+        add_hook_to_module(part, AlignDevicesHook("cpu"))
+    kept = keep(model)
+    say(kept, tokens(300))
+    assert say(kept, tokens(300)) == 288
+
+
+def test_a_compiled_model_is_kept_as_what_it_was(keep: Any, model: Any) -> None:
+    first = keep(model)
+    say(first, tokens(300))
+    first.close()
+    assert say(keep(torch.compile(model, backend="eager")), tokens(300)) == 288
 
 
 def test_weights_made_in_inference_mode(keep: Any) -> None:
