@@ -141,7 +141,7 @@ class Kept:
             rows = torch.empty(2, self.shape.heads, self.shape.dim, dtype=self.shape.dtype)
             rows = rows.to(self.shape.device)
             self.pipe = tierloom.open(
-                self._config, model=self._name, weights=names[0], rope=names[1],
+                self._config, model=self._name, weights=names[0], rope=names[1], part=names[2],
                 layout=layout_of([(rows, rows)] * self.shape.layers),
                 facts=ModelFacts(self.shape.layers, weight_files(self.model)),
                 overrides=self._overrides,
@@ -149,11 +149,11 @@ class Kept:
         self._names, self._state = names, state
 
     def _named(self) -> tuple[str, ...]:
-        """What the pipeline is named by, besides the model's name: its weights, how it computes
-        with them, and the shape of its KV."""
-        how = rope(self.model) + ("" if self._weights else f" {rest_id(self.model)}")
+        """What the pipeline is named by, besides the model's name: its weights, RoPE, how else it
+        computes with them, and the shape of its KV."""
+        how = "" if self._weights else rest_id(self.model)
         weights = self._weights or fingerprint(self.model, self._touched)
-        return weights, how, str(self.shape)
+        return weights, rope(self.model), how, str(self.shape)
 
     def _changed(self) -> str:
         """What of the model is not what it was when its KV got its name; empty for nothing."""

@@ -165,8 +165,8 @@ def _run_one_token(model: Any, cache: DynamicCache) -> None:
 def _tried(model: Any, shape: KVShape) -> float:
     """How far the logits behind a prompt are off, as a share of their size, when its first tokens
     come out of another prompt's cache: the worse of what `generate` and a bare forward say."""
-    ids = (torch.arange(TRIED, device=model.device) * 7 + 5) % (model.config.vocab_size or TRIED)
-    ids = ids.unsqueeze(0)
+    words = getattr(model.config, "vocab_size", None) or TRIED
+    ids = ((torch.arange(TRIED, device=model.device) * 7 + 5) % words).unsqueeze(0)
     found = []
     for logits in (_generated, _forward):
         cache = TierloomCache(None, shape, ids[0].cpu().numpy(), retrieve=False, store=False)

@@ -46,7 +46,7 @@ _NOT_COMPUTED_WITH = frozenset({
     "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_load_state_dict_pre_hooks",
     "_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-    "_compiled_call_impl",
+    "_compiled_call_impl", "_is_torch_compile",
     # transformers: loading, saving, sharding, training
     "_is_hf_initialized", "name_or_path", "generation_config", "warnings_issued", "loss_type",
     "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected", "_fsdp_plan",
@@ -69,17 +69,18 @@ class State:
         self._tensors: dict[str, tuple[Any, ...]] = {}
         picked: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         names: dict[tuple[torch.device, torch.dtype], list[tuple[str, int]]] = {}
-        for owner, key, value in parts(model):
-            if not isinstance(value, torch.Tensor):
-                self._rest += (owner, key, value)
-                continue
-            name = f"{owner}.{key}"
-            self._tensors[name], sample = self._seen(name, value)
-            if sample is not None:
-                kind = (value.device, sample.dtype)
-                picked.setdefault(kind, []).append(sample)
-                names.setdefault(kind, []).append((name, sample.numel()))
-        self._samples = {kind: _bits(picked[kind]) for kind in picked}
+        with torch.no_grad():
+            for owner, key, value in parts(model):
+                if type(value) in _PLAIN or not isinstance(value, torch.Tensor):
+                    self._rest += (owner, key, value)
+                    continue
+                name = f"{owner}.{key}"
+                self._tensors[name], sample = self._seen(name, value)
+                if sample is not None:
+                    kind = (value.device, sample.dtype)
+                    picked.setdefault(kind, []).append(sample)
+                    names.setdefault(kind, []).append((name, sample.numel()))
+            self._samples = {kind: _bits(picked[kind]) for kind in picked}
         self._names = names
 
     def differs(self, other: State) -> list[str] | None:
@@ -173,8 +174,9 @@ def rest_id(model: Any) -> str:
 
 
 def sample_of(t: torch.Tensor) -> torch.Tensor:
-    """Up to `SAMPLES` values of a tensor `[n]`, evenly spaced; of a contiguous one it is a view."""
-    t, n = t.detach(), t.numel()
+    """About `SAMPLES` values of a tensor `[n]`, evenly spaced; of a contiguous one it is a view.
+    Called where no gradients are taken."""
+    n = t.numel()
     step = (n // SAMPLES) | 1  # odd: of rows as long as a power of two it is not one column
     t = t.view(_BITS.get(t.element_size(), t.dtype))
     if not t.is_contiguous():
@@ -308,8 +310,7 @@ def _unwatched(t: torch.Tensor) -> str:
 def _bits(samples: list[torch.Tensor]) -> npt.NDArray[np.uint8]:
     """Samples of one dtype and device behind each other: compared by numpy, whose threads are none,
     since torch's would wait for each other at every call."""
-    with torch.no_grad():
-        return torch.cat(samples).cpu().view(torch.uint8).numpy()
+    return torch.cat(samples).cpu().view(torch.uint8).numpy()
 
 
 def _changed(

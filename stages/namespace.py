@@ -43,11 +43,12 @@ class Namespace:
     heads: tuple[int, int] = (0, 0)
     """First KV head and one past the last: the bytes are named, not the rank that wrote them."""
     part: str = ""
-    """Which of the model's KV this is, where layers and heads do not say it: a KV group's name."""
+    """Which of the model's KV this is, where layers and heads do not say it: a KV group's name, or
+    how the same weights are computed with."""
     layout: bytes = b""
     """Fingerprint of the engine's layout; only when bytes are kept in its native order."""
     rope: str = ""
-    """RoPE parameters and whatever else can differ in how the same weights are computed with."""
+    """RoPE parameters, where they can differ for the same weights."""
     chunk: tuple[int, int] = (256, 32)
     """Tokens of a chunk and of a grain."""
     salt: str = ""

@@ -17,7 +17,7 @@ from tiny import TINY, Letters, letters, tiny_llama
 from tierloom.adapters import cli, quality, quality_documents
 from tierloom.adapters.quality_arms import Stored, codecs, parse_codec
 from tierloom.adapters.quality_documents import Sizes, documents
-from tierloom.adapters.quality_measure import read_on, references, score, subject_of
+from tierloom.adapters.quality_measure import load_subject, read_on, references, score, subject_of
 from tierloom.adapters.quality_score import Outcome, Score, interval, ratio
 from tierloom.stages.errors import ConfigError, InputError, TierloomError
 from tierloom.stages.object import header_size
@@ -87,6 +87,12 @@ def test_nothing_is_learned_from_what_is_tested() -> None:
     learned = set().union(*map(windows, quality_documents.calibration_texts()))
     assert learned
     assert not [t[:60] for t in tested if windows(t) & learned]
+
+
+@pytest.mark.parametrize("name", ["", " ", "no/such/folder"])
+def test_a_model_that_is_not_there(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--model .*{name}.*pass smollm2, or"):
+        load_subject(name)
 
 
 def test_sizes_that_no_model_or_text_has_are_refused() -> None:

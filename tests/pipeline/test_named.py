@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import Engine, config, settle, tokens, with_disk
 
+import tierloom
+from tierloom.stages.errors import ConfigError
 from tierloom.stages.hash import Chain
 
 if TYPE_CHECKING:
@@ -23,6 +25,15 @@ def chain_of(pipe: Pipeline, ids: np.ndarray, engine: Engine) -> Chain:
     chain = Chain(seed, pipe.spec.chunk.grain)
     chain.extend(ids)
     return chain
+
+
+@pytest.mark.parametrize("model", ["", "  ", None])
+def test_a_model_without_a_name_is_refused(model: str) -> None:
+    """Two of one shape would share their KV; a content id is a name, too."""
+    engine = Engine()
+    with pytest.raises(ConfigError, match="model="):
+        tierloom.open(config(), layout=engine.layout, model=model)
+    tierloom.open(config(), layout=engine.layout, model="", weights="sha256 of them").close()
 
 
 @pytest.mark.parametrize("order", ["2BNHD", "BHNC-KT"])

@@ -4,10 +4,15 @@ what is computed by the new one kept under the old one's name."""
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from tierloom.adapters.transformers import Abandoned
 from tierloom.adapters.transformers_model import with_cache
@@ -95,6 +100,15 @@ def own_forward(model: Any) -> None:
     inner = layer(model).mlp
     inner.forward = Doubled(copy.deepcopy(inner)).forward
 
+
+NAMED = """
+import importlib.util, sys
+from tierloom.adapters.transformers_state import rest_id
+spec = importlib.util.spec_from_file_location("made", sys.argv[1])
+made = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(made)
+print(rest_id(made.spread(made.tiny_llama(num_hidden_layers=2))))
+"""
 
 CHANGES = [
     trained, loaded, merged, one_value, replaced_parameter, replaced_data, replaced_module,
@@ -194,6 +208,45 @@ def test_a_hook_cannot_be_named(keep: Any, model: Any, hook: str) -> None:
     own_forward(model)
     with pytest.raises(InputError, match=r"mlp\.forward .*weights="):
         kept.generate(tokens(300))
+
+
+def test_a_class_whose_forward_is_patched(
+    keep: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = keep(model)
+    say(kept, tokens(300))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer(model).mlp), "forward", lambda self, x: self.down_proj(
+            self.up_proj(x)))  # fmt: skip
+        assert say(kept, tokens(300)) == 0
+        assert say(kept, tokens(300)) == 288
+    assert say(kept, tokens(300)) == 288
+
+
+def test_another_process_has_the_same_name_for_it(model: Any) -> None:
+    here = Path(__file__).resolve()
+    env = os.environ | {"PYTHONPATH": str(here.parents[2] / "src"), "PYTHONHASHSEED": "1",
+                        "PYTHONSAFEPATH": "1"}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", NAMED, str(here.parent / "conftest.py")], env=env, check=True,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.stdout.strip() == rest_id(model)
+
+
+def test_hooks_of_accelerate_move_tensors_only(keep: Any, model: Any) -> None:
+    for part in layer(model).children():
+        add_hook_to_module(part, AlignDevicesHook("cpu"))
+    kept = keep(model)
+    say(kept, tokens(300))
+    assert say(kept, tokens(300)) == 288
+
+
+def test_a_compiled_model_is_kept_as_what_it_was(keep: Any, model: Any) -> None:
+    first = keep(model)
+    say(first, tokens(300))
+    first.close()
+    assert say(keep(torch.compile(model, backend="eager")), tokens(300)) == 288
 
 
 def test_weights_made_in_inference_mode(keep: Any) -> None:
