@@ -19,6 +19,7 @@ from conftest import Engine, settle
 from test_every_codec import LOSS, encoded
 
 from tierloom import Lost
+from tierloom.pipeline.pool import Pool
 from tierloom.stages.adapt import Outlook
 from tierloom.stages.get import Get
 
@@ -134,6 +135,22 @@ def learn(world: World, pipe: Pipeline, use: str, monkeypatch: pytest.MonkeyPatc
     pipe.clear()
 
 
+def dawdle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads are late now and then, as on a machine that others use: what was given up meanwhile
+    is what they come to touch."""
+    begin = Pool.__call__
+
+    def late(self: Pool, fn: Any, *args: Any, **named: Any) -> Any:
+        def run(*args: Any) -> Any:
+            if random.random() < 0.05:
+                time.sleep(random.uniform(0, 0.01))
+            return fn(*args)
+
+        return begin(self, run, *args, **named)
+
+    monkeypatch.setattr(Pool, "__call__", late)
+
+
 class Caller:
     """A thread's own cache, and what it does with it at random."""
 
@@ -143,6 +160,8 @@ class Caller:
         self.caches = world.engine.blank().caches
         self.slots = np.random.default_rng(seed).permutation(TOKENS)
         self.seen: Counter[str] = Counter()
+        self.usual = {"store": 0.05, "retrieve": 0.02}
+        """Seconds that a request takes, of late."""
         self.wrong: list[str] = []
 
     def __call__(self) -> None:
@@ -167,11 +186,14 @@ class Caller:
         else:
             self.pipe.lookup(ids)
 
-    def _gives_up(self, ticket: Any, seconds: float) -> None:
-        if self.chance.random() < 0.3:
-            self.seen["given up"] += 1
-            time.sleep(self.chance.uniform(0, seconds))
-            ticket.cancel()
+    def _gives_up(self, ticket: Any) -> bool:
+        """At any moment of its life, as long as such a request usually lives."""
+        if self.chance.random() > 0.3:
+            return False
+        self.seen["given up"] += 1
+        time.sleep(self.chance.uniform(0, self.usual[ticket.graph]))
+        ticket.cancel()
+        return True
 
     def _store(self, k: int) -> None:
         ids, layers = self.world.prompts[k], self.world.engine.layers
@@ -183,7 +205,8 @@ class Caller:
             all_of_it = self.chance.random() < 0.8
             for layer in range(layers if all_of_it else self.chance.randrange(layers)):
                 ticket.layer_done(layer)
-        self._gives_up(ticket, 0.02)
+        if not self._gives_up(ticket) and self.chance.random() < 0.3:
+            self._lived(ticket, ticket.wait())
         ticket.captured(self.chance.uniform(0, 0.2))
         for cache in self.caches:  # the memory is the caller's again
             flat(cache)[:] = self.chance.randrange(1 << 15)
@@ -195,8 +218,10 @@ class Caller:
             flat(cache)[:] = 0
         if self.chance.random() < 0.5:
             ticket = self.pipe.retrieve(ids, self.caches, self.slots)
-            self._gives_up(ticket, 0.01)
+            given_up = self._gives_up(ticket)
             n = ticket.wait().tokens
+            if not given_up:
+                self._lived(ticket, ticket.receipt())
         else:
             ticket, n = self.pipe.begin_retrieve(ids, self.caches, self.slots), TOKENS
             for layer in range(world.engine.layers):
@@ -214,6 +239,9 @@ class Caller:
         time.sleep(0.001)
         if not all(np.array_equal(a, flat(b)) for a, b in zip(before, self.caches, strict=True)):
             self.wrong.append(f"prompt {k}: written after it was waited for")
+
+    def _lived(self, ticket: Any, receipt: Any) -> None:
+        self.usual[ticket.graph] += (receipt.seconds - self.usual[ticket.graph]) / 4
 
     def _learn(self, receipt: Any) -> None:
         """Nothing here is damaged, and no stage may break."""
@@ -245,6 +273,7 @@ def test_stress(
     world, pipe = World(engine), opened(source, engine)
     if LOSS.get(use):
         learn(world, pipe, use, monkeypatch)
+    dawdle(monkeypatch)
     callers = [
         Caller(world, pipe, seed, -(-OPERATIONS // len(KINDS) // THREADS))
         for seed in range(THREADS)
