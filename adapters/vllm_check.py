@@ -9,6 +9,8 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
+
 from ..stages.errors import ConfigError
 from .vllm_settings import configured
 
@@ -23,12 +25,19 @@ _known: set[str] = set()
 
 def check(extra: Mapping[str, Any]) -> None:
     """Raise ConfigError, with every problem of the settings and of the pipeline that they name.
-    Imports the classes that it names, opens nothing."""
+    Imports the classes that it names, opens nothing.
+
+    Of an engine in this very process, the connector says what is wrong with the pipeline: some
+    classes bring llvmlite, and vLLM's CPU worker, which looks for kernels in every module that is
+    there when it starts, breaks on that one.
+    """
     text = repr(extra)
     if text in _known:
         return
     try:
-        configured(extra).pipeline()
+        said = configured(extra)
+        if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            said.pipeline()
     except ConfigError:
         raise
     except Exception:  # the engine's own processes will tell, if it is more than this check

@@ -50,6 +50,15 @@ def refused(make: Any) -> str:
     raise AssertionError("it was taken")
 
 
+def nothing_is_imported_that_breaks_a_worker_in_this_process() -> None:
+    """vLLM's CPU worker looks for kernels in every module that is there when it starts, and breaks
+    on llvmlite's. A codec brings it."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    config(*OURS, f"{EXTRA}.tierloom.config", "cachegen")
+    assert "llvmlite" not in sys.modules
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+
+
 def dotted_flags_without_json_are_enough() -> None:
     conf = configured(config(*OURS).kv_transfer_config.kv_connector_extra_config)
     assert conf.settings == configured({}).settings
@@ -155,6 +164,7 @@ def lines_name_us_and_say_what_stands_beside_them() -> None:
 
 
 CASES = [
+    nothing_is_imported_that_breaks_a_worker_in_this_process,
     dotted_flags_without_json_are_enough,
     dotted_flags_reach_the_settings_and_the_pipeline,
     mistakes_are_said_while_vllm_makes_its_configuration,
