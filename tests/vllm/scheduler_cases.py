@@ -286,10 +286,10 @@ CASES = [
     a_follow_up_does_not_wait_for_what_vllm_has_itself,
     what_was_computed_before_a_reset_is_not_saved_behind_it,
     a_session_that_goes_on_is_named_by_what_it_is_now,
-    what_a_draft_model_did_not_see_is_not_kept,
-    drafts_that_look_at_hidden_states_are_refused_by_name,
     a_worker_that_tells_twice_in_a_step_is_heard_twice,
     jobs_end_though_their_worker_told_twice_in_a_step,
+    what_a_draft_model_did_not_see_is_not_kept,
+    drafts_that_look_at_hidden_states_are_refused_by_name,
 ]
 
 if __name__ == "__main__":
