@@ -25,8 +25,12 @@ log = logging.getLogger("tierloom.vllm")
 class Passage:
     """What the scheduler's side knows of a request, from its arrival to its end."""
 
-    def __init__(self, request: Any, wishes: Wishes, adapter: Future[str] | None) -> None:
-        """`adapter`: content id of its LoRA, once it is known; None where it has none."""
+    def __init__(
+        self, request: Any, wishes: Wishes, adapter: Future[str] | None, drafts: bool
+    ) -> None:
+        """`adapter`: content id of its LoRA, once it is known; None where it has none. `drafts`:
+        the engine decodes speculatively."""
+        self._drafts = drafts
         self.request, self.wishes, self.adapter = request, wishes, adapter
         self.chain: Chain | None = None
         self.counted = False
@@ -51,7 +55,8 @@ class Passage:
         self.drafted = 1 << 62
         """Tokens of it of which a draft model's layers have KV, too."""
         self.stale = False
-        """Some of it was computed before what is kept was reset: it is not saved."""
+        """Some of it was computed before what is kept was reset, or cannot be trusted: it is not
+        saved."""
         self._prompt = request.num_prompt_tokens
 
     def renew(self) -> None:
@@ -60,6 +65,9 @@ class Passage:
         if self.request.num_prompt_tokens != self._prompt:
             self._prompt = self.request.num_prompt_tokens
             self.prompt_saved = False
+            # Drafts that were accepted and cut off at a stop: vLLM 0.32 takes their KV for that of
+            # the first tokens of what follows.
+            self.stale = self.stale or self._drafts
             if self.chain is not None:
                 self.chain.links.clear()
 

@@ -45,6 +45,7 @@ class SchedulerSide:
         self.conf = conf
         self._loads, saves = transfer.is_kv_consumer, transfer.is_kv_producer
         self._workers, self._vllm = parallel.world_size, vllm_config
+        self._drafts = vllm_config.speculative_config is not None
         self._groups = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
         self._block = kv_cache_config.cache_hit_alignment_tokens or max(self._groups)
         self.hash_block = kv_cache_config.hash_block_size or self._block
@@ -89,7 +90,7 @@ class SchedulerSide:
         if request.prompt_embeds is not None or request.prompt_token_ids is None:
             said = Wishes(skip_save=True, skip_load=True)  # no token ids, no names
         adapter = self._adapters.name(request.lora_request) if request.lora_request else None
-        p = self._passages[request.request_id] = Passage(request, said, adapter)
+        p = self._passages[request.request_id] = Passage(request, said, adapter, self._drafts)
         if not self.off and not (said.skip_save and said.skip_load) and self._named(p):
             p.links(self.conf.settings.keys)  # now, not in the step that wants it
 
@@ -189,10 +190,8 @@ class SchedulerSide:
 
     def plan(self, output: Any) -> Plan:
         """What the workers are to do in this step."""
-        plan = Plan(
-            idle=not output.total_num_scheduled_tokens, loads=self._to_load,
-            questions=self._questions, abandoned=self._abandoned,
-        )  # fmt: skip
+        idle = not output.total_num_scheduled_tokens
+        plan = Plan(idle, self._to_load, questions=self._questions, abandoned=self._abandoned)
         self._to_load, self._questions, self._abandoned = [], {}, []
         if self.saves is not None:
             if self._doubt and time.monotonic() > self._doubt_until:  # a worker lost its tongue

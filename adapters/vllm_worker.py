@@ -69,7 +69,8 @@ class WorkerSide:
         """Resets so far; what was planned before the last is not saved."""
         self._asleep = False
         """The engine has given its KV memory back."""
-        self._overwrites = overwrites_early(vllm_config, kv_cache_config)
+        self._overwrites = False
+        """A step may write blocks before its fence."""
         self._asked: dict[str, list[Any]] = {}
         self._bad: set[int] = set()
         self._layer: dict[str, tuple[int, int]] = {}
@@ -106,6 +107,7 @@ class WorkerSide:
             self._told.hello = _off(str(error) or repr(error))
             return
         self._told.hello = hello
+        self._overwrites = overwrites_early(self._vllm, self._kv)
         self._layer = {
             name: (i, at) for i, p in enumerate(self.pipes) for at, name in enumerate(p.share.names)
         }

@@ -20,6 +20,7 @@ THREADS = {
     "stages/tiers/mooncake.py": "Mooncake._leave",  # closes the client; gives back, touches nothing
     "adapters/testing_bench.py": "Pool.__call__",
     "adapters/vllm_adapters.py": "Adapters.__init__ Adapters.name",  # reads files
+    "adapters/vllm_door.py": "Door.__init__",  # clears pipelines
 }
 """Where threads are made or used at all."""
 ADDRESSES = {

@@ -229,7 +229,7 @@ def test_the_inner_tier_is_written_like_any(audited):
         inner = spec.tiers["cold"].options.of
         assert (inner.use, inner.cls, inner.options.ttl) == ("files", Files, 3600.0)
         assert "cold: audit of (files path /mnt/kv, ttl 3600 s)" in explain(spec)
-    spec = audited("{use: files, path: /a}", tiers__cold__of__ttl=5)
+    spec = audited("{use: files, path: /a}", tiers__cold__of__ttl="5 s")
     assert spec.tiers["cold"].options.of.options == FilesOptions(path="/a", ttl=5.0)
 
 

@@ -83,7 +83,8 @@ def another_layout_of_cpu_attention_is_found_out() -> None:
 
 def registered(error: Exception) -> Any:
     """A worker whose pipelines cannot be opened."""
-    worker: Any = vllm_worker.WorkerSide(Bag(parallel_config=None), None, configured({}))
+    engine: Any = Bag(parallel_config=None, kv_transfer_config=Bag(engine_id="none"))
+    worker: Any = vllm_worker.WorkerSide(engine, None, configured({}))
 
     def refuses(*_: Any) -> Any:
         raise error

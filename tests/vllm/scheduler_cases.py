@@ -31,6 +31,7 @@ def side(load: str = "async") -> SchedulerSide:
         kv_transfer_config=transfer,
         parallel_config=Bag(world_size=1),
         max_concurrent_batches=1,
+        speculative_config=None,
     )
     group = Bag(kv_cache_spec=Bag(block_size=32))
     caches = Bag(kv_cache_groups=[group], cache_hit_alignment_tokens=32, hash_block_size=32)

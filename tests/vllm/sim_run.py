@@ -193,7 +193,10 @@ def main(model: str, what: str, *rest: str) -> None:
         seeds, each = [*numbers, 1, 1][:2]
         jobs = [(case, seed, 6, 500) for seed in range(seeds) for case in orders()[::each]]
     elif what == "sessions":
-        jobs = [(case, 0, 0, 0) for case in orders()[:: numbers[0]]]
+        # vLLM 0.32 itself goes on from KV of drafts that it cut off when a session's input came.
+        old = vllm.__version__.startswith("0.32.")
+        cases = [case for case in orders() if not (old and case.drafter)]
+        jobs = [(case, 0, 0, 0) for case in cases[:: numbers[0]]]
     else:
         rng = random.Random(numbers[1] if len(numbers) > 1 else 0)
         jobs = [(anything(rng), rng.randrange(1 << 30), 8, 1500) for _ in range(numbers[0])]
