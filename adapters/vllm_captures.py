@@ -60,7 +60,8 @@ class Captures:
 
     def plan(self, saves: Iterable[Save], held: Iterable[str]) -> None:
         """Take down what a step will save, and whose blocks are kept for it."""
-        self._due.update((save.job, save) for save in saves)
+        for save in saves:
+            self._due[save.job] = save
         for request in held:
             self._held[request] = time.monotonic() + self._hold
 
@@ -82,10 +83,12 @@ class Captures:
     def computed(self, last: Sequence[int]) -> None:
         """All layers of the step are, whatever graphs or shortcuts kept from us; `last`: the last
         layer of each share."""
-        behind, self._behind = self._behind, []
-        for share, ticket in behind:
-            ticket.layer_done(last[share])
-        self.begin()
+        if self._behind:
+            behind, self._behind = self._behind, []
+            for share, ticket in behind:
+                ticket.layer_done(last[share])
+        if self._due:
+            self.begin()
 
     def fence(self, jobs: Iterable[int] | None = None) -> None:
         """The blocks of these (None: of all) may be overwritten from now on."""

@@ -26,7 +26,7 @@ class Passage:
     """What the scheduler's side knows of a request, from its arrival to its end."""
 
     def __init__(
-        self, request: Any, wishes: Wishes, adapter: Future[str] | None, drafts: bool
+        self, request: Any, wishes: Wishes, adapter: Future[str] | None, drafts: bool = False
     ) -> None:
         """`adapter`: content id of its LoRA, once it is known; None where it has none. `drafts`:
         the engine decodes speculatively."""

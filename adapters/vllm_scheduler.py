@@ -45,7 +45,7 @@ class SchedulerSide:
         self.conf = conf
         self._loads, saves = transfer.is_kv_consumer, transfer.is_kv_producer
         self._workers, self._vllm = parallel.world_size, vllm_config
-        self._drafts = vllm_config.speculative_config is not None
+        self._drafts = getattr(vllm_config, "speculative_config", None) is not None
         self._groups = [g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups]
         self._block = kv_cache_config.cache_hit_alignment_tokens or max(self._groups)
         self.hash_block = kv_cache_config.hash_block_size or self._block

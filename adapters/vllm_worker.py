@@ -70,7 +70,8 @@ class WorkerSide:
         self._asleep = False
         """The engine has given its KV memory back."""
         self._overwrites = False
-        """A step may write blocks before its fence."""
+        """A step may write blocks before its fence, or gives back some that lie behind a window."""
+        self._last: list[int] = []  # the last layer of each share
         self._asked: dict[str, list[Any]] = {}
         self._bad: set[int] = set()
         self._layer: dict[str, tuple[int, int]] = {}
@@ -107,7 +108,9 @@ class WorkerSide:
             self._told.hello = _off(str(error) or repr(error))
             return
         self._told.hello = hello
-        self._overwrites = overwrites_early(self._vllm, self._kv)
+        windows = any(p.share.window for p in self.pipes)
+        self._overwrites = windows or overwrites_early(self._vllm, self._kv)
+        self._last = [p.share.layout.layers - 1 for p in self.pipes]
         self._layer = {
             name: (i, at) for i, p in enumerate(self.pipes) for at, name in enumerate(p.share.names)
         }
@@ -144,9 +147,8 @@ class WorkerSide:
         """A question at the door; another thread's."""
         with self._epoch_lock:
             self._epoch = int(question["reset"])
-        cleared = [_cleared(p, local=bool(question["local"])) for p in self.pipes]
-        refused = [why for _, why in cleared if why]
-        return {"objects": sum(n for n, _ in cleared), "refused": refused}
+        said = [_cleared(p, local=bool(question["local"])) for p in self.pipes]
+        return {"objects": sum(n for n, _ in said), "refused": [why for _, why in said if why]}
 
     # -- before the forward pass -----------------------------------------------------------------
 
@@ -170,10 +172,10 @@ class WorkerSide:
 
     def _computed(self) -> None:
         """What was planned before is computed, or launched: set out to save it."""
-        self._saves.computed([p.share.layout.layers - 1 for p in self.pipes])
-        # Blocks behind a window go back at the next step, whose fence may come too late for others.
-        if self._overwrites or any(p.share.window for p in self.pipes):
-            self._saves.fence()
+        if self._saves:
+            self._saves.computed(self._last)
+            if self._overwrites:
+                self._saves.fence()
 
     def load(self, plan: Plan) -> None:
         """Set out to load what the plan says, and to ask what it asks."""
@@ -272,11 +274,12 @@ class WorkerSide:
                 del self._loading[request]
                 out.finished_recving.add(request)
                 self._loaded(loading, out)
-        out.finished_sending.update(self._saves.released())
-        self._told.captured += self._saves.captured()
-        for storing in self._saves.ended():
-            self._told.ended.append(storing.save.job)
-            self.ledger.stored(storing.save, storing.tickets)
+        if self._saves:
+            out.finished_sending.update(self._saves.released())
+            self._told.captured += self._saves.captured()
+            for storing in self._saves.ended():
+                self._told.ended.append(storing.save.job)
+                self.ledger.stored(storing.save, storing.tickets)
         return out
 
     def _loaded(self, loading: Loading, out: KVConnectorTransferResults) -> None:
