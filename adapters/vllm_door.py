@@ -31,11 +31,9 @@ _LINE = 1 << 16
 
 def address(vllm_config: Any, worker: int) -> str:
     """Where a worker of an engine listens."""
-    engine = (  # all of its processes have the same, and no other engine has
-        getattr(vllm_config, "instance_id", ""), vllm_config.kv_transfer_config.engine_id,
-        getattr(vllm_config.parallel_config, "data_parallel_index", 0),
-    )  # fmt: skip
-    name = hashlib.sha256(f"{engine} {worker}".encode()).hexdigest()[:24]
+    engine = vllm_config.kv_transfer_config.engine_id  # the same in all of its processes
+    copy = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
+    name = hashlib.sha256(f"{engine} {copy} {worker}".encode()).hexdigest()[:24]
     return f"{tempfile.gettempdir()}/tierloom-{os.getuid()}/{name}"
 
 

@@ -53,4 +53,8 @@ def test_repeat_and_restart(
         engine.use(llama, kv, env=env, fresh=True, **options)
         expect(engine, tokens, cached=992)
     engine.settle()
+    engine.use(llama, kv, env=env, fresh=True, **options)
+    assert engine.ask("reset"), "a worker could not be reached, or did not do it"
+    expect(engine, tokens, cached=0)
+    engine.settle()
     engine.close()
