@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import copy
+from . import frame_copy
 from .base import Lane, Stage
 from .errors import ArenaFull, Lost
 from .object import LINK, Frame, Header, Object, header_size, plan_frames
@@ -78,8 +78,8 @@ class Gather(Stage):
         ]
         if not jobs:
             return batch
-        frames = copy.frame_table(self.ctx.geometry, jobs)
-        if not copy.gather(batch.ticket, frames, self.ctx.device):
+        frames = frame_copy.frame_table(self.ctx.geometry, jobs)
+        if not frame_copy.gather(batch.ticket, frames, self.ctx.device):
             for piece in live:
                 batch.lose(piece, batch.ticket.cancelled or Lost.CANCELLED)
             return batch

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..triton_kernels.planes import CORRUPT, PLACED
-from . import copy
+from . import frame_copy
 from .base import Lane, Stage
 from .errors import Damaged, Lost
 
@@ -52,8 +52,8 @@ class Scatter(Stage):
             for p in live
             if (o := p.plain or p.object) is not None
         ]
-        frames = copy.frame_table(self.ctx.geometry, jobs)
-        copy.scatter(batch.ticket, frames, self.ctx.device, verify=verify)
+        frames = frame_copy.frame_table(self.ctx.geometry, jobs)
+        frame_copy.scatter(batch.ticket, frames, self.ctx.device, verify=verify)
         if (frames.status == PLACED).all():
             for piece, header, *_ in jobs:
                 self._placed(batch, piece, header)

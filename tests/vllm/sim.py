@@ -37,7 +37,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import tierloom.adapters.vllm_pipes as pipes
 from tierloom.adapters.vllm import TierloomConnector
-from tierloom.stages import copy as copying
+from tierloom.stages import frame_copy as copying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
