@@ -17,11 +17,11 @@ import torch
 from yardstick import Memcpy, measure
 
 from tierloom.stages import catalog
-from tierloom.stages.codecs.shape import FrameShape, Site
-from tierloom.stages.codecs.table import decode_frame
-from tierloom.stages.geometry import Geometry
-from tierloom.stages.object import Header, header_size, plan_frames
-from tierloom.stages.payload import EncodedFrame
+from tierloom.stages.codecs.contract.decoding import decode_frame
+from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
+from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.kv.geometry import Geometry
+from tierloom.stages.kv.object import Header, header_size, plan_frames
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

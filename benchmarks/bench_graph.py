@@ -20,7 +20,7 @@ from cases import BLOCK, TINY, TINY_CHUNK, Engine, opened
 from yardstick import Took, idle, timed
 
 import tierloom
-from tierloom.triton_kernels import paged_copy_cpu
+from tierloom.triton_kernels.paged_copy import cpu as paged_copy_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

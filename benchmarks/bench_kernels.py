@@ -19,9 +19,9 @@ import xxhash
 from cases import BLOCK, CHUNK, ITEMSIZE, SHAPES, slots
 from yardstick import Memcpy, measure
 
-from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
-from tierloom.triton_kernels.planes import FrameTable, PlaneTable
-from tierloom.triton_kernels.xxh3 import xxh3_64
+from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
+from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
+from tierloom.triton_kernels.paged_copy.cpu import gather_frames, scatter_frames
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

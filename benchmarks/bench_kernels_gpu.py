@@ -18,16 +18,16 @@ import pytest
 import torch
 from cases import BLOCK, CHUNK, ITEMSIZE, SHAPES, slots
 
-from tierloom.triton_kernels.cachegen import (
+from tierloom.triton_kernels.cachegen.cpu import turns
+from tierloom.triton_kernels.cachegen.triton import (
     Sites,
     Tables,
     launch_decode,
     launch_encode,
     launch_moments,
 )
-from tierloom.triton_kernels.cachegen_cpu import turns
-from tierloom.triton_kernels.paged_copy import DeviceFrames, DevicePlanes, launch_paged_copy
-from tierloom.triton_kernels.planes import FrameTable, PlaneTable
+from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
+from tierloom.triton_kernels.paged_copy.triton import DeviceFrames, DevicePlanes, launch_paged_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

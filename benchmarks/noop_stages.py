@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tierloom.stages.base import Lane, LoopStage, Stage
-from tierloom.stages.payload import Piece
+from tierloom.stages.contract.batch import Piece
+from tierloom.stages.contract.stage import Lane, LoopStage, Stage
 
 if TYPE_CHECKING:
-    from tierloom.stages.payload import Batch
-    from tierloom.stages.ticket import Ticket
+    from tierloom.stages.contract.batch import Batch
+    from tierloom.stages.contract.request import Ticket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

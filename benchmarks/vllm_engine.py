@@ -24,7 +24,7 @@ import models  # noqa: E402
 
 sys.path.pop()
 
-from tierloom.adapters import smollm2  # noqa: E402
+from tierloom.adapters.demo import smollm2  # noqa: E402
 
 TOKENS = 2048
 ROUNDS = 5

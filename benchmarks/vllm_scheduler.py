@@ -13,12 +13,12 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from tierloom.adapters.vllm_messages import Hello, News, Seen, Told
-from tierloom.adapters.vllm_request import Passage
-from tierloom.adapters.vllm_scheduler import SchedulerSide
-from tierloom.adapters.vllm_settings import Wishes, configured
-from tierloom.stages.hash import Chain
-from tierloom.stages.namespace import Namespace
+from tierloom.adapters.vllm.exchange.messages import Hello, News, Seen, Told
+from tierloom.adapters.vllm.exchange.settings import Wishes, configured
+from tierloom.adapters.vllm.scheduler.request import Passage
+from tierloom.adapters.vllm.scheduler.side import SchedulerSide
+from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.ops.hash import Chain
 
 KEYS, WAITING, TOKENS, BLOCK, CHUNK = 10_000, 64, 2_500, 32, 256
 ROUNDS = 20

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache, partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..stages.copy import fence
-from ..stages.errors import Closed, ConfigError, InputError, LayoutError, Lost, TierDown
-from ..stages.inputs import tokens_array
-from ..stages.namespace import Namespace
-from ..stages.payload import Span
-from ..stages.selftest import SelfTests
-from ..stages.tables import Tables
-from ..stages.ticket import Ticket
-from .portal import awaited, finished
-from .worker import Worker
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from ..stages.base import ModelFacts
-    from ..stages.layout import KVLayout
-    from ..stages.ticket import Receipt
-    from .graph import PipelineSpec
-    from .worker import Change
+from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.pipeline.run.loop_thread import awaited, finished
+from tierloom.pipeline.runtime import Change, Worker
+from tierloom.stages.contract.batch import Span
+from tierloom.stages.contract.request import Receipt, Ticket
+from tierloom.stages.contract.stage import ModelFacts
+from tierloom.stages.errors import Closed, ConfigError, InputError, LayoutError, Lost, TierDown
+from tierloom.stages.kv.layout import KVLayout
+from tierloom.stages.kv.layout_check import SelfTests
+from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.paged_copy import fence
+from tierloom.stages.kv.pointer_cache import Tables
+from tierloom.stages.kv.tokens import tokens_array
 
 
 class Pipeline:
@@ -231,7 +226,7 @@ class Pipeline:
 
     def explain(self) -> str:
         """What runs, as text."""
-        from .explain import explain
+        from tierloom.pipeline.config.explain import explain
 
         return explain(self.spec)
 

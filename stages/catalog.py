@@ -9,50 +9,78 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["stage", "tier"]
 
-STAGES = {
-    "aesgcm": "tierloom.stages.codecs.aesgcm:AesGcm",
-    "cachegen": "tierloom.stages.codecs.cachegen:CacheGen",
-    "decode": "tierloom.stages.decode:Decode",
-    "fp8": "tierloom.stages.codecs.fp8:Fp8",
-    "gather": "tierloom.stages.gather:Gather",
-    "get": "tierloom.stages.get:Get",
-    "hash": "tierloom.stages.hash:Hash",
-    "int4": "tierloom.stages.codecs.int4:Int4",
-    "int8": "tierloom.stages.codecs.int8:Int8",
-    "lookup": "tierloom.stages.lookup:Lookup",
-    "lz4": "tierloom.stages.codecs.lz4:Lz4",
-    "progressive": "tierloom.stages.codecs.progressive:Progressive",
-    "put": "tierloom.stages.put:Put",
-    "rans": "tierloom.stages.codecs.rans:Rans",
-    "scatter": "tierloom.stages.scatter:Scatter",
-    "to_device": "tierloom.stages.move:ToDevice",
-    "to_host": "tierloom.stages.move:ToHost",
-    "turboquant": "tierloom.stages.codecs.turboquant:TurboQuant",
-    "zstd": "tierloom.stages.codecs.zstd:Zstd",
+
+class Codec(NamedTuple):
+    """One line of the registry."""
+
+    id: int
+    """What a frame's header calls it. Part of the format, never given to another codec."""
+    name: str
+    module: str
+    """Where it is, below `tierloom.stages.codecs`."""
+    decoder: str
+    """Its function that undoes a frame."""
+    stage: str = ""
+    """Its class, which a graph names by `name`; none for what only other codecs use."""
+    describe: str = ""
+    """Its function `(data, codecs, scan) -> str`: what `inspect` can say of a frame."""
+
+
+CODECS = {
+    codec.id: codec
+    for codec in (
+        Codec(1, "planes", "contract.byte_planes", "join_planes"),
+        Codec(2, "zstd", "lossless.zstd", "unzstd", "Zstd"),
+        Codec(3, "lz4", "lossless.lz4", "unlz4", "Lz4"),
+        Codec(4, "fp8", "quantized.fp8", "from_fp8", "Fp8"),
+        Codec(5, "int8", "quantized.int8", "from_int8", "Int8"),
+        Codec(6, "int4", "quantized.int4", "from_int4", "Int4"),
+        Codec(7, "turboquant", "quantized.turboquant", "from_turboquant", "TurboQuant"),
+        Codec(8, "rans", "lossless.rans", "from_rans", "Rans"),
+        Codec(9, "cachegen", "cachegen.stage", "from_cachegen", "CacheGen", "describe"),
+        Codec(10, "aesgcm", "encryption.aesgcm", "opened", "AesGcm"),
+        Codec(
+            11, "progressive", "cachegen.progressive", "from_progressive", "Progressive", "describe"
+        ),
+    )
 }
+"""The one registry of codecs: a new one is a file and a line here."""
+
+
+STAGES = {
+    "decode": "tierloom.stages.ops.decode:Decode",
+    "gather": "tierloom.stages.ops.gather:Gather",
+    "get": "tierloom.stages.ops.get:Get",
+    "hash": "tierloom.stages.ops.hash:Hash",
+    "lookup": "tierloom.stages.ops.lookup:Lookup",
+    "put": "tierloom.stages.ops.put:Put",
+    "scatter": "tierloom.stages.ops.scatter:Scatter",
+    "to_device": "tierloom.stages.ops.to_host:ToDevice",
+    "to_host": "tierloom.stages.ops.to_host:ToHost",
+} | {c.name: f"tierloom.stages.codecs.{c.module}:{c.stage}" for c in CODECS.values() if c.stage}
 
 TIERS = {
-    "audit": "tierloom.stages.tiers.audit:Audit",
-    "blackhole": "tierloom.stages.tiers.blackhole:Blackhole",
-    "disk": "tierloom.stages.tiers.disk:Disk",
-    "files": "tierloom.stages.tiers.files:Files",
-    "flaky": "tierloom.stages.tiers.faults:Flaky",
-    "full": "tierloom.stages.tiers.faults:Full",
-    "gds": "tierloom.stages.tiers.gds:Gds",
-    "infinistore": "tierloom.stages.tiers.infinistore:Infinistore",
-    "memory": "tierloom.stages.tiers.memory:Memory",
-    "mock": "tierloom.stages.tiers.mock:Mock",
-    "mooncake": "tierloom.stages.tiers.mooncake:Mooncake",
-    "nixl": "tierloom.stages.tiers.nixl:Nixl",
-    "redis": "tierloom.stages.tiers.redis:Redis",
-    "s3": "tierloom.stages.tiers.s3:S3",
-    "server": "tierloom.stages.tiers.server:Server",
-    "slow": "tierloom.stages.tiers.faults:Slow",
-    "stuck": "tierloom.stages.tiers.faults:Stuck",
+    "audit": "tierloom.stages.tiers.wrappers.audit:Audit",
+    "blackhole": "tierloom.stages.tiers.wrappers.blackhole:Blackhole",
+    "disk": "tierloom.stages.tiers.disk.tier:Disk",
+    "files": "tierloom.stages.tiers.files.tier:Files",
+    "flaky": "tierloom.stages.tiers.wrappers.faults:Flaky",
+    "full": "tierloom.stages.tiers.wrappers.faults:Full",
+    "gds": "tierloom.stages.tiers.files.gds:Gds",
+    "infinistore": "tierloom.stages.tiers.pools.infinistore:Infinistore",
+    "memory": "tierloom.stages.tiers.memory.tier:Memory",
+    "mock": "tierloom.stages.tiers.wrappers.mock:Mock",
+    "mooncake": "tierloom.stages.tiers.pools.mooncake:Mooncake",
+    "nixl": "tierloom.stages.tiers.nixl.tier:Nixl",
+    "redis": "tierloom.stages.tiers.redis.tier:Redis",
+    "s3": "tierloom.stages.tiers.buckets.s3:S3",
+    "server": "tierloom.stages.tiers.server.tier:Server",
+    "slow": "tierloom.stages.tiers.wrappers.faults:Slow",
+    "stuck": "tierloom.stages.tiers.wrappers.faults:Stuck",
 }
 
 SCHEMES = {

@@ -26,8 +26,8 @@ sys.path.append(str(ROOT / "tests" / "tiers"))  # the servers that other folders
 
 def touched(thing):
     """The leases that a call's arguments lead to."""
-    from tierloom.stages.arena import Lease
-    from tierloom.stages.payload import Batch
+    from tierloom.stages.contract.batch import Batch
+    from tierloom.stages.memory.arena import Lease
 
     if isinstance(thing, Lease):
         return [thing]
@@ -47,9 +47,9 @@ def poisoned(monkeypatch):
 
     TIERLOOM_COPYING=8: so many threads copy, however few cores there are.
     """
-    from tierloom.adapters.testing_arena import PoisonArena
-    from tierloom.pipeline.pool import Pool
-    from tierloom.stages.held import Call
+    from tierloom.pipeline.run.threads import Pool
+    from tierloom.stages.memory.held import Call
+    from tierloom.testing.arena import PoisonArena
 
     made = []
 
@@ -61,8 +61,8 @@ def poisoned(monkeypatch):
         copying = int(os.environ.get("TIERLOOM_COPYING", "0"))
         return Pool(copying or threads if name == "work" else threads, name)
 
-    monkeypatch.setattr("tierloom.pipeline.worker.Arena", arena)
-    monkeypatch.setattr("tierloom.pipeline.depot.Arena", arena)
+    monkeypatch.setattr("tierloom.pipeline.runtime.Arena", arena)
+    monkeypatch.setattr("tierloom.pipeline.object_store.Arena", arena)
     begin = Call.__init__
 
     def named(call, fn, args, leases):
@@ -71,7 +71,7 @@ def poisoned(monkeypatch):
         assert not missing, f"{fn} is handed leases that its call does not name: {missing}"
         begin(call, fn, args, leases)
 
-    monkeypatch.setattr("tierloom.pipeline.worker.Pool", pool)
+    monkeypatch.setattr("tierloom.pipeline.runtime.Pool", pool)
     monkeypatch.setattr(Call, "__init__", named)
     yield made
     for each in made:

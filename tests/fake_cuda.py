@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from tierloom.triton_kernels.planes import FrameTable, PlaneTable
+from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
 
 REFUSED, OUT_OF_MEMORY = 1, 2
 
@@ -90,9 +90,9 @@ class Cuda:
         to = torch.Tensor.to
         patch.setattr(torch.Tensor, "to", lambda t, *a, **k: self._to(to, t, *a, **k))
         patch.setattr(torch.Tensor, "pin_memory", lambda t: t)
-        patch.setattr("tierloom.triton_kernels.paged_copy.launch_paged_copy", self.launch)
-        patch.setattr("tierloom.stages.page_lock._driver", lambda: self)
-        patch.setattr("tierloom.stages.page_lock.available", lambda: 1 << 40)
+        patch.setattr("tierloom.triton_kernels.paged_copy.triton.launch_paged_copy", self.launch)
+        patch.setattr("tierloom.stages.memory.page_lock._driver", lambda: self)
+        patch.setattr("tierloom.stages.memory.page_lock.available", lambda: 1 << 40)
         return self
 
     # -- torch.cuda ------------------------------------------------------------------------------
@@ -172,8 +172,10 @@ class Cuda:
         tables = [t.cpu().numpy() for t in (planes.table, frames.table, slots)]
         self.current_stream().work.append(partial(self._copy, planes, *tables, here, gather))
 
-    def _copy(self, planes: Any, table: Any, frames: Any, slots: Any, here: int, gather: bool) -> None:  # noqa: E501
-        from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
+    def _copy(
+        self, planes: Any, table: Any, frames: Any, slots: Any, here: int, gather: bool
+    ) -> None:
+        from tierloom.triton_kernels.paged_copy.cpu import gather_frames, scatter_frames
 
         cache = PlaneTable(
             table[:, 0].copy(), table[:, 1:5].copy(), planes.kv, planes.block_tokens, planes.heads,

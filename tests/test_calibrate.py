@@ -14,29 +14,33 @@ import torch
 from tiny import TINY, Letters, tiny_llama
 
 import tierloom
-from tierloom.adapters import calibrate, cli, quality_arms, quality_measure
-from tierloom.adapters.quality_arms import Stored
-from tierloom.adapters.quality_measure import references, score, subject_of
-from tierloom.adapters.transformers import Kept
-from tierloom.adapters.transformers_cache import layout_of
-from tierloom.adapters.vllm_identity import calibrated_id
-from tierloom.adapters.weight_files import files_id
-from tierloom.stages.base import ModelFacts
-from tierloom.stages.codecs import calibration
-from tierloom.stages.codecs.cachegen import LEVELS, CacheGen, CacheGenOptions
-from tierloom.stages.codecs.cachegen_coder import HEAD, Head
-from tierloom.stages.codecs.cachegen_frame import STEPS
-from tierloom.stages.codecs.shape import FrameShape, Site
-from tierloom.stages.codecs.table import decode_frame
+from tierloom.adapters.cli import commands as cli
+from tierloom.adapters.model_identity.weights import files_id
+from tierloom.adapters.quality import arms as quality_arms
+from tierloom.adapters.quality import calibrate
+from tierloom.adapters.quality import measure as quality_measure
+from tierloom.adapters.quality.arms import Stored
+from tierloom.adapters.quality.measure import references, score
+from tierloom.adapters.quality.subject import subject_of
+from tierloom.adapters.transformers.cache import layout_of
+from tierloom.adapters.transformers.cached_model import Kept
+from tierloom.adapters.vllm.exchange.identity import calibrated_id
+from tierloom.stages.codecs.cachegen import calibration
+from tierloom.stages.codecs.cachegen.coder import HEAD, Head
+from tierloom.stages.codecs.cachegen.frame import STEPS
+from tierloom.stages.codecs.cachegen.stage import LEVELS, CacheGen, CacheGenOptions
+from tierloom.stages.codecs.contract.decoding import decode_frame
+from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
+from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.errors import BadObject, ConfigError, TierloomError
-from tierloom.stages.object import Header
-from tierloom.stages.payload import EncodedFrame
+from tierloom.stages.kv.object import Header
 from tierloom.testing import header_of, mutations
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tierloom.adapters.quality_measure import Subject
+    from tierloom.adapters.quality.subject import Subject
 
 
 @pytest.fixture(scope="module")

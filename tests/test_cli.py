@@ -11,11 +11,11 @@ import pytest
 import xxhash
 
 import tierloom
-from tierloom.adapters import cli
-from tierloom.pipeline.spec import presets
-from tierloom.stages.geometry import Geometry
-from tierloom.stages.object import Header, header_size, plan_frames
-from tierloom.stages.space import PAGE
+from tierloom.adapters.cli import commands as cli
+from tierloom.pipeline.config.presets import presets
+from tierloom.stages.kv.geometry import Geometry
+from tierloom.stages.kv.object import Header, header_size, plan_frames
+from tierloom.stages.memory.allocator import PAGE
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_doctor_tells_what_this_user_may_not_write(run, monkeypatch, tmp_path) -
     monkeypatch.setenv("HOME", "/dev/null/home")
     monkeypatch.delenv("TIERLOOM_DIR", raising=False)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    code_of = "tierloom.triton_kernels.machine_code"
+    code_of = "tierloom.triton_kernels.memory.machine_code"
     for kept, says in (
         (None, "nowhere to keep its code"),
         (tmp_path / "numba" / "x", f"keeps its code in {tmp_path}"),
@@ -141,7 +141,7 @@ def test_doctor_tells_what_this_user_may_not_write(run, monkeypatch, tmp_path) -
 
 def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("tierloom.adapters.doctor.find_spec", lambda name: None)
+    monkeypatch.setattr("tierloom.adapters.cli.doctor.find_spec", lambda name: None)
     out = run("doctor")[1]
     for tier in ("s3", "nixl", "gds", "mooncake"):
         assert f"pip install 'tierloom[{tier}]'" in out
@@ -151,8 +151,10 @@ def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:
 def test_demo_and_bench_hand_over(run, monkeypatch) -> None:
     got = []
     demo = lambda *a: got.append(a) or 3  # noqa: E731
-    monkeypatch.setattr("tierloom.adapters.demo.run_demo", demo)
-    monkeypatch.setattr("tierloom.adapters.bench.run_bench", lambda words: got.append(words) or 4)
+    monkeypatch.setattr("tierloom.adapters.demo.run.run_demo", demo)
+    monkeypatch.setattr(
+        "tierloom.adapters.cli.bench.run_bench", lambda words: got.append(words) or 4
+    )
     assert run("demo", "--json", "x.json", "--keep")[0] == 3
     assert run("bench", "-k", "copy")[0] == 4
     assert got == [(Path("x.json"), "tiered", True), ["-k", "copy"]]

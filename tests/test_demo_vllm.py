@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from tierloom.adapters import demo_server
-from tierloom.adapters.demo_server import Reply, Server
-from tierloom.adapters.demo_vllm import SKIP_LOAD, Demo
+from tierloom.adapters.demo import vllm_server as demo_server
+from tierloom.adapters.demo.run_vllm import SKIP_LOAD, Demo
+from tierloom.adapters.demo.vllm_server import Reply, Server
 from tierloom.stages.errors import TierloomError
 
 if TYPE_CHECKING:

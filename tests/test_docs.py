@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tierloom.pipeline import check
-from tierloom.pipeline.graph import Breaker, Wire
-from tierloom.pipeline.problems import Findings, Place
-from tierloom.pipeline.tree import from_python
-from tierloom.pipeline.values import fill, names_of
+from tierloom.pipeline.config import load as check
+from tierloom.pipeline.config.coerce import fill, names_of
+from tierloom.pipeline.config.problems import Findings, Place
+from tierloom.pipeline.config.spec import Breaker, Wire
+from tierloom.pipeline.config.yaml_tree import from_python
 from tierloom.stages import catalog
 from tierloom.stages.options import field_docs
 

@@ -15,20 +15,20 @@ POOLS = {"pool", "_pool", "calls", "_calls"}
 MAKERS = {"Thread", "Timer", "ThreadPoolExecutor", "ProcessPoolExecutor", "Process"}
 RUNNERS = {"run_in_executor", "to_thread", "run_sync", "start_new_thread", "submit"}
 THREADS = {
-    "pipeline/pool.py": "Pool.__init__",
-    "pipeline/portal.py": "Portal.__init__ awaited",
-    "stages/tiers/mooncake.py": "Mooncake._leave",  # closes the client; gives back, touches nothing
-    "adapters/testing_bench.py": "Pool.__call__",
-    "adapters/vllm_adapters.py": "Adapters.__init__ Adapters.name",  # reads files
-    "adapters/vllm_door.py": "Door.__init__",  # clears pipelines
+    "pipeline/run/threads.py": "Pool.__init__",
+    "pipeline/run/loop_thread.py": "Portal.__init__ awaited",
+    "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
+    "src/tierloom/testing/bench.py": "Pool.__call__",
+    "adapters/vllm/scheduler/lora.py": "Adapters.__init__ Adapters.name",  # reads files
+    "adapters/vllm/exchange/reset_socket.py": "Door.__init__",  # clears pipelines
 }
 """Where threads are made or used at all."""
 ADDRESSES = {
-    "stages/gather.py": "Gather.apply",
-    "stages/scatter.py": "Scatter._place",
-    "stages/tiers/pooled.py": "Pooled._load Pooled._save",
-    "stages/tiers/bucket.py": "Bucket.put",
-    "stages/tiers/nixl_objects.py": "NixlObjects._load",
+    "stages/ops/gather.py": "Gather.apply",
+    "stages/ops/scatter.py": "Scatter._place",
+    "stages/tiers/pools/tier.py": "Pooled._load Pooled._save",
+    "stages/tiers/buckets/bucket.py": "Bucket.put",
+    "stages/tiers/nixl/objects.py": "NixlObjects._load",
 }
 """Who takes a lease's address: what runs as a named call, or holds the lease itself."""
 
@@ -80,7 +80,9 @@ def faults(path: Path, source: str) -> Iterator[str]:
             yield f"{where}: a call into threads that does not name its leases"
         if isinstance(node, ast.Attribute) and node.attr in POOLS and id(node) in kept:
             yield f"{where}: a pool by another name"
-        if of_a_lease(node, "address") and place != "stages/selftest.py":  # the caller's thread
+        if (
+            of_a_lease(node, "address") and place != "stages/kv/layout_check.py"
+        ):  # the caller's thread
             yield f"{where}: an address without bounds; say lease.at(begin, nbytes)"
         if call and of_a_lease(call.func, "at") and scope not in ADDRESSES.get(place, "").split():
             yield f"{where}: an address"

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tierloom.adapters.cli import app
-from tierloom.adapters.lmcache_given import CONVERTED, REASONS
-from tierloom.pipeline import check
-from tierloom.pipeline.problems import ConfigProblems
+from tierloom.adapters.cli.commands import app
+from tierloom.adapters.lmcache.options import CONVERTED, REASONS
+from tierloom.pipeline.config import load as check
+from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages import catalog
 
 FILES = sorted((Path(__file__).parent / "lmcache").glob("*.yaml"))

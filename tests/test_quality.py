@@ -14,14 +14,17 @@ import torch
 from processes import real_model
 from tiny import TINY, Letters, letters, tiny_llama
 
-from tierloom.adapters import cli, quality, quality_documents
-from tierloom.adapters.quality_arms import Stored, codecs, parse_codec
-from tierloom.adapters.quality_documents import Sizes, documents
-from tierloom.adapters.quality_measure import load_subject, read_on, references, score, subject_of
-from tierloom.adapters.quality_score import Outcome, Score, interval, ratio
+from tierloom.adapters.cli import commands as cli
+from tierloom.adapters.quality import documents as quality_documents
+from tierloom.adapters.quality import report as quality
+from tierloom.adapters.quality.arms import Stored, codecs, parse_codec
+from tierloom.adapters.quality.documents import Sizes, documents
+from tierloom.adapters.quality.measure import read_on, references, score
+from tierloom.adapters.quality.score import Outcome, Score, interval, ratio
+from tierloom.adapters.quality.subject import load_subject, subject_of
 from tierloom.stages.errors import ConfigError, InputError, TierloomError
-from tierloom.stages.object import header_size
-from tierloom.stages.space import aligned
+from tierloom.stages.kv.object import header_size
+from tierloom.stages.memory.allocator import aligned
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -263,7 +266,7 @@ def test_the_command_measures_a_model_of_ones_own(run, folder) -> None:
 )
 def test_a_mistake_is_told_with_its_cure(run, words, said, monkeypatch) -> None:
     computed = []
-    monkeypatch.setattr("tierloom.adapters.quality_measure.references", computed.append)
+    monkeypatch.setattr("tierloom.adapters.quality.measure.references", computed.append)
     code, out, err = run(*words)
     assert (code, out, computed) == (2, "", [])
     assert said in err
@@ -281,7 +284,7 @@ def test_without_transformers_the_command_says_how_to_get_it(run, monkeypatch) -
 @pytest.mark.slow
 def test_a_real_model_tells_rules_apart() -> None:
     """The order of papers.md 8.1, on one short document."""
-    from tierloom.adapters.quality_measure import load_subject
+    from tierloom.adapters.quality.subject import load_subject
 
     real = load_subject("smollm2")
     one = references(real, TINY, 1)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tierloom.adapters.quality_arms import Treated
-from tierloom.adapters.quality_score import Outcome, Score
+from tierloom.adapters.quality.score import Outcome, Score
+from tierloom.adapters.quality.subject import Treated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

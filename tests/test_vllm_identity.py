@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from processes import missing
 
-from tierloom.adapters import weight_files
-from tierloom.adapters.identity import config_text, strip_starts
-from tierloom.adapters.vllm_identity import adapter_id, drafted, weights_id
+from tierloom.adapters.model_identity import weights as weight_files
+from tierloom.adapters.model_identity.config import config_text, strip_starts
+from tierloom.adapters.vllm.exchange.identity import adapter_id, drafted, weights_id
 from tierloom.stages.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

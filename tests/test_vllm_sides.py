@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierloom import ConfigError
-from tierloom.adapters.vllm_index import Mirror, Part
-from tierloom.adapters.vllm_settings import Settings, Wishes, configured, wishes
-from tierloom.adapters.vllm_worth import Worth
+from tierloom.adapters.vllm.exchange.settings import Settings, Wishes, configured, wishes
+from tierloom.adapters.vllm.scheduler.load_cost import Worth
+from tierloom.stages.directory.shard_index import Mirror, Part
 
 CHUNK, GRAIN = 64, 16
 
@@ -241,7 +241,7 @@ def test_patience_grows_with_size_but_not_beyond_computing() -> None:
 
 def test_prefill_speed_is_measured_between_steps(monkeypatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("tierloom.adapters.vllm_worth.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tierloom.adapters.vllm.scheduler.load_cost.time.monotonic", lambda: now[0])
     w = Worth(1)
     for at, computed in ((0.0, 1000), (2.0, 1), (2.1, 1), (60.0, 500), (61.0, 0)):
         now[0] = at

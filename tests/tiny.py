@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tierloom.adapters.quality_documents import Sizes
+from tierloom.adapters.quality.documents import Sizes
 
 TINY = Sizes(contexts=(128,), suffix=32, chunk=64)
 

@@ -26,18 +26,20 @@ from quality.report import markdown
 from rich.console import Console
 from yardstick import machine
 
-from tierloom.adapters.calibrate import TRANSFORMED, learned, observe
-from tierloom.adapters.quality_arms import NONE, Stored, codecs
-from tierloom.adapters.quality_documents import Document, Sizes, texts
-from tierloom.adapters.quality_measure import capture, load_subject, references, score
+from tierloom.adapters.quality.arms import NONE, Stored, codecs
+from tierloom.adapters.quality.calibrate import TRANSFORMED, learned, observe
+from tierloom.adapters.quality.documents import Document, Sizes, texts
+from tierloom.adapters.quality.measure import capture, references, score
+from tierloom.adapters.quality.subject import load_subject
 
 if TYPE_CHECKING:
     from typing import Any
 
     from quality.chunks import Chunked
 
-    from tierloom.adapters.quality_measure import Reference, Subject
-    from tierloom.adapters.quality_score import Score
+    from tierloom.adapters.quality.measure import Reference
+    from tierloom.adapters.quality.score import Score
+    from tierloom.adapters.quality.subject import Subject
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 CODECS = (

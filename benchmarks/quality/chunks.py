@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tierloom.adapters.quality_arms import Treated
+from tierloom.adapters.quality.subject import Treated
 
 if TYPE_CHECKING:
     from collections.abc import Callable

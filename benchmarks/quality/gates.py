@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tierloom.adapters.quality_score import interval, ratio
+from tierloom.adapters.quality.score import interval, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from tierloom.adapters.quality_score import Score
+    from tierloom.adapters.quality.score import Score
 
 
 class Gate(NamedTuple):

@@ -23,12 +23,12 @@ from remote.places import PLACES
 from remote.pool_clients import Infinistore, Mooncake
 from yardstick import GB
 
-from tierloom.pipeline.pool import Pool
+from tierloom.pipeline.run.threads import Pool
 from tierloom.stages import catalog
-from tierloom.stages.arena import Arena
-from tierloom.stages.geometry import Geometry
-from tierloom.stages.object import Header, Object, plan_frames
-from tierloom.stages.tiers.base import Read, Tier, TierContext
+from tierloom.stages.kv.geometry import Geometry
+from tierloom.stages.kv.object import Header, Object, plan_frames
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from pathlib import Path
 
-    from tierloom.stages.object import Object
-    from tierloom.stages.tiers.base import Tier
+    from tierloom.stages.kv.object import Object
+    from tierloom.stages.tiers.contract.tier import Tier
 
     Named = tuple[str, Object]
 

@@ -15,7 +15,7 @@ from cases import SHAPES, Engine
 from remote.places import PLACES
 
 import tierloom
-from tierloom.pipeline.check import load
+from tierloom.pipeline.config.load import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

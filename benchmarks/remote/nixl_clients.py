@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from remote.clients import Named
 
-    from tierloom.stages.tiers.base import Tier
+    from tierloom.stages.tiers.contract.tier import Tier
 
 
 class Nixl(Bare):

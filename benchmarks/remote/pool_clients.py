@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from remote.clients import Named
 
-    from tierloom.stages.tiers.base import Tier
+    from tierloom.stages.tiers.contract.tier import Tier
 
 
 class Mooncake(Bare):

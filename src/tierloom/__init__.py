@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from .pipeline.pipeline import Pipeline
-    from .stages.blocks import BlockTable
-    from .stages.errors import (
+    from tierloom.pipeline.pipeline import Pipeline
+    from tierloom.stages.contract.request import Receipt, Ticket
+    from tierloom.stages.errors import (
         ArenaFull,
         BadObject,
         Closed,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         TierDown,
         TierloomError,
     )
-    from .stages.layout import KVLayout
-    from .stages.ticket import Receipt, Ticket
+    from tierloom.stages.kv.block_table import BlockTable
+    from tierloom.stages.kv.layout import KVLayout
 
 __version__ = "0.1.0"
 
@@ -92,8 +92,8 @@ def open(
     shared across different ones. Raises ConfigError with every problem of the configuration, and
     LayoutError where host memory cannot be page-locked for the GPU that the caches are on.
     """
-    from .pipeline.check import load
-    from .pipeline.pipeline import Pipeline
+    from tierloom.pipeline.config.load import load
+    from tierloom.pipeline.pipeline import Pipeline
 
     return Pipeline(load(config, overrides), layout, model=model, **identity)
 

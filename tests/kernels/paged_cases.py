@@ -8,8 +8,8 @@ from math import prod
 import numpy as np
 import torch
 
-from tierloom.stages.layout import KVLayout
-from tierloom.triton_kernels.planes import FrameTable, PlaneTable
+from tierloom.stages.kv.layout import KVLayout
+from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
 
 POISON = 0xA5
 GUARD = 64

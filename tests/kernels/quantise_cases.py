@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tierloom.triton_kernels import quantise_cpu, turboquant_cpu
-from tierloom.triton_kernels import quantise_reference as reference
-from tierloom.triton_kernels.hadamard import launch_hadamard
-from tierloom.triton_kernels.quantise import launch_fp8, launch_int4, launch_int8
+from tierloom.triton_kernels.quantize import cpu as quantise_cpu
+from tierloom.triton_kernels.quantize import reference
+from tierloom.triton_kernels.quantize.triton import launch_fp8, launch_int4, launch_int8
+from tierloom.triton_kernels.turboquant import cpu as turboquant_cpu
+from tierloom.triton_kernels.turboquant.triton import launch_hadamard
 
 BITS = {
     torch.bfloat16: (torch.int16, np.uint16), torch.float16: (torch.int16, np.int16),

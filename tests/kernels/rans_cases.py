@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from paged_cases import POISON
 
-from tierloom.triton_kernels import rans_reference
-from tierloom.triton_kernels.rans_cpu import decode_streams, encode_streams
-from tierloom.triton_kernels.rans_format import StreamGrid
-from tierloom.triton_kernels.rans_tables import RansTables, normalise
+from tierloom.triton_kernels.rans import reference as rans_reference
+from tierloom.triton_kernels.rans.cpu import decode_streams, encode_streams
+from tierloom.triton_kernels.rans.format import StreamGrid
+from tierloom.triton_kernels.rans.tables import RansTables, normalise
 
 NO_ACCESS = 0
 """PROT_NONE of mprotect(2), which the mmap module does not name."""

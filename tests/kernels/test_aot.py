@@ -15,24 +15,30 @@ import pytest
 import triton
 from aot import TARGETS, Kernel, compile_for
 
-from tierloom.triton_kernels.cachegen import ELEMENTS as CACHEGEN_ELEMENTS
-from tierloom.triton_kernels.cachegen import TOGETHER, WIDTH, decode_pages, encode_pages, moments
-from tierloom.triton_kernels.cachegen_symbols import ELEMENTS as SYMBOL_ELEMENTS
-from tierloom.triton_kernels.cachegen_symbols import check_escapes, choose_tables, to_symbols
-from tierloom.triton_kernels.checksum import positional_sums
-from tierloom.triton_kernels.exponent import ELEMENTS as SPLIT_ELEMENTS
-from tierloom.triton_kernels.exponent import exponents
-from tierloom.triton_kernels.hadamard import hadamard
-from tierloom.triton_kernels.launch import tile_for
-from tierloom.triton_kernels.paged_copy import paged_copy
-from tierloom.triton_kernels.quantise import (
+from tierloom.triton_kernels.cachegen.symbols_triton import ELEMENTS as SYMBOL_ELEMENTS
+from tierloom.triton_kernels.cachegen.symbols_triton import check_escapes, choose_tables, to_symbols
+from tierloom.triton_kernels.cachegen.triton import ELEMENTS as CACHEGEN_ELEMENTS
+from tierloom.triton_kernels.cachegen.triton import (
+    TOGETHER,
+    WIDTH,
+    decode_pages,
+    encode_pages,
+    moments,
+)
+from tierloom.triton_kernels.checksum.triton import positional_sums
+from tierloom.triton_kernels.exponent.triton import ELEMENTS as SPLIT_ELEMENTS
+from tierloom.triton_kernels.exponent.triton import exponents
+from tierloom.triton_kernels.memory.launch import tile_for
+from tierloom.triton_kernels.paged_copy.triton import paged_copy
+from tierloom.triton_kernels.quantize.triton import (
     ELEMENTS,
     channel_means,
     fp8_groups,
     int4_groups,
     int8_groups,
 )
-from tierloom.triton_kernels.rans import rans_compact, rans_decode, rans_encode
+from tierloom.triton_kernels.rans.triton import rans_compact, rans_decode, rans_encode
+from tierloom.triton_kernels.turboquant.triton import hadamard
 
 BASELINE = Path(__file__).with_name("aot_baseline.json")
 REWRITE = os.environ.get("TIERLOOM_REWRITE_BASELINE") == "1"

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tierloom.triton_kernels import cachegen_cpu as cpu
-from tierloom.triton_kernels import cachegen_reference as reference
+from tierloom.triton_kernels.cachegen import cpu, reference
 
 BITS = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
 

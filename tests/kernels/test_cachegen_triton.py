@@ -11,21 +11,22 @@ import torch
 from interpreter import run_interpreted
 from paged_cases import Cache, Frames, make_cache, make_frames, make_slots
 
-from tierloom.triton_kernels import cachegen_cpu as cpu
-from tierloom.triton_kernels import cachegen_reference, reference
-from tierloom.triton_kernels.cachegen import (
+from tierloom.triton_kernels.cachegen import cpu
+from tierloom.triton_kernels.cachegen import reference as cachegen_reference
+from tierloom.triton_kernels.cachegen.symbols_triton import (
+    launch_check_escapes,
+    launch_choose_tables,
+    launch_to_symbols,
+)
+from tierloom.triton_kernels.cachegen.triton import (
     Sites,
     Tables,
     launch_decode,
     launch_encode,
     launch_moments,
 )
-from tierloom.triton_kernels.cachegen_symbols import (
-    launch_check_escapes,
-    launch_choose_tables,
-    launch_to_symbols,
-)
-from tierloom.triton_kernels.paged_copy import DeviceFrames, DevicePlanes
+from tierloom.triton_kernels.paged_copy import reference
+from tierloom.triton_kernels.paged_copy.triton import DeviceFrames, DevicePlanes
 
 BITS = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.uint32}
 LAYERS, GROUPS, FIRST = 3, [(0, 2), (2, 3)], [3, 0]

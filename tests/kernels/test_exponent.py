@@ -11,10 +11,10 @@ import pytest
 import torch
 from interpreter import run_interpreted
 
-from tierloom.triton_kernels import exponent_reference as reference
-from tierloom.triton_kernels.column_tables import cluster, count_columns
-from tierloom.triton_kernels.exponent import launch_merge, launch_split
-from tierloom.triton_kernels.exponent_cpu import SHIFTS, count_tops, merge, rest_bytes, split
+from tierloom.triton_kernels.exponent import reference
+from tierloom.triton_kernels.exponent.cpu import SHIFTS, count_tops, merge, rest_bytes, split
+from tierloom.triton_kernels.exponent.triton import launch_merge, launch_split
+from tierloom.triton_kernels.rans.clusters_cpu import cluster, count_columns
 
 SIZES = [1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 1000, 4096]
 POISON = 0xA5

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import LAYOUTS, NATIVE, Cache, make_cache, make_frames, make_slots
 
-from tierloom.triton_kernels import reference
-from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
-from tierloom.triton_kernels.planes import CORRUPT, PENDING, PLACED, FrameTable, PlaneTable
+from tierloom.triton_kernels.memory.tables import CORRUPT, PENDING, PLACED, FrameTable, PlaneTable
+from tierloom.triton_kernels.paged_copy import reference
+from tierloom.triton_kernels.paged_copy.cpu import gather_frames, scatter_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable

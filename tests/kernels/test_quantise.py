@@ -21,8 +21,9 @@ from quantise_cases import (
     make_case,
 )  # fmt: skip
 
-from tierloom.triton_kernels import quantise_cpu, turboquant_cpu
-from tierloom.triton_kernels import quantise_reference as reference
+from tierloom.triton_kernels.quantize import cpu as quantise_cpu
+from tierloom.triton_kernels.quantize import reference
+from tierloom.triton_kernels.turboquant import cpu as turboquant_cpu
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(2, 9, 3, 64), (4, 70, 2, 32), (2, 5, 1, 96), (2, 7, 2, 20)]

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rans_cases import KINDS, Case, Streams, fenced, make_case, poisoned
 
-from tierloom.triton_kernels import rans_reference
-from tierloom.triton_kernels.rans_cpu import encode_streams
-from tierloom.triton_kernels.rans_format import BAD, DONE, INITIAL_STATE, StreamGrid
-from tierloom.triton_kernels.rans_tables import RansTables
+from tierloom.triton_kernels.rans import reference as rans_reference
+from tierloom.triton_kernels.rans.cpu import encode_streams
+from tierloom.triton_kernels.rans.format import BAD, DONE, INITIAL_STATE, StreamGrid
+from tierloom.triton_kernels.rans.tables import RansTables
 
 
 def check(case: Case, at: str = "end") -> Streams:

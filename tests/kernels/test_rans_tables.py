@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.triton_kernels.rans_format import StreamGrid
-from tierloom.triton_kernels.rans_tables import UNCODABLE, RansTables, normalise
+from tierloom.triton_kernels.rans.format import StreamGrid
+from tierloom.triton_kernels.rans.tables import UNCODABLE, RansTables, normalise
 
 
 @pytest.mark.parametrize(

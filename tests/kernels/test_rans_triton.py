@@ -12,13 +12,13 @@ from interpreter import INTERPRETED, run_interpreted
 from paged_cases import GUARD, POISON
 from rans_cases import Case, Streams, fenced, make_case
 
-from tierloom.triton_kernels.rans import (
+from tierloom.triton_kernels.rans.format import BAD, DONE, StreamGrid
+from tierloom.triton_kernels.rans.tables import RansTables
+from tierloom.triton_kernels.rans.triton import (
     DeviceTables,
     launch_decode_streams,
     launch_encode_streams,
 )
-from tierloom.triton_kernels.rans_format import BAD, DONE, StreamGrid
-from tierloom.triton_kernels.rans_tables import RansTables
 
 
 class Guarded:

@@ -11,12 +11,12 @@ import torch
 from interpreter import run_interpreted
 from paged_cases import LAYOUTS, NATIVE, make_cache, make_frames, make_slots
 
-from tierloom.triton_kernels import reference
-from tierloom.triton_kernels.checksum import launch_positional_sums, positional_sums_cpu
-from tierloom.triton_kernels.launch import Tile
-from tierloom.triton_kernels.paged_copy import DeviceFrames, DevicePlanes, launch_paged_copy
-from tierloom.triton_kernels.paged_copy_cpu import gather_frames, scatter_frames
-from tierloom.triton_kernels.planes import PlaneTable
+from tierloom.triton_kernels.checksum.triton import launch_positional_sums, positional_sums_cpu
+from tierloom.triton_kernels.memory.launch import Tile
+from tierloom.triton_kernels.memory.tables import PlaneTable
+from tierloom.triton_kernels.paged_copy import reference
+from tierloom.triton_kernels.paged_copy.cpu import gather_frames, scatter_frames
+from tierloom.triton_kernels.paged_copy.triton import DeviceFrames, DevicePlanes, launch_paged_copy
 
 GO = np.zeros(1, np.uint8)
 GROUPS, ROWS, TAKE = [(0, 2), (1, 2)], [9, 5], [9, 3]

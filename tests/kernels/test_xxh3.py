@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.triton_kernels.xxh3 import XXH3_START, xxh3_64, xxh3_absorb, xxh3_end
+from tierloom.triton_kernels.checksum.xxh3_cpu import XXH3_START, xxh3_64, xxh3_absorb, xxh3_end
 
 DATA = np.random.default_rng(3).integers(0, 256, 1 << 20, dtype=np.uint8)
 
@@ -70,7 +70,7 @@ def test_every_byte_counts(n: int) -> None:
 def test_compiled_code_is_kept_for_the_next_process() -> None:
     ours(DATA[:1])
     code = (
-        "from tierloom.triton_kernels.xxh3 import xxh3_64\n"
+        "from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64\n"
         "xxh3_64(0, 0)\n"
         "print(sum(xxh3_64.stats.cache_hits.values()))"
     )

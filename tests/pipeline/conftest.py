@@ -87,7 +87,7 @@ class Engine:
 
     def rows(self, slots: np.ndarray) -> torch.Tensor:
         """[kv, layers, tokens, heads, dim] as bytes, by plain indexing."""
-        from tierloom.stages.selftest import token
+        from tierloom.stages.kv.layout_check import token
 
         return torch.stack(
             [
@@ -236,7 +236,7 @@ def over(
     for name, value in AWS.items():
         monkeypatch.setenv(name, value)
     # All but headers goes by NIXL, also of objects as small as these.
-    monkeypatch.setattr("tierloom.stages.tiers.nixl_agent._SMALL", 4096)
+    monkeypatch.setattr("tierloom.stages.tiers.nixl.agent._SMALL", 4096)
     store.model = request.node.name
     store.ready()
 

@@ -14,10 +14,11 @@ from conftest import Engine, Open, config, settle, tokens
 from fake_cuda import OUT_OF_MEMORY, Cuda, Illegal
 
 from tierloom import KVLayout, LayoutError, Lost
-from tierloom.stages import copy, page_lock
-from tierloom.stages.arena import Arena
-from tierloom.stages.selftest import check_layout
-from tierloom.triton_kernels.planes import FrameTable
+from tierloom.stages.kv import paged_copy as copy
+from tierloom.stages.kv.layout_check import check_layout
+from tierloom.stages.memory import page_lock
+from tierloom.stages.memory.arena import Arena
+from tierloom.triton_kernels.memory.tables import FrameTable
 
 ORDERS = ["2BNHD", "2BHND", "BNHD", "SHD", "BND", "BHNC"]
 
@@ -184,7 +185,7 @@ def test_nothing_is_under_way_when_a_launch_has_failed(
         cuda.current_stream().work.append(lambda: done.append(1))
         raise ValueError("no such kernel")
 
-    monkeypatch.setattr("tierloom.triton_kernels.paged_copy.launch_paged_copy", half)
+    monkeypatch.setattr("tierloom.triton_kernels.paged_copy.triton.launch_paged_copy", half)
     with pytest.raises(ValueError, match="no such kernel"):
         gather(engine, arena)
     assert done == [1]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from tierloom.pipeline.check import load
-from tierloom.pipeline.depot import Depot, Grip
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.object_store import Depot, Grip
 from tierloom.stages.errors import Lost
-from tierloom.stages.object import Object
+from tierloom.stages.kv.object import Object
 from tierloom.testing import NAMESPACE, SIZE, key_of, make_object
 
 if TYPE_CHECKING:

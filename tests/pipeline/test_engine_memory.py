@@ -17,7 +17,7 @@ import torch
 from conftest import Engine, Open, config, tokens
 
 from tierloom import KVLayout, LayoutError, Lost
-from tierloom.stages import selftest
+from tierloom.stages.kv import layout_check as selftest
 
 CASES = list(strides.cases())
 

@@ -241,7 +241,7 @@ def test_too_many_requests_are_refused_as_misses(opened: Open) -> None:
 def test_a_broken_stage_is_logged_once_and_the_graph_stands_aside(
     opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tierloom.stages.scatter import Scatter
+    from tierloom.stages.ops.scatter import Scatter
 
     def broken(self: Scatter, batch: object) -> None:
         raise ZeroDivisionError("a bug")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Engine, config, tokens
 
-from tierloom.stages.get import Get
+from tierloom.stages.ops.get import Get
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Engine, Open, settle, tokens, with_disk
 
-from tierloom.adapters.inspect import inspect_object
+from tierloom.adapters.cli.inspect_object import inspect_object
 
 
 def kept(opened: Open, folder: Path, use: str, codec: str = "zstd", **options: str) -> None:

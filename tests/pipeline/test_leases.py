@@ -15,9 +15,9 @@ import torch
 from conftest import Engine, config, settle, tokens, with_disk
 from test_every_codec import key_file
 
-from tierloom.pipeline.pool import Pool
-from tierloom.stages import put as put_stage
-from tierloom.stages.codecs.aesgcm import AesGcm
+from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.codecs.encryption.aesgcm import AesGcm
+from tierloom.stages.ops import put as put_stage
 from tierloom.testing import PoisonArena
 
 if TYPE_CHECKING:

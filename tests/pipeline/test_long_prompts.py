@@ -11,8 +11,8 @@ import torch
 from conftest import Engine, Open, config, settle, tokens
 
 from tierloom import Lost
-from tierloom.pipeline.cut import cut
-from tierloom.pipeline.graph import Budget
+from tierloom.pipeline.config.spec import Budget
+from tierloom.pipeline.run.batching import cut
 
 LENGTH, STEP = 1 << 17, 1 << 13
 PACE = {"by": "layer"}

@@ -6,8 +6,8 @@ from typing import Any
 
 from conftest import config
 
-from tierloom.pipeline.check import load
-from tierloom.pipeline.lower import lower
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.segments import lower
 
 
 def segments(graph: str, **changes: Any) -> list[tuple[str, int | None, str, bool]]:

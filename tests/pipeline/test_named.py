@@ -12,7 +12,7 @@ from conftest import Engine, config, settle, tokens, with_disk
 
 import tierloom
 from tierloom.stages.errors import ConfigError
-from tierloom.stages.hash import Chain
+from tierloom.stages.ops.hash import Chain
 
 if TYPE_CHECKING:
     from conftest import Open

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tierloom
 from tierloom import BlockTable, InputError
-from tierloom.stages.hash import Chain
+from tierloom.stages.ops.hash import Chain
 
 if TYPE_CHECKING:
     from conftest import Open

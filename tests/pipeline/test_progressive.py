@@ -11,7 +11,7 @@ import torch
 from conftest import Engine, settle, tokens
 from test_every_codec import LOSS, encoded, lost_of
 
-from tierloom.stages.adapt import Outlook
+from tierloom.stages.ops.scan_budget import Outlook
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from conftest import Open
 
     from tierloom import Pipeline
-    from tierloom.stages.tiers.base import Read
+    from tierloom.stages.tiers.contract.tier import Read
 
 IDS = tokens(200)
 

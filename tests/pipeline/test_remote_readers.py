@@ -20,8 +20,8 @@ from stores import IDS
 from trips import PACES, get, lands
 
 from tierloom import Lost
-from tierloom.stages.codecs import calibration
-from tierloom.stages.codecs.cachegen_tables import fitted, shapes
+from tierloom.stages.codecs.cachegen import calibration
+from tierloom.stages.codecs.cachegen.codebook import fitted, shapes
 
 if TYPE_CHECKING:
     from conftest import Open

@@ -450,7 +450,7 @@ def test_another_layout_of_the_same_geometry_may_be_given(opened: Open) -> None:
 def test_a_layout_that_fails_its_self_test_turns_caching_off(
     opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tierloom.stages.layout import KVLayout as Layout
+    from tierloom.stages.kv.layout import KVLayout as Layout
 
     engine = Engine()
     real = Layout.planes

@@ -19,9 +19,9 @@ from conftest import Engine, settle
 from test_every_codec import LOSS, encoded
 
 from tierloom import Lost
-from tierloom.pipeline.pool import Pool
-from tierloom.stages.adapt import Outlook
-from tierloom.stages.get import Get
+from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.ops.get import Get
+from tierloom.stages.ops.scan_budget import Outlook
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tierloom.pipeline.pool import Pool
-from tierloom.pipeline.portal import Portal
-from tierloom.stages.arena import Arena
+from tierloom.pipeline.run.loop_thread import Portal
+from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.errors import ArenaFull
+from tierloom.stages.memory.arena import Arena
 
 
 async def until(stop: asyncio.Event, ready: Any) -> None:

@@ -8,8 +8,8 @@ from textwrap import dedent
 
 import pytest
 
-from tierloom.pipeline.check import load
-from tierloom.pipeline.problems import ConfigProblems, Problem
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.problems import ConfigProblems, Problem
 
 
 @pytest.fixture(autouse=True)

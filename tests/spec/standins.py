@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tierloom.stages.base import Lane, Stage
+from tierloom.stages.contract.stage import Lane, Stage
 from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.base import Tier
+from tierloom.stages.tiers.contract.tier import Tier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

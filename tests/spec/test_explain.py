@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from tierloom.pipeline.check import load
-from tierloom.pipeline.explain import explain, mermaid
+from tierloom.pipeline.config.explain import explain, mermaid
+from tierloom.pipeline.config.load import load
 
 
 @pytest.fixture

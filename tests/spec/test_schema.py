@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
-from tierloom.pipeline import schema
-from tierloom.pipeline.spec import presets
+from tierloom.pipeline.config import schema
+from tierloom.pipeline.config.presets import presets
 
 CONFIGS = resources.files("tierloom") / "configs"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tierloom.pipeline.check import load, warnings
-from tierloom.pipeline.problems import ConfigProblems
-from tierloom.pipeline.spec import presets
+from tierloom.pipeline.config.load import load, warnings
+from tierloom.pipeline.config.presets import presets
+from tierloom.pipeline.config.problems import ConfigProblems
 
 BASE = """
     version: 1
@@ -178,7 +178,7 @@ def test_the_presets_are_right(name) -> None:
 
 def test_checking_imports_nothing_heavy() -> None:
     code = (
-        "import sys, json; from tierloom.pipeline.check import load\n"
+        "import sys, json; from tierloom.pipeline.config.load import load\n"
         "for name in ('minimal', 'redis', 's3', 'nixl-posix', 'nixl-obj', 'gds'): load(name)\n"
         "heavy = 'torch numba triton redis obstore nixl nixl_cu12 kvikio'.split()\n"
         "print(json.dumps([m for m in heavy if m in sys.modules]))"

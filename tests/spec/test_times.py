@@ -7,12 +7,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from tierloom.adapters.vllm_settings import Settings
-from tierloom.pipeline.explain import said
-from tierloom.pipeline.graph import Breaker, GraphOptions, Pace
-from tierloom.pipeline.problems import Findings, Place
-from tierloom.pipeline.tree import Leaf
-from tierloom.pipeline.values import BAD, convert
+from tierloom.adapters.vllm.exchange.settings import Settings
+from tierloom.pipeline.config.coerce import BAD, convert
+from tierloom.pipeline.config.explain import said
+from tierloom.pipeline.config.problems import Findings, Place
+from tierloom.pipeline.config.spec import Breaker, GraphOptions, Pace
+from tierloom.pipeline.config.yaml_tree import Leaf
 from tierloom.stages import catalog
 from tierloom.stages.options import parse_seconds, parse_size, seconds_text
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tierloom.pipeline.check import load
-from tierloom.pipeline.explain import explain
-from tierloom.pipeline.problems import ConfigProblems
+from tierloom.pipeline.config.explain import explain
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages import catalog
 
 TEXT = """

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.pipeline import check
-from tierloom.pipeline.check import load
-from tierloom.pipeline.problems import ConfigProblems
-from tierloom.pipeline.spec import presets
+from tierloom.pipeline.config import load as check
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.presets import presets
+from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import ConfigError
 
 TIERS = "tiers: {hot: {use: memory, capacity: 1 MiB}, box: {use: 'standins:Box'}}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tierloom.stages.adapt import Outlook
+from tierloom.stages.ops.scan_budget import Outlook
 
 ELEMENTS = 1500 * 32 * 2 * 1024
 """Of a chunk of 1,500 tokens of an 8B model."""

@@ -13,15 +13,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM as Reference
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tierloom.stages.codecs.aesgcm import AesGcm, AesGcmOptions, _place
-from tierloom.stages.codecs.encode import Encode
-from tierloom.stages.codecs.int8 import Int8, Int8Options
-from tierloom.stages.codecs.keyring import Keyring, hkdf
-from tierloom.stages.codecs.table import AESGCM, INT8, PLANES, ZSTD
-from tierloom.stages.codecs.zstd import Zstd, ZstdOptions
-from tierloom.stages.decode import Decode, DecodeOptions
+from tierloom.stages.codecs.contract.decoding import AESGCM, INT8, PLANES, ZSTD
+from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.keyring import Keyring, hkdf
+from tierloom.stages.codecs.encryption.aesgcm import AesGcm, AesGcmOptions, _place
+from tierloom.stages.codecs.lossless.zstd import Zstd, ZstdOptions
+from tierloom.stages.codecs.quantized.int8 import Int8, Int8Options
+from tierloom.stages.contract.batch import EncodedFrame
 from tierloom.stages.errors import BadObject, ConfigError
-from tierloom.stages.payload import EncodedFrame
+from tierloom.stages.ops.decode import Decode, DecodeOptions
 from tierloom.testing import CodecContract, noise
 
 

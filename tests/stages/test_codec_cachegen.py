@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tierloom.stages.codecs import cachegen_paper
-from tierloom.stages.codecs.cachegen import LEVELS, CacheGen, CacheGenOptions
-from tierloom.stages.codecs.cachegen_coder import HEAD, Head
-from tierloom.stages.codecs.cachegen_paper import most_of
-from tierloom.stages.codecs.cachegen_tables import standard
-from tierloom.stages.codecs.encode import Encode
-from tierloom.stages.codecs.rope import frequencies
-from tierloom.stages.codecs.shape import FrameShape
+from tierloom.stages.codecs.cachegen import paper as cachegen_paper
+from tierloom.stages.codecs.cachegen.codebook import standard
+from tierloom.stages.codecs.cachegen.coder import HEAD, Head
+from tierloom.stages.codecs.cachegen.paper import most_of
+from tierloom.stages.codecs.cachegen.stage import LEVELS, CacheGen, CacheGenOptions
+from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.frame_shape import FrameShape
 from tierloom.stages.errors import BadObject
+from tierloom.stages.kv.rope import frequencies
 from tierloom.testing import CodecContract, noise
 
 ROPE = '{"rope_type": "default", "rope_theta": 10000.0}'

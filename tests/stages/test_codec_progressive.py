@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from tierloom.stages.codecs import cachegen, cachegen_frame
-from tierloom.stages.codecs.cachegen import CacheGen, CacheGenOptions
-from tierloom.stages.codecs.encode import Encode
-from tierloom.stages.codecs.progressive import STEP, Progressive, ProgressiveOptions
-from tierloom.stages.codecs.rope import frequencies
-from tierloom.stages.codecs.shape import FrameShape, Site
-from tierloom.stages.codecs.table import decode_frame
+from tierloom.stages.codecs.cachegen import frame as cachegen_frame
+from tierloom.stages.codecs.cachegen import stage as cachegen
+from tierloom.stages.codecs.cachegen.progressive import STEP, Progressive, ProgressiveOptions
+from tierloom.stages.codecs.cachegen.stage import CacheGen, CacheGenOptions
+from tierloom.stages.codecs.contract.decoding import decode_frame
+from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
+from tierloom.stages.contract.batch import EncodedFrame
 from tierloom.stages.errors import BadObject
-from tierloom.stages.payload import EncodedFrame
+from tierloom.stages.kv.rope import frequencies
 from tierloom.testing import CodecContract, header_of, noise
-from tierloom.triton_kernels import thirds_cpu
+from tierloom.triton_kernels.cachegen import thirds_cpu
 
 ROPE = '{"rope_type": "default", "rope_theta": 10000.0}'
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from bounds import fuzz_with_bounds_checks
 
-from tierloom.stages.codecs.encode import Encode
-from tierloom.stages.codecs.fp8 import Fp8, Fp8Options
-from tierloom.stages.codecs.int4 import Int4, Int4Options
-from tierloom.stages.codecs.int8 import Int8, Int8Options
-from tierloom.stages.codecs.shape import FrameShape, Site
-from tierloom.stages.codecs.turboquant import TurboQuant, TurboQuantOptions
-from tierloom.stages.payload import EncodedFrame
+from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
+from tierloom.stages.codecs.quantized.fp8 import Fp8, Fp8Options
+from tierloom.stages.codecs.quantized.int4 import Int4, Int4Options
+from tierloom.stages.codecs.quantized.int8 import Int8, Int8Options
+from tierloom.stages.codecs.quantized.turboquant import TurboQuant, TurboQuantOptions
+from tierloom.stages.contract.batch import EncodedFrame
 from tierloom.testing import CodecContract, header_of, noise
 
 ROUNDING = 2.0**-8

@@ -11,11 +11,11 @@ from bounds import fuzz_with_bounds_checks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierloom.stages.codecs import rans_side
-from tierloom.stages.codecs.encode import Encode
-from tierloom.stages.codecs.rans import _HEAD, Rans, RansOptions, _parts, _read_head
-from tierloom.stages.codecs.shape import FrameShape, sized
-from tierloom.stages.codecs.table import RANS, decode_frame
+from tierloom.stages.codecs.contract.decoding import RANS, decode_frame
+from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.frame_shape import FrameShape, sized
+from tierloom.stages.codecs.lossless import rans_side
+from tierloom.stages.codecs.lossless.rans import _HEAD, Rans, RansOptions, _parts, _read_head
 from tierloom.testing import CodecContract, noise
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

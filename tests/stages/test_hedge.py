@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from tierloom.stages.hedge import race
+from tierloom.stages.ops.hedge import race
 
 pytestmark = pytest.mark.anyio
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tierloom.stages.contract.batch import Span
 from tierloom.stages.errors import ConfigError, InputError
-from tierloom.stages.hash import Chain, chunks, grain_links
-from tierloom.stages.inputs import tokens_array
-from tierloom.stages.namespace import Namespace, tlv
-from tierloom.stages.payload import Span
+from tierloom.stages.kv.namespace import Namespace, tlv
+from tierloom.stages.kv.tokens import tokens_array
+from tierloom.stages.ops.hash import Chain, chunks, grain_links
 
 BASE = Namespace(model="m", geometry="g")
 
@@ -112,8 +112,8 @@ def test_tlv_is_injective(a: list, b: list) -> None:
 
 def test_links_do_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import numpy as np; from tierloom.stages.hash import grain_links;"
-        "from tierloom.stages.namespace import Namespace;"
+        "import numpy as np; from tierloom.stages.ops.hash import grain_links;"
+        "from tierloom.stages.kv.namespace import Namespace;"
         "tokens = np.arange(64, dtype=np.int32);"
         "print(grain_links(Namespace(model='m').digest, tokens, 32)[-1].hex())"
     )

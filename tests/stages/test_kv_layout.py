@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tierloom.stages import selftest
 from tierloom.stages.errors import InputError, LayoutError
-from tierloom.stages.layout import ORDERS, KVLayout
+from tierloom.stages.kv import layout_check as selftest
+from tierloom.stages.kv.layout import ORDERS, KVLayout
 
 B, N, H, D, LAYERS = 5, 8, 3, 16, 2
 SHAPES = {
@@ -151,7 +151,7 @@ def test_native_rows_are_whole_blocks() -> None:
 def test_a_table_is_made_again_for_other_tensors() -> None:
     import gc
 
-    from tierloom.stages.tables import Tables
+    from tierloom.stages.kv.pointer_cache import Tables
 
     layout, made = layout_of("BNHD")
     tables = Tables()

@@ -11,18 +11,11 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject
-from tierloom.stages.geometry import Geometry
-from tierloom.stages.object import (
-    Frame,
-    Header,
-    Object,
-    header_size,
-    name_of,
-    plan_frames,
-)
-from tierloom.stages.space import PAGE
+from tierloom.stages.kv.geometry import Geometry
+from tierloom.stages.kv.object import Frame, Header, Object, header_size, name_of, plan_frames
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.memory.arena import Arena
 
 GEOMETRY = Geometry(kv=2, layers=5, heads=3, dim=8, dtype="bfloat16", block_tokens=1)
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tierloom.stages.errors import BadObject, Lost, TierDown
-from tierloom.stages.tiers.gds import Gds, GdsOptions, KvikioMover
+from tierloom.stages.tiers.files.gds import Gds, GdsOptions, KvikioMover
 from tierloom.testing import SIZE, TierContract, key_of
 
 

@@ -15,9 +15,12 @@ class NotInstalled(Exception):
 
 def apt(*packages: str) -> None:
     """Install Debian packages, those that are not there. Their services are not started."""
-    if shutil.which("dpkg") and not subprocess.run(
-        ["dpkg", "-s", *packages], capture_output=True, check=False
-    ).returncode:
+    if (
+        shutil.which("dpkg")
+        and not subprocess.run(
+            ["dpkg", "-s", *packages], capture_output=True, check=False
+        ).returncode
+    ):
         return
     if not shutil.which("apt-get"):
         raise NotInstalled(f"no apt-get here: install {' '.join(packages)} by hand")

@@ -12,8 +12,8 @@ import anyio.to_thread
 import xxhash
 
 from tierloom.stages.errors import Lost
-from tierloom.stages.tiers.base import Read
-from tierloom.stages.tiers.pieces import Record
+from tierloom.stages.tiers.contract.tier import Read
+from tierloom.stages.tiers.pools.manifest import Record
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object
 
 

@@ -9,8 +9,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tierloom.stages.tiers import wire
-from tierloom.stages.tiers.wire import Kind
+from tierloom.stages.tiers.server import protocol as wire
+from tierloom.stages.tiers.server.protocol import Kind
 from tierloom.testing import NAMESPACE
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import processes
 
-from tierloom.adapters.serve import Listen, Serving
-from tierloom.pipeline.check import load
+from tierloom.adapters.server.serve import Listen, Serving
+from tierloom.pipeline.config.load import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,9 +8,9 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tierloom.stages.arena import HUGE, Arena
 from tierloom.stages.errors import ArenaFull
-from tierloom.stages.space import PAGE
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.memory.arena import HUGE, Arena
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import anyio
 import pytest
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
-from tierloom.stages.space import PAGE
-from tierloom.stages.tiers.base import Read
-from tierloom.stages.tiers.breaker import Cost, Guarded
-from tierloom.stages.tiers.faults import Stuck, StuckOptions
-from tierloom.stages.tiers.memory import Memory, MemoryOptions
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.tiers.contract.circuit_breaker import Cost, Guarded
+from tierloom.stages.tiers.contract.tier import Read
+from tierloom.stages.tiers.memory.tier import Memory, MemoryOptions
+from tierloom.stages.tiers.wrappers.faults import Stuck, StuckOptions
 from tierloom.testing import ALL, SIZE, TierBench, TierContract, key_of
 
 

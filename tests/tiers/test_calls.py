@@ -9,9 +9,9 @@ import anyio.to_thread
 import pytest
 
 from tierloom.stages.errors import TierDown
-from tierloom.stages.tiers import calls
-from tierloom.stages.tiers.base import TierCounts
-from tierloom.stages.tiers.calls import Calls
+from tierloom.stages.tiers.contract.tier import TierCounts
+from tierloom.stages.tiers.pools import bounded_calls as calls
+from tierloom.stages.tiers.pools.bounded_calls import Calls
 from tierloom.testing import Pool
 
 pytestmark = pytest.mark.anyio

@@ -9,10 +9,10 @@ import random
 import pytest
 
 from tierloom.stages.errors import ConfigError, Lost
-from tierloom.stages.space import PAGE, Space
-from tierloom.stages.tiers import disk_io
-from tierloom.stages.tiers.base import Read
-from tierloom.stages.tiers.disk import Disk, DiskOptions
+from tierloom.stages.memory.allocator import PAGE, Space
+from tierloom.stages.tiers.contract.tier import Read
+from tierloom.stages.tiers.disk import direct_io as disk_io
+from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of, links_of
 
 SEGMENT = 5 * PAGE  # shorter than an object: each lies in several files
@@ -218,7 +218,7 @@ class TestBuffered(DiskContract):
 
     @pytest.mark.anyio
     async def test_a_snapshot_replaces_the_log(self, ctx, tmp_path, clock, monkeypatch):
-        from tierloom.stages.tiers import disk_log
+        from tierloom.stages.tiers.disk import index_log as disk_log
 
         monkeypatch.setattr(disk_log, "_SMALL_LOG", 2000)
         async with self.opened(ctx, tmp_path, clock, capacity=4 * SIZE) as tier:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tierloom.stages.errors import BadObject
-from tierloom.stages.tiers.disk import Disk, DiskOptions
-from tierloom.stages.tiers.disk_log import Journal
+from tierloom.stages.tiers.disk.index_log import Journal
+from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.testing import SIZE, TierBench, key_of
 
 CAPACITY = 6 * SIZE
@@ -143,7 +143,7 @@ class TestCrash(TierBench):
     @pytest.mark.anyio
     @pytest.mark.parametrize("anyio_backend", ["asyncio"])
     async def test_unknown_and_overlapping_records(self, ctx, tmp_path, caplog):
-        from tierloom.stages.tiers.disk_log import _framed, _pack_put
+        from tierloom.stages.tiers.disk.index_log import _framed, _pack_put
 
         dead, log = await self.write(tmp_path, ctx, [2, 3])
         entries = {e.key: e for e in Journal(_copied(dead, tmp_path / "peek")).load()}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tierloom.stages.errors import ConfigError, Lost
-from tierloom.stages.space import PAGE
-from tierloom.stages.tiers.claim import Claim
-from tierloom.stages.tiers.disk import Disk, DiskOptions
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.tiers.disk.folder_lock import Claim
+from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.testing import SIZE, TierBench
 
 SEGMENT = 5 * PAGE

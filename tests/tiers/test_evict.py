@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tierloom.stages.tiers.evict import POLICIES
+from tierloom.stages.tiers.contract.eviction import POLICIES
 
 SHARES = (0.01, 0.05, 0.10, 0.25, 0.50)
 FIGURES = {

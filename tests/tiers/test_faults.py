@@ -8,8 +8,9 @@ import pytest
 from tierloom.stages.catalog import TIERS, load
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.options import field_docs
-from tierloom.stages.tiers.base import Read
-from tierloom.stages.tiers.faults import (
+from tierloom.stages.tiers.contract.tier import Read
+from tierloom.stages.tiers.memory.tier import MemoryOptions
+from tierloom.stages.tiers.wrappers.faults import (
     Flaky,
     FlakyOptions,
     Full,
@@ -18,7 +19,6 @@ from tierloom.stages.tiers.faults import (
     Stuck,
     StuckOptions,
 )
-from tierloom.stages.tiers.memory import MemoryOptions
 from tierloom.testing import ALL, FRAMES, SIZE, TierBench, TierContract, key_of, verify
 
 

@@ -9,8 +9,8 @@ import anyio
 import pytest
 
 from tierloom.stages.errors import ConfigError, Lost
-from tierloom.stages.tiers.base import Read, TierContext
-from tierloom.stages.tiers.files import Files, FilesOptions
+from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.files.tier import Files, FilesOptions
 from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.home import cache_folder, expanded
-from tierloom.stages.space import PAGE
-from tierloom.stages.tiers import folder
-from tierloom.stages.tiers.claim import Claim
-from tierloom.stages.tiers.disk import Disk, DiskOptions
-from tierloom.stages.tiers.files import Files, FilesOptions
-from tierloom.stages.tiers.folder import DEFAULT
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.tiers.disk import default_folder as folder
+from tierloom.stages.tiers.disk.default_folder import DEFAULT
+from tierloom.stages.tiers.disk.folder_lock import Claim
+from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
+from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.user_home import cache_folder, expanded
 from tierloom.testing import SIZE, TierBench, key_of
 
 A, B = b"a" * 32, b"b" * 32

@@ -14,10 +14,10 @@ import anyio
 import pytest
 from processes import missing
 
-from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject, ConfigError, TierDown
-from tierloom.stages.tiers.base import TierContext
-from tierloom.stages.tiers.gds import Gds, GdsOptions, KvikioMover
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.files.gds import Gds, GdsOptions, KvikioMover
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv-gds" / "bin" / "python"
@@ -57,7 +57,7 @@ def test_its_suite(suite: str) -> None:
 
 def test_no_driver() -> None:
     code = (
-        "from tierloom.stages.tiers.gds import GdsOptions, KvikioMover\n"
+        "from tierloom.stages.tiers.files.gds import GdsOptions, KvikioMover\n"
         "KvikioMover(GdsOptions(path='x')).start()"
     )
     done = run("-c", code, driver=False)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import anyio
 import pytest
 
-from tierloom.stages.held import Transfers, held
-from tierloom.stages.tiers.bucket import Bucket
+from tierloom.stages.memory.held import Transfers, held
+from tierloom.stages.tiers.buckets.bucket import Bucket
 from tierloom.testing import SIZE, PoisonArena
 
 pytestmark = pytest.mark.anyio

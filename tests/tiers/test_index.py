@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tierloom.stages.tiers.index import FOREVER, Entry, Index
+from tierloom.stages.tiers.contract.index import FOREVER, Entry, Index
 from tierloom.testing import Clock, key_of, links_of
 
 

@@ -15,7 +15,7 @@ from pooled_cases import (
     damaged,
 )
 
-from tierloom.stages.tiers.infinistore import Infinistore, InfinistoreOptions
+from tierloom.stages.tiers.pools.infinistore import Infinistore, InfinistoreOptions
 from tierloom.testing import TierContract
 
 pytestmark = pytest.mark.infinistore

@@ -12,11 +12,11 @@ import anyio
 import pools
 import pytest
 
-from tierloom.pipeline.graph import Breaker
+from tierloom.pipeline.config.spec import Breaker
 from tierloom.stages.errors import Lost, TierDown
-from tierloom.stages.tiers.base import Read
-from tierloom.stages.tiers.breaker import Guarded
-from tierloom.stages.tiers.infinistore import Infinistore, InfinistoreOptions
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.tier import Read
+from tierloom.stages.tiers.pools.infinistore import Infinistore, InfinistoreOptions
 from tierloom.testing import ALL, TierBench, key_of
 
 pytestmark = pytest.mark.infinistore

@@ -8,12 +8,12 @@ import threading
 import anyio
 import pytest
 
-from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ArenaFull, Lost
-from tierloom.stages.object import Object
-from tierloom.stages.space import PAGE
-from tierloom.stages.tiers.base import Read, TierContext
-from tierloom.stages.tiers.memory import Memory, MemoryOptions
+from tierloom.stages.kv.object import Object
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.memory.tier import Memory, MemoryOptions
 from tierloom.testing import FRAMES, NAMESPACE, SIZE, TierBench, TierContract, key_of, make_object
 
 

@@ -7,16 +7,16 @@ import logging
 import anyio
 import pytest
 
-from tierloom.pipeline.check import load
-from tierloom.pipeline.explain import explain
-from tierloom.pipeline.problems import ConfigProblems
+from tierloom.pipeline.config.explain import explain
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import Lost
-from tierloom.stages.tiers.audit import Audit, AuditOptions
-from tierloom.stages.tiers.base import Inner, Read
-from tierloom.stages.tiers.blackhole import Blackhole, BlackholeOptions
-from tierloom.stages.tiers.disk import Disk, DiskOptions
-from tierloom.stages.tiers.files import Files, FilesOptions
-from tierloom.stages.tiers.mock import Mock, MockOptions
+from tierloom.stages.tiers.contract.tier import Inner, Read
+from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
+from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.wrappers.audit import Audit, AuditOptions
+from tierloom.stages.tiers.wrappers.blackhole import Blackhole, BlackholeOptions
+from tierloom.stages.tiers.wrappers.mock import Mock, MockOptions
 from tierloom.testing import (
     ALL,
     FRAMES,
@@ -116,7 +116,7 @@ class TestAuditOfFiles(TierContract):
 
     @pytest.mark.anyio
     async def test_every_call_is_logged(self, ctx, tmp_path, clock, caplog):
-        with caplog.at_level(logging.INFO, "tierloom.stages.tiers.audit"):
+        with caplog.at_level(logging.INFO, "tierloom.stages.tiers.wrappers.audit"):
             async with self.opened(ctx, tmp_path, clock) as tier:
                 await self.put(tier, 1, 2)
                 await tier.has([key_of(1), key_of(9)])

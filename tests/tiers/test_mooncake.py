@@ -19,11 +19,11 @@ from pooled_cases import (
     damaged,
 )
 
-from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ConfigError, Lost
-from tierloom.stages.tiers.base import TierContext
-from tierloom.stages.tiers.mooncake import Mooncake, MooncakeOptions
-from tierloom.stages.tiers.pieces import Record
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.pools.manifest import Record
+from tierloom.stages.tiers.pools.mooncake import Mooncake, MooncakeOptions
 from tierloom.testing import NAMESPACE, Pool, TierBench, TierContract, key_of
 
 

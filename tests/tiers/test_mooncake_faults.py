@@ -8,12 +8,12 @@ import anyio
 import pools
 import pytest
 
-from tierloom.pipeline.graph import Breaker
+from tierloom.pipeline.config.spec import Breaker
 from tierloom.stages.errors import Lost, TierDown
-from tierloom.stages.tiers import mooncake
-from tierloom.stages.tiers.base import Read
-from tierloom.stages.tiers.breaker import Guarded
-from tierloom.stages.tiers.mooncake import Mooncake, MooncakeOptions
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.tier import Read
+from tierloom.stages.tiers.pools import mooncake
+from tierloom.stages.tiers.pools.mooncake import Mooncake, MooncakeOptions
 from tierloom.testing import ALL, TierBench, key_of
 
 QUICK = {"deadline": 1.0}

@@ -11,10 +11,10 @@ from buckets import KEY, NAME, SECRET, Gate, localbucket
 from processes import need
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
-from tierloom.stages.tiers.base import TierContext
-from tierloom.stages.tiers.nixl import Nixl, NixlOptions
-from tierloom.stages.tiers.nixl_agent import NixlMover
-from tierloom.stages.tiers.s3 import name_of
+from tierloom.stages.tiers.buckets.s3 import name_of
+from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.nixl.agent import NixlMover
+from tierloom.stages.tiers.nixl.tier import Nixl, NixlOptions
 from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
 
@@ -24,7 +24,7 @@ def _client(monkeypatch):
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     # All but headers goes by NIXL, also of the small objects that contracts are tested with.
-    monkeypatch.setattr("tierloom.stages.tiers.nixl_agent._SMALL", 4096)
+    monkeypatch.setattr("tierloom.stages.tiers.nixl.agent._SMALL", 4096)
 
 
 class TestPosixFiles(TierContract):

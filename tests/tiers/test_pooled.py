@@ -8,9 +8,9 @@ import pytest
 from pooled_cases import record_of
 
 from tierloom.stages.errors import Lost
-from tierloom.stages.tiers.base import Read
-from tierloom.stages.tiers.pieces import Record
-from tierloom.stages.tiers.pooled import Pooled
+from tierloom.stages.tiers.contract.tier import Read
+from tierloom.stages.tiers.pools.manifest import Record
+from tierloom.stages.tiers.pools.tier import Pooled
 from tierloom.testing import ALL, SIZE, TierContract, key_of
 
 

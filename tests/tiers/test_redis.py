@@ -6,7 +6,7 @@ import anyio
 import pytest
 from servers import ask, redis, valkey_program
 
-from tierloom.stages.tiers.redis import Redis, RedisOptions
+from tierloom.stages.tiers.redis.tier import Redis, RedisOptions
 from tierloom.testing import TierBench, TierContract
 
 

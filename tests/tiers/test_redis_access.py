@@ -9,12 +9,12 @@ import pytest
 import yaml
 from servers import Certificates, redis
 
-from tierloom.pipeline.check import load
-from tierloom.pipeline.explain import explain
-from tierloom.pipeline.problems import ConfigProblems
+from tierloom.pipeline.config.explain import explain
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.tiers.redis import Redis, RedisOptions
-from tierloom.stages.tiers.redis_url import parse_url
+from tierloom.stages.tiers.redis.tier import Redis, RedisOptions
+from tierloom.stages.tiers.redis.url import parse_url
 
 from .test_redis import RedisBench
 

@@ -13,9 +13,9 @@ import pytest
 from servers import ask, redis
 
 from tierloom.stages.errors import Lost, TierDown
-from tierloom.stages.tiers import redis as module
-from tierloom.stages.tiers.base import Read, TierContext
-from tierloom.stages.tiers.breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.redis import tier as module
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object, verify
 
 from .test_redis import RedisBench, server, url_of  # noqa: F401 (a fixture)

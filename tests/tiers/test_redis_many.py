@@ -9,10 +9,10 @@ import anyio
 import pytest
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
-from tierloom.stages.tiers.breaker import Guarded
-from tierloom.stages.tiers.redis import Redis, RedisOptions
-from tierloom.stages.tiers.redis_servers import _ranges
-from tierloom.stages.tiers.redis_wire import Address
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.redis.connection import Address
+from tierloom.stages.tiers.redis.tier import Redis, RedisOptions
+from tierloom.stages.tiers.redis.topology import _ranges
 from tierloom.testing import SIZE, key_of
 
 from . import servers

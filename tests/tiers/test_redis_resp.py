@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from tierloom.stages.errors import BadObject, TierDown
-from tierloom.stages.tiers.redis_resp import Answers, Refusal, Want, command
+from tierloom.stages.tiers.redis.resp import Answers, Refusal, Want, command
 from tierloom.testing import PoisonArena, mutations
 
 BODY = 3000

@@ -14,9 +14,9 @@ from buckets import KEY, NAME, SECRET, Gate, localbucket, moto, rclone
 from processes import need
 
 from tierloom.stages.errors import BadObject, ConfigError, Lost, TierDown
-from tierloom.stages.tiers.base import Read, TierContext
-from tierloom.stages.tiers.breaker import Guarded
-from tierloom.stages.tiers.s3 import S3, S3Options
+from tierloom.stages.tiers.buckets.s3 import S3, S3Options
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.tier import Read, TierContext
 from tierloom.testing import ALL, FRAMES, SIZE, Pool, TierContract, key_of, make_object, verify
 
 
@@ -332,7 +332,7 @@ class TestEnds:
     bench = TestLocalBucket()
 
     async def test_the_breaker_opens_and_closes_again(self, end, tmp_path):
-        from tierloom.stages.arena import Arena
+        from tierloom.stages.memory.arena import Arena
 
         arena = Arena(64 * SIZE, huge_pages=False)
         with localbucket(tmp_path / "data") as server:
@@ -374,7 +374,7 @@ class TestEnds:
 class TestSecrets:
     @pytest.fixture
     def ctx(self):
-        from tierloom.stages.arena import Arena
+        from tierloom.stages.memory.arena import Arena
 
         arena = Arena(8 * SIZE, huge_pages=False)
         yield TierContext(arena, b"n" * 32, Pool())
@@ -445,8 +445,8 @@ class TestSecrets:
 
 
 def test_explaining_tells_no_credentials(monkeypatch):
-    from tierloom.pipeline import explain
-    from tierloom.pipeline.check import load
+    from tierloom.pipeline.config import explain
+    from tierloom.pipeline.config.load import load
 
     monkeypatch.setenv("TIERLOOM_S3_ENDPOINT", "http://127.0.0.1:9")
     told = explain.explain(load("s3"))
@@ -485,7 +485,7 @@ def test_other_clouds_are_addressed(url, monkeypatch):
     from obstore.store import from_url
 
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
-    from tierloom.stages.arena import Arena
+    from tierloom.stages.memory.arena import Arena
 
     tier = S3(S3Options(url=url), TierContext(Arena(4096), b"n" * 32, Pool()))
     assert from_url(url, **tier._bucket._settings()).prefix == "kv"

@@ -20,26 +20,27 @@ import typer
 import yaml
 from store_server import Process, process
 
-from tierloom.adapters.cli import app
-from tierloom.adapters.serve import Listen
-from tierloom.stages.arena import Arena
+from tierloom.adapters.cli.commands import app
+from tierloom.adapters.server.serve import Listen
 from tierloom.stages.errors import ConfigError, Lost, TierDown
-from tierloom.stages.tiers import wire
-from tierloom.stages.tiers.base import TierContext
-from tierloom.stages.tiers.server import Server, ServerOptions
-from tierloom.stages.tiers.wire import Kind
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.server import protocol as wire
+from tierloom.stages.tiers.server.protocol import Kind
+from tierloom.stages.tiers.server.tier import Server, ServerOptions
 from tierloom.testing import NAMESPACE, SIZE, TierBench, key_of
 
 from .raw_client import exactly, receive, welcomed
 from .test_server_hostile import eventually, fill
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+MAIN = "tierloom.adapters.cli"
 
 
 def refused(*options: str, env: dict[str, str] | None = None) -> str:
     """What the command says when it will not start."""
     run = subprocess.run(
-        [sys.executable, "-m", "tierloom.adapters.cli", "serve", "--config", "minimal", *options],
+        [sys.executable, "-m", MAIN, "serve", "--config", "minimal", *options],
         capture_output=True, text=True, timeout=60, check=False,
         env=os.environ | {"PYTHONSAFEPATH": "1", "TIERLOOM_MEMORY": "1 MiB"} | (env or {}),
     )  # fmt: skip

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from store_server import Process, process
 
-from tierloom.stages.arena import Arena
 from tierloom.stages.errors import ConfigError, Lost
-from tierloom.stages.object import name_of
-from tierloom.stages.tiers.base import Tier, TierContext
-from tierloom.stages.tiers.server import Server, ServerOptions
+from tierloom.stages.kv.object import name_of
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import Tier, TierContext
+from tierloom.stages.tiers.server.tier import Server, ServerOptions
 from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ import anyio
 import pytest
 from store_server import Within
 
-from tierloom.adapters import serve
-from tierloom.stages.arena import Arena
+from tierloom.adapters.server import serve
 from tierloom.stages.errors import Lost, TierDown
-from tierloom.stages.tiers import wire
-from tierloom.stages.tiers.base import Read, TierContext
-from tierloom.stages.tiers.server import Server, ServerOptions
-from tierloom.stages.tiers.wire import Kind
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.server import protocol as wire
+from tierloom.stages.tiers.server.protocol import Kind
+from tierloom.stages.tiers.server.tier import Server, ServerOptions
 from tierloom.testing import ALL, SIZE, TierBench, key_of, make_object, mutations
 
 from .raw_client import FalseServer, connected, greet, is_closed, receive, reset, welcomed

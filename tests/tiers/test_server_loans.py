@@ -16,12 +16,12 @@ import anyio
 import pytest
 from store_server import Within, process
 
-from tierloom.stages.arena import Arena
 from tierloom.stages.errors import BadObject, Lost
-from tierloom.stages.object import name_of
-from tierloom.stages.tiers.base import Read, TierContext
-from tierloom.stages.tiers.loans import Lender
-from tierloom.stages.tiers.server import Server, ServerOptions
+from tierloom.stages.kv.object import name_of
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.server.shared_memory import Lender
+from tierloom.stages.tiers.server.tier import Server, ServerOptions
 from tierloom.testing import ALL, NAMESPACE, SIZE, TierBench, key_of, verify
 
 from .test_server_hostile import eventually, fill

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.stages.space import PAGE, Space
+from tierloom.stages.memory.allocator import PAGE, Space
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 from tierloom.stages.errors import Lost
-from tierloom.stages.tiers import wire
-from tierloom.stages.tiers.line import Line
-from tierloom.stages.tiers.wire import BadMessage, Kind
+from tierloom.stages.tiers.server import protocol as wire
+from tierloom.stages.tiers.server.connection import Line
+from tierloom.stages.tiers.server.protocol import BadMessage, Kind
 from tierloom.testing import ALL, SIZE, key_of, mutations
 
 HELLO = wire.Hello(1, 0, b"s" * 32, b"n" * 32, b"p" * 32)

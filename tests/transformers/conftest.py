@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tierloom.adapters.transformers import Kept
+from tierloom.adapters.transformers.cached_model import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tierloom.adapters.transformers import Kept
+from tierloom.adapters.transformers.cached_model import Kept
 from tierloom.stages.errors import LayoutError
 
 from .architectures import OWN, REFUSED, UNBUILT, VARIANTS, build, names

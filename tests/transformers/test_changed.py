@@ -14,9 +14,9 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from tierloom.adapters.transformers import Abandoned
-from tierloom.adapters.transformers_model import with_cache
-from tierloom.adapters.transformers_state import SAMPLES, State, rest_id, sample_of
+from tierloom.adapters.transformers.cached_model import Abandoned
+from tierloom.adapters.transformers.model import with_cache
+from tierloom.adapters.transformers.model_state import SAMPLES, State, rest_id, sample_of
 from tierloom.stages.errors import InputError, TierloomError
 
 from .conftest import greedy, spread, tiny_llama, tokens
@@ -351,7 +351,7 @@ def test_a_changed_tensor_of_a_large_model_is_hashed_whole(
     keep: Any, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its strips alone would not tell."""
-    from tierloom.adapters import transformers_model as of
+    from tierloom.adapters.transformers import model as of
 
     monkeypatch.setattr(of, "WHOLE", 0)
     monkeypatch.setattr(of, "STRIP", 64)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from processes import real_model
 
-from tierloom.adapters import smollm2
-from tierloom.adapters.demo import run_demo
-from tierloom.adapters.demo_ask import QUESTIONS, prompt
+from tierloom.adapters.demo import smollm2
+from tierloom.adapters.demo.questions import QUESTIONS, prompt
+from tierloom.adapters.demo.run import run_demo
 
 if TYPE_CHECKING:
     from pathlib import Path
-
 
 
 @real_model

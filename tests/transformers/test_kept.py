@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tierloom.adapters.transformers_model import with_cache
-from tierloom.stages import selftest
+from tierloom.adapters.transformers.model import with_cache
+from tierloom.stages.kv import layout_check as selftest
 
 from .conftest import greedy, tiny_llama, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tierloom.adapters.transformers import Kept
+    from tierloom.adapters.transformers.cached_model import Kept
 
     Keep = Callable[..., Kept]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tierloom.adapters.transformers import Abandoned, TierloomCache
-from tierloom.adapters.transformers_model import with_cache
+from tierloom.adapters.transformers.cached_model import Abandoned, TierloomCache
+from tierloom.adapters.transformers.model import with_cache
 
 from .conftest import greedy, tokens
 from .test_kept import say

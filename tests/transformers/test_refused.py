@@ -28,8 +28,8 @@ from transformers import (
     XLMWithLMHeadModel,
 )  # fmt: skip
 
-from tierloom.adapters.transformers import Kept
-from tierloom.adapters.transformers_model import fingerprint, inspect, rope
+from tierloom.adapters.transformers.cached_model import Kept
+from tierloom.adapters.transformers.model import fingerprint, inspect, rope
 from tierloom.stages.errors import InputError, LayoutError
 
 from .conftest import greedy, spread, tiny_llama, tokens
@@ -61,8 +61,12 @@ def dynamic_rope() -> Any:
         ),
         (dynamic_rope, "rope_type dynamic"),
         (lambda: spread(BertLMHeadModel(BertConfig(**SMALL))), "answers otherwise"),
-        (lambda: XLMWithLMHeadModel(XLMConfig(vocab_size=300, emb_dim=64, n_layers=2, n_heads=4)),
-         "xlm fails when it is run with a cache"),
+        (
+            lambda: XLMWithLMHeadModel(
+                XLMConfig(vocab_size=300, emb_dim=64, n_layers=2, n_heads=4)
+            ),
+            "xlm fails when it is run with a cache",
+        ),
     ],
 )
 def test_a_model_whose_kv_cannot_be_kept(make: Callable[[], Any], why: str) -> None:
@@ -185,7 +189,7 @@ def test_the_fingerprint_names_weights_and_config() -> None:
 
 
 def test_a_large_model_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tierloom.adapters import transformers_model as of
+    from tierloom.adapters.transformers import model as of
 
     whole = fingerprint(tiny_llama())
     monkeypatch.setattr(of, "WHOLE", 0)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
-from tierloom.adapters import vllm_layout, vllm_worker
-from tierloom.adapters.vllm_settings import configured
+from tierloom.adapters.vllm.exchange.settings import configured
+from tierloom.adapters.vllm.worker import layout as vllm_layout
+from tierloom.adapters.vllm.worker import side as vllm_worker
 from tierloom.stages.errors import ConfigError, LayoutError, TierDown
-from tierloom.stages.layout import KVLayout
+from tierloom.stages.kv.layout import KVLayout
 
 BLOCKS, HEADS, SIZE, CONTENT = 6, 2, 32, 128
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from vllm.v1.request import RequestStatus
 
-from tierloom.adapters.vllm_messages import Hello, News, Seen, Told
-from tierloom.adapters.vllm_pipes import _refuse
-from tierloom.adapters.vllm_scheduler import SchedulerSide
-from tierloom.adapters.vllm_settings import configured
+from tierloom.adapters.vllm.exchange.messages import Hello, News, Seen, Told
+from tierloom.adapters.vllm.exchange.settings import configured
+from tierloom.adapters.vllm.scheduler.side import SchedulerSide
+from tierloom.adapters.vllm.worker.pipelines import _refuse
 from tierloom.stages.errors import LayoutError
-from tierloom.stages.hash import Chain
-from tierloom.stages.namespace import Namespace
+from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.ops.hash import Chain
 
 WHOLE = Namespace(model="m")
 TOKENS = 1024

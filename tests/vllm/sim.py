@@ -35,9 +35,9 @@ from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-import tierloom.adapters.vllm_pipes as pipes
-from tierloom.adapters.vllm import TierloomConnector
-from tierloom.stages import frame_copy as copying
+import tierloom.adapters.vllm.worker.pipelines as pipes
+from tierloom.adapters.vllm.connector import TierloomConnector
+from tierloom.stages.ops import frame_copy as copying
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,14 +19,14 @@ from vllm.logger import init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tierloom import ConfigError
-from tierloom.adapters import vllm_check
-from tierloom.adapters.vllm import register
-from tierloom.adapters.vllm_ledger import Ledger
-from tierloom.adapters.vllm_log import speak
-from tierloom.adapters.vllm_messages import Save
-from tierloom.adapters.vllm_pipes import Rank
-from tierloom.adapters.vllm_settings import configured
-from tierloom.stages.payload import Span
+from tierloom.adapters.vllm.connector import register
+from tierloom.adapters.vllm.exchange import early_check as vllm_check
+from tierloom.adapters.vllm.exchange.log import speak
+from tierloom.adapters.vllm.exchange.messages import Save
+from tierloom.adapters.vllm.exchange.settings import configured
+from tierloom.adapters.vllm.worker.pipelines import Rank
+from tierloom.adapters.vllm.worker.transfer_log import Ledger
+from tierloom.stages.contract.batch import Span
 
 MODEL = sys.argv[1]
 FLAG = "--kv-transfer-config"
@@ -150,7 +150,7 @@ def lines_name_us_and_say_what_stands_beside_them() -> None:
     try:
         speak()
         Ledger(first=True).stored(Save(1, "r", Span(b"", b"", 0, 0), ()), [])
-        log = logging.getLogger("tierloom.stages.tiers.breaker")
+        log = logging.getLogger("tierloom.stages.tiers.contract.circuit_breaker")
         log.warning("tier is down", extra={"tier": "a%s", "cause": "redis://u:s3cret@h is gone"})
         speak()
         log.error("100 %% of %s", "it")

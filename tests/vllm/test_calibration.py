@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from harness import pipeline, prompt, transfer
 from tiny import Letters
 
-from tierloom.adapters import calibrate
-from tierloom.adapters.quality_measure import subject_of
-from tierloom.stages.codecs import calibration
-from tierloom.stages.codecs.cachegen_coder import HEAD, Head
-from tierloom.stages.object import Header
+from tierloom.adapters.quality import calibrate
+from tierloom.adapters.quality.subject import subject_of
+from tierloom.stages.codecs.cachegen import calibration
+from tierloom.stages.codecs.cachegen.coder import HEAD, Head
+from tierloom.stages.kv.object import Header
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import ROOT, Engine, transfer
 
-from tierloom.adapters import smollm2
+from tierloom.adapters.demo import smollm2
 
 if TYPE_CHECKING:
     from conftest import Reference

@@ -1,0 +1,5 @@
+"""`python -m tierloom.adapters.cli`."""
+
+from tierloom.adapters.cli import main
+
+main()

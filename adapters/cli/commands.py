@@ -1,0 +1,244 @@
+"""The command line. A user's mistake is told in words and exits with 2; never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tierloom import __version__
+from tierloom.stages.errors import ConfigError, TierloomError
+from tierloom.stages.options import parse_seconds
+
+app = typer.Typer(
+    name="tierloom",
+    help="Keep the KV cache of language models and give it back when the same text comes again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[str, typer.Argument(help="A preset's name (tiered) or a YAML file (./my.yaml).")]
+
+
+def main() -> None:
+    """Entry point of the `tierloom` command."""
+    try:
+        app()
+    except ConfigError as e:
+        typer.echo(e, err=True)
+        sys.exit(2)
+    except TierloomError as e:
+        typer.echo(f"tierloom: {e}", err=True)
+        sys.exit(1)
+    except OSError as e:
+        typer.echo(f"tierloom: {e}", err=True)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tierloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(config: Config) -> None:
+    """Check a pipeline file and tell every problem at once.
+
+    Exits with 0 if it can run (warnings are printed), with 2 if it cannot.
+    """
+    from tierloom.pipeline.config.load import load, warnings
+
+    spec = load(config)
+    for problem in warnings(spec):
+        typer.echo(f"warning: {problem}", err=True)
+    parts = f"tiers: {', '.join(spec.tiers) or 'none'}; graphs: {', '.join(spec.graphs)}"
+    typer.echo(f"{spec.source}: ok ({parts})")
+
+
+@app.command()
+def explain(
+    config: Config,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
+) -> None:
+    """Show what a pipeline does: its tiers, its graphs, and how they are cut into segments."""
+    from tierloom.pipeline.config import explain as words
+    from tierloom.pipeline.config.load import load
+
+    spec = load(config)
+    typer.echo(words.mermaid(spec) if mermaid else words.explain(spec))
+
+
+@app.command()
+def schema(
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="PATH", help="Write it to a file.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of pipeline files, for editors."""
+    from tierloom.pipeline.config.schema import written
+
+    if write is None:
+        typer.echo(written(), nl=False)
+    else:
+        write.write_text(written())
+
+
+@app.command(name="import-lmcache")
+def import_lmcache(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="LMCache's YAML; else what it would read: LMCACHE_* variables."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Write to a file.")
+    ] = None,
+) -> None:
+    """Turn an LMCache configuration into a tierloom one, and say what has no counterpart."""
+    from tierloom.adapters.lmcache.convert import run_import
+
+    run_import(file, out)
+
+
+@app.command()
+def inspect(
+    object: Annotated[
+        str,
+        typer.Argument(
+            help="A file of a `files` tier; FOLDER@KEY of a disk tier, or FOLDER.", metavar="OBJECT"
+        ),
+    ],
+) -> None:
+    """Show what a kept object says of itself, and verify every byte of it; or list a disk's folder.
+
+    Exits with 0 if it is whole, with 1 if it is damaged, with 2 if it is no object.
+    """
+    from tierloom.adapters.cli.inspect_object import inspect_object
+
+    raise typer.Exit(inspect_object(object))
+
+
+@app.command()
+def doctor() -> None:
+    """Look at this machine: what tierloom can use here, what is missing, and how to get it."""
+    from tierloom.adapters.cli.doctor import report
+
+    report()
+
+
+@app.command()
+def demo(
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to a file.")
+    ] = None,
+    config: Annotated[str, typer.Option(help="The pipeline to run.")] = "tiered",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's folder.")] = False,
+) -> None:
+    """Run a real model with and without tierloom, and compare time and text."""
+    from tierloom.adapters.demo.run import run_demo
+
+    raise typer.Exit(run_demo(json, config, keep))
+
+
+@app.command()
+def quality(
+    codec: Annotated[
+        str, typer.Option(help="int4, cachegen:default, turboquant:bits=4, chains a+b; or none.")
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="smollm2|DIR", help="The model to measure on.")
+    ] = "smollm2",
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Only so many documents: quicker, and less certain.")
+    ] = None,
+) -> None:
+    """Measure what a codec costs a model in quality, and how many bits it takes."""
+    from tierloom.adapters.quality.report import run_quality
+
+    raise typer.Exit(run_quality(model, codec, json, documents))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Option(metavar="smollm2|DIR", help="The model to learn from.")
+    ] = "smollm2",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where to write; not said: where it is found."),
+    ] = None,
+    transform: Annotated[
+        bool,
+        typer.Option(
+            help="Also a transform of each head, for level small: better, and slower to decode."
+        ),
+    ] = True,
+) -> None:
+    """Learn once how a model's KV is best coded; the codec `cachegen` finds the file by itself."""
+    from tierloom.adapters.quality.calibrate import run_calibrate
+
+    raise typer.Exit(run_calibrate(model, out, transform))
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        str, typer.Option(help="A preset's name or a YAML file; its tiers are the store.")
+    ] = "shared",
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH; again for more."
+        ),
+    ] = None,
+    token_file: Annotated[
+        str, typer.Option(metavar="FILE", help="Holds the token; else TIERLOOM_TOKEN does.")
+    ] = "",
+    cert: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
+    without_token: Annotated[
+        bool, typer.Option("--without-token", help="Let other hosts in without one.")
+    ] = False,
+    clients: Annotated[int, typer.Option(min=1, help="Connections at most.")] = 512,
+    drain: Annotated[
+        str, typer.Option(metavar="TIME", help="To finish what is under way, at the end.")
+    ] = "10 s",
+) -> None:
+    """Keep objects for many engines, whose pipelines have a tier that uses `server`."""
+    from tierloom.adapters.server.serve import run_serve
+
+    try:
+        seconds = parse_seconds(drain)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--drain") from None
+    run_serve(
+        config, listen or ["tcp://127.0.0.1:7654"], token_file=token_file, cert=cert, key=key,
+        without_token=without_token, clients=clients, drain=seconds, say=typer.echo,
+    )  # fmt: skip
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure store and retrieve on this machine.
+
+    In a checkout this runs `pytest benchmarks`, and what follows goes to pytest.
+    """
+    from tierloom.adapters.cli.bench import run_bench
+
+    raise typer.Exit(run_bench(list(context.args)))

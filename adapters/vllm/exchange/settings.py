@@ -1,0 +1,169 @@
+"""What a vLLM user may say: the connector's own options, and the pipeline's, in one mapping.
+
+    "kv_connector_extra_config": {"tierloom.config": "tiered", "tierloom.load": "layer",
+                                  "tiers.warm.path": "/data/kv"}
+
+Keys that begin with `tierloom.` are the fields of `Settings`; every other key is the dotted path of
+one value of the pipeline's configuration. vLLM makes mappings of its own dotted flags
+(`--kv-transfer-config.kv_connector_extra_config.tierloom.load layer`): they mean the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tierloom.pipeline.config.coerce import fill
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.problems import Findings, Place
+from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.pipeline.config.yaml_tree import Table, dotted, from_python
+from tierloom.stages.options import Seconds
+
+NAME = "tierloom"
+PREFIX = f"{NAME}."
+WHERE = "kv_connector_extra_config"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The connector's options."""
+
+    load: Literal["async", "layer"] = "async"
+    """`async`: a request waits for its load while others are computed; `layer`: its load runs ahead
+    of its own computation, layer by layer."""
+    save: Literal["auto", "layer", "step"] = "auto"
+    """`layer`: behind each layer, on a stream of its own; `step`: in one go behind the step;
+    `auto`: by layer on a GPU, by step on a CPU."""
+    save_decode: bool = False
+    """Keep what is generated too, so that the next turn of a chat hits all of this one."""
+    keys: Literal["own", "engine"] = "own"
+    """`own`: names that every engine shares; `engine`: from vLLM's block hashes, so that no token
+    is hashed twice, and only vLLM shares."""
+    min_tokens: int = 0
+    """Loads of fewer tokens than this are not worth their while."""
+    wait: Seconds = 0.25
+    """How long a request may wait to learn what is kept for it."""
+    hold: Seconds = 0.5
+    """How long a finished request's blocks may be held until they are saved."""
+    failure: Literal["recompute", "keep"] = "recompute"
+    """`recompute`: what cannot be loaded is computed, whatever `kv_load_failure_policy` says;
+    `keep`: that policy stands, and its default fails the request."""
+    reset: Literal["local", "all", "none"] = "local"
+    """What vLLM's resets (`/reset_prefix_cache?reset_external=true`, `/pause`, `/sleep?level=1`)
+    forget: `local`, what only this engine has; `all`, tiers that others share, too; `none`."""
+    name: str = ""
+    """A name for the model in keys, beside the content id of its weights."""
+    weights: str = ""
+    """Content id of the weights, instead of one made from the files."""
+    trace: bool = False
+    """Note how long each hook of the scheduler's thread takes."""
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
+
+    def saves_by_layer(self, device: str) -> bool:
+        """How KV that lies on `device` is saved."""
+        return self.save == "layer" or (self.save == "auto" and device != "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """What `kv_connector_extra_config` comes to."""
+
+    settings: Settings
+    source: Any
+    """A preset's name, a path, or a mapping: for `tierloom.open`."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Later ones win."""
+
+    def pipeline(self, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
+        """The pipeline, by `overrides` or those that the user gave. Raises ConfigError."""
+        return load(self.source, self.overrides if overrides is None else overrides, said_in=WHERE)
+
+
+def configured(extra: Mapping[str, Any]) -> Configured:
+    """Read `kv_connector_extra_config`. Raises ConfigError with every problem of our own keys."""
+    found, at = Findings(), Place(WHERE)
+    for path in _twice(extra):
+        found.add(at, path, "stands twice", "once with dots, and once in a mapping")
+    try:
+        own = _own(extra)
+    except ValueError as error:
+        found.add(at, "", str(error))
+        own = {}
+    source = own.pop("config", None) or os.environ.get("TIERLOOM_CONFIG") or "tiered"
+    tree = from_python(own, at, "", found)
+    settings = fill(Settings, tree, NAME, found) if isinstance(tree, Table) else None
+    found.raise_all()
+    assert settings is not None
+    overrides = {"graphs.retrieve.pace.by": "layer"} if settings.load == "layer" else {}
+    overrides |= {k: v for k, v in extra.items() if k != NAME and not k.startswith(PREFIX)}
+    return Configured(settings, source, overrides)
+
+
+def _own(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of tierloom itself: `tierloom.key`, and what a mapping `tierloom` holds.
+    Raises ValueError."""
+    nested = said.get(NAME, {})
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"{NAME} wants a mapping, got {nested!r}")  # noqa: TRY004 (as the others)
+    return {**nested} | {k.removeprefix(PREFIX): v for k, v in said.items() if k.startswith(PREFIX)}
+
+
+def _twice(said: Mapping[str, Any]) -> list[str]:
+    """Dotted paths of what stands there in both ways."""
+    return [path for path, times in Counter(_paths(said, "")).items() if times > 1]
+
+
+def _paths(value: Any, path: str) -> Iterator[str]:
+    """The dotted path of each value, however it was written."""
+    if not isinstance(value, Mapping) or not value:
+        yield path
+        return
+    for key, inner in value.items():
+        yield from _paths(inner, dotted(path, str(key)))
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What one request says in `kv_transfer_params`."""
+
+    skip_save: bool = False
+    skip_load: bool = False
+    tags: tuple[tuple[str, str], ...] = ()
+    """Names that keep its KV apart from that of other requests."""
+    max_tokens: int | None = None
+    """Tokens of it that may be loaded and saved."""
+
+
+def wishes(params: Mapping[str, Any] | None) -> Wishes:
+    """Read a request's switches. Raises ValueError, naming the one that cannot be used."""
+    own = _own(params) if params else {}
+    if not own:
+        return Wishes()
+    assert params is not None
+    if twice := _twice(params):
+        raise ValueError(f"{', '.join(twice)}: stands twice")
+    known = {"skip_save", "skip_load", "tags", "max_tokens"}
+    if unknown := own.keys() - known:
+        said, ours = (", ".join(f"{PREFIX}{n}" for n in sorted(s)) for s in (unknown, known))
+        raise ValueError(f"unknown {said}; known: {ours}")
+    tags, most = own.get("tags") or {}, own.get("max_tokens")
+    skip_save, skip_load = own.get("skip_save", False), own.get("skip_load", False)
+    for name, value, kind, wants in (
+        ("tags", tags, dict, "a mapping"),
+        ("skip_save", skip_save, bool, "true or false"),
+        ("skip_load", skip_load, bool, "true or false"),
+        ("max_tokens", 0 if most is None else most, int, "a whole number"),
+    ):
+        if type(value) is not kind:
+            raise ValueError(f"{PREFIX}{name} wants {wants}, got {value!r}")
+    if most is not None and most < 0:
+        raise ValueError(f"{PREFIX}max_tokens must not be negative, got {most}")
+    pairs = tuple(sorted((str(k), str(v)) for k, v in tags.items()))
+    return Wishes(skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most)

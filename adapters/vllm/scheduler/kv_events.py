@@ -1,0 +1,82 @@
+"""KV events for routers: which of vLLM's blocks are kept beyond the engine, and in what medium.
+
+Named by vLLM's own block hashes, as it publishes them itself. Chunks that were kept before this
+engine began have no such names here until a request brings them, and are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash as external
+
+from tierloom.adapters.vllm.scheduler.side import SchedulerSide
+
+_MEDIA = {"memory": "CPU", "disk": "STORAGE", "files": "STORAGE"}
+
+
+class Named(NamedTuple):
+    """A chunk in vLLM's words."""
+
+    hashes: list[Any]
+    parent: Any
+    tokens: list[int]
+    lora: Any
+
+
+class Events:
+    """Collects events on the scheduler's thread; `take` hands them out."""
+
+    def __init__(self, scheduler: SchedulerSide, block: int) -> None:
+        """`block`: tokens of a block hash."""
+        self._scheduler, self._block = scheduler, block
+        self._named: dict[bytes, Named] = {}
+        self._out: list[Any] = []
+
+    @classmethod
+    def of(cls, vllm_config: Any, scheduler: SchedulerSide) -> Events | None:
+        """None where nobody listens, so that nothing is noted either."""
+        config = vllm_config.kv_events_config
+        if config is None or not config.enable_kv_cache_events or scheduler.saves is None:
+            return None
+        events = cls(scheduler, scheduler.hash_block)
+        scheduler.on_change, scheduler.saves.on_save = events.changed, events.saving
+        return events
+
+    def saving(self, request: Any, start: int, end: int, keys: list[bytes]) -> None:
+        """A save sets out: from now on these keys have names."""
+        assert self._scheduler.hello is not None
+        chunk, block = self._scheduler.hello.chunk, self._block
+        for i, key in enumerate(keys):
+            first = (start + i * chunk) // block
+            last = min(start + (i + 1) * chunk, end) // block
+            hashes = [external(h) for h in request.block_hashes[first:last]]
+            if hashes:
+                parent = external(request.block_hashes[first - 1]) if first else None
+                tokens = list(request.all_token_ids[first * block : last * block])
+                self._named[key] = Named(hashes, parent, tokens, request.lora_request)
+
+    def changed(self, key: bytes, kept: bool, tier: str) -> None:
+        """A chunk can be loaded from now on, or no more."""
+        named = self._named.get(key) if kept else self._named.pop(key, None)
+        if named is None:
+            return
+        assert self._scheduler.hello is not None
+        medium = _MEDIA.get(self._scheduler.hello.uses.get(tier, ""), tier)
+        if not kept:
+            self._out.append(BlockRemoved(block_hashes=named.hashes, medium=medium))
+            return
+        self._out.append(
+            BlockStored(
+                block_hashes=named.hashes, parent_block_hash=named.parent,
+                token_ids=named.tokens, block_size=self._block,
+                lora_id=named.lora.lora_int_id if named.lora else None, medium=medium,
+                lora_name=named.lora.lora_name if named.lora else None, ownership="tierloom",
+            )
+        )  # fmt: skip
+
+    def take(self) -> list[Any]:
+        """The events since the last call."""
+        out, self._out = self._out, []
+        return out

@@ -1,0 +1,145 @@
+"""One request as the scheduler's side sees it: its name so far, and what was done about it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from tierloom.adapters.vllm.exchange.settings import Wishes
+from tierloom.stages.directory.shard_index import Part
+from tierloom.stages.kv.namespace import tlv
+from tierloom.stages.ops.hash import Chain
+
+log = logging.getLogger("tierloom.vllm")
+
+
+class Passage:
+    """What the scheduler's side knows of a request, from its arrival to its end."""
+
+    def __init__(
+        self, request: Any, wishes: Wishes, adapter: Future[str] | None, drafts: bool = False
+    ) -> None:
+        """`adapter`: content id of its LoRA, once it is known; None where it has none. `drafts`:
+        the engine decodes speculatively."""
+        self._drafts = drafts
+        self.request, self.wishes, self.adapter = request, wishes, adapter
+        self.chain: Chain | None = None
+        self.counted = False
+        """Its tokens are among those that were looked up."""
+        self.asked_at = 0.0
+        """When it was first kept waiting for an answer."""
+        self.asked = False
+        """The workers were asked what tiers without an index have."""
+        self.answer: int | None = None
+        self.start = 0
+        """Tokens that vLLM's own cache had when it asked last."""
+        self.plan: list[Part] = []
+        """What was offered then, chunk by chunk from the head of the prompt."""
+        self.loading = False
+        self.failed = False
+        """A load brought less than was planned: it is not tried again."""
+        self.saved = 0
+        """Tokens whose saving was seen to; a multiple of a chunk until the prompt is through."""
+        self.prompt_saved = False
+        self.jobs: set[int] = set()
+        """Saves whose blocks are still needed."""
+        self.drafted = 1 << 62
+        """Tokens of it of which a draft model's layers have KV, too."""
+        self.stale = False
+        """Some of it was computed before what is kept was reset, or cannot be trusted: it is not
+        saved."""
+        self._prompt = request.num_prompt_tokens
+
+    def renew(self) -> None:
+        """A streaming session has got more input: vLLM has put it behind what was computed, and
+        dropped what was sampled last, which the chain may have named."""
+        if self.request.num_prompt_tokens != self._prompt:
+            self._prompt = self.request.num_prompt_tokens
+            self.prompt_saved = False
+            # Drafts that were accepted and cut off at a stop: vLLM 0.32 takes their KV for that of
+            # the first tokens of what follows.
+            self.stale = self.stale or self._drafts
+            if self.chain is not None:
+                self.chain.links.clear()
+
+    def adapter_id(self) -> str | None:
+        """Content id of its LoRA, empty without one; None: not known yet, or not to be had."""
+        if self.adapter is None:
+            return ""
+        if not self.adapter.done():
+            return None
+        try:
+            return self.adapter.result()
+        except Exception as error:
+            log.warning("request %s: its adapter has no name: %s", self.request.request_id, error)
+            self.wishes = Wishes(skip_save=True, skip_load=True)
+            return None
+
+    def waits(self, seconds: float) -> bool:
+        """It may wait so long to learn what is kept for it, and has not yet."""
+        now = time.monotonic()
+        self.asked_at = self.asked_at or now
+        return not self.wishes.skip_load and now - self.asked_at < seconds
+
+    def forget(self) -> None:
+        """What is kept was reset: what is computed of it by now is not to be kept, either."""
+        self.stale = self.stale or bool(self.request.num_computed_tokens)
+        self.saved, self.answer, self.plan = 0, None, []
+
+    @property
+    def most(self) -> int:
+        """Tokens of it that may be loaded or saved."""
+        most = self.request.num_tokens if self.wishes.max_tokens is None else self.wishes.max_tokens
+        return min(most, self.request.num_tokens, self.drafted)  # type: ignore[no-any-return]
+
+    def links(self, keys: str) -> Chain:
+        """Its chain, up to the last whole grain of what is known of it now; only what is new is
+        hashed. `keys`: `own`, or `engine` for names made of vLLM's block hashes."""
+        chain, request = self.chain, self.request
+        assert chain is not None
+        if keys == "engine":
+            for block in request.block_hashes[len(chain.links) :]:
+                chain.links.append(hashlib.sha256(chain.seed + block).digest())
+            return chain
+        if request.num_tokens - chain.tokens < chain.grain:
+            return chain
+        for upto, extra in _marks(request, chain):
+            self._extend(chain, upto)
+            chain.mix(extra)
+        self._extend(chain, request.num_tokens)
+        return chain
+
+    def sources(self, tokens: int) -> dict[str, int]:
+        """Tier to tokens, for the `tokens` of the plan behind what vLLM's own cache has."""
+        out: dict[str, int] = {}
+        at = 0
+        for part in self.plan:
+            n = min(at + part.tokens, self.start + tokens) - max(at, self.start)
+            at += part.tokens
+            if n > 0:
+                out[part.tier] = out.get(part.tier, 0) + n
+        return out
+
+    def _extend(self, chain: Chain, upto: int) -> None:
+        fresh = self.request.all_token_ids[chain.tokens : upto]
+        # struct is more than twice as quick here as array or numpy, and this is the engine's time
+        chain.extend(np.frombuffer(struct.pack(f"={len(fresh)}i", *fresh), np.int32))
+
+
+def _marks(request: Any, chain: Chain) -> list[tuple[int, bytes]]:
+    """Where the images and the like of a prompt begin, among the grains not yet hashed: (end of the
+    grain, what its link is to be mixed with). Their placeholder tokens are all the same."""
+    at: dict[int, list[bytes]] = {}
+    for feature in request.mm_features:
+        grain = feature.mm_position.offset // chain.grain
+        name = str(feature.mm_hash or feature.identifier)
+        if len(chain.links) <= grain < request.num_tokens // chain.grain:
+            where = feature.mm_position.offset.to_bytes(8, "little")
+            at.setdefault(grain, []).append(tlv(("content", name.encode()), ("offset", where)))
+    return [((grain + 1) * chain.grain, b"".join(at[grain])) for grain in sorted(at)]

@@ -1,0 +1,89 @@
+"""What became of each request in a worker: one log line, and counters for vLLM's metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from tierloom.adapters.vllm.exchange.messages import Load, Save
+from tierloom.adapters.vllm.exchange.metrics import Stats
+from tierloom.stages.contract.request import Ticket
+from tierloom.stages.errors import Lost
+
+log = logging.getLogger("tierloom.vllm")
+
+
+class Ledger:
+    """Used by the worker's one thread."""
+
+    def __init__(self, *, first: bool) -> None:
+        """`first`: this worker's tokens count; those of the others are the same tokens. Bytes and
+        losses count in each."""
+        self._first = first
+        self.stats = Stats()
+
+    def loaded(self, load: Load, tickets: list[Ticket], got: int) -> None:
+        """A load is through; `got` tokens of what was wanted are in place."""
+        lost, nbytes, seconds = self._count("load", tickets)
+        if not self._first:
+            return
+        want = load.start + load.span.place - load.fresh
+        self.stats.add(loads=1, load_tokens=got, load_failed_tokens=want - got)
+        tiers = _by_tier(tickets)
+        for tier, n in tiers.items():
+            self.stats.count(f"hit_tokens.{tier}", n)
+        log.info(
+            "request %s: %d tokens, %d in vLLM's cache, %d to load, %d loaded (%s) in %s%s",
+            load.request, load.total, load.fresh, want, got,
+            _listed(tiers.items()), _speed(nbytes, seconds), lost,
+        )  # fmt: skip
+
+    def stored(self, save: Save, tickets: list[Ticket]) -> None:
+        """A save is through."""
+        lost, nbytes, seconds = self._count("store", tickets)
+        if not self._first:
+            return
+        tokens = min((t.wait().tokens for t in tickets), default=0)
+        self.stats.add(stores=1, store_tokens=tokens)
+        chunks = tickets[0].wait().tiers if tickets else {}
+        log.info(
+            "request %s: %d tokens to keep, %d kept (chunks: %s) in %s%s",
+            save.request, save.span.tokens, tokens,
+            _listed(chunks.items()), _speed(nbytes, seconds), lost,
+        )  # fmt: skip
+
+    def _count(self, what: str, tickets: list[Ticket]) -> tuple[str, int, float]:
+        """Count bytes, seconds and losses; the losses as text, the bytes, the seconds."""
+        receipts = [t.wait() for t in tickets]
+        nbytes = sum(r.nbytes for r in receipts)
+        seconds = max((r.seconds for r in receipts), default=0.0)
+        self.stats.count(f"{what}_bytes", nbytes)
+        if self._first:
+            self.stats.count(f"{what}_seconds", seconds)
+        lost: dict[Lost, int] = {}
+        for code, n in (pair for r in receipts for pair in r.lost.items()):
+            lost[code] = lost.get(code, 0) + n
+            self.stats.count(f"lost.{code.name.lower()}", n)
+        return _lost(lost), nbytes, seconds
+
+
+def _by_tier(tickets: list[Ticket]) -> dict[str, int]:
+    """Tokens that each tier brought to the first share."""
+    out: dict[str, int] = {}
+    for piece in tickets[0].pieces if tickets else ():
+        for tier in piece.took if piece.lost is None else ():
+            out[tier] = out.get(tier, 0) + piece.take
+    return out
+
+
+def _listed(pairs: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in pairs) or "none"
+
+
+def _speed(nbytes: int, seconds: float) -> str:
+    return f"{seconds:.4f} s, {nbytes / seconds / 1e9 if seconds else 0.0:.2f} GB/s"
+
+
+def _lost(lost: Mapping[Lost, int]) -> str:
+    listed = _listed((code.name.lower(), n) for code, n in lost.items())
+    return f"; chunks lost: {listed}" if lost else ""

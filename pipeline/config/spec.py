@@ -1,0 +1,192 @@
+"""A checked pipeline as frozen data: what `check` makes, `lower` cuts and `explain` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from tierloom.pipeline.config.problems import Place
+from tierloom.stages.contract.stage import ChunkOptions, PortType, Stage
+from tierloom.stages.options import Seconds, Size, parse_seconds, parse_size
+from tierloom.stages.tiers.contract.tier import Tier
+
+WhenFull = Literal["block", "drop", "spill"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """How much may be under way at once."""
+
+    arena: Annotated[int, parse_size] = 1 << 30
+    """Bytes of host memory for requests under way; memory tiers have theirs on top."""
+    inflight: int = 512
+    """Requests under way; more are refused, as misses and skipped stores."""
+    threads: int = 4
+    """Threads for copies, codecs and disk I/O."""
+
+    def __post_init__(self) -> None:
+        if self.arena < 1 << 20:
+            raise ValueError("arena must be at least 1 MiB")
+        if min(self.inflight, self.threads) < 1:
+            raise ValueError("inflight and threads must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """Whether a graph follows the model layer by layer."""
+
+    by: Literal["layer", "request"] = "request"
+    """`layer`: frames travel in model order and each has a gate; `request`: all at once."""
+    window: int = 2
+    """Layer groups in flight beyond the one that the model is at."""
+    idle: Annotated[float, parse_seconds] = 60.0
+    """Layer-wise calls only: a request is given up so long after the model's last call. Its graph's
+    deadline then bounds each of the model's waits, not the time the model computes between."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError("window must be at least 1")
+        if self.idle <= 0:
+            raise ValueError("idle must be longer than nothing")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wire:
+    """Options of the wire into a stage; they may stand on any stage."""
+
+    when_full: WhenFull | None = None
+    """What a full wire does to its sender: `block` waits, `drop` counts the batch as lost, `spill`
+    lets the wire grow, bounded by the arena alone. Not said: `block`, and `drop` on all but a
+    fork's first branch."""
+    depth: int = 64
+    """Batches that the wire holds."""
+    width: int = 8
+    """Batches that the stage works on at once."""
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.width) < 1:
+            raise ValueError("depth and width must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphOptions:
+    """What may be said of a graph besides its stages."""
+
+    pace: Pace = Pace()
+    """Whether frames travel layer by layer."""
+    deadline: Annotated[float, parse_seconds] = 5.0
+    """Time a request may take, from the call on; then it is a miss or a skipped store."""
+    on_error: Literal["skip", "partial"] = "partial"
+    """`skip`: one lost chunk gives up the rest of its request; `partial`: the others go on."""
+
+    def __post_init__(self) -> None:
+        if self.deadline <= 0:
+            raise ValueError("deadline must be longer than nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One stage of a graph."""
+
+    id: str
+    use: str
+    cls: type[Stage]
+    options: Any
+    source: str | None
+    """Id of the stage whose output it reads; None: the graph's input."""
+    takes: PortType
+    gives: PortType
+    wire: Wire
+    place: str
+    """`file:line:col`, for messages."""
+
+    def keeps_in(self) -> tuple[str, ...]:
+        """Tiers that it puts into: those that an option names singly."""
+        values = (getattr(self.options, name) for name in self.cls.tier_options)
+        return tuple(v for v in values if isinstance(v, str))
+
+    def reads(self, tiers: Iterable[str]) -> tuple[str, ...]:
+        """Which of `tiers` it reads: those that an option lists, or all where it lists none."""
+        kinds = get_type_hints(self.cls.Options)
+        lists = [o for o in self.cls.tier_options if _is_list(kinds[o])]
+        wanted = [getattr(self.options, name) for name in lists]
+        return tuple(t for t in tiers if any(w is None or t in w for w in wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Nodes in an order in which every source stands before its readers."""
+
+    name: str
+    options: GraphOptions
+    nodes: tuple[Node, ...]
+
+    def readers(self, id: str | None) -> tuple[Node, ...]:
+        return tuple(n for n in self.nodes if n.source == id)
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpec:
+    """One tier, named as the YAML names it."""
+
+    name: str
+    use: str
+    cls: type[Tier]
+    options: Any
+    breaker: Breaker
+    place: Place
+    """Without the line itself, which may hold a password."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Breaker:
+    """When a failing tier is left alone; may stand on any tier."""
+
+    timeout: Annotated[float, parse_seconds] = 2.0
+    """Longest wait for one call to the tier; its request's deadline may be sooner."""
+    fails: int = 3
+    """Failures in a row that open the breaker."""
+    probe: Annotated[float, parse_seconds] = 1.0
+    """How long an open breaker waits before it lets one call through."""
+
+    def __post_init__(self) -> None:
+        if self.fails < 1 or self.timeout <= 0 or self.probe <= 0:
+            raise ValueError("fails, timeout and probe must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineOptions:
+    """What may be said of a pipeline besides its tiers and graphs."""
+
+    name: str = ""
+    """Its name, for logs and metrics; the file's name when not said."""
+    order: Literal["auto", "canonical", "native"] = "auto"
+    """How KV is kept: as the engine has it (`native`), in the one order that engines can share
+    (`canonical`), or whichever costs less (`auto`)."""
+    verify: Literal["always", "remote"] = "always"
+    """`always`: every frame is checked before it is placed; `remote`: memory is trusted."""
+    chunk: ChunkOptions = field(default_factory=ChunkOptions)
+    """How prompts are cut."""
+    budget: Budget = field(default_factory=Budget)
+    """How much may be under way at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineSpec(PipelineOptions):
+    """A whole YAML file, checked."""
+
+    source: str
+    """The file it was read from."""
+    tiers: dict[str, TierSpec]
+    graphs: dict[str, Graph]
+
+
+def _is_list(kind: Any) -> bool:
+    return list in {get_origin(k) for k in (kind, *get_args(kind))}
+
+
+__all__ = [
+    "Breaker", "Budget", "ChunkOptions", "Graph", "GraphOptions", "Node", "Pace", "PipelineOptions",
+    "PipelineSpec", "Seconds", "Size", "TierSpec", "WhenFull", "Wire",
+]  # fmt: skip

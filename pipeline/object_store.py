@@ -1,0 +1,310 @@
+"""Depot: the tiers of a file without its graphs: whole objects in, whole objects out.
+
+What `tierloom serve` keeps for many engines. Objects of all namespaces lie side by side, each under
+a name made of its namespace and key, so that nobody can reach another's by the key alone. The first
+tier of the file is asked first; what a colder one delivers is promoted to it, where it is memory,
+and what it took is written to the others behind the caller's back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
+import anyio
+
+from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.errors import ArenaFull, Lost
+from tierloom.stages.kv.object import LINK, Object, name_of
+from tierloom.stages.memory.arena import Arena, Lease
+from tierloom.stages.ops.lookup import in_slices
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
+
+log = logging.getLogger("tierloom.serve")
+
+_AT_ONCE = 8
+_WHOLE = 1 << 30
+_LIKELY = 64 << 20
+"""Bytes of an object of which nothing is known, at most."""
+_PATIENCE = 2.0
+"""Seconds that are waited for room, before there is none."""
+
+
+class Catalog:
+    """Which objects of which namespace the tiers with an index keep; from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[bytes, dict[bytes, list[int]]] = {}
+        """By namespace and name: tiers that have it, bytes."""
+        self._nbytes: dict[bytes, int] = {}
+
+    def note(self, size: Callable[[bytes], int], kept: bool, links: bytes) -> None:
+        """A tier's `watch`. `size`: of an object that it keeps."""
+        space, name = links[:LINK], links[-LINK:]
+        with self._lock:
+            names = self._kept.setdefault(space, {})
+            if kept:
+                entry = names.setdefault(name, [0, size(name)])
+                entry[0] += 1
+                if entry[0] == 1:
+                    self._nbytes[space] = self._nbytes.get(space, 0) + entry[1]
+                return
+            entry = names[name]
+            entry[0] -= 1
+            if not entry[0]:
+                del names[name]
+                self._nbytes[space] -= entry[1]
+                if not names:
+                    del self._kept[space], self._nbytes[space]
+
+    def names(self, space: bytes) -> list[bytes]:
+        with self._lock:
+            return list(self._kept.get(space, ()))
+
+    def count(self, space: bytes) -> tuple[int, int]:
+        """Objects and bytes of a namespace."""
+        with self._lock:
+            return len(self._kept.get(space, ())), self._nbytes.get(space, 0)
+
+
+class Grip:
+    """Memory that one exchange with a client holds, given back all at once."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._promised = 0
+        self._leases: list[Lease] = []
+
+    async def promise(self, nbytes: int) -> bool:
+        """Wait a moment until so much may be leased. Once for all that is needed: who holds a part
+        and waits for the rest may wait for somebody who does the same."""
+        try:
+            with anyio.fail_after(_PATIENCE):
+                await self._arena.reserve(nbytes)
+        except (ArenaFull, TimeoutError):
+            return False
+        self._promised += nbytes
+        return True
+
+    def take(self, lease: Lease) -> None:
+        """A lease becomes ours to release."""
+        self._leases.append(lease)
+
+    def close(self) -> None:
+        while self._leases:
+            self._leases.pop().release()
+        self._arena.unreserve(self._promised)
+        self._promised = 0
+
+    def __enter__(self) -> Grip:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Depot:
+    """Everything runs on the loop that opened it."""
+
+    def __init__(self, spec: PipelineSpec, *, shared: bool = False) -> None:
+        """`shared`: the arena can be mapped by other processes."""
+        self.spec = spec
+        kept = sum(t.options.capacity for t in spec.tiers.values() if t.cls.in_arena)
+        self.arena = Arena(spec.budget.arena, kept, shared=shared)
+        self.kept_in_memory = kept
+        self.largest = self.arena.working // 2
+        """Bytes of an object that is taken, at most."""
+        self.tiers: list[Guarded] = []
+        self.dropped = 0
+        """Objects that a colder tier was too slow for."""
+        self._catalog = Catalog()
+        self._io = Pool(spec.budget.threads, "io")
+        self._behind: dict[str, deque[Object]] = {}
+        self._awake: dict[str, anyio.Event] = {}
+        self._writing = 0
+        """Bytes that wait for colder tiers. They cannot be evicted meanwhile, so they are few."""
+        first = next(iter(spec.tiers.values()))
+        memory = first.options.capacity if first.cls.in_arena else self.arena.working
+        self._waits = min(self.arena.working // 2, memory // 4)
+        self._home = AsyncExitStack()
+
+    async def open(self) -> None:
+        """Open the tiers. Raises ConfigError."""
+        for name, t in self.spec.tiers.items():
+            make: Any = t.cls  # every tier takes (options, context)
+            sizes: list[Guarded] = []
+            watch = partial(self._catalog.note, partial(_size, sizes))
+            ctx = TierContext(self.arena, b"", self._io, watch)
+            tier = Guarded(make(t.options, ctx), name, t.breaker)
+            sizes.append(tier)
+            self._home.push_async_callback(tier.close)
+            await tier.open()
+            self.tiers.append(tier)
+
+    def start(self, tasks: anyio.abc.TaskGroup) -> None:
+        """One task for each colder tier."""
+        for tier in self.tiers[1:]:
+            self._behind[tier.name] = deque()
+            self._awake[tier.name] = anyio.Event()
+            tasks.start_soon(self._write_behind, tier)
+
+    async def settled(self) -> None:
+        """Wait until the colder tiers have what they were given."""
+        while self._writing:  # noqa: ASYNC110 - once, at the end
+            await anyio.sleep(0.01)
+
+    async def close(self) -> None:
+        await self._home.aclose()
+        self._io.close()
+        if not self.arena.leases:  # else somebody still reads it: it must stay
+            self.arena.close()
+
+    async def has(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
+        """Which are kept anywhere. Those that are were wanted: they are evicted later."""
+        names = [name_of(space, key) for key in keys]
+        found = [False] * len(names)
+        for tier in self.tiers:
+            missing = [i for i, there in enumerate(found) if not there]
+            if not missing or not tier.available:
+                continue
+            if tier.local:
+                for i in missing:
+                    found[i] = tier.find(names[i]) is not None
+                await in_slices(tier.touch, [names[i] for i in missing if found[i]])
+            else:
+                asked = await tier.has([names[i] for i in missing])
+                for i, there in zip(missing, asked, strict=True):
+                    found[i] = there
+        return found
+
+    async def make_room(self, space: bytes, grip: Grip, keys: Iterable[bytes]) -> bool:
+        """Promise the grip what reading these may take; False: only memory is to be read."""
+        need = sum(self._room(name_of(space, key)) for key in keys)
+        return await grip.promise(min(need, self.arena.working))
+
+    def _room(self, name: bytes) -> int:
+        """Bytes to be leased for an object: 0 where it is in memory, or nowhere."""
+        for tier in self.tiers:
+            if not tier.local:
+                return min(self.largest, _LIKELY)
+            found = tier.find(name)
+            if found is not None:
+                return 0 if tier.in_arena else found.nbytes
+        return 0
+
+    async def read(self, space: bytes, grip: Grip, key: bytes, *, room: bool) -> Object | Lost:
+        """The whole object, whose lease is the grip's. `room`: see `make_room`. Never raises."""
+        name, lost = name_of(space, key), Lost.ABSENT
+        for tier in self.tiers:
+            if not tier.available or (tier.local and tier.find(name) is None):
+                continue
+            if not room and not tier.in_arena:
+                lost = Lost.NO_ROOM
+                continue
+            read = Read(name, _WHOLE)
+            try:
+                await tier.read([read])
+            finally:
+                if read.object is not None:
+                    grip.take(read.object.lease)
+            obj = read.object
+            if obj is None:
+                lost = read.lost if read.lost not in (None, Lost.ABSENT) else lost
+                continue
+            if obj.header.namespace != space:  # a name says more than this could
+                return Lost.FOREIGN
+            if tier is not self.tiers[0] and self.tiers[0].in_arena:
+                await self.tiers[0].put([_named(obj, space, name)])
+            return obj
+        return lost
+
+    async def put(self, space: bytes, obj: Object) -> Lost | None:
+        """Keep a sealed object, whose header was checked. Never raises."""
+        named = _named(obj, space, name_of(space, obj.header.key))
+        lost: Lost | None = Lost.TIER_DOWN
+        for i, tier in enumerate(self.tiers):
+            (lost,) = await tier.put([named])
+            if lost is None:
+                for colder in self.tiers[i + 1 :]:
+                    self._pass_on(colder, named)
+                return None
+        return lost
+
+    async def settle(self, space: bytes, keys: Iterable[bytes]) -> None:
+        """These, head of the prompt first, came together: the tail is evicted first."""
+        names = [name_of(space, key) for key in keys]
+        for tier in self.tiers:
+            await in_slices(tier.settle, names)
+
+    async def drop(self, space: bytes, keys: Iterable[bytes]) -> int:
+        """Forget objects; how many were there."""
+        return await self._drop([name_of(space, key) for key in keys])
+
+    async def clear(self, space: bytes) -> int:
+        """Forget what the tiers with an index keep of a namespace."""
+        return await self._drop(self._catalog.names(space))
+
+    def stat(self, space: bytes) -> TierStat:
+        """What is kept of a namespace, in tiers with an index."""
+        capacities = [t.stat().capacity for t in self.tiers]
+        return TierStat(*self._catalog.count(space), 0 if 0 in capacities else max(capacities))
+
+    @property
+    def evicted(self) -> int:
+        return sum(tier.counts.evicted for tier in self.tiers)
+
+    async def _drop(self, names: list[bytes]) -> int:
+        dropped = 0
+        for begin in range(0, len(names), 256):
+            part = names[begin : begin + 256]
+            dropped += max([await tier.drop(part) for tier in self.tiers], default=0)
+        return dropped
+
+    def _pass_on(self, tier: Guarded, obj: Object) -> None:
+        waiting = self._behind[tier.name]
+        if self._writing and self._writing + obj.lease.nbytes > self._waits:
+            if not self.dropped:
+                log.warning("tier %s is slow: not everything is written to it", tier.name)
+            self.dropped += 1
+            return
+        obj.lease.retain()
+        self._writing += obj.lease.nbytes
+        waiting.append(obj)
+        self._awake[tier.name].set()
+
+    async def _write_behind(self, tier: Guarded) -> None:
+        """Put what comes, a few at a time."""
+        waiting = self._behind[tier.name]
+        while True:
+            if not waiting:
+                self._awake[tier.name] = anyio.Event()
+                await self._awake[tier.name].wait()
+            batch = [waiting.popleft() for _ in range(min(_AT_ONCE, len(waiting)))]
+            try:
+                await tier.put(batch)
+            finally:
+                for obj in batch:
+                    self._writing -= obj.lease.nbytes
+                    obj.lease.release()
+
+
+def _named(obj: Object, space: bytes, name: bytes) -> Object:
+    """The same bytes under the name that the tiers know them by. The links before it name the
+    namespace, for the catalog; they are as many as before, as a header's length goes by them."""
+    before = max(1, len(obj.header.links) // LINK - 1)
+    header = obj.header._replace(key=name, links=space * before + name)
+    return Object(header, obj.lease, loaded=obj.loaded, sealed=True)
+
+
+def _size(tier: list[Guarded], name: bytes) -> int:
+    """Bytes of an object that a tier with an index keeps."""
+    found = tier[0].find(name)
+    return found.nbytes if found is not None else 0

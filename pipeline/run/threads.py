@@ -1,0 +1,88 @@
+"""A few daemon threads for blocking calls.
+
+Their number is fixed, so that a disk that hangs occupies these threads and no more, and a process
+can end while one of them is stuck. A call costs two queue operations and one wake of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from tierloom.stages.memory.arena import Lease
+from tierloom.stages.memory.held import Call
+
+Queued = tuple[Call, asyncio.AbstractEventLoop, asyncio.Future[Any]]
+
+
+class Pool:
+    """`await pool(fn, *args, leases=...)`. A caller that is cancelled leaves the call behind: it
+    runs on when a thread has taken it, and never begins when none has."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._calls: SimpleQueue[Queued | None] = SimpleQueue()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"tierloom-{name}-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def __call__(
+        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = ()
+    ) -> Any:
+        """What `fn` returned or raised. `leases`: all whose memory it reads or writes; they are
+        held until its thread is through. Raises RuntimeError when the pool is closed."""
+        if self._closed:
+            raise RuntimeError("a call came to a pool that is closed")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        call = Call(fn, args, leases)
+        self._calls.put((call, loop, future))
+        try:
+            return await future
+        finally:
+            call.drop()
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Let the threads end; one that is stuck is left behind, with the leases of its call."""
+        self._closed = True
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            thread.join(timeout)
+        with suppress(Empty):  # what no thread came to
+            while True:
+                queued = self._calls.get_nowait()
+                if queued is not None:
+                    queued[0].drop()
+        for thread in self._threads:
+            if thread.is_alive():  # it ends if it ever comes back
+                self._calls.put(None)
+
+    def _work(self) -> None:
+        while (queued := self._calls.get()) is not None:
+            call, loop, future = queued
+            result, error = None, None
+            if call.take():
+                try:
+                    result = call.run()
+                except BaseException as e:
+                    error = e
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_settle, future, result, error)
+            del queued, call, future, result, error
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.cancelled():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

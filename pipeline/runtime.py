@@ -1,0 +1,161 @@
+"""What lives as long as a pipeline: arena, pools, tiers and flows, on the portal's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import anyio
+
+from tierloom.pipeline.config.segments import lower
+from tierloom.pipeline.config.spec import Graph, PipelineSpec
+from tierloom.pipeline.run.graph_runner import Flow
+from tierloom.pipeline.run.loop_thread import Portal
+from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.contract.stage import Context, ModelFacts, Stage
+from tierloom.stages.errors import Lost
+from tierloom.stages.kv.geometry import Geometry
+from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.paged_copy import warm_up
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.tier import TierContext
+
+
+class Change(NamedTuple):
+    """An object that came to a local tier, or went."""
+
+    tier: str
+    kept: bool
+    links: bytes
+    """Its grain links; the last is its key."""
+
+
+class Worker:
+    """Opened whole or not at all; `close()` gives everything back."""
+
+    def __init__(
+        self, spec: PipelineSpec, geometry: Geometry, device: str, names: Namespace,
+        facts: ModelFacts | None = None, *, replica: bool = False, watch: bool = False,
+    ) -> None:  # fmt: skip
+        """`names`: whose digest every object carries. `watch`: keep `changes`, which the
+        caller must empty. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given the
+        arena."""
+        self._spec, self._geometry, self._device = spec, geometry, device
+        self._names, self._replica, self._watch = names, replica, watch
+        self._facts = facts or ModelFacts()
+        self.changes: deque[Change] = deque()
+        self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
+        kept = sum(spec.tiers[n].options.capacity for n in self._memory)
+        self.arena = Arena(spec.budget.arena, kept)
+        if device != "cpu":
+            try:
+                self.arena.pin(device)
+            except BaseException:
+                self.arena.close()
+                raise
+        warm_up(device)
+        self.tiers: dict[str, Guarded] = {}
+        self.flows: dict[str, Flow] = {}
+        # Two pools: a disk that hangs must not take the threads that copy. One core stays the
+        # engine's: copies are bound by memory, and a second thread on two cores adds half to the
+        # CPU time of each byte.
+        copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
+        self._work = Pool(copying, "work")
+        self._io = Pool(spec.budget.threads, "io")
+        self.portal = Portal(self._live)
+        try:
+            self.portal.start()
+        except BaseException:
+            self._release()
+            raise
+
+    async def clear(self, local: bool) -> tuple[int, list[str]]:
+        """Give up stores under way, then empty the tiers, or the local ones: how many objects
+        there were, and the tiers that refused, with their reasons."""
+        if (stores := self.flows.get("store")) is not None:
+            await _give_up(stores)
+        count, refused = 0, []
+        for name, tier in self.tiers.items():
+            if tier.local or not local:
+                cleared = await tier.clear()
+                if isinstance(cleared, Lost):
+                    refused.append(f"{name} ({cleared.name.lower()})")
+                else:
+                    count += cleared
+        return count, refused
+
+    def close(self) -> None:
+        """End every request, close the tiers, free the arena."""
+        self.portal.close()
+        self._release()
+
+    async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
+        """The portal's main. Behind it, however it ends, no request is left unanswered."""
+        async with AsyncExitStack() as home:
+            for name, t in self._spec.tiers.items():
+                make: Any = t.cls  # every tier takes (options, context)
+                watch = partial(self._note, name) if self._watch else None
+                ctx = TierContext(self.arena, self._names.digest, self._io, watch)
+                tier = Guarded(make(t.options, ctx), name, t.breaker)
+                tier.unread.watch = watch if tier.local else None
+                home.push_async_callback(tier.close)
+                await tier.open()
+                self.tiers[name] = tier
+            for graph in self._spec.graphs.values():  # a stage may refuse its options or the layout
+                self.flows[graph.name] = self._flow(graph)
+            async with anyio.create_task_group() as tasks:
+                for flow in self.flows.values():
+                    home.callback(flow.close)
+                    flow.start(tasks)
+                ready()
+                await stop.wait()
+                await self._drain()
+                tasks.cancel_scope.cancel()
+
+    def _note(self, tier: str, kept: bool, links: bytes) -> None:
+        self.changes.append(Change(tier, kept, links))
+
+    def _flow(self, graph: Graph) -> Flow:
+        g = self._geometry
+        ctx = Context(
+            graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
+            namespace=self._names.digest, names=self._names, facts=self._facts,
+            replica=self._replica,
+            trusted=self._memory if self._spec.verify == "remote" else frozenset(),
+            arena=self.arena, tiers=self.tiers, pool=self._work,
+        )  # fmt: skip
+        stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
+        return Flow(
+            graph, lower(graph), stages, pool=self._work, arena=self.arena,
+            object_bytes=g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE,
+            inflight=self._spec.budget.inflight,
+        )  # fmt: skip
+
+    async def _drain(self, seconds: float = 5.0) -> None:
+        """Give up what is open, and wait until it is through."""
+        async with anyio.create_task_group() as tasks:
+            for flow in self.flows.values():
+                tasks.start_soon(_give_up, flow, seconds)
+
+    def _release(self) -> None:
+        self._work.close()
+        self._io.close()
+        if not self.arena.leases:  # else an abandoned call still writes into it: it must stay
+            self.arena.close()
+
+
+async def _give_up(flow: Flow, seconds: float = 5.0) -> None:
+    """Give up what is open now, and wait until it is through."""
+    tickets = list(flow.open)
+    for ticket in tickets:
+        ticket.expire(Lost.CANCELLED)
+        flow.poke(ticket)
+    if tickets:
+        await asyncio.wait([asyncio.wrap_future(t.future) for t in tickets], timeout=seconds)

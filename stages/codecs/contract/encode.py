@@ -1,0 +1,85 @@
+"""What every encoding stage shares: frames in, smaller frames out, the chunk's plain object
+untouched."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from tierloom.stages.codecs.contract.byte_planes import split_planes
+from tierloom.stages.codecs.contract.decoding import AESGCM, MOST_CODECS, PLANES
+from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
+from tierloom.stages.contract.batch import Batch, Encoded, EncodedFrame
+from tierloom.stages.contract.stage import Lane, Stage
+
+
+class Encode(Stage):
+    """Encodes frame by frame; a frame that would not shrink passes as it is."""
+
+    takes = "any@host/frame"
+    gives = "bytes@host/frame"
+    lane = Lane.POOL
+    leases = 1
+
+    scans: int = 1
+    """Frames that each frame becomes, from coarse to fine."""
+
+    @abstractmethod
+    def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
+        """(encoded bytes, the codec ids that were applied); None: the frame passes as it is.
+
+        `before`: the codecs that `data` went through already; empty: it is the plain frame.
+        """
+
+    def apply(self, batch: Batch) -> Batch:
+        before = batch.encoder
+        for piece in batch.live:
+            if piece.object is None:
+                continue
+            header = piece.object.header
+            past = None if before is None else piece.encoded[before]
+            scans, groups = past.scans if past else self.scans, header.groups
+            mine = piece.encoded.setdefault(self, Encoded([None] * (scans * groups), scans))
+            for i in batch.frames:
+                shape = FrameShape.of(header, i, piece.position)
+                if past is None:
+                    f = header.frames[i]
+                    plain = piece.object.lease.view[f.offset : f.offset + f.stored]
+                    source = EncodedFrame(plain, f.raw, b"")
+                    mine.frames[i::groups] = self.parts(source, shape, Site(header, i, b""))
+                    continue
+                for j in range(i, scans * groups, groups):
+                    frame = past.frames[j]
+                    assert frame is not None, "waves reach a branch's stages in order"
+                    mine.frames[j] = self.frame(frame, shape, Site(header, j, frame.codecs))
+        batch.encoder = self
+        return batch
+
+    def parts(self, source: EncodedFrame, shape: FrameShape, site: Site) -> list[EncodedFrame]:
+        """A plain frame as it goes on: one frame of each scan."""
+        return [self.frame(source, shape, site)]
+
+    def frame(self, source: EncodedFrame, shape: FrameShape, site: Site) -> EncodedFrame:
+        """One frame as it goes on."""
+        full = len(source.codecs) >= MOST_CODECS - 1 or AESGCM in source.codecs
+        made = None if full else self.squeeze(source.data, shape, source.codecs)
+        if made is None or memoryview(made[0]).nbytes >= memoryview(source.data).nbytes:
+            return source
+        return EncodedFrame(_plain(made[0]), source.raw, source.codecs + made[1])
+
+
+class PlanesThen(Encode):
+    """A general-purpose compressor, behind byte planes where they help."""
+
+    codec: int
+
+    @abstractmethod
+    def compress(self, data: Bytes) -> bytes: ...
+
+    def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
+        if self.options.planes and shape.itemsize > 1 and not before:
+            return self.compress(split_planes(data, shape.itemsize)), bytes((PLANES, self.codec))
+        return self.compress(data), bytes((self.codec,))
+
+
+def _plain(data: Bytes) -> Bytes:
+    return data if isinstance(data, bytes) else data.cast("B")

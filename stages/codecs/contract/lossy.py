@@ -1,0 +1,83 @@
+"""What the lossy codecs share: they quantise plain frames of floats in canonical order."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from struct import Struct
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from tierloom.stages.codecs.contract.decoding import decode_frame
+from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, read_only
+from tierloom.stages.contract.stage import Context
+from tierloom.stages.errors import BadObject
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array = Any
+"""A NumPy array, whose type the compiled kernels check."""
+
+
+class Lossy(Encode):
+    """Frames of bfloat16, float16 and float32 are quantised; others pass as they are, and so does
+    a frame with a number that is not finite or that the codec's scales cannot reach: it would be
+    of no use to itself and would spoil its neighbours."""
+
+    takes = "kv@host/frame"
+    canonical = True
+    codec: ClassVar[int]
+
+    def __init__(self, options: Any, ctx: Context) -> None:
+        super().__init__(options, ctx)
+        if ctx is not None and ctx.geometry.dtype in ELEMENTS:
+            self._warm_up()
+
+    @abstractmethod
+    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+        """The encoded bytes of element bits ``[planes, tokens, heads, dim]``, read-only; None
+        where a number is not finite, or too large."""
+
+    def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
+        if before or shape.dtype not in ELEMENTS:
+            return None
+        made = self.quantise(elements(data, shape), shape)
+        return None if made is None else (made, bytes((self.codec,)))
+
+    def _warm_up(self) -> None:
+        """Compile both ways now: numba would do it in the first request, and hold the GIL."""
+        g = self.ctx.geometry
+        shape = FrameShape(g.kv, 1, 8, g.heads, g.dim, g.dtype, start=0)
+        made = self.squeeze(bytes(shape.nbytes), shape, b"")
+        assert made is not None
+        decode_frame(made[0], shape, made[1])
+
+
+def head_of(data: Bytes, layout: Struct, shape: FrameShape) -> tuple[int, ...]:
+    """The fields that encoded bytes begin with, the first of which is a version, 1. Raises
+    BadObject, also where the frame's elements are none that a lossy codec takes."""
+    if shape.dtype not in ELEMENTS or not shape.nbytes:
+        raise BadObject(f"quantised, but {shape}")
+    if memoryview(data).nbytes < layout.size:
+        raise BadObject(f"cut short: {memoryview(data).nbytes} bytes")
+    fields: tuple[int, ...] = layout.unpack_from(data)
+    if fields[0] != 1:
+        raise BadObject(f"version {fields[0]} of a codec is unknown to this tierloom")
+    return fields
+
+
+def elements(data: Bytes, shape: FrameShape) -> npt.NDArray[Any]:
+    """A plain frame's element bits ``[planes, tokens, heads, dim]``, read-only."""
+    flat = read_only(np.frombuffer(data, ELEMENTS[shape.dtype]))
+    return flat.reshape(shape.planes, shape.tokens, shape.heads, shape.dim)
+
+
+def blank(shape: FrameShape) -> npt.NDArray[Any]:
+    """Room for a decoded frame: element bits ``[planes, tokens, heads, dim]``, not initialised."""
+    return np.empty((shape.planes, shape.tokens, shape.heads, shape.dim), ELEMENTS[shape.dtype])
+
+
+def as_bytes(frame: npt.NDArray[Any]) -> memoryview:
+    return frame.reshape(-1).view(np.uint8).data

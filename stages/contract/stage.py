@@ -1,0 +1,174 @@
+"""What a stage is: a step of a graph, built from options and a context, run on batches.
+
+A stage MUST NOT know its neighbours, start tasks, or write into what it was given (forks share
+it). It marks a piece lost where only that piece is bad; an exception means the stage itself is
+broken. What it takes (leases above all) it hands to `batch.defer`, so that it goes home by the
+same road always.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple
+
+from tierloom.stages.contract.batch import Batch
+from tierloom.stages.contract.request import Ticket
+from tierloom.stages.kv.geometry import Geometry
+from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+
+
+class Lane(Enum):
+    """Where a stage runs."""
+
+    ENGINE = "engine"
+    """The engine's own thread: kernel launches and event records, never a wait."""
+    LOOP = "loop"
+    """A coroutine on the one portal thread: never holds the GIL for more than 100 us."""
+    POOL = "pool"
+    """A thread of the pool: a blocking call that frees the GIL."""
+
+
+class PortType(NamedTuple):
+    """What travels on a wire: `kind@place/grain`. Two fit when each word is equal or `any`."""
+
+    kind: str
+    """tokens, keys, plan, kv (plain), bytes (perhaps encoded), receipt."""
+    place: str
+    """host or device."""
+    grain: str
+    """request or frame."""
+
+    @classmethod
+    def parse(cls, text: str) -> PortType:
+        if text == "same":
+            return cls("same", "same", "same")
+        kind, _, rest = text.partition("@")
+        place, _, grain = rest.partition("/")
+        return cls(kind, place, grain)
+
+    def clashes(self, wanted: PortType) -> tuple[str, ...]:
+        """The words in which this does not fit `wanted`."""
+        words = zip(self._fields, self, wanted, strict=True)
+        return tuple(word for word, a, b in words if a != b and "any" not in (a, b))
+
+    def after(self, comes: PortType) -> PortType:
+        """This output with each word `same` replaced by that of the input."""
+        return PortType(*(b if a == "same" else a for a, b in zip(self, comes, strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.place}/{self.grain}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkOptions:
+    """How prompts are cut."""
+
+    tokens: int = 256
+    """Tokens of a chunk: the unit of storage."""
+    grain: int = 32
+    """Tokens of a grain: the unit of a hit; divides `tokens`."""
+    group: int = 4
+    """Layers of a frame: the unit of pipelining."""
+    partial: bool = True
+    """Keep a prompt's last chunk even when it is not full."""
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.grain, self.group) < 1:
+            raise ValueError("tokens, grain and group must be at least 1")
+        if self.tokens % self.grain:
+            raise ValueError(f"grain {self.grain} does not divide tokens {self.tokens}")
+
+
+class ModelFacts(NamedTuple):
+    """What an engine knows of the whole model, of which a pipeline may keep a share. No part of any
+    name: it says how KV is best coded, not whose it is."""
+
+    layers: int = 0
+    """0: not known."""
+    files: str = ""
+    """Content id of its weight files, whatever dtype they are loaded in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What a stage may know: the pipeline it serves, nothing of the graph it stands in."""
+
+    graph: str
+    chunk: ChunkOptions
+    geometry: Geometry
+    device: str
+    """`cpu`, or `cuda:3`: where the engine's cache lives."""
+    namespace: bytes
+    """Digest that every object of this pipeline carries."""
+    names: Namespace
+    """What `namespace` is the digest of: model, RoPE, which layers and heads of it."""
+    facts: ModelFacts
+    replica: bool
+    """Another process stores the same KV: this one leaves tiers that both can read to it."""
+    trusted: frozenset[str]
+    """Tiers whose frames need no check: none, unless `verify: remote` trusts the arena."""
+    arena: Arena
+    tiers: Mapping[str, Guarded]
+    pool: Callable[..., Awaitable[Any]]
+    """Runs a blocking call; see TierContext.pool."""
+
+
+class Stage(ABC):
+    """Subclass, say what goes in and out, and register the name in `catalog.py`."""
+
+    Options: ClassVar[type[Any]]
+    """The frozen dataclass of this stage's options."""
+    takes: ClassVar[str]
+    """Port type of the input, e.g. `kv@device/frame`."""
+    gives: ClassVar[str]
+    """Port type of the output; `same` passes the input's kind, place and grain on."""
+    lane: ClassVar[Lane]
+    tier_options: ClassVar[tuple[str, ...]] = ()
+    """Options that name tiers, so that the checker can look them up. A list says where to read
+    (None: everywhere), one name where to keep."""
+    arena_options: ClassVar[tuple[str, ...]] = ()
+    """Those of `tier_options` that must name a tier which keeps its objects in the arena."""
+    touches_engine: ClassVar[bool] = False
+    """Reads or writes the engine's cache: behind it, a batch's gates open."""
+
+    canonical: ClassVar[bool] = False
+    """Works on tokens, heads and channels, so KV must be kept in canonical order."""
+    leases: ClassVar[int] = 0
+    """Objects' worth of arena that a chunk needs while it passes here; reserved beforehand."""
+
+    def __init__(self, options: Any, ctx: Context) -> None:
+        self.options, self.ctx = options, ctx
+
+    def plan(self, ticket: Ticket) -> None:
+        """Stages of grain `request`, lane POOL: work on the whole request."""
+        raise NotImplementedError
+
+    async def prepare(self, batch: Batch) -> None:  # noqa: B027 (most need nothing)
+        """On the loop, before `apply`: take the leases it will need."""
+
+    def apply(self, batch: Batch) -> Batch:
+        """Stages of grain `frame`, lane POOL: work on a batch in a thread of the pool."""
+        raise NotImplementedError
+
+
+class LoopStage(Stage):
+    """A stage that awaits: I/O and bookkeeping."""
+
+    lane = Lane.LOOP
+
+    async def plan_async(self, ticket: Ticket) -> None:
+        """Stages of grain `request`."""
+        raise NotImplementedError
+
+    def peek(self, ticket: Ticket) -> None:
+        """`plan_async` by what this process knows alone: any thread, no I/O, nothing changed."""
+        raise NotImplementedError
+
+    async def apply_async(self, batch: Batch) -> Batch:
+        """Stages of grain `frame`."""
+        raise NotImplementedError

@@ -1,0 +1,124 @@
+"""The device's copy between the engine's cache and host memory, and what it must wait for.
+
+The only file that chooses between the numba kernels (CPU) and the Triton ones (CUDA). On CUDA the
+kernels read and write the page-locked arena directly, so frames need no staging buffer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tierloom.stages.memory.page_lock import is_locked
+from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable, PlaneTable
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Slots = npt.NDArray[np.int64]
+    Stop = npt.NDArray[np.uint8]
+
+
+def fence(device: str) -> Any:
+    """What a copy must wait for before it touches the engine's memory on `device`; called by the
+    engine's thread, which does not wait for it. None on a CPU, where work is done when a call
+    returns."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.current_stream(device).record_event()
+
+
+def gather_now(
+    table: PlaneTable,
+    frames: FrameTable,
+    slots: Slots,
+    stop: Stop,
+    device: str,
+    behind: Any = None,
+) -> None:
+    """The device's gather and the checksums, finished when it returns. Nothing is validated."""
+    if device == "cpu":
+        from tierloom.triton_kernels.paged_copy.cpu import gather_frames
+
+        gather_frames(table, frames, slots, stop)
+        return
+    from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
+
+    _launch(table, frames, slots, device, behind, gather=True)
+    for i in range(len(frames)):
+        frames.checksum[i] = xxh3_64(frames.address[i], frames.nbytes[i])
+    frames.status[:] = PLACED
+
+
+def scatter_now(
+    table: PlaneTable,
+    frames: FrameTable,
+    slots: Slots,
+    stop: Stop,
+    device: str,
+    behind: Any = None,
+    *,
+    verify: bool,
+) -> None:
+    """The device's scatter of frames whose checksums are right, finished when it returns."""
+    if device == "cpu":
+        from tierloom.triton_kernels.paged_copy.cpu import scatter_frames
+
+        scatter_frames(table, frames, slots, stop, verify=verify)
+        return
+    from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
+
+    good = np.ones(len(frames), bool)
+    for i in range(len(frames) if verify else 0):
+        good[i] = xxh3_64(frames.address[i], frames.nbytes[i]) == frames.checksum[i]
+    frames.take[~good] = 0  # nothing of a bad frame is placed
+    _launch(table, frames, slots, device, behind, gather=False)
+    frames.status[:] = np.where(good, PLACED, CORRUPT)
+
+
+def warm_up(device: str) -> None:
+    """Compile the CPU kernels, or load them from numba's cache, before a request waits for it."""
+    if device == "cpu":
+        n = np.zeros(0, np.int64)
+        table = PlaneTable(n, np.zeros((0, 4), np.int64), 1, 1, 1, 1, 1)
+        i, layer = np.zeros(0, np.int32), np.zeros((0, 2), np.int32)
+        frames = FrameTable(n, n, layer, i, i, n, np.zeros(0, np.uint64), np.zeros(0, np.uint8))
+        stop = np.zeros(1, np.uint8)
+        gather_now(table, frames, n, stop, device)
+        scatter_now(table, frames, n, stop, device, verify=True)
+
+
+def _launch(
+    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, behind: Any, *, gather: bool
+) -> None:
+    """One Triton launch on a side stream, behind the engine's event `behind`; waits for it.
+
+    Any thread, whatever device is current there. To enter the stream alone would do, but leaving it
+    would make a context on the device that was current before: half a GiB of another worker's.
+    """
+    import torch
+
+    from tierloom.triton_kernels.memory.launch import on_device
+    from tierloom.triton_kernels.paged_copy.triton import (
+        DeviceFrames,
+        DevicePlanes,
+        launch_paged_copy,
+    )
+
+    if not is_locked(frames.address, frames.nbytes):  # the engine would lose its device
+        raise RuntimeError(f"{device} was handed memory of the host that is not page-locked")
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        try:
+            if behind is not None:
+                stream.wait_event(behind)
+            with torch.cuda.stream(stream):
+                launch_paged_copy(
+                    DevicePlanes.of(table, device), DeviceFrames.of(frames, device),
+                    on_device(slots, device), gather=gather,
+                )  # fmt: skip
+        finally:  # whatever happens, nothing of it is under way when this returns
+            stream.synchronize()

@@ -1,0 +1,145 @@
+"""Page-locked host memory: the only memory of the host that a CUDA device may be handed.
+
+By the driver's own calls: those of CUDA's runtime leave an error behind when they fail, which the
+engine's next launch would take for its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tierloom.stages.errors import LayoutError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+CHUNK = 16 << 30
+"""Bytes of one call. One call for hundreds of GiB of small pages is refused by drivers from R580
+on; a kernel may cross from one chunk to the next, a transfer of a copy engine may not."""
+LEFT = 1 << 30
+"""Bytes that stay free: locked pages are resident, and cannot be swapped out."""
+_FLAGS = 1 | 2
+"""CU_MEMHOSTREGISTER_PORTABLE: for all of the process's contexts; _DEVICEMAP: kernels use it."""
+
+_locked: dict[int, tuple[int, list[int], str]] = {}
+"""By first address: one past the last, where each chunk begins, the device."""
+
+
+def lock(address: int, nbytes: int, device: str) -> None:
+    """Page-lock `nbytes` from `address` for `device` (`cuda:3`), whole or not at all.
+
+    Touches every page. Raises LayoutError where there is not enough memory or the driver refuses.
+    """
+    chunks: list[int] = []
+    with _context(device) as driver:
+        try:
+            for at in range(address, address + nbytes, CHUNK):
+                size = min(CHUNK, address + nbytes - at)
+                _check_room(size, f"{at - address >> 20} of {nbytes >> 20} MiB for {device}")
+                _call(driver, "cuMemHostRegister_v2", ctypes.c_void_p(at), ctypes.c_size_t(size),
+                      ctypes.c_uint(_FLAGS))  # fmt: skip
+                chunks.append(at)
+        except BaseException:
+            for at in chunks:
+                driver.cuMemHostUnregister(ctypes.c_void_p(at))
+            raise
+    _locked[address] = (address + nbytes, chunks, device)
+
+
+def _check_room(nbytes: int, so_far: str) -> None:
+    if nbytes + LEFT > (free := available()):
+        raise LayoutError(
+            f"page-locking host memory stopped at {so_far}: {free >> 20} MiB are free, and "
+            f"{LEFT >> 20} must stay so: lower the capacity of memory tiers, or budget.arena"
+        )
+
+
+def unlock(address: int) -> None:
+    """Undo `lock(address, ...)`. No device may be using the memory."""
+    _, chunks, device = _locked.pop(address)
+    with suppress(LayoutError), _context(device) as driver:  # it may be shutting down already
+        for at in chunks:
+            driver.cuMemHostUnregister(ctypes.c_void_p(at))
+
+
+def is_locked(address: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> bool:
+    """Each of these pieces of memory lies in one that is locked."""
+    inside = np.zeros(len(address), bool)
+    for first, (end, *_) in list(_locked.items()):
+        inside |= (first <= address) & (address + nbytes <= end)
+    return bool(inside.all())
+
+
+def available(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the machine, and of every control group that it
+    is in (whose page cache counts as free, as in the machine's own figure)."""
+    found = [line.split() for line in _lines(root / "proc/meminfo")]
+    left = [int(words[1]) << 10 for words in found if words[0] == "MemAvailable:"]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, kinds, path = line.split(":", 2)
+        if not kinds:
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base):  # in a container, only the last of them may be there
+                left += _left(folder, *names)
+    return max(0, min(left, default=1 << 62))
+
+
+def _left(folder: Path, most: str, used: str, cache: str) -> list[int]:
+    """Bytes left of one group's limit; none where it has no limit."""
+    limit, now = _lines(folder / most), _lines(folder / used)
+    if not limit or not now or limit == ["max"]:
+        return []
+    words = [line.split() for line in _lines(folder / "memory.stat")]
+    return [int(limit[0]) - int(now[0]) + sum(int(n) for name, n in words if name == cache)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+@contextmanager
+def _context(device: str) -> Iterator[Any]:
+    """The driver, with `device`'s context, which is torch's too, as this thread's own meanwhile."""
+    driver, number, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    index = int(device.partition(":")[2] or 0)
+    _call(driver, "cuInit", ctypes.c_uint(0))
+    _call(driver, "cuDeviceGet", ctypes.byref(number), ctypes.c_int(index))
+    _call(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+    try:
+        _call(driver, "cuCtxPushCurrent_v2", context)
+        try:
+            yield driver
+        finally:
+            driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(number)
+
+
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        why = f"host memory cannot be page-locked without NVIDIA's driver: {error}"
+        raise LayoutError(why) from None
+
+
+def _call(driver: Any, name: str, *args: Any) -> None:
+    code = getattr(driver, name)(*args)
+    if code:
+        raise LayoutError(f"page-locking host memory failed: {name} answered with code {code}")

@@ -1,0 +1,108 @@
+"""decode: encoded frames back to plain KV, by what each frame's header names.
+
+    grow: {use: decode}
+
+With `keys: [FILE]`, encrypted frames too. A frame is verified before it is decoded, and that alone
+tells what is damaged: bytes that are as they were written, but cannot be decoded here, are left to
+those who can. Plain frames pass untouched: scatter verifies those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import xxhash
+
+from tierloom.stages.codecs.contract.decoding import decode_frame, undo
+from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
+from tierloom.stages.codecs.contract.keyring import Keyring
+from tierloom.stages.contract.batch import Batch, Piece
+from tierloom.stages.contract.stage import Context, Lane, Stage
+from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
+from tierloom.stages.kv.object import LINK, Object, header_size, plan_frames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeOptions:
+    """Little: frames say how they were encoded."""
+
+    keys: list[str] | None = None
+    """Key files of `aesgcm`, any of which may open a frame."""
+    calibrations: list[str] | None = None
+    """Files of `tierloom calibrate` that lie elsewhere than in ~/.cache/tierloom/calibrations."""
+
+
+class Decode(Stage):
+    """Decodes into a second lease, so that what was read can still be promoted as it is."""
+
+    Options = DecodeOptions
+    takes = "any@any/frame"
+    gives = "kv@host/frame"
+    lane = Lane.POOL
+    leases = 1
+
+    def __init__(self, options: DecodeOptions, ctx: Context) -> None:
+        """Raises ConfigError where a key file or calibration cannot be used."""
+        super().__init__(options, ctx)
+        if options.calibrations:
+            from tierloom.stages.codecs.cachegen import (
+                calibration,  # brings numba, which checking a file must not
+            )
+
+            for path in options.calibrations:
+                calibration.read(path)
+        self._keys = Keyring.read(options.keys) if options.keys else None
+
+    async def prepare(self, batch: Batch) -> None:
+        for piece in batch.live:
+            if piece.object is None or piece.plain is not None:
+                continue
+            header = piece.object.header
+            if not any(f.codecs for f in header.frames):
+                continue
+            raw = [f.raw for f in header.frames[: header.groups]]
+            size = header_size(len(raw), len(header.links) // LINK)
+            plain = header._replace(frames=plan_frames(size, raw, raw), scans=1)
+            try:
+                lease = self.ctx.arena.lease(plain.nbytes)
+            except ArenaFull:
+                batch.lose(piece, Lost.NO_ROOM)
+                continue
+            batch.defer(lease.release)
+            piece.plain = Object(plain, lease)
+
+    def apply(self, batch: Batch) -> Batch:
+        for piece in batch.live:
+            if piece.plain is None or batch.ticket.stop[0]:
+                continue
+            try:
+                for i in batch.frames_of(piece.plain.header):
+                    self._decode(piece, i)
+            except BadObject as error:
+                batch.refuse(piece, error)
+        return batch
+
+    def _decode(self, piece: Piece, i: int) -> None:
+        """Verify and decode a layer group, as fine as its scans have come, into the plain object.
+        Raises BadObject."""
+        assert piece.object is not None
+        assert piece.plain is not None
+        header, plain = piece.object.header, piece.plain.header.frames[i]
+        shape, first = FrameShape.of(header, i), header.frames[i].codecs
+        whole = 0 if header.scans == 1 else 1
+        scans = [
+            self._opened(piece.object, j, shape, whole)
+            for j in range(i, piece.object.loaded, header.groups)
+        ]
+        data = scans[0] if len(scans) == 1 else b"".join(scans)
+        out = decode_frame(data, shape, first[:whole])
+        piece.plain.lease.view[plain.offset : plain.offset + plain.stored] = out
+
+    def _opened(self, object: Object, i: int, shape: FrameShape, down_to: int) -> Bytes:
+        """A frame, verified, without its codecs but the first `down_to`. Raises BadObject."""
+        stored = object.header.frames[i]
+        data = object.lease.view[stored.offset : stored.offset + stored.stored]
+        if xxhash.xxh3_64_intdigest(data) != stored.checksum:
+            raise Damaged(f"frame {i} checksum does not match")
+        site = Site(object.header, i, b"", self._keys)
+        return undo(data, shape, stored.codecs, site, down_to=down_to)

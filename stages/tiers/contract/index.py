@@ -1,0 +1,195 @@
+"""The index of a local tier: what is kept, where, and what goes first.
+
+Every inner grain link of an object is an alias of it, so that a prompt which leaves the object's
+text half way still finds the part they share. One lock guards changes; `find` takes none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Generic, TypeVar
+
+from tierloom.stages.kv.object import LINK
+from tierloom.stages.options import Seconds, Size
+from tierloom.stages.tiers.contract.eviction import POLICIES, Policy
+from tierloom.stages.tiers.contract.tier import Found, Watch
+
+P = TypeVar("P")
+FOREVER = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexOptions:
+    """What every tier with an index is told: how much is kept, and what goes first."""
+
+    capacity: Size
+    """Bytes kept at most."""
+    evict: Policy = "lru"
+    """What goes first when room is needed."""
+    ttl: Seconds = 0.0
+    """How long an object lives, also across a restart; 0: until it is evicted."""
+
+    def __post_init__(self) -> None:
+        if self.capacity <= 0:
+            raise ValueError(f"capacity must be positive, got {self.capacity}")
+        if self.evict not in POLICIES:
+            raise ValueError(f"evict is {self.evict!r}; known: {', '.join(POLICIES)}")
+        if self.ttl < 0:
+            raise ValueError(f"ttl must not be negative, got {self.ttl}")
+
+
+@dataclass(slots=True)
+class Entry(Generic[P]):
+    """One kept object."""
+
+    key: bytes
+    links: bytes
+    """Its grain links, 32 bytes each; the last is the key."""
+    nbytes: int
+    place: P
+    """Where the tier keeps it."""
+    expires: float
+    """In the clock of the index; see `Index.expiry`."""
+    pinned: bool = False
+
+
+def split(links: bytes) -> list[bytes]:
+    return [links[i : i + LINK] for i in range(0, len(links), LINK)]
+
+
+class Index(Generic[P]):
+    """Entries by key and by inner link, in the order in which they came."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        capacity: int,
+        *,
+        ttl: float,
+        clock: Callable[[], float],
+        in_use: Callable[[P], bool],
+        watch: Watch | None = None,
+    ) -> None:
+        """`ttl`: seconds an entry lives, 0 for ever. `in_use`: must not be evicted just now.
+        `watch`: told of each entry that comes or goes."""
+        self.lock = threading.RLock()
+        """Held by every change; take it to make several of them one."""
+        self.nbytes = 0
+        self._policy = POLICIES[policy](capacity)
+        self._ttl, self._clock, self._in_use = ttl, clock, in_use
+        self._watch = watch
+        self._entries: OrderedDict[bytes, Entry[P]] = OrderedDict()
+        self._aliases: dict[bytes, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[Entry[P]]:
+        return iter(self._entries.values())
+
+    def get(self, key: bytes) -> Entry[P] | None:
+        """The entry of exactly this key, unless its time is over. Changes nothing; no lock."""
+        entry = self._entries.get(key)
+        if entry is None or entry.expires <= self._clock():
+            return None
+        return entry
+
+    def find(self, links: bytes) -> Found | None:
+        """The object that serves most grains of the chunk with these links. As `get`."""
+        asked = split(links)
+        for grains in range(len(asked), 0, -1):
+            link = asked[grains - 1]
+            entry = self.get(link) or self.get(self._aliases.get(link, b""))
+            if entry is not None:
+                return Found(entry.key, grains, entry.nbytes)
+        return None
+
+    def expiry(self) -> float:
+        """When an entry that comes now is to go."""
+        return self._clock() + self._ttl if self._ttl else FOREVER
+
+    def expect(self, key: bytes, nbytes: int) -> None:
+        """A new object is about to come, perhaps after `evict` has made room for it."""
+        with self.lock:
+            self._policy.expect(key, nbytes)
+
+    def add(self, entry: Entry[P]) -> None:
+        """Show an entry whose key is not here."""
+        with self.lock:
+            self._entries[entry.key] = entry
+            for link in split(entry.links)[:-1]:
+                self._aliases[link] = entry.key
+            self.nbytes += entry.nbytes
+            if not entry.pinned:
+                self._policy.add(entry.key, entry.nbytes)
+            if self._watch is not None:
+                self._watch(True, entry.links)
+
+    def remove(self, entry: Entry[P]) -> bool:
+        """Forget an entry; False when it (not only its key) was gone before."""
+        with self.lock:
+            if self._entries.get(entry.key) is not entry:
+                return False
+            self._policy.remove(entry.key)
+            self._forget(entry)
+            return True
+
+    def evict(self, incoming: bytes = b"") -> Entry[P] | None:
+        """Forget the entry that should go first; None when all are pinned or in use."""
+        with self.lock:
+            key = self._policy.victim(self._skip, incoming)
+            if key is None:
+                return None
+            entry = self._entries[key]
+            self._forget(entry)
+            return entry
+
+    def expired(self) -> list[Entry[P]]:
+        """Entries whose time is over, pinned ones too, the oldest first. Changes nothing."""
+        now = self._clock()
+        with self.lock:
+            return list(takewhile(lambda entry: entry.expires <= now, self))
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Wanted again, head of the prompt first: the tail is marked first, so it goes first."""
+        with self.lock:
+            for key in reversed(keys):
+                self._policy.touch(key)
+
+    def settle(self, keys: Sequence[bytes]) -> None:
+        """Came together, head of the prompt first: without its head the tail is of no use."""
+        with self.lock:
+            for key in reversed(keys):
+                self._policy.settle(key)
+
+    def pin(self, key: bytes, *, pinned: bool) -> bool:
+        """Keep an entry from eviction, or let it go, as if it were new; False when absent."""
+        with self.lock:
+            entry = self.get(key)
+            if entry is None:
+                return False
+            if pinned and not entry.pinned:
+                self._policy.remove(key)
+            elif entry.pinned and not pinned:
+                self._policy.add(key, entry.nbytes)
+            entry.pinned = pinned
+            return True
+
+    def _skip(self, key: bytes) -> bool:
+        return self._in_use(self._entries[key].place)
+
+    def _forget(self, entry: Entry[P]) -> None:
+        del self._entries[entry.key]
+        for link in split(entry.links)[:-1]:
+            if self._aliases.get(link) == entry.key:
+                del self._aliases[link]
+        self.nbytes -= entry.nbytes
+        if self._watch is not None:
+            self._watch(False, entry.links)

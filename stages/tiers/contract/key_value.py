@@ -1,0 +1,173 @@
+"""A tier over anything that keeps bytes under a name: a subclass says how, in five coroutines.
+
+For stores whose client takes and gives whole values. Objects are copied on the way in and out, in
+threads, so a lease never reaches foreign code: what a subclass is given is its own to keep. A tier
+that must not copy subclasses `Tier` itself.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
+from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.memory.arena import Lease
+from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlobsOptions:
+    """Enough for a tier that a URL describes."""
+
+    url: str
+    """Where it is."""
+
+
+class Blobs(Tier):
+    """Names are text: this pipeline's namespace, a slash, the key. A value is a whole object."""
+
+    Options: Any = BlobsOptions
+    width: int = 8
+    """Objects of one call that are under way at once."""
+
+    def __init__(self, options: Any, ctx: TierContext) -> None:
+        super().__init__(ctx)
+        self.options = options
+        self._prefix = f"{ctx.namespace.hex()[:32] or 'any'}/"
+        self._storing: set[str] = set()
+        self._objects = self._nbytes = 0
+
+    @abstractmethod
+    async def size(self, name: str) -> int:
+        """Bytes kept under a name; 0: nothing is."""
+
+    @abstractmethod
+    async def fetch(self, name: str) -> Bytes | None:
+        """All that is kept under a name; None: nothing is."""
+
+    @abstractmethod
+    async def store(self, name: str, data: bytearray) -> bool:
+        """Keep it, all or nothing also when cancelled. False: there is no room."""
+
+    @abstractmethod
+    async def remove(self, name: str) -> None:
+        """Forget a name, if it is there."""
+
+    @abstractmethod
+    async def names(self, prefix: str) -> Iterable[str]:
+        """Every name kept that begins so."""
+
+    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+        return [size > 0 for size in await fan(self.size, self._named(keys), self.width)]
+
+    async def read(self, reads: Sequence[Read]) -> None:
+        fresh = [read for read in reads if read.object is None]  # others came whole the first time
+        await fan(self._read, fresh, self.width)
+
+    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
+        return await fan(self._put, objects, self.width)
+
+    async def drop(self, keys: Sequence[bytes]) -> int:
+        return sum(await fan(self._drop, self._named(keys), self.width))
+
+    async def clear(self) -> int:
+        return sum(await fan(self._drop, list(await self.names(self._prefix)), self.width))
+
+    def stat(self) -> TierStat:
+        """What this process put and has not dropped; what else is there it does not know."""
+        return TierStat(self._objects, self._nbytes, 0)
+
+    def _named(self, keys: Sequence[bytes]) -> list[str]:
+        return [self._prefix + key.hex() for key in keys]
+
+    async def _read(self, read: Read) -> None:
+        (name,) = self._named([read.key])
+        data = await self.fetch(name)
+        if data is None:
+            read.lost = Lost.ABSENT
+            self.counts.misses += 1
+            return
+        try:
+            header = self._header(read.key, memoryview(data))
+        except BadObject as error:
+            read.refuse(error)
+            if isinstance(error, Damaged):
+                await self._expel(name, error)
+            return
+        try:
+            lease = self.ctx.arena.lease(len(data))
+        except ArenaFull:
+            read.lost = Lost.NO_ROOM
+            return
+        try:
+            await self.ctx.pool(_fill, lease, data, leases=(lease,))
+        except BaseException:
+            lease.release()
+            raise
+        read.object = Object(header, lease, loaded=len(header.frames), sealed=True)
+        self.counts.hits += 1
+        self.counts.bytes_out += header.nbytes
+
+    def _header(self, key: bytes, data: memoryview) -> Header:
+        """Raises BadObject: these bytes are not the object that they should be."""
+        header = Header.unpack(data, key=key, namespace=self.ctx.namespace)
+        if header.nbytes != data.nbytes:
+            raise Damaged(f"{data.nbytes} bytes are kept, but the object has {header.nbytes}")
+        return header
+
+    async def _expel(self, name: str, proof: Damaged) -> None:
+        """Drop an object, on proof that it is damaged."""
+        self.counts.corrupt += 1
+        await self.remove(name)
+
+    async def _put(self, obj: Object) -> Lost | None:
+        if not obj.sealed:
+            raise ValueError("an object must be sealed before it is put")
+        (name,) = self._named([obj.header.key])
+        if name in self._storing or await self.size(name):
+            return None
+        self._storing.add(name)
+        try:
+            nbytes, lease = obj.header.nbytes, obj.lease
+            data: bytearray = await self.ctx.pool(_copy, lease, nbytes, leases=(lease,))
+            kept = await self.store(name, data)
+        finally:
+            self._storing.discard(name)
+        if not kept:
+            self.counts.refused += 1
+            return Lost.NO_ROOM
+        self._count(1, obj.header.nbytes)
+        self.counts.puts += 1
+        self.counts.bytes_in += obj.header.nbytes
+        return None
+
+    async def _drop(self, name: str) -> int:
+        nbytes = await self.size(name)
+        if nbytes:
+            await self.remove(name)
+            self._count(-1, -nbytes)
+        return int(nbytes > 0)
+
+    def _count(self, objects: int, nbytes: int) -> None:
+        self._objects = max(0, self._objects + objects)
+        self._nbytes = max(0, self._nbytes + nbytes)
+
+
+def _copy(lease: Lease, nbytes: int) -> bytearray:
+    """In a thread; NumPy's copies free the GIL."""
+    data = bytearray(nbytes)
+    np.frombuffer(data, np.uint8)[:] = np.frombuffer(lease.view[:nbytes], np.uint8)
+    return data
+
+
+def _fill(lease: Lease, data: Bytes) -> None:
+    view = np.frombuffer(lease.view[: len(data)], np.uint8)
+    view[:] = np.frombuffer(data, np.uint8)

@@ -1,0 +1,162 @@
+"""What a tier is: a place where whole objects are kept.
+
+Batch forms only. A tier never shows an object before its last byte is there, never returns bytes
+whose header does not name the key that was asked for, and never raises for a single bad object:
+that is a `Lost`. It drops an object that it read on proof of damage alone (`Damaged`): what this
+reader cannot read, others may. What it raises (TierDown, OSError, a timeout) is about the tier, and
+opens its breaker. `tierloom.testing` turns each of these promises into a test.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tierloom.stages.errors import BadObject, Lost
+from tierloom.stages.kv.object import Object
+from tierloom.stages.memory.arena import Arena
+
+Watch = Callable[[bool, bytes], None]
+
+
+class Found(NamedTuple):
+    """An object that serves the beginning of a chunk, and how many of the chunk's grains."""
+
+    key: bytes
+    grains: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Read:
+    """One object wanted, and how much of it. Filled in by the tier.
+
+    Frames are wanted from the first not yet loaded up to `upto`. The first read of an object makes
+    `object` (its lease then belongs to the reader, who releases it, also when the call raised);
+    later ones go on with it.
+    """
+
+    key: bytes
+    upto: int
+    """Read frames up to, not including, this one; a large number means all."""
+    object: Object | None = None
+    lost: Lost | None = None
+    why: BadObject | None = None
+    """What is wrong with what is there, where the tier can say."""
+
+    def refuse(self, error: BadObject) -> None:
+        """What is there is of no use. Damaged: the tier has dropped it; else it stays."""
+        self.lost, self.why = error.lost, error
+
+
+class Inner(NamedTuple):
+    """A tier inside another: an option of this type is written as a tier is, or as a URL."""
+
+    use: str
+    cls: type[Tier]
+    options: Any
+
+    def build(self, ctx: TierContext) -> Tier:
+        make: Any = self.cls  # every tier takes (options, context)
+        tier: Tier = make(self.options, ctx)
+        return tier
+
+
+class TierStat(NamedTuple):
+    """A tier's holdings."""
+
+    objects: int
+    nbytes: int
+    capacity: int
+    """0: unbounded, or not known."""
+
+
+class TierContext(NamedTuple):
+    """What a tier is given to work with."""
+
+    arena: Arena
+    namespace: bytes
+    """The digest every object of this pipeline must carry; empty: any (tools that inspect)."""
+    pool: Callable[..., Awaitable[Any]]
+    """`await pool(fn, *args, leases=...)` runs a blocking call that frees the GIL. A caller that is
+    cancelled leaves it behind: `leases` are all whose memory it touches, and are held meanwhile."""
+    watch: Watch | None = None
+    """Told (True: kept, False: gone, and its grain links) of each object of a local tier."""
+
+
+@dataclass(slots=True)
+class TierCounts:
+    """What happened, for `stats()`; plain attributes, added to on the loop."""
+
+    hits: int = 0
+    misses: int = 0
+    puts: int = 0
+    evicted: int = 0
+    refused: int = 0
+    corrupt: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+class Tier(ABC):
+    """Subclasses are built from their options and a context, then opened once."""
+
+    local: bool = False
+    """Has an index in this process, so that `find` answers at once and knows inner links."""
+    in_arena: bool = False
+    """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
+
+    def __init__(self, ctx: TierContext) -> None:
+        self.ctx = ctx
+        self.counts = TierCounts()
+
+    async def open(self) -> None:  # noqa: B027 (nothing to do is fine)
+        """Connect, or read the index. Raises ConfigError or TierDown."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Give everything back. Called once, also after a failed `open`."""
+
+    def find(self, links: bytes) -> Found | None:
+        """The object that serves most of a chunk whose grain links these are (local tiers only).
+
+        Changes nothing and does no I/O; may be called from any thread.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no index in this process")
+
+    def touch(self, keys: Sequence[bytes]) -> None:  # noqa: B027
+        """These objects, head of the prompt first, were wanted: the tail is to go first."""
+
+    def settle(self, keys: Sequence[bytes]) -> None:  # noqa: B027
+        """These objects, head of the prompt first, were put for one request, in several calls: the
+        tail is to be evicted first. Not a use of them."""
+
+    @abstractmethod
+    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which whole objects are kept under exactly these keys."""
+
+    @abstractmethod
+    async def read(self, reads: Sequence[Read]) -> None:
+        """Load what is asked, in order of (frame, object). Sets `object` or `lost` on each."""
+
+    @abstractmethod
+    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
+        """Keep sealed objects; None for each that is kept (or was already). Takes its own
+        reference of a lease it wants to hold on to."""
+
+    @abstractmethod
+    async def drop(self, keys: Sequence[bytes]) -> int:
+        """Forget objects; how many were there."""
+
+    @abstractmethod
+    async def clear(self) -> int:
+        """Forget everything of this pipeline's tier; how many objects there were."""
+
+    @abstractmethod
+    def stat(self) -> TierStat: ...
+
+    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
+        """Keep objects from eviction, or let them go; how many were found (local tiers only)."""
+        raise NotImplementedError(f"{type(self).__name__} cannot pin")

@@ -1,0 +1,59 @@
+"""Which objects of a tier are there, but not for this reader.
+
+It lacks their key, their calibration or their codec, or is older than who wrote them. Such an
+object is a miss, which is counted by cause; the log has each cause once. It stays where it is, is
+told to whoever stores as kept, so that nothing is put in its place, and is not planned again for
+some minutes: its owner may have taken it away by then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from tierloom.stages.errors import BadObject, Lost
+from tierloom.stages.tiers.contract.tier import TierCounts, Watch
+
+log = logging.getLogger(__name__)
+
+_MOST = 1 << 14
+_FORGET = 600.0
+"""Seconds after which an object is tried again."""
+
+
+class Unread:
+    """Of one tier. On the loop, but for `in`."""
+
+    def __init__(self, tier: str, counts: TierCounts, clock: Callable[[], float]) -> None:
+        """`tier`: its name. Counts are kept in `counts.extra`, by cause."""
+        self._tier, self._counts, self._clock = tier, counts, clock
+        self._until: dict[bytes, float] = {}
+        self.watch: Watch | None = None
+        """Told of each that it is gone: an index elsewhere must not plan it."""
+
+    def __contains__(self, key: bytes) -> bool:
+        """It was found so of late: no use to ask for it."""
+        until = self._until.get(key)
+        return until is not None and self._clock() < until
+
+    def note(self, key: bytes, cause: Lost, why: BadObject | None = None) -> None:
+        """An object was found so. `cause`: one that is `unreadable`."""
+        extra, name = self._counts.extra, cause.name.lower()
+        if not extra.get(name):
+            log.warning(
+                "tier %s keeps objects that cannot be read here, and leaves them: %s, %s; %s",
+                *(self._tier, cause.name, why or f"object {key.hex()[:16]}", cause.cure),
+            )
+        extra[name] = extra.get(name, 0) + 1
+        if self.watch is not None:
+            self.watch(False, key)
+        self._until.pop(key, None)
+        while len(self._until) >= _MOST:
+            del self._until[next(iter(self._until))]
+        self._until[key] = self._clock() + _FORGET
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Others are in their place now, or none."""
+        if self._until:
+            for key in keys:
+                self._until.pop(key, None)

@@ -1,0 +1,124 @@
+"""One process per folder: a lock that dies with its holder, and a marker that names the format.
+
+What cannot be used is set aside, and the folder begun anew: an engine starts whatever lies there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tierloom.stages.errors import ConfigError
+from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.tiers.disk.set_aside import numbers, ours, set_aside
+
+_LOCK, _MARKER = "lock", "tierloom.json"
+_FORMAT: dict[str, Any] = {"format": "tierloom disk tier", "version": 1}
+
+
+class Taken(ConfigError):
+    """Another process has the folder."""
+
+
+class Claim:
+    """A folder that is ours until `release`."""
+
+    def __init__(self, folder: Path, *, segment: int) -> None:
+        """Make, lock and check the folder. Raises ConfigError, with a cure; Taken.
+
+        `segment` is written down the first time; afterwards the folder's own is in force.
+        """
+        self._fd, self.folder = -1, folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.segment = self._check(folder / _MARKER, segment)
+        except BlockingIOError:
+            self.release()
+            raise Taken(
+                f"{folder}: in use by another disk tier; each process wants a folder of its own: "
+                "set TIERLOOM_DIR, or the tier's `path`, to another for one of them"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise ConfigError(f"{folder}: {error.strerror}; choose one we may write") from error
+        except ConfigError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let go of the lock; twice does no harm."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def own(self, owner: bytes) -> None:
+        """Note whose folder this is, for `owner_of`."""
+        with suppress(OSError):  # a full disk: the next start may choose another folder
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, owner.hex().encode(), 0)
+
+    @staticmethod
+    def owner_of(folder: Path) -> str:
+        """Who had the folder last, in hex; empty: nobody that we know of."""
+        try:
+            return (folder / _LOCK).read_text()
+        except (OSError, ValueError):
+            return ""
+
+    @staticmethod
+    def segment_of(folder: Path) -> int:
+        """Bytes of a segment, as the marker of a disk tier's folder says. Raises ConfigError."""
+        try:
+            return int(json.loads((folder / _MARKER).read_text())["segment"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{folder}: not the folder of a disk tier: {error}") from error
+
+    @staticmethod
+    def _check(marker: Path, segment: int) -> int:
+        """The folder's segment size; begins it anew where it cannot be used. Raises OSError."""
+        folder = marker.parent
+        if wrong := [path for path in ours(folder) if not path.is_file()]:
+            set_aside(folder, wrong, "strays", f"{wrong[0].name} is no file")
+        found, label, why = _read(marker) if marker.exists() else _guess(folder, segment)
+        if found:
+            return found
+        if why:
+            set_aside(folder, ours(folder), label, why)
+        fresh = marker.with_suffix(".tmp")
+        with fresh.open("w") as file:
+            file.write(json.dumps(_FORMAT | {"segment": segment}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # an empty one would cost all that is kept
+        fresh.replace(marker)
+        return segment
+
+
+def _read(marker: Path) -> tuple[int, str, str]:
+    """Bytes of a segment; 0: it is of no use here, with a label and a reason."""
+    try:
+        found = json.loads(marker.read_text())
+        version = int(found.get("version", 0))
+        size = int(found["segment"]) if found | _FORMAT == found else 0
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        version = size = 0
+    if size >= PAGE and not size % PAGE:
+        return size, "", ""
+    if version > _FORMAT["version"]:
+        return 0, f"version-{version}", f"it is of version {version}, which is not known here"
+    return 0, "damaged", f"{marker.name} is damaged"
+
+
+def _guess(folder: Path, segment: int) -> tuple[int, str, str]:
+    """The same without a marker. Segments that can be of this size are gone on with: all of them
+    but the last are whole."""
+    found = numbers(folder, "segment", "slab")
+    sizes = [(folder / f"segment-{n:05}.slab").stat().st_size for n in found]
+    if sizes and (max(sizes) > segment or min([segment, *sizes[:-1]]) < segment):
+        return 0, "unmarked", f"it has no {_MARKER}, and segments of another size"
+    return 0, "", ""

@@ -1,0 +1,310 @@
+"""The blocking half of the disk tier: objects in segment files, called from threads of the pool.
+
+Space is found by exact size first, and neighbours that fall free are merged; an object that no
+single hole can take is spread over up to four. Fixed size classes, which calcify when the mix of
+sizes changes, and compaction are not needed: with mixed sizes some 99 % of the capacity hold
+objects. Nothing is unlinked to evict, and nothing is synced on the way: a power cut may cost what
+was put since the last snapshot, and gives no wrong byte.
+
+The order that makes this safe: data is written, then its record is logged, then it is visible; a
+drop is logged before its space is used again. Each call ends what it began even when its caller has
+gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from tierloom.stages.errors import Damaged, Lost, TierDown
+from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.memory.allocator import Space, aligned
+from tierloom.stages.memory.arena import Lease
+from tierloom.stages.tiers.contract.eviction import Policy
+from tierloom.stages.tiers.contract.index import Entry, Index
+from tierloom.stages.tiers.contract.tier import TierCounts, Watch
+from tierloom.stages.tiers.disk.default_folder import claim
+from tierloom.stages.tiers.disk.direct_io import SYSTEM, Mover, Segments, want_direct
+from tierloom.stages.tiers.disk.folder_lock import Claim
+from tierloom.stages.tiers.disk.index_log import PIN, UNPIN, Extent, Journal
+from tierloom.stages.user_home import expanded
+
+log = logging.getLogger(__name__)
+
+_PIECES = 4  # holes an object may be spread over
+_PATIENCE = 10.0  # seconds that closing waits for calls whose callers have gone
+
+
+def cuts_of(header: Header) -> tuple[int, ...]:
+    """Bytes from the object's start to the end of its header, of frame 0, of frame 1, ..."""
+    return (header.frames[0].offset, *(f.offset + aligned(f.stored) for f in header.frames))
+
+
+class Store:
+    """Thread-safe and blocking. What changes the index does so under `_changing`."""
+
+    def __init__(
+        self,
+        path: str,
+        capacity: int,
+        *,
+        segment: int,
+        policy: Policy,
+        ttl: float,
+        direct: bool | Literal["auto"],
+        keep_free: int,
+        namespace: bytes,
+        counts: TierCounts,
+        watch: Watch | None,
+        clock: Callable[[], float],
+        mover: Mover = SYSTEM,
+    ) -> None:
+        self._mover = mover
+        self.capacity = capacity
+        self.index: Index[Extent] = Index(
+            policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0,
+            watch=watch,
+        )  # fmt: skip
+        self._path, self._segment, self._direct = path, segment, direct
+        self._folder = expanded(path)  # or one beside it, from `open` on
+        self._keep_free, self._namespace, self._counts = keep_free, namespace, counts
+        self._changing = threading.Lock()  # taken before the index's lock, never after it
+        self._resting = threading.Condition()
+        self._working = 0
+        self._open = False
+        self._claim: Claim | None = None
+        self._snapshotting = threading.Lock()
+
+    def open(self) -> None:
+        """Claim a folder and read the index back. Raises ConfigError, TierDown, OSError.
+
+        A second call finds the work of a first one that nobody waited for.
+        """
+        with self._changing:
+            if self._open:
+                return
+            self._claim = claim(self._path, segment=self._segment, owner=self._namespace)
+            self._folder = self._claim.folder
+            direct = want_direct(self._folder, self._direct)
+            self._segments = Segments(
+                self._folder, self._claim.segment, self.capacity, direct=direct, mover=self._mover
+            )
+            self._journal = Journal(self._folder)
+            self._space = Space(self.capacity, empty=True)
+            self._restore(self._journal.load())
+            self._open = True
+
+    def close(self) -> None:
+        """Make everything durable and let go of the folder. Waits a while for calls under way."""
+        with self._resting:
+            was_open, self._open = self._open, False
+            if not self._resting.wait_for(lambda: not self._working, _PATIENCE):
+                # Closing a file under a thread could make it write into another file.
+                log.error("disk tier left open", extra={"path": str(self._folder)})
+                return
+        if was_open:
+            self._snapshot()
+            self._journal.close()
+            self._segments.close()
+        if self._claim is not None:
+            self._claim.release()
+
+    def load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header | Lost:
+        """Bytes `start` to `end` of an object into its lease; its header, which is there already
+        when `start` is not 0.
+
+        Lost.ABSENT when it was evicted meanwhile. Raises BadObject when it is not the object that
+        the index says; where that is Damaged, it is dropped. Frames are not verified here: who
+        decodes them does.
+        """
+        with self._work():
+            try:
+                with self._reading(entry) as there:
+                    return self._read(entry, lease, start, end) if there else Lost.ABSENT
+            except Damaged as proof:
+                self._expel(entry, proof)
+                raise
+
+    def save(self, obj: Object) -> Lost | None:
+        """Write a sealed object and show it; None when it is there now. Raises OSError."""
+        with self._work():
+            header = obj.header
+            pieces = self._room(header.key, header.nbytes)
+            if pieces is None:
+                return Lost.NO_ROOM
+            extent = Extent(pieces, cuts_of(header))
+            kept = False
+            try:
+                self._segments.write(pieces, obj.lease.view[: header.nbytes])
+                kept = self._show(header, extent)
+            finally:
+                if not kept:
+                    self._give(extent)
+            if self._journal.long:
+                self._snapshot()
+        return None
+
+    def drop(self, keys: Sequence[bytes]) -> int:
+        with self._work(), self._changing:
+            found = [entry for key in keys if (entry := self.index.get(key)) is not None]
+            return self._forget(found)
+
+    def clear(self) -> int:
+        with self._work(), self._changing:
+            return self._forget(list(self.index))
+
+    def pin(self, keys: Sequence[bytes], *, pinned: bool) -> int:
+        """Does no I/O: the log has it with its next record."""
+        found = [key for key in keys if self.index.pin(key, pinned=pinned)]
+        if found:
+            self._journal.later(PIN if pinned else UNPIN, found)
+        return len(found)
+
+    def _read(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
+        view, cuts = lease.view, entry.place.cuts
+        self._segments.read(entry.place.pieces, view, start, end)
+        header = Header.unpack(view[: cuts[0]], key=entry.key, namespace=self._namespace)
+        if cuts_of(header) != cuts:
+            raise Damaged("its frames lie elsewhere than the index says")
+        return header
+
+    def _restore(self, entries: list[Entry[Extent]]) -> None:
+        """Fill the index with what can be true, and find the free space between."""
+        nobody = len(entries)
+        taken = [(*piece, n) for n, entry in enumerate(entries) for piece in entry.place.pieces]
+        taken += [(*piece, nobody) for piece in self._segments.missing()]
+        taken.append((self.capacity, 1 << 62, nobody))
+        # Where two overlap a record is missing: which of them is there now, nobody knows.
+        wrong = set()
+        end = last = 0
+        for offset, nbytes, n in sorted(taken):
+            if offset < end:
+                wrong |= {last, n}
+            if offset + nbytes > end:
+                end, last = offset + nbytes, n
+        wrong.discard(nobody)
+        if wrong:
+            log.warning("index entries forgotten", extra={"entries": len(wrong)})
+        at = 0
+        for offset, nbytes, n in sorted(taken):
+            if n not in wrong:
+                if offset > at:
+                    self._space.give(at, offset - at)
+                at = offset + nbytes
+        right = [entry for n, entry in enumerate(entries) if n not in wrong]
+        limit = self.index.expiry()
+        for entry in right:
+            entry.expires = min(entry.expires, limit)
+        for entry in sorted(right, key=lambda entry: entry.expires):
+            self.index.add(entry)
+
+    def _room(self, key: bytes, nbytes: int) -> list[tuple[int, int]] | None:
+        """Space for an object: what is free, else what can be added, else what can be evicted."""
+        if nbytes > self.capacity:
+            return None
+        self.index.expect(key, nbytes)
+        with self._changing:
+            self._forget(self.index.expired())
+            while True:
+                with self.index.lock:
+                    pieces = self._space.take_split(nbytes, _PIECES)
+                if pieces is not None:
+                    return pieces
+                if not self._grow(nbytes) and not self._evict(key):
+                    return None
+
+    def _grow(self, nbytes: int) -> bool:
+        fresh = self._segments.grow(nbytes, self._keep_free)
+        if fresh is None:
+            return False
+        with self.index.lock:
+            self._space.give(*fresh)
+        return True
+
+    def _evict(self, incoming: bytes) -> bool:
+        entry = self.index.evict(incoming)
+        if entry is None:
+            return False
+        self._journal.drop([entry.key])
+        self._give(entry.place)
+        self._counts.evicted += 1
+        return True
+
+    def _forget(self, entries: list[Entry[Extent]]) -> int:
+        """Drop entries, those that are still there; how many were."""
+        gone = [entry for entry in entries if self.index.remove(entry)]
+        if gone:
+            self._journal.drop([entry.key for entry in gone])
+        for entry in gone:
+            self._give(entry.place)
+        return len(gone)
+
+    def _expel(self, entry: Entry[Extent], proof: Damaged) -> None:
+        """Drop an entry, on proof that what it stands for is damaged."""
+        with self._changing:
+            self._forget([entry])
+
+    def _show(self, header: Header, extent: Extent) -> bool:
+        """Log and add what has been written; False when another has put it meanwhile."""
+        entry = Entry(header.key, header.links, header.nbytes, extent, self.index.expiry())
+        with self._changing:
+            if entry.key in self.index:
+                return False
+            self._journal.put(entry)
+            self.index.add(entry)
+        return True
+
+    def _give(self, extent: Extent) -> None:
+        """Space that no record claims any more; with the last reader if there are any."""
+        with self.index.lock:
+            extent.gone = True
+            if not extent.readers:
+                for piece in extent.pieces:
+                    self._space.give(*piece)
+
+    def _snapshot(self) -> None:
+        if not self._snapshotting.acquire(blocking=False):
+            return
+        try:
+            with self._changing, self.index.lock:
+                generation = self._journal.begin_snapshot()
+                entries = list(self.index)
+            self._segments.sync()
+            self._journal.write_snapshot(generation, entries)
+        except OSError as error:  # the older snapshot and all logs since are still there
+            cause = {"path": str(self._folder), "cause": str(error)}
+            log.warning("no snapshot of the disk tier's index", extra=cause)
+        finally:
+            self._snapshotting.release()
+
+    @contextmanager
+    def _reading(self, entry: Entry[Extent]) -> Iterator[bool]:
+        """Whether the entry is there; its space is not used again inside."""
+        extent = entry.place
+        with self.index.lock:
+            there = self.index.get(entry.key) is entry
+            extent.readers += there
+        try:
+            yield there
+        finally:
+            with self.index.lock:
+                extent.readers -= there
+                if there and extent.gone:
+                    self._give(extent)
+
+    @contextmanager
+    def _work(self) -> Iterator[None]:
+        """Closing waits for what happens inside."""
+        with self._resting:
+            if not self._open:
+                raise TierDown(f"disk tier at {self._folder} is not open")
+            self._working += 1
+        try:
+            yield
+        finally:
+            with self._resting:
+                self._working -= 1
+                self._resting.notify_all()

@@ -1,0 +1,232 @@
+"""A NIXL agent with one backend, and the arena registered with it once.
+
+The client is a wheel per CUDA version; its plugins link libraries of their own, and one that cannot
+be loaded is listed all the same. So the plugin is asked what memory it knows, and where it knows
+none, loading it by hand tells which library is missing. Nothing tells when a transfer is through:
+it is polled, at first after a moment, then after a share of the time it has taken so far.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.disk.direct_io import Mover, read_all, write_all
+
+WHEELS = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks among the others by itself
+_TICK = 0.0002  # seconds before the first look at a transfer
+_PART = 16  # further looks are this part of its age apart
+_SMALL = 64 << 10  # what a system call moves sooner than two looks at a transfer
+_ALL = 1 << 48  # no file is longer
+
+
+class Agent:
+    """Opened once. Not thread-safe without `shared`."""
+
+    def __init__(
+        self, backend: str, params: Mapping[str, str], arena: Arena, *, shared: bool
+    ) -> None:
+        """`shared`: called by several threads at once. Raises ConfigError: no client, no plugin,
+        or the plugin refuses its parameters, of which nothing is told."""
+        api = _api(backend)
+        self.backend = backend
+        sync = api.nixl_thread_sync_t
+        config = api.nixl_agent_config(
+            backends=[],
+            sync_mode=sync.NIXL_THREAD_SYNC_RW if shared else sync.NIXL_THREAD_SYNC_NONE,
+        )
+        self._agent = api.nixl_agent(f"tierloom-{os.getpid()}-{secrets.token_hex(4)}", config)
+        self._check()
+        try:
+            self._agent.create_backend(backend, dict(params))
+        except Exception as error:
+            raise ConfigError(
+                f"NIXL's plugin {backend} does not start ({_cause(error)}): "
+                f"what it needs of this machine is not there, or its options are wrong"
+            ) from None
+        self._arena = self.register([(arena.address, arena.total, 0, "")], "DRAM")
+
+    def close(self) -> None:
+        """Nothing may be under way any more."""
+        self.deregister(self._arena)
+
+    def register(self, rows: Sequence[tuple[int, int, int, str]], kind: str) -> Any:
+        """Make memory, files or objects known, (address or 0, bytes, device, name) each."""
+        try:
+            return self._agent.register_memory(list(rows), kind, backends=[self.backend])
+        except Exception as error:
+            raise self._down("register", error) from None
+
+    def deregister(self, registered: Any) -> None:
+        try:
+            self._agent.deregister_memory(registered, backends=[self.backend])
+        except Exception as error:
+            raise self._down("deregister", error) from None
+
+    def begin(
+        self, verb: str, rows: Sequence[tuple[int, int, int]], kind: str, address: int
+    ) -> Transfer:
+        """Set out to READ or WRITE `rows` (offset, bytes, device) of a kind, one after another to
+        or from host memory at `address`, all of it registered. Raises TierDown."""
+        host = []
+        for _, nbytes, _ in rows:
+            host.append((address, nbytes, 0))
+            address += nbytes
+        agent = self._agent
+        try:
+            handle = agent.initialize_xfer(
+                verb, agent.get_xfer_descs(host, "DRAM"), agent.get_xfer_descs(list(rows), kind),
+                agent.name,
+            )  # fmt: skip
+            return Transfer(self, handle, agent.transfer(handle))
+        except Exception as error:
+            raise self._down(verb, error) from None
+
+    def _check(self) -> None:
+        known = self._agent.get_plugin_list()
+        if self.backend not in known:
+            raise ConfigError(
+                f"NIXL has no plugin {self.backend} here; it has {', '.join(sorted(known))}: "
+                "build it, and name its folder in NIXL_PLUGIN_DIR"
+            )
+        if not self._agent.get_plugin_mem_types(self.backend):
+            cause = _why_not(self.backend)
+            raise ConfigError(f"NIXL's plugin {self.backend} cannot be loaded: {cause}")
+
+    def _down(self, verb: str, error: Exception) -> TierDown:
+        return TierDown(f"NIXL {self.backend}: {verb} failed: {_cause(error)}")
+
+
+class Transfer:
+    """One under way. Its memory must stay leased until `done` has said True, or has raised."""
+
+    def __init__(self, agent: Agent, handle: Any, state: str) -> None:
+        self._agent, self._handle, self._state = agent, handle, state
+        self._began = time.monotonic()
+
+    @property
+    def pause(self) -> float:
+        """Seconds that the next look may wait."""
+        return max(_TICK, (time.monotonic() - self._began) / _PART)
+
+    def done(self) -> bool:
+        """Look whether it is through. Raises TierDown when it failed; it is over then, too."""
+        agent = self._agent._agent
+        try:
+            if self._state == "PROC":
+                self._state = agent.check_xfer_state(self._handle)
+            if self._state == "PROC":
+                return False
+            agent.release_xfer_handle(self._handle)
+        except Exception as error:
+            raise self._agent._down("transfer", error) from None
+        if self._state != "DONE":
+            raise TierDown(f"NIXL {self._agent.backend}: a transfer ended as {self._state}")
+        return True
+
+
+class NixlMover(Mover):
+    """Files by NIXL; for threads, each of which waits for its own transfer."""
+
+    def __init__(self, backend: str, params: Mapping[str, str], arena: Arena) -> None:
+        self._backend, self._params, self._arena = backend, params, arena
+        self._agent: Agent | None = None
+        self._files: dict[int, Any] = {}
+
+    def start(self) -> None:
+        """Raises ConfigError. A second time it does nothing."""
+        if self._agent is None:
+            self._agent = Agent(self._backend, self._params, self._arena, shared=True)
+
+    def stop(self) -> None:
+        """A thread whose caller has gone may still be at a file: then the agent goes with it."""
+        agent, self._agent = self._agent, None
+        if agent is not None and not self._files:
+            agent.close()
+
+    def open(self, path: Path, flags: int, mode: int = 0o666) -> int:
+        assert self._agent is not None
+        fd = super().open(path, flags, mode)
+        try:
+            self._files[fd] = self._agent.register([(0, _ALL, fd, "")], "FILE")
+        except BaseException:
+            super().close(fd)
+            raise
+        return fd
+
+    def close(self, fd: int) -> None:
+        try:
+            registered = self._files.pop(fd)
+            if self._agent is not None:
+                self._agent.deregister(registered)
+        finally:
+            super().close(fd)
+
+    def read(self, fd: int, view: memoryview, at: int) -> None:
+        if len(view) <= _SMALL:
+            read_all(fd, view, at)
+        else:
+            self._go("READ", fd, view, at)
+
+    def write(self, fd: int, view: memoryview, at: int) -> None:
+        if len(view) <= _SMALL:
+            write_all(fd, view, at)
+        else:
+            self._go("WRITE", fd, view, at)
+
+    def _go(self, verb: str, fd: int, view: memoryview, at: int) -> None:
+        assert self._agent is not None
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        transfer = self._agent.begin(verb, [(at, len(view), fd)], "FILE", address)
+        while not transfer.done():
+            time.sleep(transfer.pause)
+
+
+def _api(backend: str) -> Any:
+    """The client's module. Raises ConfigError."""
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    for name in WHEELS:
+        try:
+            return import_module(f"{name}._api")
+        except ImportError:  # noqa: PERF203
+            continue
+    raise ConfigError(
+        f"the {backend} tier's client is not installed: pip install 'tierloom[nixl]' "
+        "(a machine with CUDA 13: pip install nixl-cu13)"
+    )
+
+
+def _why_not(backend: str) -> str:
+    """Which library a plugin misses."""
+    for folder in _plugin_folders():
+        plugin = folder / f"libplugin_{backend}.so"
+        if plugin.exists():
+            try:
+                ctypes.CDLL(str(plugin))
+            except OSError as error:
+                return f"{error}; install what it belongs to"
+            return "it loads, but tells no kind of memory"
+    return "its file was not found"
+
+
+def _plugin_folders() -> list[Path]:
+    given = os.environ.get("NIXL_PLUGIN_DIR")
+    folders = [Path(given)] if given else []
+    for name in WHEELS[1:]:
+        spec = find_spec(name)
+        if spec is not None and spec.origin:
+            folders.append(Path(spec.origin).parent.parent / f".{name}.mesonpy.libs/plugins")
+    return folders
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -1,0 +1,339 @@
+"""The messages between a `server` tier and `tierloom serve`, as docs/protocol.md lays them out.
+
+Every message is a head of 16 bytes and a body of fixed records, little-endian, parsed with `struct`
+alone; the bytes of objects follow the messages that announce them. Nothing here does I/O, and no
+function takes more memory than the body that it was given.
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from tierloom.stages.errors import Lost, TierDown
+from tierloom.stages.kv.object import LINK
+from tierloom.stages.memory.allocator import PAGE
+
+VERSION = 1
+MAGIC = b"TW"
+HEAD = struct.Struct("<2sBBIII")
+"""Magic, version, kind, number, bytes of the body, zero."""
+
+BODY = 256 << 10
+"""Bytes of the longest body."""
+FIRST = 1024
+"""Bytes of the longest body before the welcome."""
+KEYS = 4096
+"""Keys of one question at most."""
+OBJECTS = 256
+"""Objects of one GET, PUT or BORROW at most."""
+
+DONE, SEND, BYTES = 0, 255, 254
+"""Codes of one object besides those of `Lost`: it is done; send its bytes; ask for its bytes."""
+MEMORY = 1
+"""Flag of HELLO: I could map your memory. Of WELCOME: here it is."""
+NONCE = 32
+
+
+class BadMessage(TierDown):
+    """The other side does not speak this protocol; the connection is of no use any more."""
+
+
+class Kind(IntEnum):
+    """What a message is. Those of a server are odd."""
+
+    GREETING = 1
+    HELLO = 2
+    WELCOME = 3
+    ERROR = 5
+    HAS = 6
+    HAD = 7
+    GET = 8
+    ITEM = 9
+    PUT = 10
+    GRANT = 11
+    KEPT = 13
+    DROP = 14
+    CLEAR = 16
+    STAT = 18
+    HOLDS = 19
+    PING = 20
+    PONG = 21
+    BORROW = 22
+    LENT = 23
+    RETURN = 24
+    SETTLE = 26
+
+
+class Refusal(IntEnum):
+    """Why a server ends a connection."""
+
+    MALFORMED = 1
+    VERSION = 2
+    TOKEN = 3
+    DRAINING = 4
+    BROKEN = 5
+
+
+class Message(NamedTuple):
+    kind: Kind
+    number: int
+    """The question's, in every answer to it."""
+    body: bytes = b""
+
+
+class Greeting(NamedTuple):
+    """First word of a server."""
+
+    oldest: int
+    newest: int
+    """Versions that it speaks."""
+    guarded: bool
+    """It wants a token."""
+    epoch: bytes
+    """16 bytes, others after each start."""
+    nonce: bytes
+
+
+class Hello(NamedTuple):
+    """Answer of a client."""
+
+    version: int
+    flags: int
+    namespace: bytes
+    nonce: bytes
+    proof: bytes
+
+
+class Welcome(NamedTuple):
+    flags: int
+    proof: bytes
+    window: int
+    """Bytes of objects in one PUT, unless it has but one."""
+    largest: int
+    """Bytes of an object, at most."""
+    memory: int
+    """Bytes to map, with MEMORY."""
+
+
+class Wanted(NamedTuple):
+    """An object of a GET: frames `first` to `upto`; the header too, where `first` is 0."""
+
+    key: bytes
+    first: int
+    upto: int
+    nbytes: int
+    """What it should be long; 0: not known."""
+
+
+class Item(NamedTuple):
+    """Bytes `begin` to `end` of an object follow; its frames up to `loaded` have then come."""
+
+    code: int
+    loaded: int
+    nbytes: int
+    begin: int
+    end: int
+
+
+class Loan(NamedTuple):
+    """An object of a BORROW: where it lies in the memory that is shared."""
+
+    code: int
+    id: int
+    offset: int
+    nbytes: int
+
+
+class Holdings(NamedTuple):
+    """What is kept of the asker's namespace, in how much room; and how many objects were evicted
+    of the whole store since it began."""
+
+    done: int
+    """Objects that were dropped, where that was asked."""
+    objects: int
+    nbytes: int
+    capacity: int
+    evicted: int
+
+
+_GREETING = struct.Struct("<BBB5x16s32s")
+_HELLO = struct.Struct("<BB6x32s32s32s")
+_WELCOME = struct.Struct("<B7x32sQQQ")
+_WANTED = struct.Struct("<32sIIQ")
+_OFFER = struct.Struct("<32sQ")
+_ITEM = struct.Struct("<B3xIQQQ")
+_LOAN = struct.Struct("<B7xQQQ")
+_HOLDINGS = struct.Struct("<QQQQQ")
+_ERROR = struct.Struct("<H")
+_ID = struct.Struct("<Q")
+WELCOME_BYTES = HEAD.size + _WELCOME.size
+
+
+def message(kind: Kind, number: int, body: bytes = b"") -> bytes:
+    return HEAD.pack(MAGIC, VERSION, kind, number, len(body), 0) + body
+
+
+def head(raw: bytes | memoryview, limit: int = BODY) -> tuple[Kind, int, int]:
+    """Kind, number and length of the body, from the first 16 bytes. Raises BadMessage."""
+    magic, version, kind, number, length, zero = HEAD.unpack(raw)
+    if magic != MAGIC or zero:
+        raise BadMessage("what came is no message of tierloom's")
+    if version != VERSION:
+        raise BadMessage(f"message of version {version}, not {VERSION}")
+    if length > limit:
+        raise BadMessage(f"message of {length} bytes; at most {limit} are allowed")
+    try:
+        return Kind(kind), number, length
+    except ValueError:
+        raise BadMessage(f"message of unknown kind {kind}") from None
+
+
+def pack_greeting(greeting: Greeting) -> bytes:
+    return _GREETING.pack(*greeting)
+
+
+def greeting_of(body: bytes) -> Greeting:
+    oldest, newest, guarded, epoch, nonce = _only(_GREETING, body)
+    return Greeting(oldest, newest, bool(guarded), epoch, nonce)
+
+
+def pack_hello(hello: Hello) -> bytes:
+    return _HELLO.pack(*hello)
+
+
+def hello_of(body: bytes) -> Hello:
+    return Hello(*_only(_HELLO, body))
+
+
+def pack_welcome(welcome: Welcome) -> bytes:
+    return _WELCOME.pack(*welcome)
+
+
+def welcome_of(body: bytes) -> Welcome:
+    return Welcome(*_only(_WELCOME, body))
+
+
+def proof(token: bytes, side: bytes, *said: bytes) -> bytes:
+    """That `side` knows the token, bound to what both have said; the token itself never travels."""
+    return hmac.digest(token, b"tierloom 1 " + side + b"".join(said), "sha256")
+
+
+def keys_of(body: bytes, most: int = KEYS) -> list[bytes]:
+    return [body[i : i + LINK] for i in range(0, _length(body, LINK, most), LINK)]
+
+
+def pack_wanted(wanted: Iterable[Wanted]) -> bytes:
+    return b"".join([_WANTED.pack(*w) for w in wanted])
+
+
+def wanted_of(body: bytes) -> list[Wanted]:
+    _length(body, _WANTED.size, OBJECTS)
+    return [Wanted(*fields) for fields in _WANTED.iter_unpack(body)]
+
+
+def pack_item(item: Item) -> bytes:
+    return _ITEM.pack(*item)
+
+
+def item_of(body: bytes, asked: Wanted, largest: int) -> Item:
+    """What comes of an object, which must be what was asked for. Raises BadMessage."""
+    item = Item(*_only(_ITEM, body))
+    if item.code not in _CODES:
+        raise BadMessage(f"object with the unknown code {item.code}")
+    if item.code:
+        return item
+    whole = PAGE <= item.nbytes <= largest and not item.nbytes % PAGE
+    ordered = (0 if asked.first else PAGE) <= item.end - item.begin <= item.nbytes - item.begin
+    if not whole or not ordered or not asked.first <= item.loaded <= asked.upto:
+        raise BadMessage("lengths of an object contradict each other")
+    if not asked.first and item.begin:
+        raise BadMessage("an object without its header")
+    return item
+
+
+def pack_offers(offers: Iterable[tuple[bytes, int]]) -> bytes:
+    return b"".join([_OFFER.pack(*o) for o in offers])
+
+
+def offers_of(body: bytes) -> list[tuple[bytes, int]]:
+    _length(body, _OFFER.size, OBJECTS)
+    return list(_OFFER.iter_unpack(body))
+
+
+def codes_of(body: bytes, count: int, also: int = DONE) -> list[int]:
+    """One code per object. `also`: another that may be among them."""
+    if len(body) != count or not _CODES.issuperset(set(body) - {also}):
+        raise BadMessage(f"{len(body)} codes of {count} objects, or unknown ones")
+    return list(body)
+
+
+def pack_loans(loans: Iterable[Loan]) -> bytes:
+    return b"".join([_LOAN.pack(*loan) for loan in loans])
+
+
+def loans_of(body: bytes, count: int, memory: int) -> list[Loan]:
+    """Loans that lie inside `memory` bytes. Raises BadMessage."""
+    if len(body) != count * _LOAN.size:
+        raise BadMessage(f"{len(body)} bytes of loans for {count} objects")
+    loans = [Loan(*fields) for fields in _LOAN.iter_unpack(body)]
+    for loan in loans:
+        if loan.code not in _CODES and loan.code != BYTES:
+            raise BadMessage(f"loan with the unknown code {loan.code}")
+        inside = PAGE <= loan.nbytes <= memory and loan.offset <= memory - loan.nbytes
+        if not loan.code and (not inside or loan.offset % PAGE or loan.nbytes % PAGE):
+            raise BadMessage("a loan that lies outside of the memory shared")
+    return loans
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    return b"".join([_ID.pack(i) for i in ids])
+
+
+def ids_of(body: bytes) -> list[int]:
+    _length(body, _ID.size, KEYS)
+    return [i for (i,) in _ID.iter_unpack(body)]
+
+
+def pack_holdings(holdings: Holdings) -> bytes:
+    return _HOLDINGS.pack(*holdings)
+
+
+def holdings_of(body: bytes) -> Holdings:
+    return Holdings(*_only(_HOLDINGS, body))
+
+
+def kept_of(body: bytes, count: int) -> tuple[list[int], Holdings]:
+    """Answer to a PUT: codes, then holdings."""
+    if len(body) != count + _HOLDINGS.size:
+        raise BadMessage(f"{len(body)} bytes of answer for {count} objects")
+    return codes_of(body[:count], count), holdings_of(body[count:])
+
+
+def pack_error(why: Refusal, text: str) -> bytes:
+    return _ERROR.pack(why) + text.encode()[:500]
+
+
+def error_of(body: bytes) -> tuple[int, str]:
+    if len(body) < _ERROR.size:
+        raise BadMessage("an error that says nothing")
+    text = body[_ERROR.size : FIRST].decode(errors="replace")
+    return _ERROR.unpack_from(body)[0], "".join(c if c.isprintable() else "?" for c in text)
+
+
+_CODES = frozenset([DONE, *Lost])
+
+
+def _only(record: struct.Struct, body: bytes) -> tuple[Any, ...]:
+    if len(body) != record.size:
+        raise BadMessage(f"body of {len(body)} bytes, not {record.size}")
+    return record.unpack(body)
+
+
+def _length(body: bytes, size: int, most: int) -> int:
+    if len(body) % size or len(body) > size * most:
+        raise BadMessage(f"body of {len(body)} bytes is not up to {most} records of {size}")
+    return len(body)

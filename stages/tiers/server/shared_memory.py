@@ -1,0 +1,134 @@
+"""A server's memory, mapped into this process: a read is then a lease of it, and nothing is copied.
+
+What is lent stays as it is until it is given back, or this process closes the connection or ends.
+So the connection outlives its last loan, whatever became of the server, and what a dead server
+lent stays readable: nobody writes into it any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Sequence
+
+import anyio
+import numpy as np
+
+from tierloom.stages.errors import TierDown
+from tierloom.stages.memory.arena import Lease, Slab
+from tierloom.stages.tiers.server import protocol as wire
+from tierloom.stages.tiers.server.connection import Line
+
+_TOGETHER = 16
+"""Loans that are given back in one message, at most."""
+
+
+class Lent(Lease):
+    """A lease of another process's memory; whoever reads it verifies it, as ever."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, slab: Lender, loan: wire.Loan) -> None:
+        super().__init__(slab, loan.offset, loan.nbytes)
+        self.id = loan.id
+
+
+class Lender(Slab):
+    """The memory, and the connection by which it is borrowed. Leases may be released anywhere."""
+
+    def __init__(self, line: Line, fd: int, nbytes: int) -> None:
+        """Maps `nbytes` of `fd`, which stays the caller's. Raises TierDown when the file could be
+        cut short under us."""
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size < nbytes:
+            raise TierDown("the server's memory is not as long as it says")
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise TierDown("the server's memory is not sealed")
+        self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        address = np.frombuffer(self._map, np.uint8).ctypes.data
+        super().__init__(address, memoryview(self._map))
+        self.nbytes = nbytes
+        self.usable = True
+        self._line = line
+        self._turn = anyio.Lock()
+        self._sending = threading.Lock()
+        self._unsent = bytearray()
+        self._number = 0
+        self._out = 0
+        self._returned: list[int] = []
+
+    async def borrow(self, keys: Sequence[bytes]) -> list[wire.Loan]:
+        """Ask for objects; each loan is to become a `Lent` at once. Raises TierDown, OSError."""
+        async with self._turn:
+            if not self.usable:
+                raise TierDown("the connection to the server's memory is closed")
+            self._number = (self._number + 1) & 0xFFFFFFFF
+            whole = False
+            try:
+                self._post(wire.message(wire.Kind.BORROW, self._number, b"".join(keys)))
+                while self._unsent:
+                    await anyio.wait_writable(self._line.sock)
+                    self._post(b"")
+                answer = await self._line.message(wire.OBJECTS * 32)
+                if answer[:2] != (wire.Kind.LENT, self._number):
+                    raise wire.BadMessage(f"{answer.kind.name} is no answer to BORROW")
+                loans = wire.loans_of(answer.body, len(keys), self.nbytes)
+                whole = True
+            finally:
+                if not whole:  # what may have been lent by now is given back with the connection
+                    self.retire()
+        with self.lock:
+            self._out += sum(not loan.code for loan in loans)
+        return loans
+
+    def retire(self) -> None:
+        """Borrow no more; the connection is closed with the last loan."""
+        with self.lock:
+            self.usable = False
+            last = not self._out
+        if last:
+            self._close()
+
+    @property
+    def is_there(self) -> bool:
+        """It can be asked for loans, as far as can be seen."""
+        return self.usable and (self._turn.locked() or self._line.quiet)
+
+    def _release(self, lease: Lease) -> None:
+        with self.lock:
+            if lease.refs <= 0:
+                raise RuntimeError("a lease was released twice")
+            lease.refs -= 1
+            if lease.refs:
+                return
+            self._out -= 1
+            last = not self._out and not self.usable
+            ids: list[int] = []
+            if isinstance(lease, Lent):
+                self._returned.append(lease.id)
+            if not self._out or len(self._returned) >= _TOGETHER:
+                ids, self._returned = self._returned, ids
+        if last:
+            self._close()
+        elif ids:
+            with contextlib.suppress(OSError):  # hung up: the loans go with our end of the line
+                self._post(wire.message(wire.Kind.RETURN, 0, wire.pack_ids(ids)))
+
+    def _post(self, message: bytes) -> None:
+        """Send, as far as it goes without waiting; from any thread. The rest goes first next time:
+        there is little, as every loan is given back once."""
+        with self._sending:
+            self._unsent += message
+            with contextlib.suppress(BlockingIOError):
+                while self._unsent:
+                    del self._unsent[: self._line.sock.send(self._unsent)]
+
+    def _close(self) -> None:
+        self._line.close()
+        self.view.release()
+        with contextlib.suppress(BufferError):  # a view was kept: the mapping goes with it
+            self._map.close()
