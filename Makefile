@@ -44,10 +44,10 @@ demo: $(READY)
 	$(BIN)/tierloom demo --json demo.json
 
 # vLLM pins its own torch and numba, so it has an environment of its own.
-$(VLLM_READY): pyproject.toml tests/vllm/install.py
+$(VLLM_READY): pyproject.toml tests/adapters/vllm/install.py
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@rm -f $@
-	$(VLLM)/bin/python tests/vllm/install.py
+	$(VLLM)/bin/python tests/adapters/vllm/install.py
 	@touch $@
 
 vllm: $(VLLM_READY)
@@ -57,20 +57,20 @@ demo-vllm: $(VLLM_READY)
 
 # Quick where nothing is to do. TIERLOOM_REQUIRE_ENGINES=1 makes a missing one a failure.
 engines: $(READY)
-	$(BIN)/python tests/tiers/install.py
+	$(BIN)/python tests/stages/tiers/install.py
 
 test: $(READY)
 	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."
-	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/vllm are skipped."
+	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/adapters/vllm are skipped."
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # All block sizes, all orders of hooks, also with the scheduler of vLLM's next release: an hour.
 test-vllm: $(READY) $(VLLM_READY)
-	$(BIN)/python -m pytest tests/vllm/test_sim.py tests/vllm/test_speculative.py \
-	  tests/vllm/test_block_sizes.py -m "campaign or not campaign"
+	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py tests/adapters/vllm/test_speculative.py \
+	  tests/adapters/vllm/test_block_sizes.py -m "campaign or not campaign"
 	TIERLOOM_CASES=20000 $(BIN)/python -m pytest tests/pipeline/test_positions.py --timeout 20000
 architectures: $(READY)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/transformers/test_architectures.py -m "campaign or not campaign"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/adapters/transformers/test_architectures.py -m "campaign or not campaign"
 
 lint: $(READY)
 	$(BIN)/ruff check .

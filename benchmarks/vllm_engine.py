@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests" / "vllm"))
+sys.path.append(str(ROOT / "tests" / "adapters" / "vllm"))
 import harness  # noqa: E402
 import models  # noqa: E402
 

@@ -18,11 +18,11 @@ print("done")
 
 
 def fuzz_with_bounds_checks(cache: Path, *contracts: str) -> None:
-    """Mutated frames for every `file:Class` in tests/stages, by kernels compiled with bounds
+    """Mutated frames for every `file:Class` in tests/stages/codecs, by kernels compiled with bounds
     checks, which are kept in the folder `cache`: nothing is touched outside of buffers."""
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", _BOUNDED, str(here / "stages"), str(here), *contracts],
+        [sys.executable, "-c", _BOUNDED, str(here / "stages" / "codecs"), str(here), *contracts],
         env={**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VLLM = ROOT / "tests" / "vllm"
+VLLM = ROOT / "tests" / "adapters" / "vllm"
 sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 
 # What tests share is imported once by name. This folder does not stay on the path: its own folders
-# (`transformers`!) would pass for other people's packages, too.
+# would pass for other people's packages, too.
 sys.path.append(str(ROOT / "tests"))
 import bounds  # noqa: E402, F401
 import fake_cuda  # noqa: E402, F401
 import tiny  # noqa: E402, F401
 
 sys.path.pop()
-sys.path.append(str(ROOT / "tests" / "tiers"))  # the servers that other folders' tests need, too
+sys.path.append(str(ROOT / "tests" / "stages" / "tiers"))  # servers: other folders need them, too
 
 
 def touched(thing):
@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(config, items):
     """
     if "campaign" not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker("campaign")]
-    items.sort(key=lambda item: item.path.parent != VLLM)
+    items.sort(key=lambda item: VLLM not in item.path.parents)
     for item in items:
         if item.name == "test_hostile_bytes":
             item.add_marker("slow")

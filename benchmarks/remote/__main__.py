@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # In the root, `adapters` and `triton_kernels` would pass for other people's packages.
 sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
-sys.path.append(str(ROOT / "tests" / "tiers"))
+sys.path.append(str(ROOT / "tests" / "stages" / "tiers"))
 
 from remote.measured import measured  # noqa: E402
 from remote.places import PLACES  # noqa: E402

@@ -38,25 +38,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "BlockTable": "stages.blocks",
-    "KVLayout": "stages.layout",
+    "BlockTable": "stages.kv.block_table",
+    "KVLayout": "stages.kv.layout",
     "Pipeline": "pipeline.pipeline",
-    "Receipt": "stages.ticket",
-    "Ticket": "stages.ticket",
-} | dict.fromkeys(
-    (
-        "ArenaFull",
-        "BadObject",
-        "Closed",
-        "ConfigError",
-        "InputError",
-        "LayoutError",
-        "Lost",
-        "TierDown",
-        "TierloomError",
-    ),
-    "stages.errors",
-)
+    "Receipt": "stages.contract.request",
+    "Ticket": "stages.contract.request",
+}
+"""Where a name of `__all__` is, unless it is an error."""
 
 __all__ = [
     "ArenaFull",
@@ -99,6 +87,6 @@ def open(
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'tierloom' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f"tierloom.{_HOME.get(name, 'stages.errors')}"), name)

@@ -35,7 +35,7 @@ class Other:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    sys.path.append(str(Path(__file__).parent.parent / "tiers"))
+    sys.path.append(str(Path(__file__).parents[1] / "stages" / "tiers"))
     from conftest import Engine, tokens
 
     import tierloom

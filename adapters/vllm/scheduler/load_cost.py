@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
-from tierloom.adapters.vllm.exchange.messages import Hello
 from tierloom.stages.directory.shard_index import Part
 from tierloom.stages.ops.lookup import worth
+
+if TYPE_CHECKING:
+    from tierloom.adapters.vllm.exchange.messages import Hello  # which imports vLLM
 
 STEP_TOKENS = 128
 """Tokens that a step must compute for its speed to count as the engine's prefill speed."""

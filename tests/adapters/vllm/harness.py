@@ -1,0 +1,330 @@
+"""Processes with a real vLLM in them, and what tests say to them.
+
+Nothing here imports vLLM: it lives in `.venv-vllm`, behind `engine.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+VENV = ROOT / ".venv-vllm"
+PYTHON = VENV / "bin" / "python"
+DRIVER = Path(__file__).with_name("engine.py")
+
+BLOCK = 32
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONSAFEPATH": "1",  # the checkout and this folder must not pass for packages
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # asks workers in other processes for their report
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads starve each other on a shared machine
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_OURS = ("TIERLOOM_", "VLLM_")  # settings of whoever runs the tests, which are not for the engines
+
+
+def why_not() -> str | None:
+    """Why there is no vLLM to test with, or None."""
+    if (VENV / ".ready").exists():
+        return None
+    failed = VENV / "failed.txt"
+    return failed.read_text().strip() if failed.exists() else "it is not installed"
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What an engine's process is to see of the environment."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
+    return kept | ENVIRONMENT | more
+
+
+def prompt(length: int, seed: int = 1, vocab: int = 512) -> list[int]:
+    """Random token ids, the same for the same `seed`; a longer one begins with a shorter one."""
+    random_ = random.Random(seed)
+    return [random_.randrange(3, vocab) for _ in range(length)]
+
+
+SIZES = {"budget.arena": "32 MiB", "tiers.hot.capacity": "64 MiB"}
+PATIENT = {
+    "graphs.store.deadline": "30 s",
+    "graphs.retrieve.deadline": "30 s",
+    "graphs.retrieve.stages.plan.worth": "always",  # a model this small is quicker than any cache
+}
+"""A hit must not depend on how quick the machine is."""
+
+
+def transfer(config: Any = "minimal", **options: Any) -> dict[str, Any]:
+    """vLLM's `kv_transfer_config` with our connector; `options` are keys of its extra config.
+
+    Sizes are a test's: the presets would take gigabytes.
+    """
+    extra: dict[str, Any] = {"tierloom.wait": "20 s", "tierloom.hold": "20 s"}
+    if isinstance(config, str):  # an inline mapping says by itself what it wants
+        extra |= SIZES | PATIENT
+    if config == "tiered":
+        extra |= {"tiers.warm.capacity": "256 MiB", "tiers.warm.segment": "32 MiB"}
+    extra["tierloom.config"] = config
+    return {
+        "kv_connector": "TierloomConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra | options,
+    }
+
+
+def disk(folder: Path) -> dict[str, Any]:
+    """A disk tier for `pipeline`; small segments, for these are preallocated."""
+    return {"use": "disk", "path": str(folder), "capacity": "256 MiB", "segment": "32 MiB"}
+
+
+def pipeline(**tiers: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of `tiers`: stored to all of them, looked up in that order."""
+    store = ["hash", "lookup", "gather", "to_host"]
+    retrieve = ["hash", "lookup", "get", "decode", "scatter"]
+    steps: dict[str, Any] = {
+        "store": {use: {"use": use} for use in store},
+        "retrieve": {use: {"use": use} for use in retrieve},
+    }
+    steps["store"]["lookup"]["want"] = "absent"
+    steps["retrieve"]["lookup"]["worth"] = "always"
+    for name in tiers:
+        steps["store"][f"to_{name}"] = {"use": "put", "tier": name, "when_full": "block"}
+    return {
+        "version": 1,
+        "name": "test",
+        "budget": {"arena": "32 MiB"},
+        "tiers": tiers,
+        "graphs": {
+            "store": {"deadline": "30 s", "stages": steps["store"]},
+            "retrieve": {"deadline": "30 s", "stages": steps["retrieve"]},
+        },
+    }
+
+
+class EngineError(AssertionError):
+    """What an engine's process answered, or that it did not."""
+
+
+class Process:
+    """One process of `engine.py`."""
+
+    def __init__(self, log: Path, **env: str) -> None:
+        self.log = log
+        self._tmp = tempfile.mkdtemp(prefix="vllm-")  # vLLM leaves sockets and files behind
+        commands, self._write = os.pipe()
+        self._read, answers = os.pipe()
+        with log.open("ab") as out:
+            self._child = subprocess.Popen(
+                ["nice", str(PYTHON), str(DRIVER), str(commands), str(answers)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                pass_fds=(commands, answers),
+                cwd=log.parent,
+                env=environment(TMPDIR=self._tmp, **env),
+                start_new_session=True,  # its own processes end with it
+            )
+        os.close(commands)
+        os.close(answers)
+        self._buffer = b""
+        self.alive = True
+
+    def ask(self, do: str, *, timeout: float = 110.0, **arguments: Any) -> Any:
+        """What `Driver.do(**arguments)` gives; EngineError when it raises or does not answer."""
+        if not self.alive:
+            raise EngineError(f"{do}: the engine's process has ended; see {self.log}")
+        os.write(self._write, json.dumps({"do": do, **arguments}).encode() + b"\n")
+        answer = json.loads(self._line(do, time.monotonic() + timeout))
+        if "error" in answer:
+            raise EngineError(f"{do}: {answer['error'].strip().splitlines()[-1]}; see {self.log}")
+        return answer["ok"]
+
+    def _line(self, do: str, end: float) -> bytes:
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], max(0.0, end - time.monotonic()))
+            some = os.read(self._read, 1 << 16) if ready else b""
+            if not some:
+                what = "ended" if ready else "does not answer"
+                self.kill()
+                raise EngineError(f"{do}: the engine's process {what}; see {self.log}")
+            self._buffer += some
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def close(self) -> None:
+        """Let it end by itself, as a server does on SIGTERM; kill it if it does not."""
+        if self.alive:
+            os.close(self._write)
+            self._write = -1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(20)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it now, with all its children, as a power cut would."""
+        if not self.alive:
+            return
+        self.alive = False
+        end_group(self._child)
+        shutil.rmtree(self._tmp, ignore_errors=True)
+        os.close(self._read)
+        if self._write >= 0:
+            os.close(self._write)
+
+
+def end_group(child: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a session of its own, and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait(10)
+
+
+class Engine:
+    """A process that runs one engine after another, and the engine that runs in it now.
+
+    `use` is cheap when what is asked for is running already, so tests of one engine stand together.
+    """
+
+    def __init__(self, folder: Path, name: str = "engine") -> None:
+        self._folder, self._name = folder, name
+        self._process: Process | None = None
+        self._using: Any = None
+        self._count = 0
+        self.log = folder / "none.log"
+
+    def use(
+        self,
+        model: Path | str,
+        kv: dict[str, Any] | None = None,
+        *,
+        env: dict[str, str] | None = None,
+        fresh: bool = False,
+        **options: Any,
+    ) -> Engine:
+        """Have an engine of `model` with the connector `kv` running.
+
+        `fresh`: start it again, in a new process; so does a change of `env`.
+        """
+        options = {"model": str(model), "kv_transfer_config": kv, **options}
+        wanted = json.dumps([options, env], sort_keys=True)
+        if wanted == self._using and self._process and self._process.alive and not fresh:
+            return self
+        if self._process and (fresh or env or json.loads(self._using or "[0, 0]")[1]):
+            self.close()
+        self._using = None
+        if self._process is None or not self._process.alive:
+            self._count += 1
+            self.log = self._folder / f"{self._name}-{self._count}.log"
+            self._process = Process(self.log, **(env or {}))
+        try:
+            self._process.ask("stop")
+            self._process.ask("start", **options)
+        except EngineError:
+            self.kill()
+            raise
+        self._using = wanted
+        return self
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        assert self._process is not None, "no engine is running"
+        return self._process.ask(do, **arguments)
+
+    def generate(self, *prompts: list[int] | dict[str, Any], **common: Any) -> list[Any]:
+        """All at once; a prompt is a list of token ids or keyword arguments of `Driver.add`."""
+        requests = [common | (p if isinstance(p, dict) else {"tokens": p}) for p in prompts]
+        return [Answer(**answer) for answer in self.ask("generate", requests=requests)]
+
+    def one(self, tokens: list[int], **common: Any) -> Answer:
+        return self.generate(tokens, **common)[0]
+
+    def add(self, tokens: list[int], **options: Any) -> str:
+        return str(self.ask("add", tokens=tokens, **options))
+
+    def finish(self, *names: str) -> list[Answer]:
+        return [Answer(**a) for a in self.ask("finish", names=list(names) or None)]
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache; what tierloom keeps stays."""
+        assert self.ask("reset", connector=False)
+
+    def log_text(self) -> str:
+        """What the process has written so far."""
+        return self.log.read_text(errors="replace")
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until what is being stored is stored; fails when something is still held then."""
+        state: dict[str, Any] = self.ask("settle")
+        left = held(state)
+        assert not left, f"still held when idle: {left}"
+        return state
+
+    def stop(self) -> None:
+        """End the engine in good order (its disk folder is free then); the process stays."""
+        self._using = None
+        if self._process and self._process.alive:
+            self._process.ask("stop")
+
+    def close(self) -> None:
+        self._using = None
+        if self._process:
+            self._process.close()
+        self._process = None
+
+    def kill(self) -> None:
+        self._using = None
+        if self._process:
+            self._process.kill()
+        self._process = None
+
+
+class Answer:
+    """What came out of one request."""
+
+    def __init__(self, ids: list[int], cached: int, reason: str, **rest: Any) -> None:
+        self.ids, self.cached, self.reason = ids, cached, reason
+        self.kv: dict[str, Any] | None = rest.get("kv")
+        self.ttft_s: float | None = rest.get("ttft_s")
+        self.ttft_cpu_s: float | None = rest.get("ttft_cpu_s")
+
+    def __repr__(self) -> str:
+        return f"Answer({self.ids}, cached={self.cached}, {self.reason})"
+
+
+HELD = {
+    "workers": ("flight", "open", "loads", "stores", "held", "asked", "broken"),
+    "scheduler": ("requests", "jobs", "broken"),
+}
+"""What a connector's report has of things under way; `broken`: hooks that have raised."""
+
+
+def _some(value: Any) -> bool:
+    """Names, or a number above 0. Tiers in memory share leases, so what is theirs counts double."""
+    return value > 0 if isinstance(value, int) else bool(value)
+
+
+def held(state: dict[str, Any]) -> dict[str, Any]:
+    """What of `Driver.state()` is there although the engine is idle."""
+    found = {}
+    for side, what in HELD.items():
+        reports = state.get(side, {})
+        for i, report in enumerate(reports if isinstance(reports, list) else [reports]):
+            for j, one in enumerate(report.get("children", [report])):
+                found |= {f"{side}[{i}][{j}].{w}": one[w] for w in what if _some(one.get(w))}
+    if state.get("unfinished"):
+        found["unfinished"] = state["unfinished"]
+    if state.get("free_blocks") != state.get("blocks"):
+        found["blocks"] = state["blocks"] - state["free_blocks"]
+    return found
