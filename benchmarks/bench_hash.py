@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from yardstick import Took, timed
 
-from tierloom.stages.ops.hash import grain_links
+from tierloom.stages.kv.prefix import grain_links
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from tierloom.stages.contract.batch import Piece
-from tierloom.stages.contract.stage import Lane, LoopStage, Stage
-
-if TYPE_CHECKING:
-    from tierloom.stages.contract.batch import Batch
-    from tierloom.stages.contract.request import Ticket
+from tierloom.stages.contract.batch import Batch
+from tierloom.stages.contract.chunks import Chunk
+from tierloom.stages.contract.request import Request
+from tierloom.stages.contract.stage import BatchStage, RequestStage
+from tierloom.stages.options import NoOptions
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Nothing:
-    """None."""
-
-
-class Cut(LoopStage):
+class Cut(RequestStage):
     """A request to chunks, whose names are all the same."""
 
-    Options = Nothing
+    Options = NoOptions
     takes = "tokens@host/request"
     gives = "plan@host/request"
 
-    async def plan_async(self, ticket: Ticket) -> None:
+    async def plan(self, request: Request) -> None:
         size = self.ctx.chunk.tokens
-        ticket.pieces = [
-            Piece(index=i, start=i * size, tokens=size, links=b"", parent=b"")
-            for i in range(len(ticket.tokens) // size)
+        request.chunks = [
+            Chunk(index=i, start=i * size, tokens=size, links=b"", parent=b"")
+            for i in range(len(request.tokens) // size)
         ]
 
 
-class Await(LoopStage):
+class Await(BatchStage):
     """A batch through a coroutine."""
 
-    Options = Nothing
+    Options = NoOptions
     takes = "any@any/frame"
     gives = "same@same/frame"
 
-    async def apply_async(self, batch: Batch) -> Batch:
-        return batch
+    async def apply(self, batch: Batch) -> None:
+        pass
 
 
 class Begin(Await):
@@ -51,27 +42,23 @@ class Begin(Await):
     gives = "bytes@host/frame"
 
 
-class Thread(Stage):
+class Thread(BatchStage):
     """A batch through a thread of the pool."""
 
-    Options = Nothing
+    Options = NoOptions
     takes = "any@any/frame"
     gives = "same@same/frame"
-    lane = Lane.POOL
 
-    def apply(self, batch: Batch) -> Batch:
-        return batch
+    def apply(self, batch: Batch) -> None:
+        pass
 
 
-class End(LoopStage):
+class End(Await):
     """Counts every chunk as kept."""
 
-    Options = Nothing
-    takes = "any@any/frame"
     gives = "receipt@host/request"
 
-    async def apply_async(self, batch: Batch) -> Batch:
-        for piece in batch.live:
-            piece.took.add("nowhere")
-            batch.ticket.deliver("nowhere")
-        return batch
+    async def apply(self, batch: Batch) -> None:
+        for chunk in batch.live:
+            chunk.took.add("nowhere")
+            batch.request.deliver("nowhere")

@@ -18,7 +18,7 @@ from tierloom.adapters.vllm.exchange.settings import Wishes, configured
 from tierloom.adapters.vllm.scheduler.request import Passage
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.stages.kv.namespace import Namespace
-from tierloom.stages.ops.hash import Chain
+from tierloom.stages.kv.prefix import Chain
 
 KEYS, WAITING, TOKENS, BLOCK, CHUNK = 10_000, 64, 2_500, 32, 256
 ROUNDS = 20

@@ -23,7 +23,7 @@ from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of
 from tierloom.stages.memory.arena import Arena, Lease
-from tierloom.stages.ops.lookup import in_slices
+from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.tiers.contract.circuit_breaker import Guarded
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
 
@@ -178,7 +178,7 @@ class Depot:
             if tier.local:
                 for i in missing:
                     found[i] = tier.find(names[i]) is not None
-                await in_slices(tier.touch, [names[i] for i in missing if found[i]])
+                await mark_in_turns(tier.touch, [names[i] for i in missing if found[i]])
             else:
                 asked = await tier.has([names[i] for i in missing])
                 for i, there in zip(missing, asked, strict=True):
@@ -242,7 +242,7 @@ class Depot:
         """These, head of the prompt first, came together: the tail is evicted first."""
         names = [name_of(space, key) for key in keys]
         for tier in self.tiers:
-            await in_slices(tier.settle, names)
+            await mark_in_turns(tier.settle, names)
 
     async def drop(self, space: bytes, keys: Iterable[bytes]) -> int:
         """Forget objects; how many were there."""

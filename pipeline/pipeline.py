@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
-
 from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.pipeline.requests import Requests, native_order
 from tierloom.pipeline.run.loop_thread import awaited, finished
 from tierloom.pipeline.runtime import Change, Worker
-from tierloom.stages.contract.batch import Span
-from tierloom.stages.contract.request import Receipt, Ticket
+from tierloom.stages.contract.request import Receipt
 from tierloom.stages.contract.stage import ModelFacts
-from tierloom.stages.errors import Closed, ConfigError, InputError, LayoutError, Lost, TierDown
+from tierloom.stages.contract.ticket import Ticket
+from tierloom.stages.errors import Closed, ConfigError, Lost, TierDown
 from tierloom.stages.kv.layout import KVLayout
-from tierloom.stages.kv.layout_check import SelfTests
 from tierloom.stages.kv.namespace import Namespace
-from tierloom.stages.kv.paged_copy import fence
-from tierloom.stages.kv.pointer_cache import Tables
-from tierloom.stages.kv.tokens import tokens_array
 
 
 class Pipeline:
@@ -55,9 +50,8 @@ class Pipeline:
         turns caching `off`. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given
         the arena."""
         self.spec, self.layout = spec, layout
-        self.native = _native(spec, layout)
+        self.native = native_order(spec, layout)
         self.geometry = layout.geometry(native=self.native)
-        self.prefill_rate = 0.0
         bound = sha256(layout.fingerprint + backend.encode()).digest()
         self._base = Namespace(
             model=model, weights=weights, rope=rope, geometry=str(self.geometry),
@@ -65,16 +59,14 @@ class Pipeline:
             layout=bound if self.native else b"",
             chunk=(spec.chunk.tokens, spec.chunk.grain),
         )  # fmt: skip
-        self._seed = lru_cache(1024)(self._seed_of)
-        self._tables = Tables()
-        self._selftests = SelfTests(native=self.native)
+        self._requests = Requests(spec, layout, self._base, native=self.native)
         self._worker = Worker(
             spec, self.geometry, layout.device, self._base, facts, replica=replica, watch=watch
         )
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
-        self._flows, self._portal = self._worker.flows, self._worker.portal
+        self._runners, self._portal = self._worker.runners, self._worker.portal
         self._closed = False
-        self.off: str | None = self._selftests.failure(layout)
+        self.off: str | None = self._requests.failure(layout)
         """Why nothing is cached any more; None: all is well."""
 
     def lookup(
@@ -89,11 +81,11 @@ class Pipeline:
         process only, in the caller's thread; remote tiers are asked by `alookup` and
         `retrieve`."""
         self._check_open()
-        if self.off or "retrieve" not in self._flows:
+        if self.off or "retrieve" not in self._runners:
             return 0
-        ticket = self._question(tokens, salt=salt, adapter=adapter, tags=tags)
-        self._flows["retrieve"].peek(ticket)
-        return sum(p.take for p in ticket.pieces)
+        request = self._requests.question(tokens, salt=salt, adapter=adapter, tags=tags)
+        self._runners["retrieve"].peek(request)
+        return sum(c.wanted for c in request.chunks)
 
     def store(self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any) -> Ticket:
         """Keep the KV of `tokens`, found at `slots` of `caches`. Returns at once.
@@ -144,24 +136,29 @@ class Pipeline:
     def begin_lookup(self, tokens: Any, **names: Any) -> Future[int]:
         """`alookup` for a caller without a loop: returns at once."""
         self._check_open()
-        if self.off or "retrieve" not in self._flows:
+        if self.off or "retrieve" not in self._runners:
             nothing: Future[int] = Future()
             nothing.set_result(0)
             return nothing
-        ticket = self._question(tokens, **names)
-        return self._portal.begin(self._flows["retrieve"].plan, ticket)
+        request = self._requests.question(tokens, **names)
+        return self._portal.begin(self._runners["retrieve"].plan, request)
 
     def note_prefill(self, tokens: int, seconds: float) -> None:
         """Tell how long the engine took to compute `tokens`, so that `worth: auto` can decide."""
-        if tokens > 0 and seconds > 0:
-            rate = tokens / seconds
-            self.prefill_rate = (
-                rate if not self.prefill_rate else 0.8 * self.prefill_rate + 0.2 * rate
-            )
+        self._requests.note_prefill(tokens, seconds)
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens/s at which the engine computes; 0: not known."""
+        return self._requests.prefill_rate
+
+    @prefill_rate.setter
+    def prefill_rate(self, rate: float) -> None:
+        self._requests.prefill_rate = rate
 
     def stats(self) -> dict[str, Any]:
         """Counters of stages, tiers and arena, as plain numbers."""
-        flows = self._flows.items()
+        flows = self._runners.items()
         return {
             "stages": {g: {id: m.read() for id, m in f.meters.items()} for g, f in flows},
             "graphs": {
@@ -212,11 +209,11 @@ class Pipeline:
     def pin(self, tokens: Any, *, pinned: bool = True, **names: Any) -> int:
         """Keep the chunks of `tokens` from eviction in local tiers, or let them go; how many."""
         self._check_open()
-        if "retrieve" not in self._flows:
+        if "retrieve" not in self._runners:
             return 0
-        ticket = self._question(tokens, **names)
-        self._flows["retrieve"].peek(ticket)
-        keys = [p.source for p in ticket.pieces]
+        request = self._requests.question(tokens, **names)
+        self._runners["retrieve"].peek(request)
+        keys = [c.source.key for c in request.chunks if c.source is not None]
 
         async def all_tiers() -> int:
             return sum(t.pin(keys, pinned=pinned) for t in self.tiers.values() if t.local)
@@ -243,93 +240,37 @@ class Pipeline:
         self.close()
 
     def _submit(
-        self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *, blocks: Any = None,
-        layout: KVLayout | None = None, layered: bool = False, **names: Any,
+        self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *,
+        layout: KVLayout | None = None, layered: bool = False, deadline: float | None = None,
+        **names: Any,
     ) -> Ticket:  # fmt: skip
         self._check_open()
-        if graph not in self._flows:
+        if graph not in self._runners:
             raise ConfigError(f"{self.spec.source} has no graph '{graph}'")
-        layout = layout or self.layout
-        wanted = (tokens.place or tokens.tokens) if isinstance(tokens, Span) else len(tokens)
-        if (slots is None) == (blocks is None):
-            raise InputError("pass either slots= or blocks=")
-        if layout is not self.layout:
-            self._check_layout(layout)
-        if blocks is not None:
-            rows = layout.rows_of_blocks(blocks, wanted, native=self.native)
-            if graph == "store" and len(rows) and int(rows.min()) < 0:
-                raise InputError("blocks leave some out (-1): what is stored is stored whole")
-        else:
-            rows = layout.check_slots(slots, wanted)
-            rows = layout.block_rows(rows) if self.native else rows
-        table = self._tables.of(layout, caches, native=self.native)
-        pace = self.spec.graphs[graph].options.pace
-        idle = pace.idle if layered else 0.0
-        ticket = self._ticket(graph, tokens, rows, table, (caches, rows), idle=idle, **names)
+        if layout is not None and layout is not self.layout:
+            self.off = self._requests.failure(layout) or self.off
+        options, runner = self.spec.graphs[graph].options, self._runners[graph]
+        seconds, idle = deadline or options.deadline, options.pace.idle if layered else 0.0
+        request = self._requests.make(
+            graph, tokens, caches, slots, layout=layout or self.layout, seconds=idle or seconds,
+            **names,
+        )  # fmt: skip
+        post, event = partial(self._portal.post, runner.poke), self._requests.event
+        ticket = Ticket(request, post, seconds=seconds, idle=idle, event=event)
         if self.off is not None:
-            ticket.tally(Lost.BAD_LAYOUT)
-            ticket.finish()
+            request.tally(Lost.BAD_LAYOUT)
+            request.finish()
             return ticket
         if layered:
-            ticket.layered = pace.by == "layer"
+            request.layered = options.pace.by == "layer"
             if graph == "store":
-                ticket.allowed = 0
-            elif ticket.layered:
-                ticket.window, ticket.allowed = pace.window, min(pace.window, ticket.groups)
-        self._portal.post(self._flows[graph].submit, ticket)
+                request.allowed = 0
+            elif request.layered:
+                request.window = options.pace.window
+                request.allowed = min(request.window, request.groups)
+        self._portal.post(runner.submit, request)
         return ticket
-
-    def _ticket(
-        self, graph: str, tokens: Any, rows: Any, table: Any, keep: Any, *, salt: str = "",
-        adapter: str = "", tags: Mapping[str, str] | None = None, deadline: float | None = None,
-        idle: float = 0.0,
-    ) -> Ticket:  # fmt: skip
-        span = tokens if isinstance(tokens, Span) else None
-        array = tokens_array(() if span else tokens)
-        seed = self._seed(salt, adapter, tuple(sorted((tags or {}).items()))) if not span else b""
-        ticket = Ticket(
-            graph, array, seed, span=span, table=table, slots=rows, keep=keep,
-            layers=self.geometry.layers, group=self.spec.chunk.group,
-            seconds=deadline or self.spec.graphs[graph].options.deadline,
-            post=lambda t: self._portal.post(self._flows[graph].poke, t),
-            fence=partial(fence, self.layout.device), idle=idle,
-        )  # fmt: skip
-        ticket.prefill_rate = self.prefill_rate
-        return ticket
-
-    def _question(self, tokens: Any, **names: Any) -> Ticket:
-        """A ticket that only asks."""
-        return self._ticket("retrieve", tokens, np.empty(0, np.int64), None, None, **names)
-
-    def _seed_of(self, salt: str, adapter: str, tags: tuple[tuple[str, str], ...]) -> bytes:
-        """The digest that starts a tenant's chains."""
-        return self._base.of(salt=salt, adapter=adapter, tags=tags).digest
-
-    def _check_layout(self, layout: KVLayout) -> None:
-        """Raise LayoutError unless `layout` holds what is kept here; test it if it is new."""
-        given = layout.geometry(native=self.native), layout.device
-        if given != (self.geometry, self.layout.device):
-            raise LayoutError(
-                f"this pipeline keeps {self.geometry} on {self.layout.device}, the layout given "
-                f"holds {given[0]} on {given[1]}"
-            )
-        self.off = self.off or self._selftests.failure(layout)
 
     def _check_open(self) -> None:
         if self._closed or not self._portal.alive:
             raise Closed("the pipeline is closed: open a new one")
-
-
-def _native(spec: PipelineSpec, layout: KVLayout) -> bool:
-    """Native order where canonical would cost more, and nothing in the graphs needs canonical."""
-    fits = spec.chunk.tokens % layout.block_tokens == 0 and "S" not in layout.order
-    if spec.order == "native" and not fits:
-        raise ConfigError(
-            f"order: native wants chunk.tokens ({spec.chunk.tokens}) to be a multiple of the "
-            f"engine's block ({layout.block_tokens})"
-        )
-    if spec.order == "auto":
-        if any(n.cls.canonical for graph in spec.graphs.values() for n in graph.nodes):
-            return False
-        return fits and not layout.rows_contiguous and layout.dense_blocks
-    return spec.order == "native"

@@ -1,4 +1,4 @@
-"""What lives as long as a pipeline: arena, pools, tiers and flows, on the portal's thread."""
+"""What lives as long as a pipeline: arena, pools, tiers and graphs, on the portal's thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import anyio
 
 from tierloom.pipeline.config.segments import lower
 from tierloom.pipeline.config.spec import Graph, PipelineSpec
-from tierloom.pipeline.run.graph_runner import Flow
+from tierloom.pipeline.run.graph_runner import GraphRunner
 from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.contract.stage import Context, ModelFacts, Stage
@@ -62,7 +62,7 @@ class Worker:
                 raise
         warm_up(device)
         self.tiers: dict[str, Guarded] = {}
-        self.flows: dict[str, Flow] = {}
+        self.runners: dict[str, GraphRunner] = {}
         # Two pools: a disk that hangs must not take the threads that copy. One core stays the
         # engine's: copies are bound by memory, and a second thread on two cores adds half to the
         # CPU time of each byte.
@@ -77,10 +77,10 @@ class Worker:
             raise
 
     async def clear(self, local: bool) -> tuple[int, list[str]]:
-        """Give up stores under way, then empty the tiers, or the local ones: how many objects
+        """Cancel stores under way, then empty the tiers, or the local ones: how many objects
         there were, and the tiers that refused, with their reasons."""
-        if (stores := self.flows.get("store")) is not None:
-            await _give_up(stores)
+        if (stores := self.runners.get("store")) is not None:
+            await _cancel(stores)
         count, refused = 0, []
         for name, tier in self.tiers.items():
             if tier.local or not local:
@@ -109,11 +109,11 @@ class Worker:
                 await tier.open()
                 self.tiers[name] = tier
             for graph in self._spec.graphs.values():  # a stage may refuse its options or the layout
-                self.flows[graph.name] = self._flow(graph)
+                self.runners[graph.name] = self._runner(graph)
             async with anyio.create_task_group() as tasks:
-                for flow in self.flows.values():
-                    home.callback(flow.close)
-                    flow.start(tasks)
+                for runner in self.runners.values():
+                    home.callback(runner.close)
+                    runner.start(tasks)
                 ready()
                 await stop.wait()
                 await self._drain()
@@ -122,7 +122,7 @@ class Worker:
     def _note(self, tier: str, kept: bool, links: bytes) -> None:
         self.changes.append(Change(tier, kept, links))
 
-    def _flow(self, graph: Graph) -> Flow:
+    def _runner(self, graph: Graph) -> GraphRunner:
         g = self._geometry
         ctx = Context(
             graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
@@ -132,17 +132,17 @@ class Worker:
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip
         stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
-        return Flow(
+        return GraphRunner(
             graph, lower(graph), stages, pool=self._work, arena=self.arena,
             object_bytes=g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE,
             inflight=self._spec.budget.inflight,
         )  # fmt: skip
 
     async def _drain(self, seconds: float = 5.0) -> None:
-        """Give up what is open, and wait until it is through."""
+        """Cancel what is open, and wait until it has ended."""
         async with anyio.create_task_group() as tasks:
-            for flow in self.flows.values():
-                tasks.start_soon(_give_up, flow, seconds)
+            for runner in self.runners.values():
+                tasks.start_soon(_cancel, runner, seconds)
 
     def _release(self) -> None:
         self._work.close()
@@ -151,11 +151,11 @@ class Worker:
             self.arena.close()
 
 
-async def _give_up(flow: Flow, seconds: float = 5.0) -> None:
-    """Give up what is open now, and wait until it is through."""
-    tickets = list(flow.open)
-    for ticket in tickets:
-        ticket.expire(Lost.CANCELLED)
-        flow.poke(ticket)
-    if tickets:
-        await asyncio.wait([asyncio.wrap_future(t.future) for t in tickets], timeout=seconds)
+async def _cancel(runner: GraphRunner, seconds: float = 5.0) -> None:
+    """Cancel what is open now, and wait until it has ended."""
+    requests = list(runner.open)
+    for request in requests:
+        request.expire(Lost.CANCELLED)
+        runner.poke(request)
+    if requests:
+        await asyncio.wait([asyncio.wrap_future(r.future) for r in requests], timeout=seconds)

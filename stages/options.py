@@ -10,6 +10,7 @@ import ast
 import inspect
 import re
 import textwrap
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 _UNITS = {
@@ -83,3 +84,8 @@ def field_docs(options: type[Any]) -> dict[str, str]:
             ):
                 docs[node.target.id] = str(after.value.value)
     return docs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoOptions:
+    """No options."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from tierloom.pipeline.config.segments import Segment, lower
 from tierloom.pipeline.config.spec import Graph, Node, PipelineSpec
+from tierloom.stages.contract.stage import runs_on_loop
 from tierloom.stages.options import masked, parse_seconds, parse_size, seconds_text
 from tierloom.stages.tiers.contract.tier import Inner
 
@@ -65,14 +66,14 @@ class _Row(NamedTuple):
 
     stage: str
     segment: str
-    lane: str
+    runs_on: str
     gives: str
     wire: str
 
 
 def _table(graph: Graph) -> Iterator[str]:
     where = {n.id: (i, s) for i, s in enumerate(lower(graph), start=1) for n in s.nodes}
-    head = _Row("", "segment", "lane", "gives", "wire")
+    head = _Row("", "segment", "runs on", "gives", "wire")
     rows = [head, *_branches(graph, None, "", where)]
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -82,7 +83,7 @@ def _table(graph: Graph) -> Iterator[str]:
 def _branches(
     graph: Graph, parent: str | None, indent: str, where: dict[str, tuple[int, Segment]]
 ) -> Iterator[_Row]:
-    """Depth first; what has no sibling stands right under what it reads."""
+    """Depth first; what has no sibling is right under what it reads."""
     readers = graph.readers(parent)
     for node in readers:
         joint, below = "", ""
@@ -94,7 +95,8 @@ def _branches(
             wire = f"{segment.depth} deep, {segment.width} at once, {segment.when_full} when full"
         words = f"{node.use}, {said(node.options)}" if said(node.options) else node.use
         stage = f"{indent}{joint}{node.id}: {words}"
-        yield _Row(stage, str(number), node.cls.lane.value, str(node.gives), wire)
+        runs_on = "loop" if runs_on_loop(node.cls.work()) else "pool"
+        yield _Row(stage, str(number), runs_on, str(node.gives), wire)
         yield from _branches(graph, node.id, indent + below, where)
 
 

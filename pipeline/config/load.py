@@ -181,7 +181,7 @@ def _refuse_encoders(drafts: list[Draft], found: Findings) -> None:
         if draft.cls is None:
             continue
         takes, gives = PortType.parse(draft.cls.takes), PortType.parse(draft.cls.gives)
-        if gives.kind == "bytes" and takes.grain == "frame":
+        if gives.kind == "bytes" and takes.unit == "frame":
             hint = "'decode' undoes whatever codec an object was written with"
             found.add(draft.at, draft.path, f"{draft.use} encodes, which only 'store' does", hint)
 

@@ -73,7 +73,7 @@ def _fuses(graph: Graph, last: Node, node: Node) -> bool:
 
 
 def _is_head(node: Node) -> bool:
-    return node.gives.grain == "request" and node.gives.kind != "receipt"
+    return node.gives.unit == "request" and node.gives.kind != "receipt"
 
 
 def _default(i: int, source: int | None, readers: list[tuple[int, ...]]) -> WhenFull:

@@ -1,7 +1,7 @@
-"""One lowered graph, running: wires between segments, a few workers each, and the road home.
+"""One graph, running: queues between segments, a few workers each, and the end of every request.
 
-Requests are tickets in batches, not tasks. Whatever happens to a batch (lost, late, cancelled, a
-broken stage), it travels on to the end, so that gates open, leases go home and the request is
+Requests are data in batches, not tasks. Whatever happens to a batch (lost, late, cancelled, a
+broken stage), it travels on to the end, so that gates open, leases are released and the request is
 answered.
 """
 
@@ -12,21 +12,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from tierloom.pipeline.config.segments import Segment
 from tierloom.pipeline.config.spec import Graph
-from tierloom.pipeline.run.batching import cut
+from tierloom.pipeline.run.admission import Admission, Progress
+from tierloom.pipeline.run.batching import split_into_batches
 from tierloom.pipeline.run.meters import Meter
-from tierloom.pipeline.run.stage_calls import steps
+from tierloom.pipeline.run.stage_calls import stage_calls
 from tierloom.pipeline.run.threads import Pool
-from tierloom.stages.contract.batch import Batch
-from tierloom.stages.contract.request import Ticket
-from tierloom.stages.contract.stage import LoopStage, Stage
-from tierloom.stages.errors import ArenaFull, Lost
+from tierloom.stages.contract.batch import Batch, BatchResources
+from tierloom.stages.contract.request import Request
+from tierloom.stages.contract.stage import BatchStage, RequestStage, Stage
+from tierloom.stages.errors import Lost
 from tierloom.stages.memory.arena import Arena
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ log = logging.getLogger("tierloom")
 _BROKEN_LIMIT, _BROKEN_WINDOW = 5, 60.0
 
 
-class Flow:
+class GraphRunner:
     """Runs one graph's requests until its task group is cancelled; all of it on the loop."""
 
     def __init__(
@@ -46,208 +46,171 @@ class Flow:
     ) -> None:  # fmt: skip
         self.graph, self.segments = graph, segments
         self.meters = {n.id: Meter() for n in graph.nodes}
-        self.open: dict[Ticket, set[anyio.CancelScope]] = {}
+        self.open: dict[Request, Progress] = {}
         self.idle = asyncio.Event()
         """No request is open."""
         self.idle.set()
         self.dropped = 0
-        self._inflight = inflight
-        self._arena = arena
-        self._piece_bytes = object_bytes * max(1, sum(n.cls.leases for n in graph.nodes))
-        """What a chunk may need of the arena on its whole way."""
-        self._head = [stages[n.id] for s in segments if s.head for n in s.nodes]
-        self._steps = [steps(s, stages, self.meters, pool) for s in segments]
+        self._inflight, self._arena = inflight, arena
+        chunk_bytes = object_bytes * max(1, sum(n.cls.leases for n in graph.nodes))
+        self._admission = Admission(arena, chunk_bytes, self._enter)
+        self._head = [
+            stage for s in segments if s.head for n in s.nodes
+            if isinstance(stage := stages[n.id], RequestStage)
+        ]  # fmt: skip
+        self._finishers = [
+            stage for n in graph.nodes
+            if isinstance(stage := stages[n.id], BatchStage)
+            and type(stage).finish is not BatchStage.finish
+        ]  # fmt: skip
+        self._calls = [stage_calls(s, stages, self.meters, pool) for s in segments]
         self._touching = [any(n.cls.touches_engine for n in s.nodes) for s in segments]
         self._body = tuple(
             i for i, s in enumerate(segments)
             if not s.head and (s.source is None or segments[s.source].head)
         )  # fmt: skip
         # asyncio's queues: a hop over an anyio stream costs six times as much. A head is bounded by
-        # `inflight`, counted in submit(), a spilling wire by the arena.
-        self._wires: list[asyncio.Queue[Any]] = [
+        # `inflight`, counted in submit(), a spilling queue by the arena.
+        self._queues: list[asyncio.Queue[Any]] = [
             asyncio.Queue(0 if s.head or s.when_full == "spill" else s.depth) for s in segments
         ]
-        self._pokes: asyncio.Queue[Ticket] = asyncio.Queue()
-        self._waiting: asyncio.Queue[Ticket] = asyncio.Queue()
-        self._timers: dict[Ticket, asyncio.TimerHandle] = {}
+        self._timers: dict[Request, asyncio.TimerHandle] = {}
         self._broken_at: deque[float] = deque(maxlen=_BROKEN_LIMIT)
 
     # -- life ----------------------------------------------------------------------------------
 
     def start(self, tasks: TaskGroup) -> None:
-        """Set the workers to work."""
+        """Start the workers."""
         for i, segment in enumerate(self.segments):
             for n in range(segment.width):
                 work = self._plan if segment.head else self._pass
                 name = f"tierloom:{self.graph.name}:{segment.id}:{n}"
-                tasks.start_soon(_work, work, i, self._wires[i], name=name)
+                tasks.start_soon(_work, work, i, self._queues[i], name=name)
         # Whoever waits for memory must not hold up the waves that will free it.
-        for handle, inbox in ((self._emit, self._pokes), (self._admit, self._waiting)):
-            tasks.start_soon(_work, handle, 0, inbox, name=f"tierloom:{self.graph.name}")
+        a = self._admission
+        for handle, inbox in ((a.emit, a.model_went_on), (a.admit, a.waiting)):
+            tasks.start_soon(_admit, handle, inbox, name=f"tierloom:{self.graph.name}")
 
     def close(self) -> None:
         """Answer whatever is still open; the workers have ended."""
-        for ticket in list(self.open):
-            ticket.expire(Lost.CANCELLED)
-            self._finish(ticket)
+        for request in list(self.open):
+            request.expire(Lost.CANCELLED)
+            self._finish(request)
 
     @property
     def degraded(self) -> bool:
-        """Stages broke so often of late that this graph stands aside."""
+        """Stages broke so often recently that this graph takes no requests."""
         full = len(self._broken_at) == _BROKEN_LIMIT
         return full and time.monotonic() - self._broken_at[0] < _BROKEN_WINDOW
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, request: Request) -> None:
         """Take a request on; it is answered by its deadline, whatever happens."""
-        if len(self.open) >= self._inflight or self.degraded or ticket.cancelled is not None:
-            ticket.tally(Lost.BROKEN if self.degraded else ticket.cancelled or Lost.FULL)
-            ticket.expire(Lost.FULL)
-            ticket.finish()
+        if len(self.open) >= self._inflight or self.degraded or request.cancelled is not None:
+            request.tally(Lost.BROKEN if self.degraded else request.cancelled or Lost.FULL)
+            request.expire(Lost.FULL)
+            request.finish()
             return
-        self.open[ticket] = set()
+        self.open[request] = Progress(set(), [])
         self.idle.clear()
-        self._watch(ticket)
-        self._wires[0].put_nowait(ticket)
+        self._watch(request)
+        self._queues[0].put_nowait(request)
 
-    def _watch(self, ticket: Ticket) -> None:
-        """Give a request up at its deadline, which a model that goes on moves."""
+    def _watch(self, request: Request) -> None:
+        """Cancel a request at its deadline, which a model that goes on moves."""
         loop = asyncio.get_running_loop()
-        if loop.time() < ticket.deadline:
-            self._timers[ticket] = loop.call_at(ticket.deadline, self._watch, ticket)
+        if loop.time() < request.deadline:
+            self._timers[request] = loop.call_at(request.deadline, self._watch, request)
         else:
-            self._give_up(ticket, Lost.LATE)
+            self._cancel(request, Lost.LATE)
 
-    def poke(self, ticket: Ticket) -> None:
-        """The engine went on a layer group, or gave the request up."""
-        if ticket in self.open:
-            if ticket.cancelled is not None:
-                self._give_up(ticket, ticket.cancelled)
+    def poke(self, request: Request) -> None:
+        """The model went on a layer group, or the caller cancelled the request."""
+        if (progress := self.open.get(request)) is not None:
+            if request.cancelled is not None:
+                self._cancel(request, request.cancelled)
             else:
-                self._pokes.put_nowait(ticket)
+                self._admission.model_went_on.put_nowait((request, progress))
 
-    def _give_up(self, ticket: Ticket, code: Lost) -> None:
-        ticket.expire(code)
-        for scope in self.open.get(ticket, ()):
-            scope.cancel()
-        ticket.allowed = ticket.groups  # what was not sent yet must still pass, to be counted
-        self._pokes.put_nowait(ticket)
+    def _cancel(self, request: Request, code: Lost) -> None:
+        request.expire(code)
+        if (progress := self.open.get(request)) is not None:
+            for scope in progress.cancels:
+                scope.cancel()
+            request.allowed = request.groups  # what was not sent yet must still pass, to be counted
+            self._admission.model_went_on.put_nowait((request, progress))
 
-    def peek(self, ticket: Ticket) -> None:
+    def peek(self, request: Request) -> None:
         """Plan a request from what this process knows: any thread, no I/O, nothing changed."""
         for stage in self._head:
-            if isinstance(stage, LoopStage):
-                stage.peek(ticket)
-            else:
-                stage.plan(ticket)
+            stage.peek(request)
 
-    async def plan(self, ticket: Ticket) -> int:
+    async def plan(self, request: Request) -> int:
         """Plan a request without running it; tokens that it would bring."""
-        with anyio.move_on_at(ticket.deadline):
+        with anyio.move_on_at(request.deadline):
             for i, segment in enumerate(self.segments):
-                for step in self._steps[i] if segment.head else ():
-                    await step(ticket)
-        return sum(p.take for p in ticket.pieces)
+                for call in self._calls[i] if segment.head else ():
+                    await call(request)
+        return sum(c.wanted for c in request.chunks)
 
     # -- the head: whole requests ----------------------------------------------------------------
 
-    async def _plan(self, i: int, ticket: Ticket) -> None:
+    async def _plan(self, i: int, request: Request) -> None:
         readers = self.segments[i].readers
-        if not await self._guarded(i, ticket, ticket):
-            ticket.tally(ticket.cancelled or Lost.BROKEN, max(1, len(ticket.pieces)))
-            ticket.pieces = []
+        if not await self._guarded(i, request, request):
+            request.tally(request.cancelled or Lost.BROKEN, max(1, len(request.chunks)))
+            request.chunks = []
         elif readers and self.segments[readers[0]].head:
-            await self._wires[readers[0]].put(ticket)
+            await self._queues[readers[0]].put(request)
             return
-        ticket.expect(cut(ticket, self._piece_bytes, self._arena.working))
-        if not ticket.scopes:
-            self._finish(ticket)
-        elif ticket.layered or ticket.allowed == ticket.groups:
-            await self._admit(i, ticket)
-        # else the model has yet to compute what is to be stored: _emit goes on
+        progress = self.open[request]
+        chunk_bytes = self._admission.chunk_bytes
+        progress.batches = split_into_batches(request, chunk_bytes, self._arena.working)
+        progress.batches_open = len(progress.batches)
+        request.gates.expect(len(progress.batches))
+        request.planned.set()
+        if not progress.batches:
+            self._finish(request)
+        elif request.layered or request.allowed == request.groups:
+            await self._admission.admit(request, progress)
+        # else the model has yet to compute what is to be stored: admission goes on with it
 
-    async def _admit(self, _: int, ticket: Ticket) -> None:
-        """Promise memory to the request's batches, in order, and let each one go as it has it.
-
-        Waves need all of the request's memory until the last layer, so they get it in one promise:
-        two requests must not each hold half of what both wait for.
-        """
-        ticket.admitted = True
-        if ticket.layered:
-            has = await self._reserve(ticket, len(ticket.pieces) * self._piece_bytes)
-        for scope in ticket.scopes:
-            need = len(scope.pieces) * self._piece_bytes
-            if not ticket.layered:
-                has = await self._reserve(ticket, need)
-            if has:
-                scope.defer(partial(self._arena.unreserve, need))
-            elif ticket.cancelled is None:
-                for piece in scope.pieces:
-                    piece.lost = Lost.NO_ROOM
-                    ticket.tally(Lost.NO_ROOM)
-            if not ticket.layered:
-                await self._send(self._body, Batch(ticket, scope, range(ticket.groups)))
-        if ticket.layered:
-            ticket.promised = True
-            self._pokes.put_nowait(ticket)
-
-    async def _reserve(self, ticket: Ticket, nbytes: int) -> bool:
-        """Wait for a promise of memory; False when the request is given up, or asks too much."""
-        with anyio.CancelScope() as waiting:
-            self.open[ticket].add(waiting)
-            try:
-                await self._arena.reserve(nbytes)
-            except ArenaFull:
-                return False
-            finally:
-                self.open[ticket].discard(waiting)
-        return not waiting.cancelled_caught
-
-    async def _emit(self, _: int, ticket: Ticket) -> None:
-        """The engine went on: send the waves that its position allows, or all when it is done."""
-        if not ticket.layered:
-            if ticket.scopes and not ticket.admitted and ticket.allowed == ticket.groups:
-                ticket.admitted = True
-                self._waiting.put_nowait(ticket)
-            return
-        while ticket.promised and ticket.emitted < ticket.allowed:
-            frames = range(ticket.emitted, ticket.emitted + 1)
-            ticket.emitted += 1
-            for scope in ticket.scopes:
-                await self._send(self._body, Batch(ticket, scope, frames))
+    async def _enter(self, batch: Batch) -> None:
+        await self._send(self._body, batch)
 
     # -- the body: batches of chunks -------------------------------------------------------------
 
     async def _pass(self, i: int, batch: Batch) -> None:
-        segment, ticket = self.segments[i], batch.ticket
-        if batch.live and not await self._guarded(i, ticket, batch):
-            for piece in batch.live:
-                batch.lose(piece, ticket.cancelled or Lost.BROKEN)
-        if ticket.graph == "retrieve" or self.graph.options.on_error == "skip":
-            _lose_behind(batch)
+        segment, request = self.segments[i], batch.request
+        if batch.live and not await self._guarded(i, request, batch):
+            for chunk in batch.live:
+                batch.lose(chunk, request.cancelled or Lost.BROKEN)
+        if request.graph == "retrieve" or self.graph.options.on_error == "skip":
+            _lose_after(batch)
         if self._touching[i]:
-            ticket.passed(batch)
+            batch.leave_engine()
         if segment.readers:
             await self._send(segment.readers, batch)
         else:
             await self._leave(batch)
 
-    async def _guarded(self, i: int, ticket: Ticket, item: Ticket | Batch) -> bool:
+    async def _guarded(self, i: int, request: Request, item: Request | Batch) -> bool:
         """Run a segment's stages inside the request's deadline. False: cut short, or broken."""
-        if ticket.cancelled is not None:
+        if request.cancelled is not None:
             return False
-        scope = anyio.CancelScope()  # _give_up cancels it, at the deadline or before
-        self.open[ticket].add(scope)
+        scope = anyio.CancelScope()  # _cancel cancels it, at the deadline or before
+        cancels = self.open[request].cancels
+        cancels.add(scope)
         try:
             with scope:
-                for step in self._steps[i]:
-                    await step(item)
+                for call in self._calls[i]:
+                    await call(item)
         except Exception as error:
             self._broken(i, error)
             return False
         finally:
-            self.open[ticket].discard(scope)
+            cancels.discard(scope)
         if scope.cancelled_caught:
-            ticket.expire(Lost.LATE)
+            request.expire(Lost.LATE)
         return not scope.cancelled_caught
 
     def _broken(self, i: int, error: Exception) -> None:
@@ -263,51 +226,56 @@ class Flow:
     async def _send(self, readers: tuple[int, ...], batch: Batch) -> None:
         """On to the next segments; a branch that may drop is served before one that may block."""
         parts = [batch] if len(readers) == 1 else [batch.fork() for _ in readers]
-        batch.scope.open += len(parts) - 1
+        batch.resources.open += len(parts) - 1
         blocking = []
         for reader, part in zip(readers, parts, strict=True):
             try:
-                self._wires[reader].put_nowait(part)
+                self._queues[reader].put_nowait(part)
             except asyncio.QueueFull:  # noqa: PERF203
                 if self.segments[reader].when_full == "drop":
                     await self._drop(part)
                 else:
                     blocking.append((reader, part))
         for reader, part in blocking:
-            await self._wires[reader].put(part)
+            await self._queues[reader].put(part)
 
     async def _drop(self, batch: Batch) -> None:
         self.dropped += len(batch.live)
-        for piece in batch.live:
-            batch.lose(piece, Lost.FULL)
+        for chunk in batch.live:
+            batch.lose(chunk, Lost.FULL)
         await self._leave(batch)
 
+    # -- the end ---------------------------------------------------------------------------------
+
     async def _leave(self, batch: Batch) -> None:
-        """A branch has ended; behind the last one of a scope, everything goes home."""
-        batch.ticket.passed(batch)
-        scope = batch.scope
-        scope.open -= 1
-        if scope.open:
+        """A branch or wave has ended; after the last one, all that the batch holds is released."""
+        batch.leave_engine()
+        resources = batch.resources
+        resources.open -= 1
+        if resources.open:
             return
         with anyio.CancelScope(shield=True):
-            while (give_back := scope.pop()) is not None:
-                try:
-                    waits = give_back()
-                    if waits is not None:
-                        await waits
-                except Exception:  # noqa: PERF203
-                    log.exception("giving back failed: graph=%s", self.graph.name)
-        ticket = batch.ticket
-        ticket.scopes_open -= 1
-        if not ticket.scopes_open:
-            self._finish(ticket)
+            await self._release(resources)
+        progress = self.open[batch.request]
+        progress.batches_open -= 1
+        if not progress.batches_open:
+            self._finish(batch.request)
 
-    def _finish(self, ticket: Ticket) -> None:
-        self.open.pop(ticket, None)
-        timer = self._timers.pop(ticket, None)
+    async def _release(self, resources: BatchResources) -> None:
+        """What stages do at the end of their chunks, and then their leases."""
+        try:
+            with resources.closing:
+                for stage in self._finishers:
+                    await stage.finish(resources.chunks)
+        except Exception:
+            log.exception("a batch did not end as it should: graph=%s", self.graph.name)
+
+    def _finish(self, request: Request) -> None:
+        self.open.pop(request, None)
+        timer = self._timers.pop(request, None)
         if timer is not None:
             timer.cancel()
-        ticket.finish()
+        request.finish()
         if not self.open:
             self.idle.set()
 
@@ -319,10 +287,18 @@ async def _work(
         await handle(i, await inbox.get())
 
 
-def _lose_behind(batch: Batch) -> None:
-    """Once a chunk is lost, those behind it are of no use: spare the work."""
-    first = min((p.index for p in batch.scope.pieces if p.lost is not None), default=None)
+async def _admit(
+    handle: Callable[[Request, Progress], Awaitable[None]],
+    inbox: asyncio.Queue[tuple[Request, Progress]],
+) -> None:
+    while True:
+        await handle(*await inbox.get())
+
+
+def _lose_after(batch: Batch) -> None:
+    """Once a chunk is lost, those after it are useless: spare the work."""
+    first = min((c.index for c in batch.resources.chunks if c.lost is not None), default=None)
     if first is not None:
-        for piece in batch.ticket.pieces:
-            if piece.index > first and piece.lost is None:
-                piece.lost = Lost.BEHIND
+        for chunk in batch.request.chunks:
+            if chunk.index > first and chunk.lost is None:
+                chunk.lost = Lost.BEHIND

@@ -15,7 +15,8 @@ from typing import Any
 
 import anyio
 
-from tierloom.stages.contract.request import Receipt, Ticket
+from tierloom.stages.contract.request import Receipt
+from tierloom.stages.contract.ticket import Ticket
 
 
 class Portal:
@@ -93,7 +94,7 @@ class Portal:
 
 
 async def finished(ticket: Ticket) -> Receipt:
-    """A ticket's receipt, on whatever loop this is; a cancelled caller gives the request up."""
+    """A ticket's receipt, on whatever loop this is; a cancelled caller cancels the request."""
     try:
         receipt: Receipt = await awaited(ticket.future)
     except BaseException:

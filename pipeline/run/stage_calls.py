@@ -1,4 +1,4 @@
-"""A segment's stages as coroutines: metered, and in the lane that each one asks for."""
+"""A segment's stages as coroutines: metered, and run on the loop or in a thread, as each is."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ import anyio
 from tierloom.pipeline.config.segments import Segment
 from tierloom.pipeline.run.meters import Meter, metered
 from tierloom.pipeline.run.threads import Pool
-from tierloom.stages.contract.stage import LoopStage, Stage
+from tierloom.stages.contract.stage import BatchStage, RequestStage, Stage, runs_on_loop
 
-Step = Callable[[Any], Awaitable[Any]]
+StageCall = Callable[[Any], Awaitable[Any]]
 
 
-def steps(
+def stage_calls(
     segment: Segment, stages: Mapping[str, Stage], meters: Mapping[str, Meter], pool: Pool
-) -> list[Step]:
-    """What a worker awaits in turn for each ticket (in the head) or batch (behind it)."""
-    made: list[Step] = []
+) -> list[StageCall]:
+    """What a worker awaits in turn for each request (in the head) or batch (after it)."""
+    calls: list[StageCall] = []
     for node in segment.nodes:
         stage, meter = stages[node.id], meters[node.id]
         if segment.head:
-            plan = stage.plan_async if isinstance(stage, LoopStage) else _pooled(stage.plan, pool)
-            made.append(metered(plan, meter, lambda ticket: len(ticket.pieces)))
+            assert isinstance(stage, RequestStage)
+            calls.append(metered(_called(stage.plan, pool), meter, lambda r: len(r.chunks)))
             continue
-        if isinstance(stage, LoopStage):
-            run: Step = stage.apply_async
-        else:
-            made.append(stage.prepare)
-            run = _pooled(stage.apply, pool)
-        made.append(metered(run, meter, lambda batch: len(batch.scope.pieces)))
-    return made
+        assert isinstance(stage, BatchStage)
+        if type(stage).prepare is not BatchStage.prepare:
+            calls.append(stage.prepare)
+        apply = _called(stage.apply, pool)
+        calls.append(metered(apply, meter, lambda batch: len(batch.resources.chunks)))
+    return calls
 
 
-def _pooled(fn: Callable[[Any], Any], pool: Pool) -> Step:
-    """`fn` in a thread, for a ticket or a batch. It is waited for even when cancelled: it works on
-    the engine's memory, and the ticket's `stop` ends it soon."""
+def _called(method: Callable[[Any], Any], pool: Pool) -> StageCall:
+    """`method` as it is where the loop runs it, else in a thread, for a request or a batch. The
+    thread is waited for even when cancelled: it works on the engine's memory, and the request's
+    `stop` ends it soon."""
+    if runs_on_loop(method):
+        return method
 
     async def run(item: Any) -> Any:
         with anyio.CancelScope(shield=True):
-            return await pool(fn, item, leases=item.leases())
+            return await pool(method, item, leases=item.leases())
 
     return run

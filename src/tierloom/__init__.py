@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tierloom.pipeline.pipeline import Pipeline
-    from tierloom.stages.contract.request import Receipt, Ticket
+    from tierloom.stages.contract.request import Receipt
+    from tierloom.stages.contract.ticket import Ticket
     from tierloom.stages.errors import (
         ArenaFull,
         BadObject,
@@ -42,7 +43,7 @@ _HOME = {
     "KVLayout": "stages.kv.layout",
     "Pipeline": "pipeline.pipeline",
     "Receipt": "stages.contract.request",
-    "Ticket": "stages.contract.request",
+    "Ticket": "stages.contract.ticket",
 }
 """Where a name of `__all__` is, unless it is an error."""
 

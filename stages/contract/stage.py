@@ -1,46 +1,39 @@
-"""What a stage is: a step of a graph, built from options and a context, run on batches.
+"""What a stage is: a step of a graph, built from options and a context.
 
-A stage MUST NOT know its neighbours, start tasks, or write into what it was given (forks share
-it). It marks a piece lost where only that piece is bad; an exception means the stage itself is
-broken. What it takes (leases above all) it hands to `batch.defer`, so that it goes home by the
-same road always.
+A stage MUST NOT know its neighbors, start tasks, or write into what it was given (forks share it).
+It marks a chunk lost where only that chunk is bad; an exception means that the stage itself is
+broken. What it takes (leases above all) it hands to `batch.defer`, which releases it whatever
+happens.
+
+A method written `async def` runs on the one loop thread and never holds the GIL for more than
+100 us. A plain `def` runs in a thread of the pool: a blocking call that frees the GIL.
 """
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from inspect import iscoroutinefunction
 from typing import Any, ClassVar, NamedTuple
 
 from tierloom.stages.contract.batch import Batch
-from tierloom.stages.contract.request import Ticket
+from tierloom.stages.contract.chunks import Chunk
+from tierloom.stages.contract.request import Request
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import Guarded
 
 
-class Lane(Enum):
-    """Where a stage runs."""
-
-    ENGINE = "engine"
-    """The engine's own thread: kernel launches and event records, never a wait."""
-    LOOP = "loop"
-    """A coroutine on the one portal thread: never holds the GIL for more than 100 us."""
-    POOL = "pool"
-    """A thread of the pool: a blocking call that frees the GIL."""
-
-
 class PortType(NamedTuple):
-    """What travels on a wire: `kind@place/grain`. Two fit when each word is equal or `any`."""
+    """What travels on a wire: `kind@place/unit`. Two fit when each word is equal or `any`."""
 
     kind: str
     """tokens, keys, plan, kv (plain), bytes (perhaps encoded), receipt."""
     place: str
     """host or device."""
-    grain: str
+    unit: str
     """request or frame."""
 
     @classmethod
@@ -48,8 +41,8 @@ class PortType(NamedTuple):
         if text == "same":
             return cls("same", "same", "same")
         kind, _, rest = text.partition("@")
-        place, _, grain = rest.partition("/")
-        return cls(kind, place, grain)
+        place, _, unit = rest.partition("/")
+        return cls(kind, place, unit)
 
     def clashes(self, wanted: PortType) -> tuple[str, ...]:
         """The words in which this does not fit `wanted`."""
@@ -61,7 +54,7 @@ class PortType(NamedTuple):
         return PortType(*(b if a == "same" else a for a, b in zip(self, comes, strict=True)))
 
     def __str__(self) -> str:
-        return f"{self.kind}@{self.place}/{self.grain}"
+        return f"{self.kind}@{self.place}/{self.unit}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,23 +112,22 @@ class Context:
 
 
 class Stage(ABC):
-    """Subclass, say what goes in and out, and register the name in `catalog.py`."""
+    """What both kinds have in common: subclass `RequestStage` or `BatchStage`, say what goes in and
+    out, and register the name in `catalog.py`."""
 
     Options: ClassVar[type[Any]]
     """The frozen dataclass of this stage's options."""
     takes: ClassVar[str]
     """Port type of the input, e.g. `kv@device/frame`."""
     gives: ClassVar[str]
-    """Port type of the output; `same` passes the input's kind, place and grain on."""
-    lane: ClassVar[Lane]
+    """Port type of the output; `same` passes the input's kind, place and unit on."""
     tier_options: ClassVar[tuple[str, ...]] = ()
     """Options that name tiers, so that the checker can look them up. A list says where to read
     (None: everywhere), one name where to keep."""
     arena_options: ClassVar[tuple[str, ...]] = ()
     """Those of `tier_options` that must name a tier which keeps its objects in the arena."""
     touches_engine: ClassVar[bool] = False
-    """Reads or writes the engine's cache: behind it, a batch's gates open."""
-
+    """Reads or writes the engine's cache: after it, a batch's gates open."""
     canonical: ClassVar[bool] = False
     """Works on tokens, heads and channels, so KV must be kept in canonical order."""
     leases: ClassVar[int] = 0
@@ -144,31 +136,49 @@ class Stage(ABC):
     def __init__(self, options: Any, ctx: Context) -> None:
         self.options, self.ctx = options, ctx
 
-    def plan(self, ticket: Ticket) -> None:
-        """Stages of grain `request`, lane POOL: work on the whole request."""
-        raise NotImplementedError
-
-    async def prepare(self, batch: Batch) -> None:  # noqa: B027 (most need nothing)
-        """On the loop, before `apply`: take the leases it will need."""
-
-    def apply(self, batch: Batch) -> Batch:
-        """Stages of grain `frame`, lane POOL: work on a batch in a thread of the pool."""
-        raise NotImplementedError
+    @classmethod
+    @abstractmethod
+    def work(cls) -> Callable[..., Any]:
+        """The method that does the stage's work."""
 
 
-class LoopStage(Stage):
-    """A stage that awaits: I/O and bookkeeping."""
+class RequestStage(Stage):
+    """Works on a whole request: names its chunks, or plans what is done with them."""
 
-    lane = Lane.LOOP
+    @classmethod
+    def work(cls) -> Callable[..., Any]:
+        return cls.plan
 
-    async def plan_async(self, ticket: Ticket) -> None:
-        """Stages of grain `request`."""
-        raise NotImplementedError
+    @abstractmethod
+    def plan(self, request: Request) -> Awaitable[None] | None:
+        """Set `request.chunks`."""
 
-    def peek(self, ticket: Ticket) -> None:
-        """`plan_async` by what this process knows alone: any thread, no I/O, nothing changed."""
-        raise NotImplementedError
+    def peek(self, request: Request) -> None:
+        """`plan` by what this process knows alone: any thread, no I/O, nothing changed. To be
+        written where `plan` is a coroutine."""
+        assert not iscoroutinefunction(self.plan), f"{type(self).__name__} has no peek"
+        self.plan(request)
 
-    async def apply_async(self, batch: Batch) -> Batch:
-        """Stages of grain `frame`."""
-        raise NotImplementedError
+
+class BatchStage(Stage):
+    """Works on one batch after another, several at once."""
+
+    @classmethod
+    def work(cls) -> Callable[..., Any]:
+        return cls.apply
+
+    async def prepare(self, batch: Batch) -> None:
+        """On the loop, before `apply`: take the leases that it will need."""
+
+    @abstractmethod
+    def apply(self, batch: Batch) -> Awaitable[None] | None:
+        """Change the batch's chunks in place."""
+
+    async def finish(self, chunks: list[Chunk]) -> None:
+        """On the loop, once, after the last branch and wave of these chunks has left the graph and
+        before their leases are released."""
+
+
+def runs_on_loop(method: Callable[..., Any]) -> bool:
+    """Whether the loop runs a stage's method; else a thread of the pool does."""
+    return iscoroutinefunction(method)

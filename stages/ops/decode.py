@@ -16,15 +16,16 @@ import xxhash
 from tierloom.stages.codecs.contract.decoding import decode_frame, undo
 from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
 from tierloom.stages.codecs.contract.keyring import Keyring
-from tierloom.stages.contract.batch import Batch, Piece
-from tierloom.stages.contract.stage import Context, Lane, Stage
+from tierloom.stages.contract.batch import Batch
+from tierloom.stages.contract.chunks import Chunk
+from tierloom.stages.contract.stage import BatchStage, Context
 from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
 from tierloom.stages.kv.object import LINK, Object, header_size, plan_frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeOptions:
-    """Little: frames say how they were encoded."""
+    """Where keys and calibrations are; all else is in the frames."""
 
     keys: list[str] | None = None
     """Key files of `aesgcm`, any of which may open a frame."""
@@ -32,13 +33,12 @@ class DecodeOptions:
     """Files of `tierloom calibrate` that lie elsewhere than in ~/.cache/tierloom/calibrations."""
 
 
-class Decode(Stage):
+class Decode(BatchStage):
     """Decodes into a second lease, so that what was read can still be promoted as it is."""
 
     Options = DecodeOptions
     takes = "any@any/frame"
     gives = "kv@host/frame"
-    lane = Lane.POOL
     leases = 1
 
     def __init__(self, options: DecodeOptions, ctx: Context) -> None:
@@ -54,10 +54,10 @@ class Decode(Stage):
         self._keys = Keyring.read(options.keys) if options.keys else None
 
     async def prepare(self, batch: Batch) -> None:
-        for piece in batch.live:
-            if piece.object is None or piece.plain is not None:
+        for chunk in batch.live:
+            if chunk.object is None or chunk.plain is not None:
                 continue
-            header = piece.object.header
+            header = chunk.object.header
             if not any(f.codecs for f in header.frames):
                 continue
             raw = [f.raw for f in header.frames[: header.groups]]
@@ -66,37 +66,36 @@ class Decode(Stage):
             try:
                 lease = self.ctx.arena.lease(plain.nbytes)
             except ArenaFull:
-                batch.lose(piece, Lost.NO_ROOM)
+                batch.lose(chunk, Lost.NO_ROOM)
                 continue
             batch.defer(lease.release)
-            piece.plain = Object(plain, lease)
+            chunk.plain = Object(plain, lease)
 
-    def apply(self, batch: Batch) -> Batch:
-        for piece in batch.live:
-            if piece.plain is None or batch.ticket.stop[0]:
+    def apply(self, batch: Batch) -> None:
+        for chunk in batch.live:
+            if chunk.plain is None or batch.request.memory.stop[0]:
                 continue
             try:
-                for i in batch.frames_of(piece.plain.header):
-                    self._decode(piece, i)
+                for i in batch.frames_of(chunk.plain.header):
+                    self._decode(chunk, i)
             except BadObject as error:
-                batch.refuse(piece, error)
-        return batch
+                batch.refuse(chunk, error)
 
-    def _decode(self, piece: Piece, i: int) -> None:
+    def _decode(self, chunk: Chunk, i: int) -> None:
         """Verify and decode a layer group, as fine as its scans have come, into the plain object.
         Raises BadObject."""
-        assert piece.object is not None
-        assert piece.plain is not None
-        header, plain = piece.object.header, piece.plain.header.frames[i]
+        assert chunk.object is not None
+        assert chunk.plain is not None
+        header, plain = chunk.object.header, chunk.plain.header.frames[i]
         shape, first = FrameShape.of(header, i), header.frames[i].codecs
         whole = 0 if header.scans == 1 else 1
         scans = [
-            self._opened(piece.object, j, shape, whole)
-            for j in range(i, piece.object.loaded, header.groups)
+            self._opened(chunk.object, j, shape, whole)
+            for j in range(i, chunk.object.loaded, header.groups)
         ]
         data = scans[0] if len(scans) == 1 else b"".join(scans)
         out = decode_frame(data, shape, first[:whole])
-        piece.plain.lease.view[plain.offset : plain.offset + plain.stored] = out
+        chunk.plain.lease.view[plain.offset : plain.offset + plain.stored] = out
 
     def _opened(self, object: Object, i: int, shape: FrameShape, down_to: int) -> Bytes:
         """A frame, verified, without its codecs but the first `down_to`. Raises BadObject."""

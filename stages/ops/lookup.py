@@ -3,33 +3,28 @@
     plan:  {use: lookup, tiers: [hot, warm], want: prefix, worth: auto}
     fresh: {use: lookup, want: absent}
 
-`prefix` plans the longest kept prefix, down to the grain at which the prompt leaves what is kept.
-`absent` keeps the chunks that at least one tier lacks.
+`prefix` plans the longest kept prefix, down to the grain at which the prompt differs from what is
+kept. `absent` keeps the chunks that at least one tier lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import anyio
 
-from tierloom.stages.contract.batch import Piece
-from tierloom.stages.contract.request import Ticket
-from tierloom.stages.contract.stage import Context, LoopStage
+from tierloom.stages.contract.chunks import Chunk, Source
+from tierloom.stages.contract.request import Request
+from tierloom.stages.contract.stage import Context, RequestStage
 from tierloom.stages.errors import Lost
+from tierloom.stages.ops.in_turns import mark_in_turns
+from tierloom.stages.ops.load_or_recompute import worth_loading
 from tierloom.stages.tiers.contract.circuit_breaker import Guarded
 
 _SLICE = 16
 """Chunks looked up between two turns of the loop."""
-
-
-async def in_slices(mark: Callable[[list[bytes]], None], keys: list[bytes]) -> None:
-    """`mark` keys, head of the prompt first, tail to head, in turns of the loop."""
-    for end in range(len(keys), 0, -64):
-        mark(keys[max(0, end - 64) : end])
-        await anyio.lowlevel.checkpoint()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +34,12 @@ class LookupOptions:
     want: Literal["prefix", "absent"] = "prefix"
     """`prefix`: chunks to load; `absent`: chunks to store."""
     tiers: list[str] | None = None
-    """Tiers to ask, best first; all of them when not said."""
+    """Tiers to ask, best first. Default: all of them."""
     worth: Literal["auto", "always", "never"] = "auto"
     """Load only what is quicker to load than to compute: `auto` decides once both are measured."""
 
 
-class Lookup(LoopStage):
+class Lookup(RequestStage):
     """Plans a request against the tiers' indexes; remote tiers are asked once, in one batch."""
 
     Options = LookupOptions
@@ -56,34 +51,27 @@ class Lookup(LoopStage):
         super().__init__(options, ctx)
         self.names = options.tiers or list(ctx.tiers)
 
-    async def plan_async(self, ticket: Ticket) -> None:
+    async def plan(self, request: Request) -> None:
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).available}
         absent = self.options.want == "absent"
         if absent and self.ctx.replica:  # another process puts the same bytes where both can read
             tiers = {n: t for n, t in tiers.items() if t.local}
-        known = await self._ask_remote(tiers, ticket.pieces)
+        known = await self._ask_remote(tiers, request.chunks)
         if absent:
-            await self._absent(ticket, tiers, known)
+            await self._absent(request, tiers, known)
         elif self.options.worth == "never":
-            ticket.pieces = []
+            request.chunks = []
         else:
-            await self._prefix(ticket, tiers, known)
+            await self._prefix(request, tiers, known)
 
-    def peek(self, ticket: Ticket) -> None:
+    def peek(self, request: Request) -> None:
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}
-        plan = []
-        for piece in ticket.pieces:
-            self._serve(ticket, piece, tiers, {})
-            if piece.take:
-                plan.append(piece)
-            if piece.take < piece.tokens:
-                break
-        ticket.pieces = plan
+        request.chunks = list(self._longest_prefix(request, tiers, {}))
 
     async def _ask_remote(
-        self, tiers: dict[str, Guarded], pieces: list[Piece]
+        self, tiers: dict[str, Guarded], chunks: list[Chunk]
     ) -> dict[str, list[bool]]:
-        keys = [p.key for p in pieces]
+        keys = [c.key for c in chunks]
         known: dict[str, list[bool]] = {}
 
         async def ask(name: str, tier: Guarded) -> None:
@@ -97,68 +85,76 @@ class Lookup(LoopStage):
         return known
 
     async def _absent(
-        self, ticket: Ticket, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+        self, request: Request, tiers: dict[str, Guarded], known: dict[str, list[bool]]
     ) -> None:
         if not tiers and not self.ctx.replica:
-            ticket.tally(Lost.TIER_DOWN, len(ticket.pieces))
-            ticket.pieces = []
+            request.tally(Lost.TIER_DOWN, len(request.chunks))
+            request.chunks = []
             return
         missing = []
-        for piece in ticket.pieces:
+        for chunk in request.chunks:
             for name, tier in tiers.items():
                 if tier.local:
-                    kept = tier.find(piece.key) is not None  # its last link: the whole chunk
+                    kept = tier.find(chunk.key) is not None  # its last link: the whole chunk
                 else:
-                    kept = known[name][piece.index]
+                    kept = known[name][chunk.index]
                 if not kept:
-                    piece.tiers.append(name)
-            if piece.tiers:
-                missing.append(piece)
+                    chunk.missing_in.append(name)
+            if chunk.missing_in:
+                missing.append(chunk)
             else:
-                ticket.kept_already += piece.tokens
-            if piece.index % _SLICE == _SLICE - 1:
+                request.kept_already += chunk.tokens
+            if chunk.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
-        ticket.pieces = missing
+        request.chunks = missing
 
     async def _prefix(
-        self, ticket: Ticket, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+        self, request: Request, tiers: dict[str, Guarded], known: dict[str, list[bool]]
     ) -> None:
         plan = []
-        for piece in ticket.pieces:
-            self._serve(ticket, piece, tiers, known)
-            if piece.take:
-                plan.append(piece)
-            if piece.take < piece.tokens:
-                break
-            if piece.index % _SLICE == _SLICE - 1:
+        for chunk in self._longest_prefix(request, tiers, known):
+            plan.append(chunk)
+            if chunk.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
-        plan = self._worth(ticket, plan)
-        keys = [p.source for p in plan]
+        request.chunks = plan = self._worth_loading(request, plan)
+        keys = [c.source.key for c in plan if c.source is not None]
         for tier in tiers.values():
             if tier.local:
-                await in_slices(tier.touch, keys)
-        ticket.pieces = plan
+                await mark_in_turns(tier.touch, keys)
 
-    def _serve(
+    def _longest_prefix(
+        self, request: Request, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+    ) -> Iterator[Chunk]:
+        """The chunks that are kept from the first one on, each with its source; the last one may be
+        kept in part."""
+        for chunk in request.chunks:
+            chunk.source = self._source(request, chunk, tiers, known)
+            if chunk.source is not None:
+                yield chunk
+            if chunk.wanted < chunk.tokens:
+                return
+
+    def _source(
         self,
-        ticket: Ticket,
-        piece: Piece,
+        request: Request,
+        chunk: Chunk,
         tiers: dict[str, Guarded],
         known: dict[str, list[bool]],
-    ) -> None:
-        """Set `source`, `take` and `tiers` to what serves most of this piece, first tier first."""
-        best, wanted = 0, piece.tokens
-        if ticket.span is not None and ticket.span.place:
-            wanted = min(wanted, max(0, ticket.span.place - piece.start))
+    ) -> Source | None:
+        """What serves most of a chunk, first tier first."""
+        best: Source | None = None
+        wanted = chunk.tokens
+        if request.span is not None and request.span.wanted:
+            wanted = min(wanted, max(0, request.span.wanted - chunk.start))
         for name, tier in tiers.items():
             if tier.local:
-                found = tier.find(piece.links)
+                found = tier.find(chunk.links)
                 if found is None:
                     continue
                 key = found.key
-                tokens = piece.tokens if key == piece.key else found.grains * self.ctx.chunk.grain
-            elif known and known[name][piece.index]:
-                key, tokens = piece.key, piece.tokens
+                tokens = chunk.tokens if key == chunk.key else found.grains * self.ctx.chunk.grain
+            elif known and known[name][chunk.index]:
+                key, tokens = chunk.key, chunk.tokens
             else:
                 continue
             if key in tier.unread:
@@ -166,32 +162,19 @@ class Lookup(LoopStage):
             tokens = min(tokens, wanted)
             if self.ctx.geometry.native:
                 tokens -= tokens % self.ctx.geometry.block_tokens
-            if tokens > best:
-                best, piece.source, piece.take, piece.tiers = tokens, key, tokens, [name]
-            elif tokens == best and key == piece.source:
-                piece.tiers.append(name)
+            if tokens > (best.tokens if best is not None else 0):
+                best = Source(key, tokens, [name])
+            elif best is not None and (tokens, key) == (best.tokens, best.key):
+                best.tiers.append(name)
+        return best
 
-    def _worth(self, ticket: Ticket, plan: list[Piece]) -> list[Piece]:
+    def _worth_loading(self, request: Request, plan: list[Chunk]) -> list[Chunk]:
         """The prefix of `plan` whose loading plus the computing of the rest ends soonest."""
-        if self.options.worth == "always" or not ticket.prefill_rate:
+        if self.options.worth == "always" or not request.prefill_rate:
             return plan
         g, costs = self.ctx.geometry, []
-        for piece in plan:
-            cost = self.ctx.tiers[piece.tiers[0]].cost(g.frame_bytes(g.layers, piece.take))
-            costs.append((piece.take, cost or 0.0))
-        return plan[: worth(costs, len(ticket.tokens), ticket.prefill_rate)]
-
-
-def worth(costs: Iterable[tuple[int, float]], total: int, rate: float) -> int:
-    """How many of these chunks, (tokens, seconds to load them) each, to load for the sooner end.
-
-    The rest of `total` tokens is computed at `rate` tokens/s.
-    """
-    best, cut, spent, tokens = total / rate, 0, 0.0, 0
-    for n, (size, cost) in enumerate(costs, start=1):
-        spent += cost
-        tokens += size
-        ends = spent + (total - tokens) / rate
-        if ends <= best:
-            best, cut = ends, n
-    return cut
+        for chunk in plan:
+            assert chunk.source is not None
+            tier = self.ctx.tiers[chunk.source.tiers[0]]
+            costs.append((chunk.wanted, tier.cost(g.frame_bytes(g.layers, chunk.wanted)) or 0.0))
+        return plan[: worth_loading(costs, len(request.tokens), request.prefill_rate)]

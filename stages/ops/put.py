@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import xxhash
 
-from tierloom.stages.contract.batch import Batch, Encoded, EncodedFrame, Piece
-from tierloom.stages.contract.stage import LoopStage
+from tierloom.stages.contract.batch import Batch
+from tierloom.stages.contract.chunks import Chunk, Encoded, EncodedFrame
+from tierloom.stages.contract.stage import BatchStage
 from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, header_size, plan_frames
-from tierloom.stages.ops.lookup import in_slices
+from tierloom.stages.ops.in_turns import mark_in_turns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class PutOptions:
     """Name of the tier."""
 
 
-class Put(LoopStage):
+class Put(BatchStage):
     """Puts each chunk once its last frame is there; skips what the tier has."""
 
     Options = PutOptions
@@ -34,53 +35,54 @@ class Put(LoopStage):
     gives = "receipt@host/request"
     tier_options = ("tier",)
 
-    async def apply_async(self, batch: Batch) -> Batch:
+    async def apply(self, batch: Batch) -> None:
         name = self.options.tier
         capacity = self.ctx.tiers[name].stat().capacity
-        whole: list[Piece] = []
+        whole: list[Chunk] = []
         objects: list[Object] = []
-        for piece in batch.live:
-            if name not in piece.tiers or name in piece.put or not _is_whole(batch, piece):
+        for chunk in batch.live:
+            if name not in chunk.missing_in or name in chunk.put or not _is_whole(batch, chunk):
                 continue
-            piece.put.add(name)  # before the first await: another wave must not put it again
+            chunk.put.add(name)  # before the first await: another wave must not put it again
             try:
-                made = await self._object(batch, piece)
+                made = await self._object(batch, chunk)
             except ArenaFull:
-                batch.lose(piece, Lost.NO_ROOM)
+                batch.lose(chunk, Lost.NO_ROOM)
                 continue
-            upto = made.header.nbytes * (piece.start + piece.tokens) / piece.tokens
+            upto = made.header.nbytes * (chunk.start + chunk.tokens) / chunk.tokens
             if 0 < capacity < upto:
-                batch.lose(piece, Lost.NO_ROOM)  # it would push out its own prompt's head
+                batch.lose(chunk, Lost.NO_ROOM)  # it would push out its own prompt's head
                 continue
             objects.append(made)
-            whole.append(piece)
+            whole.append(chunk)
         if not objects:
-            return batch
+            return
         outcome = await self.ctx.tiers[name].put(objects)
-        for piece, code in zip(whole, outcome, strict=True):
+        for chunk, code in zip(whole, outcome, strict=True):
             if code is None:
-                piece.took.add(name)
-                batch.ticket.deliver(name)
+                chunk.took.add(name)
+                batch.request.deliver(name)
             else:
-                batch.lose(piece, code)
-        mine = [p for p in batch.ticket.pieces if name in p.tiers]
-        if all(name in p.put for p in mine):  # that was the last of the request
-            await in_slices(self.ctx.tiers[name].settle, [p.key for p in mine if name in p.took])
-        return batch
+                batch.lose(chunk, code)
+        mine = [c for c in batch.request.chunks if name in c.missing_in]
+        if all(name in c.put for c in mine):  # that was the last of the request
+            await mark_in_turns(
+                self.ctx.tiers[name].settle, [c.key for c in mine if name in c.took]
+            )
 
-    async def _object(self, batch: Batch, piece: Piece) -> Object:
+    async def _object(self, batch: Batch, chunk: Chunk) -> Object:
         """The sealed object that this branch carries; put together first when it was encoded."""
-        assert piece.object is not None
+        assert chunk.object is not None
         if batch.encoder is None:
-            return piece.object
-        encoded = piece.encoded[batch.encoder]
+            return chunk.object
+        encoded = chunk.encoded[batch.encoder]
         async with encoded.lock:
             if encoded.object is None:
-                encoded.object = await self._assemble(batch, piece, encoded)
+                encoded.object = await self._assemble(batch, chunk, encoded)
         return encoded.object
 
-    async def _assemble(self, batch: Batch, piece: Piece, encoded: Encoded) -> Object:
-        plain = piece.object
+    async def _assemble(self, batch: Batch, chunk: Chunk, encoded: Encoded) -> Object:
+        plain = chunk.object
         assert plain is not None
         frames = [f for f in encoded.frames if f is not None]
         size = header_size(len(frames), len(plain.header.links) // LINK)
@@ -103,7 +105,7 @@ class Put(LoopStage):
         batch.defer(lease.release)
         made = Object(header, lease)
         # A frame that would not shrink is still a view of what it came from.
-        await self.ctx.pool(_fill, made, frames, leases=(lease, *piece.leases()))
+        await self.ctx.pool(_fill, made, frames, leases=(lease, *chunk.leases()))
         # Their bytes are in the lease now. A branch beside this one may be reading the frames, or
         # come to do so: it finds what it has in hand, or the same bytes here.
         encoded.frames = [
@@ -113,12 +115,12 @@ class Put(LoopStage):
         return made
 
 
-def _is_whole(batch: Batch, piece: Piece) -> bool:
-    if piece.object is None or not piece.object.sealed:
+def _is_whole(batch: Batch, chunk: Chunk) -> bool:
+    if chunk.object is None or not chunk.object.sealed:
         return False
     if batch.encoder is None:
         return True
-    encoded = piece.encoded.get(batch.encoder)
+    encoded = chunk.encoded.get(batch.encoder)
     return encoded is not None and (encoded.object is not None or encoded.whole)
 
 

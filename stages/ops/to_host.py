@@ -10,34 +10,28 @@ batches on. They stand in graphs so that a codec's place (`host`, `device`) is c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tierloom.stages.contract.batch import Batch
-from tierloom.stages.contract.stage import LoopStage
+from tierloom.stages.contract.stage import BatchStage
+from tierloom.stages.options import NoOptions
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoveOptions:
-    """None."""
-
-
-class ToHost(LoopStage):
+class ToHost(BatchStage):
     """Frames on the host, for host codecs and tiers."""
 
-    Options = MoveOptions
+    Options = NoOptions
     takes = "any@device/frame"
     gives = "same@host/frame"
 
-    async def apply_async(self, batch: Batch) -> Batch:
-        return batch
+    async def apply(self, batch: Batch) -> None:
+        pass
 
 
-class ToDevice(LoopStage):
+class ToDevice(BatchStage):
     """Frames on the device, for device codecs and scatter."""
 
-    Options = MoveOptions
+    Options = NoOptions
     takes = "any@host/frame"
     gives = "same@device/frame"
 
-    async def apply_async(self, batch: Batch) -> Batch:
-        return batch
+    async def apply(self, batch: Batch) -> None:
+        pass

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [str(HERE), str(HERE.parent / "tiers"), *sys.path]
+sys.path[:] = [str(HERE), str(HERE.parent / "stages" / "tiers"), *sys.path]
 
 import golden_cases as golden  # noqa: E402
 from golden_cases import CASES, DATA  # noqa: E402

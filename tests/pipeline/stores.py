@@ -312,7 +312,7 @@ class Pool(Store):
     def values(self, pipe: Pipeline) -> list[Any]:
         from pooled_cases import names_of
 
-        from tierloom.stages.ops.hash import grain_links
+        from tierloom.stages.kv.prefix import grain_links
 
         keys = grain_links(pipe._seed("", "", ()), IDS, 16)[3::4]
         tier: Any = pipe.tiers["cold"].tier

@@ -182,8 +182,8 @@ def test_the_engine_never_waits_past_its_deadline(opened: Open) -> None:
         target = engine.blank()
         ticket = pipe.retrieve(ids, target.caches, at)
         wait(ticket)
-        assert time.monotonic() < ticket.deadline + 5
-        assert ticket.cancelled in (Lost.LATE, Lost.CANCELLED)
+        assert time.monotonic() < ticket._request.deadline + 5
+        assert ticket._request.cancelled in (Lost.LATE, Lost.CANCELLED)
         assert target.untouched(np.array([], int))
         assert ticket.wait().tokens == 0
     settle(pipe)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tierloom
 from tierloom import BlockTable, InputError
-from tierloom.stages.ops.hash import Chain
+from tierloom.stages.kv.prefix import Chain
 
 if TYPE_CHECKING:
     from conftest import Open
@@ -94,7 +94,7 @@ def test_any_part_of_any_prompt_comes_back_where_it_belongs(case: Case) -> None:
         there = [int(s) // case.other for s in to[:: case.other]]
         first = case.fresh // case.chunk * case.chunk
         until = min(-(-case.ends // case.chunk) * case.chunk // case.grain, len(chain.links))
-        span = chain.span(first // case.grain, until, place=case.ends - first)
+        span = chain.span(first // case.grain, until, wanted=case.ends - first)
         cut = BlockTable.cut(there, case.other, first, case.ends, fresh=case.fresh)
         got = pipe.retrieve(span, target.caches, blocks=cut, layout=target.layout).wait()
         kept = min(case.ends, case.prompt // case.grain * case.grain)
@@ -141,7 +141,7 @@ def test_native_blocks_are_placed_whole_or_not_at_all(opened: Open) -> None:
     chain = Chain(pipe.whole(engine.layers, engine.heads).digest, pipe.spec.chunk.grain)
     chain.extend(ids)
     cut = BlockTable.cut(there, 16, 64, 128, fresh=96)
-    got = pipe.retrieve(chain.span(4, 8, place=64), target.caches, blocks=cut).wait()
+    got = pipe.retrieve(chain.span(4, 8, wanted=64), target.caches, blocks=cut).wait()
     assert (got.tokens, got.lost) == (64, {})
     assert torch.equal(engine.rows(at[96:]), target.rows(to[96:]))
     assert target.untouched(np.asarray(to[96:]))

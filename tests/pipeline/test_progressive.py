@@ -11,7 +11,7 @@ import torch
 from conftest import Engine, settle, tokens
 from test_every_codec import LOSS, encoded, lost_of
 
-from tierloom.stages.ops.scan_budget import Outlook
+from tierloom.stages.ops.scan_budget import ScanBudget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,12 +40,12 @@ def scans_in_time(monkeypatch: pytest.MonkeyPatch, scans: int) -> None:
     """There is time for so many scans."""
     left = [scans - 1]
 
-    def finer(self: Outlook, step: int, upto: int, now: float) -> bool:
+    def finer(self: ScanBudget, step: int, upto: int, now: float) -> bool:
         assert 0 < step < upto
         left[0] -= 1
         return left[0] >= 0
 
-    monkeypatch.setattr(Outlook, "finer", finer)
+    monkeypatch.setattr(ScanBudget, "finer", finer)
 
 
 @pytest.mark.parametrize("layered", [False, True])

@@ -290,12 +290,13 @@ def test_a_wave_stays_within_its_window(opened: Open) -> None:
     at, to = engine.slots(64), target.slots(64)
     pipe.store(ids, engine.caches, at).wait()
     wave = pipe.begin_retrieve(ids, target.caches, to)
-    assert wave.gates[1].wait(5)  # two groups of two layers are ahead of a model that has not begun
-    assert not wave.gates[2].wait(0.05)
+    gates = wave._request.gates
+    assert gates.wait(1, 5)  # two groups of two layers are ahead of a model that has not begun
+    assert not gates.wait(2, 0.05)
     assert (target.rows(to)[:, 4:] == 0xA5).all()
     wave.wait_layer(0)
-    assert wave.gates[2].wait(5)
-    assert not wave.gates[3].wait(0.05)
+    assert gates.wait(2, 5)
+    assert not gates.wait(3, 0.05)
     for i in range(12):
         wave.wait_layer(i)
     assert wave.wait().tokens == 64

@@ -14,9 +14,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from tierloom.stages.contract.batch import Span
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.prefix import Span
 
 Blocks = tuple[BlockTable, ...]
 """For each KV group, the blocks that hold a span."""

@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from tierloom.stages.directory.shard_index import Part
-from tierloom.stages.ops.lookup import worth
+from tierloom.stages.ops.load_or_recompute import worth_loading
 
 if TYPE_CHECKING:
     from tierloom.adapters.vllm.exchange.messages import Hello  # which imports vLLM
@@ -55,7 +55,7 @@ class Worth:
             first = latency if tokens and part.tier != tier else 0.0
             tier = part.tier if tokens else tier
             costs.append((tokens, first + tokens * hello.token_bytes * per_byte))
-        return plan[: worth(costs, total - computed, self.rate)]
+        return plan[: worth_loading(costs, total - computed, self.rate)]
 
     def seconds(self, hello: Hello, tokens: int) -> float:
         """How long a load may take: what a slow tier needs, but not twice the time to compute."""

@@ -14,7 +14,7 @@ import numpy as np
 from tierloom.adapters.vllm.exchange.settings import Wishes
 from tierloom.stages.directory.shard_index import Part
 from tierloom.stages.kv.namespace import tlv
-from tierloom.stages.ops.hash import Chain
+from tierloom.stages.kv.prefix import Chain
 
 log = logging.getLogger("tierloom.vllm")
 

@@ -19,7 +19,7 @@ from tierloom.adapters.vllm.exchange.settings import Settings
 from tierloom.adapters.vllm.scheduler.request import Passage
 from tierloom.stages.directory.shard_index import Mirror
 from tierloom.stages.kv.block_table import BlockTable
-from tierloom.stages.ops.hash import Chain
+from tierloom.stages.kv.prefix import Chain
 
 
 class Job(NamedTuple):

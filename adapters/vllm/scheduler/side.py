@@ -20,10 +20,9 @@ from tierloom.adapters.vllm.scheduler.load_cost import Worth
 from tierloom.adapters.vllm.scheduler.lora import Adapters
 from tierloom.adapters.vllm.scheduler.request import Passage
 from tierloom.adapters.vllm.scheduler.saves import Saves
-from tierloom.stages.contract.batch import Span
 from tierloom.stages.directory.shard_index import Mirror, Part
 from tierloom.stages.kv.block_table import BlockTable
-from tierloom.stages.ops.hash import Chain
+from tierloom.stages.kv.prefix import Chain, Span
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -146,7 +145,7 @@ class SchedulerSide:
         end = p.start + tokens
         first = p.start // chunk
         last = min(len(p.chain.links), -(-end // chunk) * per)
-        span = p.chain.span(first * per, last, place=end - first * chunk)
+        span = p.chain.span(first * per, last, wanted=end - first * chunk)
         tables = tuple(
             BlockTable.cut([b or -1 for b in ids], size, first * chunk, end, fresh=p.start)
             for ids, size in zip(blocks.get_block_ids(), self._groups, strict=True)
@@ -157,7 +156,7 @@ class SchedulerSide:
     def _send(self, request: Any, span: Span, tables: Blocks, start: int, fresh: int) -> None:
         assert self.hello is not None
         name, layered = request.request_id, not self._asynchronous
-        seconds = self.worth.seconds(self.hello, span.place)
+        seconds = self.worth.seconds(self.hello, span.wanted)
         load = Load(name, span, tables, start, fresh, request.num_tokens, seconds, layered)
         self._to_load.append(load)
         if layered:

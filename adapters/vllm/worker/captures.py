@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from tierloom.adapters.vllm.exchange.messages import Save
-from tierloom.stages.contract.request import Ticket
+from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import Lost
 
 FENCE = 0.05

@@ -28,7 +28,7 @@ from tierloom.adapters.vllm.worker.captures import Captures
 from tierloom.adapters.vllm.worker.layout import is_draft, overwrites_early
 from tierloom.adapters.vllm.worker.pipelines import Pipe, Rank, open_pipes
 from tierloom.adapters.vllm.worker.transfer_log import Ledger
-from tierloom.stages.contract.request import Ticket
+from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import ConfigError, TierDown, TierloomError
 
 log = logging.getLogger("tierloom.vllm")
@@ -283,9 +283,9 @@ class WorkerSide:
         load = loading.load
         skipped = load.fresh - load.start
         placed = min((t.wait().tokens for t in loading.tickets), default=0)
-        got = min(max(0, placed - skipped), load.span.place - skipped)
+        got = min(max(0, placed - skipped), load.span.wanted - skipped)
         self.ledger.loaded(load, loading.tickets, got)
-        if got == load.span.place - skipped:
+        if got == load.span.wanted - skipped:
             return
         self._told.failed.append(load.request)
         if len(self.pipes) > 1:

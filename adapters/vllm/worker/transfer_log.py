@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from tierloom.adapters.vllm.exchange.messages import Load, Save
 from tierloom.adapters.vllm.exchange.metrics import Stats
-from tierloom.stages.contract.request import Ticket
+from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import Lost
 
 log = logging.getLogger("tierloom.vllm")
@@ -27,9 +27,9 @@ class Ledger:
         lost, nbytes, seconds = self._count("load", tickets)
         if not self._first:
             return
-        want = load.start + load.span.place - load.fresh
+        want = load.start + load.span.wanted - load.fresh
         self.stats.add(loads=1, load_tokens=got, load_failed_tokens=want - got)
-        tiers = _by_tier(tickets)
+        tiers = tickets[0].delivered() if tickets else {}
         for tier, n in tiers.items():
             self.stats.count(f"hit_tokens.{tier}", n)
         log.info(
@@ -65,15 +65,6 @@ class Ledger:
             lost[code] = lost.get(code, 0) + n
             self.stats.count(f"lost.{code.name.lower()}", n)
         return _lost(lost), nbytes, seconds
-
-
-def _by_tier(tickets: list[Ticket]) -> dict[str, int]:
-    """Tokens that each tier brought to the first share."""
-    out: dict[str, int] = {}
-    for piece in tickets[0].pieces if tickets else ():
-        for tier in piece.took if piece.lost is None else ():
-            out[tier] = out.get(tier, 0) + piece.take
-    return out
 
 
 def _listed(pairs: Iterable[tuple[str, int]]) -> str:

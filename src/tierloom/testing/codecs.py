@@ -15,7 +15,7 @@ from tierloom.stages.codecs.contract.decoding import decode_frame
 from tierloom.stages.codecs.contract.encode import Encode
 from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
 from tierloom.stages.codecs.contract.keyring import Keyring
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.errors import BadObject
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.object import Header, plan_frames

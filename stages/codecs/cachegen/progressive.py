@@ -46,7 +46,7 @@ from tierloom.stages.codecs.contract.frame_shape import (
     sized,
 )
 from tierloom.stages.codecs.contract.lossy import Array, Lossy, as_bytes, blank, elements
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject
 from tierloom.stages.kv.rope import NONE, frequencies

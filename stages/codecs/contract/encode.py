@@ -8,16 +8,16 @@ from abc import abstractmethod
 from tierloom.stages.codecs.contract.byte_planes import split_planes
 from tierloom.stages.codecs.contract.decoding import AESGCM, MOST_CODECS, PLANES
 from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
-from tierloom.stages.contract.batch import Batch, Encoded, EncodedFrame
-from tierloom.stages.contract.stage import Lane, Stage
+from tierloom.stages.contract.batch import Batch
+from tierloom.stages.contract.chunks import Encoded, EncodedFrame
+from tierloom.stages.contract.stage import BatchStage
 
 
-class Encode(Stage):
+class Encode(BatchStage):
     """Encodes frame by frame; a frame that would not shrink passes as it is."""
 
     takes = "any@host/frame"
     gives = "bytes@host/frame"
-    lane = Lane.POOL
     leases = 1
 
     scans: int = 1
@@ -30,20 +30,20 @@ class Encode(Stage):
         `before`: the codecs that `data` went through already; empty: it is the plain frame.
         """
 
-    def apply(self, batch: Batch) -> Batch:
+    def apply(self, batch: Batch) -> None:
         before = batch.encoder
-        for piece in batch.live:
-            if piece.object is None:
+        for chunk in batch.live:
+            if chunk.object is None:
                 continue
-            header = piece.object.header
-            past = None if before is None else piece.encoded[before]
+            header = chunk.object.header
+            past = None if before is None else chunk.encoded[before]
             scans, groups = past.scans if past else self.scans, header.groups
-            mine = piece.encoded.setdefault(self, Encoded([None] * (scans * groups), scans))
+            mine = chunk.encoded.setdefault(self, Encoded([None] * (scans * groups), scans))
             for i in batch.frames:
-                shape = FrameShape.of(header, i, piece.position)
+                shape = FrameShape.of(header, i, chunk.position)
                 if past is None:
                     f = header.frames[i]
-                    plain = piece.object.lease.view[f.offset : f.offset + f.stored]
+                    plain = chunk.object.lease.view[f.offset : f.offset + f.stored]
                     source = EncodedFrame(plain, f.raw, b"")
                     mine.frames[i::groups] = self.parts(source, shape, Site(header, i, b""))
                     continue
@@ -52,7 +52,6 @@ class Encode(Stage):
                     assert frame is not None, "waves reach a branch's stages in order"
                     mine.frames[j] = self.frame(frame, shape, Site(header, j, frame.codecs))
         batch.encoder = self
-        return batch
 
     def parts(self, source: EncodedFrame, shape: FrameShape, site: Site) -> list[EncodedFrame]:
         """A plain frame as it goes on: one frame of each scan."""

@@ -22,7 +22,7 @@ from tierloom.stages.codecs.contract.decoding import AESGCM
 from tierloom.stages.codecs.contract.encode import Encode
 from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
 from tierloom.stages.codecs.contract.keyring import KEY_ID, Keyring
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject, Lost, Unreadable
 from tierloom.stages.kv.namespace import tlv

@@ -10,7 +10,6 @@ of a language model takes about 10.4 bits an element, where byte planes and zstd
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +38,7 @@ from tierloom.stages.codecs.lossless.rans_side import (
 )
 from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject
+from tierloom.stages.options import NoOptions
 from tierloom.triton_kernels.exponent.cpu import count_tops, merge, rest_bytes, split
 from tierloom.triton_kernels.rans.clusters_cpu import cluster, count_columns
 from tierloom.triton_kernels.rans.cpu import decode_streams, encode_streams
@@ -57,11 +57,6 @@ _PER_TABLE = 12288
 _MOST_TABLES = 64
 _MOST_ESCAPES = 64
 """One element in so many: a frame with more does not shrink."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RansOptions:
-    """None: there is one way."""
 
 
 class _Sizes(NamedTuple):
@@ -87,7 +82,7 @@ class Rans(Encode):
     (`exponent_cpu`); packed, each column's table; which tops have symbols; of each table, which
     symbols it has, and their levels in 6 bits (`rans_side`)."""
 
-    Options = RansOptions
+    Options = NoOptions
 
     def __init__(self, options: Any, ctx: Context) -> None:
         super().__init__(options, ctx)

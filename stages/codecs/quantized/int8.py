@@ -8,7 +8,6 @@ adds. An element is off by at most half its scale, which is its head's greatest 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from struct import Struct
 
 import numpy as np
@@ -16,21 +15,17 @@ import numpy as np
 from tierloom.stages.codecs.contract.decoding import INT8
 from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Part, Site, fresh, parted
 from tierloom.stages.codecs.contract.lossy import Array, Lossy, as_bytes, blank, head_of
+from tierloom.stages.options import NoOptions
 from tierloom.triton_kernels.quantize.cpu import int8_decode, int8_encode
 
 _HEAD = Struct("<Bx")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Int8Options:
-    """None: there is one way."""
 
 
 class Int8(Lossy):
     """A version, scales float16 [planes, tokens, heads], codes int8 [planes, tokens, heads,
     dim]."""
 
-    Options = Int8Options
+    Options = NoOptions
     codec = INT8
 
     def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tierloom.stages.contract.stage import Lane, Stage
-from tierloom.stages.options import Seconds, Size
+from tierloom.stages.contract.batch import Batch
+from tierloom.stages.contract.request import Request
+from tierloom.stages.contract.stage import BatchStage, RequestStage
+from tierloom.stages.options import NoOptions, Seconds, Size
 from tierloom.stages.tiers.contract.tier import Tier
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Nothing:
-    """None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,20 +40,22 @@ class SortsOptions:
             raise ValueError(f"must may be 9 at most, got {self.must}")
 
 
-class Sorts(Stage):
+class Sorts(RequestStage):
     Options = SortsOptions
     takes = "keys@host/request"
     gives = "same"
-    lane = Lane.POOL
+
+    def plan(self, request: Request) -> None: ...
 
 
-class ToRemote(Stage):
+class ToRemote(BatchStage):
     """Wants what only a device can give."""
 
-    Options = Nothing
+    Options = NoOptions
     takes = "bytes@device/frame"
     gives = "receipt@host/request"
-    lane = Lane.POOL
+
+    def apply(self, batch: Batch) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

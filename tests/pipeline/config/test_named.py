@@ -12,7 +12,7 @@ from conftest import Engine, config, settle, tokens, with_disk
 
 import tierloom
 from tierloom.stages.errors import ConfigError
-from tierloom.stages.ops.hash import Chain
+from tierloom.stages.kv.prefix import Chain
 
 if TYPE_CHECKING:
     from conftest import Open
@@ -61,7 +61,7 @@ def test_a_part_is_placed_and_nothing_else(opened: Open, order: str, skip: int, 
     table = target.slots(192)[::16] // 16
     wanted = table[4 : 4 + -(-place // 16)].copy()  # the span begins with the second chunk
     wanted[:skip] = -1
-    span = chain.span(4, 12, place=place)
+    span = chain.span(4, 12, wanted=place)
     got = pipe.retrieve(span, target.caches, blocks=wanted).wait()
     assert (got.tokens, got.lost) == (place, {})
     written = np.concatenate([np.arange(b * 16, b * 16 + 16) for b in wanted[skip:]] or [[]])
@@ -82,7 +82,7 @@ def test_what_is_promised_is_found_under_the_whole_chunks_name(
     pipe, target = opened(source, engine), engine.blank()
     pipe.store(ids, engine.caches, engine.slots(128)).wait()
     chain = chain_of(pipe, ids, engine)
-    got = pipe.retrieve(chain.span(0, 8, place=112), target.caches, target.slots(112)).wait()
+    got = pipe.retrieve(chain.span(0, 8, wanted=112), target.caches, target.slots(112)).wait()
     assert got.tokens == 112
     assert pipe.begin_lookup(chain.span(0, 8)).result(5) == 128
 

@@ -132,12 +132,12 @@ STAGES = {
     ),
     "a port that does not fit": (
         "x: {use: decode, from: keys}", "7:7", "graphs.store.stages.x",
-        "keys gives keys@host/request but decode takes any@any/frame (grain differs)", "",
+        "keys gives keys@host/request but decode takes any@any/frame (unit differs)", "",
     ),
     "a port in which two words differ": (
         "x: {use: 'standins:ToRemote', from: keys}", "7:7", "graphs.store.stages.x",
         ("keys gives keys@host/request but standins:ToRemote takes bytes@device/frame "
-         "(kind and place and grain differ)"), "",
+         "(kind and place and unit differ)"), "",
     ),
     "a tier that is not there": (
         "x: {use: lookup, tiers: [hot, cold]}", "7:37", "graphs.store.stages.x.tiers",

@@ -12,7 +12,7 @@ from conftest import Engine, Open, config, settle, tokens
 
 from tierloom import Lost
 from tierloom.pipeline.config.spec import Budget
-from tierloom.pipeline.run.batching import cut
+from tierloom.pipeline.run.batching import split_into_batches
 
 LENGTH, STEP = 1 << 17, 1 << 13
 PACE = {"by": "layer"}
@@ -116,12 +116,12 @@ def test_of_a_long_prompt_that_is_given_up_what_was_kept_is_right(
 def test_no_step_of_a_large_model_is_cut_short(step: int, token_bytes: int, arena: int) -> None:
     """Of models whose KV is too large for a test, the plan: every chunk is in one batch, none is
     lost, and none of its batches wants more than the arena has."""
-    pieces = [SimpleNamespace(lost=None, index=i) for i in range(step // 256)]
-    piece = 256 * token_bytes + 8192
-    ticket = SimpleNamespace(graph="store", layered=True, pieces=pieces, groups=8, allowed=0)
-    batches = cut(ticket, piece, arena)  # type: ignore[arg-type]
-    assert [p.index for batch in batches for p in batch.pieces] == list(range(step // 256))
-    assert not [p for p in pieces if p.lost is not None]
-    assert max(len(batch.pieces) for batch in batches) * piece <= arena
-    assert ticket.layered == (step // 256 * piece <= arena // 2)
-    assert ticket.allowed == 0, "layers that are not computed must not be read"
+    chunks = [SimpleNamespace(lost=None, index=i) for i in range(step // 256)]
+    size = 256 * token_bytes + 8192
+    request = SimpleNamespace(graph="store", layered=True, chunks=chunks, groups=8, allowed=0)
+    batches = split_into_batches(request, size, arena)  # type: ignore[arg-type]
+    assert [c.index for batch in batches for c in batch.chunks] == list(range(step // 256))
+    assert not [c for c in chunks if c.lost is not None]
+    assert max(len(batch.chunks) for batch in batches) * size <= arena
+    assert request.layered == (step // 256 * size <= arena // 2)
+    assert request.allowed == 0, "layers that are not computed must not be read"

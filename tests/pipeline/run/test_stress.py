@@ -21,7 +21,7 @@ from test_every_codec import LOSS, encoded
 from tierloom import Lost
 from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.ops.get import Get
-from tierloom.stages.ops.scan_budget import Outlook
+from tierloom.stages.ops.scan_budget import ScanBudget
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,13 +110,13 @@ def learn(world: World, pipe: Pipeline, use: str, monkeypatch: pytest.MonkeyPatc
         level[1] = level[0]
         await finer(self, *args)
 
-    def enough(self: Outlook, *args: Any) -> bool:
+    def enough(self: ScanBudget, *args: Any) -> bool:
         level[1] -= 1
         return level[1] > 0
 
     with monkeypatch.context() as patch:
         patch.setattr(Get, "_finer", counted)
-        patch.setattr(Outlook, "finer", enough)
+        patch.setattr(ScanBudget, "finer", enough)
         for k, ids in enumerate(world.prompts):
             pipe.clear()
             world.fill(engine.caches, slots, k)
@@ -182,7 +182,7 @@ class Caller:
             self.pipe.pin(ids)
             self.pipe.pin(ids, pinned=False)
         elif what < 0.97:
-            self.pipe.clear(wait=False)
+            self.pipe.clear()
         else:
             self.pipe.lookup(ids)
 
@@ -191,7 +191,7 @@ class Caller:
         if self.chance.random() > 0.3:
             return False
         self.seen["given up"] += 1
-        time.sleep(self.chance.uniform(0, self.usual[ticket.graph]))
+        time.sleep(self.chance.uniform(0, self.usual[ticket._request.graph]))
         ticket.cancel()
         return True
 
@@ -210,7 +210,7 @@ class Caller:
         ticket.captured(self.chance.uniform(0, 0.2))
         for cache in self.caches:  # the memory is the caller's again
             flat(cache)[:] = self.chance.randrange(1 << 15)
-        self._learn(ticket.receipt())
+        self._learn(ticket._request.receipt())
 
     def _retrieve(self, k: int) -> None:
         ids, world = self.world.prompts[k], self.world
@@ -221,7 +221,7 @@ class Caller:
             given_up = self._gives_up(ticket)
             n = ticket.wait().tokens
             if not given_up:
-                self._lived(ticket, ticket.receipt())
+                self._lived(ticket, ticket._request.receipt())
         else:
             ticket, n = self.pipe.begin_retrieve(ids, self.caches, self.slots), TOKENS
             for layer in range(world.engine.layers):
@@ -229,7 +229,7 @@ class Caller:
                 if not world.right(k, layer, flat(self.caches[layer])[:, self.slots[:n]]):
                     self.wrong.append(f"prompt {k}, layer {layer} as it came")
             n = min(n, ticket.wait().tokens)
-        receipt = ticket.receipt()
+        receipt = ticket._request.receipt()
         self._learn(receipt)
         self.seen["tokens"] += n
         came = [flat(cache)[:, self.slots[:n]] for cache in self.caches]
@@ -241,7 +241,9 @@ class Caller:
             self.wrong.append(f"prompt {k}: written after it was waited for")
 
     def _lived(self, ticket: Any, receipt: Any) -> None:
-        self.usual[ticket.graph] += (receipt.seconds - self.usual[ticket.graph]) / 4
+        self.usual[ticket._request.graph] += (
+            receipt.seconds - self.usual[ticket._request.graph]
+        ) / 4
 
     def _learn(self, receipt: Any) -> None:
         """Nothing here is damaged, and no stage may break."""

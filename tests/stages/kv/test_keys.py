@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierloom.stages.contract.batch import Span
 from tierloom.stages.errors import ConfigError, InputError
 from tierloom.stages.kv.namespace import Namespace, tlv
+from tierloom.stages.kv.prefix import Chain, Span, grain_links
 from tierloom.stages.kv.tokens import tokens_array
-from tierloom.stages.ops.hash import Chain, chunks, grain_links
+from tierloom.stages.ops.hash import chunks_of
 
 BASE = Namespace(model="m", geometry="g")
 
@@ -112,7 +112,7 @@ def test_tlv_is_injective(a: list, b: list) -> None:
 
 def test_links_do_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import numpy as np; from tierloom.stages.ops.hash import grain_links;"
+        "import numpy as np; from tierloom.stages.kv.prefix import grain_links;"
         "from tierloom.stages.kv.namespace import Namespace;"
         "tokens = np.arange(64, dtype=np.int32);"
         "print(grain_links(Namespace(model='m').digest, tokens, 32)[-1].hex())"
@@ -134,7 +134,7 @@ def test_links_do_not_depend_on_the_hash_seed() -> None:
 def test_a_prompt_is_cut_without_gaps(n: int, partial: bool) -> None:
     tokens = np.arange(n, dtype=np.int32)
     span = Span(b"".join(grain_links(b"s" * 32, tokens, 16)), b"s" * 32, n)
-    pieces = chunks(span, chunk=64, grain=16, partial=partial)
+    pieces = chunks_of(span, size=64, grain=16, partial=partial)
     assert sum(p.tokens for p in pieces) == (n if partial else n // 64 * 64)
     links = grain_links(b"s" * 32, tokens, 16)
     for p in pieces:
@@ -154,7 +154,7 @@ def test_a_chain_grows_to_what_hashing_at_once_gives(parts: list[int]) -> None:
     assert chain.links == grain_links(b"s" * 32, tokens[: known // 16 * 16], 16)
     assert chain.tokens == known // 16 * 16
     grains = len(chain.links)
-    whole, rest = chain.span(0, grains), chain.span(grains // 2, grains, place=5)
+    whole, rest = chain.span(0, grains), chain.span(grains // 2, grains, wanted=5)
     assert whole == Span(b"".join(chain.links), b"s" * 32, grains * 16, 0, 0)
     assert rest.parent == (chain.links[grains // 2 - 1] if grains // 2 else b"s" * 32)
     assert (rest.tokens, rest.place) == ((grains - grains // 2) * 16, 5)

@@ -19,7 +19,7 @@ from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.adapters.vllm.worker.pipelines import _refuse
 from tierloom.stages.errors import LayoutError
 from tierloom.stages.kv.namespace import Namespace
-from tierloom.stages.ops.hash import Chain
+from tierloom.stages.kv.prefix import Chain
 
 WHOLE = Namespace(model="m")
 TOKENS = 1024

@@ -26,7 +26,7 @@ from tierloom.adapters.vllm.exchange.messages import Save
 from tierloom.adapters.vllm.exchange.settings import configured
 from tierloom.adapters.vllm.worker.pipelines import Rank
 from tierloom.adapters.vllm.worker.transfer_log import Ledger
-from tierloom.stages.contract.batch import Span
+from tierloom.stages.kv.prefix import Span
 
 MODEL = sys.argv[1]
 FLAG = "--kv-transfer-config"

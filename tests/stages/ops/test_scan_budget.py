@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tierloom.stages.ops.scan_budget import Outlook
+from tierloom.stages.ops.scan_budget import ScanBudget
 
 ELEMENTS = 1500 * 32 * 2 * 1024
 """Of a chunk of 1,500 tokens of an 8B model."""
@@ -57,9 +57,9 @@ def ours(link: list[float], goal: float, compute: float) -> End:
         rest = (len(link) - i) * compute
         usual = spent / read if read else 1 / MEAN
         end = min(goal, len(link) * compute)
-        outlook = Outlook(end - clock, usual, len(link) - i - 1, rest, i * compute - clock)
-        coarsest, patience = nbytes(SCANS[0][0]), outlook.patience()
-        if outlook.hopeless(coarsest):
+        budget = ScanBudget(end - clock, usual, len(link) - i - 1, rest, i * compute - clock)
+        coarsest, patience = nbytes(SCANS[0][0]), budget.patience()
+        if budget.hopeless(coarsest):
             return End(clock + rest, kl / len(link))
         assert patience is not None
         if coarsest / now > patience:
@@ -68,10 +68,10 @@ def ours(link: list[float], goal: float, compute: float) -> End:
         best = 0
         for k in (1, 2):
             step, upto = nbytes(SCANS[k][0] - SCANS[k - 1][0]), nbytes(SCANS[k][0])
-            outlook = outlook._replace(
-                left=end - clock, usual=spent / read, ahead=i * compute - clock
+            budget = budget._replace(
+                time_left=end - clock, s_per_byte=spent / read, lead=i * compute - clock
             )
-            if not outlook.finer(step, upto, 1 / now):
+            if not budget.finer(step, upto, 1 / now):
                 break
             clock, read, spent = clock + step / now, read + step, spent + step / now
             best = k
@@ -120,15 +120,15 @@ def test_more_time_is_never_coarser() -> None:
 
 
 def test_what_is_not_known_decides_nothing() -> None:
-    outlook = Outlook(left=1.0, usual=0.0, behind=3)
-    assert not outlook.hopeless(1 << 40)
-    assert outlook.patience() is None
-    assert outlook.finer(100, 200, now=1e-3)
-    assert not outlook.finer(500, 600, now=1e-3)
+    budget = ScanBudget(time_left=1.0, s_per_byte=0.0, remaining_ratio=3)
+    assert not budget.hopeless(1 << 40)
+    assert budget.patience() is None
+    assert budget.finer(100, 200, now=1e-3)
+    assert not budget.finer(500, 600, now=1e-3)
 
 
 def test_who_is_behind_computing_by_a_group_stops_reading() -> None:
-    outlook = Outlook(left=1.0, usual=1e-9, behind=1, compute=2.0, ahead=-0.9)
-    assert not outlook.hopeless(1000)
-    assert outlook.patience() == pytest.approx(0.1)
-    assert outlook._replace(ahead=-1.1).hopeless(1000)
+    budget = ScanBudget(time_left=1.0, s_per_byte=1e-9, remaining_ratio=1, compute=2.0, lead=-0.9)
+    assert not budget.hopeless(1000)
+    assert budget.patience() == pytest.approx(0.1)
+    assert budget._replace(lead=-1.1).hopeless(1000)

@@ -1,0 +1,75 @@
+"""What callers wait for: layers that have passed, and memory that nobody uses any more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+
+
+class InUseCounter:
+    """Counts who is inside: several copies may be, and a caller can wait for the last to leave."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            if not self._inside:
+                self._changed.notify_all()
+
+    @property
+    def empty(self) -> bool:
+        return not self._inside
+
+    def wait_until_empty(self) -> None:
+        with self._changed:
+            while self._inside:
+                self._changed.wait()
+
+
+class LayerGates:
+    """A gate for each layer group, which opens once every batch of the request has passed it.
+
+    The loop opens gates; any thread waits for them.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self._events = [threading.Event() for _ in range(groups)]
+        self._batches_left = [0] * groups
+
+    def expect(self, batches: int) -> None:
+        """Every gate opens after `batches` have passed it; at once if there are none."""
+        self._batches_left = [batches] * len(self._events)
+        if not batches:
+            self.open()
+
+    def passed(self, groups: Iterable[int]) -> None:
+        """One batch has passed the gates of these layer groups."""
+        for group in groups:
+            self._batches_left[group] -= 1
+            if not self._batches_left[group]:
+                self._events[group].set()
+
+    def open(self) -> None:
+        for event in self._events:
+            event.set()
+
+    @property
+    def all_open(self) -> bool:
+        return all(event.is_set() for event in self._events)
+
+    def wait(self, group: int, timeout: float) -> bool:
+        """Whether the gate opened within `timeout` seconds."""
+        return self._events[group].wait(timeout)
+
+    def wait_all(self, timeout: float) -> bool:
+        """Whether all gates opened within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        return all(event.wait(max(0.0, end - time.monotonic())) for event in self._events)

@@ -1,0 +1,124 @@
+"""What the caller of a store or retrieve holds while the pipeline works on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
+from typing import Any
+
+from tierloom.stages.contract.request import Receipt, Request
+from tierloom.stages.errors import Lost
+
+
+class Ticket:
+    """A store or retrieve under way, made and used by the caller's threads.
+
+    The request holds the caller's tensors until it is done. After `wait()` has returned, nothing
+    reads or writes them any more: a copy in progress is stopped between two frames and waited for.
+    """
+
+    __slots__ = ("_event", "_idle", "_post", "_request", "_seconds")
+
+    def __init__(
+        self, request: Request, post: Callable[[Request], None], *, seconds: float,
+        idle: float = 0.0, event: Callable[[], Any] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`post` tells the loop that the model went on, or that the request was cancelled.
+        `seconds`: how long the caller will wait. `idle`: not 0 for a request that goes at the
+        model's pace; it lives for so long after the model's last call, however long the model
+        takes, and each of the model's waits is bounded by `seconds`. `event` records what a copy
+        must wait for; see `EngineMemory`."""
+        self._request, self._post, self._event = request, post, event
+        self._seconds, self._idle = seconds, idle
+
+    @property
+    def future(self) -> Future[Receipt]:
+        """Resolved with the receipt. Cancel the ticket, not the future."""
+        return self._request.future
+
+    def planned(self) -> int:
+        """Retrieve: tokens that it sets out to bring; waits until the plan is made."""
+        request = self._request
+        request.planned.wait(self._patience())
+        return sum(c.wanted for c in request.chunks) if request.planned.is_set() else 0
+
+    def wait_layer(self, layer: int) -> int:
+        """Retrieve: wait until `layer` is in place; tokens valid for all layers up to its group.
+
+        Never raises: at the deadline it cancels the request and says what is there.
+        """
+        request = self._request
+        group = layer // request.group
+        self._allow(group + 1 + request.window)
+        if not request.gates.wait(group, self._patience()):
+            self.cancel(Lost.LATE)
+        return request.valid(group + 1)
+
+    def layer_done(self, layer: int) -> None:
+        """Store: `layer` is computed; layers come in model order. Returns at once."""
+        request = self._request
+        self._go_on()
+        if (layer + 1) % request.group == 0 or layer + 1 == request.layers:
+            request.memory.event = self._event()
+            self._allow(layer // request.group + 1)
+
+    @property
+    def is_captured(self) -> bool:
+        """Store: the caller's memory may be reused already. A cancelled request has to leave it
+        first."""
+        memory = self._request.memory
+        return (bool(memory.stop[0]) and memory.in_use.empty) or self._request.gates.all_open
+
+    def captured(self, timeout: float | None = None) -> bool:
+        """Store: wait until the caller's memory has been read and may be reused.
+
+        False when time ran out: the request is then cancelled, and memory is free all the same.
+        """
+        if not self._request.gates.wait_all(self._patience(timeout)):
+            self.cancel(Lost.LATE if timeout is None else Lost.CANCELLED)
+            return False
+        return True
+
+    def wait(self, timeout: float | None = None) -> Receipt:
+        """The receipt; at `timeout` or the deadline the request is cancelled and what is there
+        counts. The caller's tensors are free when it returns."""
+        try:
+            return self.future.result(self._patience(timeout))
+        except futures.TimeoutError:
+            self.cancel(Lost.LATE if timeout is None else Lost.CANCELLED)
+            return self._request.receipt()
+
+    def delivered(self) -> dict[str, int]:
+        """Retrieve: tokens that each tier has delivered."""
+        tokens: dict[str, int] = {}
+        for chunk in self._request.chunks:
+            for tier in chunk.took if chunk.lost is None else ():
+                tokens[tier] = tokens.get(tier, 0) + chunk.wanted
+        return tokens
+
+    def cancel(self, code: Lost = Lost.CANCELLED) -> None:
+        """Cancel the request. Nothing touches the caller's tensors once this has returned."""
+        self._request.expire(code)
+        self._request.memory.in_use.wait_until_empty()
+        self._post(self._request)
+
+    def _go_on(self) -> None:
+        """The model is alive: the time of a request at its pace begins anew."""
+        if self._idle:
+            self._request.deadline = time.monotonic() + self._idle
+
+    def _patience(self, timeout: float | None = None) -> float:
+        """Seconds that the caller may be kept waiting from now on."""
+        self._go_on()
+        left = max(0.0, self._request.deadline - time.monotonic())
+        left = self._seconds if self._idle else left
+        return left if timeout is None else min(left, timeout)
+
+    def _allow(self, groups: int) -> None:
+        """The model has come so far that this many layer groups may be under way."""
+        request = self._request
+        if groups > request.allowed:
+            request.allowed = min(request.groups, groups)
+            self._post(request)
