@@ -19,7 +19,7 @@ from tierloom.stages.options import field_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [("stage", n) for n in catalog.STAGES] + [("tier", n) for n in catalog.TIERS]
-LINE = re.compile(r"^ +([A-Za-z_][\w-]*): +(\{use: .*\})$", re.MULTILINE)
+LINE = re.compile(r"^ *([A-Za-z_][\w-]*): +(\{use: .*\})$", re.MULTILINE)
 SHARED = {"stage": names_of(Wire) | {"use", "from"}, "tier": names_of(Breaker) | {"use"}}
 
 

@@ -46,7 +46,7 @@ def test_what_drops_for_damage_takes_the_proof() -> None:
                 found += 1
                 types = [ast.unparse(a.annotation) for a in node.args.args if a.annotation]
                 assert any("Damaged" in t or t == "_Bad" for t in types), (path, node.lineno)
-            elif name in PLAIN and path.name != "disk_log.py":
+            elif name in PLAIN and path.name != "index_log.py":
                 assert not called(node) & (DROPS - {"expel"}), (path, node.lineno)
     assert found >= 8, "this test reads nothing"
 

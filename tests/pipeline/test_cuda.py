@@ -166,7 +166,7 @@ def test_what_is_given_up_while_the_device_copies_is_not_kept(
     for i in range(engine.layers):
         ticket.layer_done(i)
     assert copying.wait(10)
-    ticket.expire(Lost.CANCELLED)  # as a deadline does: it does not wait
+    ticket._request.expire(Lost.CANCELLED)  # as a deadline does: it does not wait
     go.set()
     assert ticket.future.result(10).tokens == 0
     settle(pipe)

@@ -105,8 +105,8 @@ def test_without_memory_for_both_the_first_is_given_up(opened: Open, monkeypatch
         gave_up.append(done and self.ctx.tiers["warm"].counts.hits == before)
         return done
 
-    plain = Get._also
-    monkeypatch.setattr(Get, "_also", also)
+    plain = Get._ask_second
+    monkeypatch.setattr(Get, "_ask_second", also)
     engine = Engine()
     far = {"use": "mock", "latency": "500 ms", "timeout": "10 s"}
     source = hedged(far, {"use": "mock"}, budget={"arena": "1 MiB"})
