@@ -490,7 +490,7 @@ class TestAgainstServers(TierBench):
 FALSE_MEMORY = """
 import os, socket, threading
 from tierloom.stages.tiers import wire
-from tierloom.stages.tiers.wire import Kind
+from tierloom.stages.tiers.server.protocol import Kind
 fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
 os.ftruncate(fd, 1 << 20)
 listener = socket.socket(socket.AF_UNIX)
