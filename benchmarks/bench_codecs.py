@@ -19,7 +19,7 @@ from yardstick import Memcpy, measure
 from tierloom.stages import catalog
 from tierloom.stages.codecs.contract.decoding import decode_frame
 from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.object import Header, header_size, plan_frames
 

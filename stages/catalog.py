@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import resolve_name
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["stage", "tier"]
@@ -21,7 +22,7 @@ class Codec(NamedTuple):
     """What a frame's header calls it. Part of the format, never given to another codec."""
     name: str
     module: str
-    """Where it is, below `tierloom.stages.codecs`."""
+    """Where it is; one of ours is written relative to `tierloom.stages.codecs`."""
     decoder: str
     """Its function that undoes a frame."""
     stage: str = ""
@@ -29,23 +30,25 @@ class Codec(NamedTuple):
     describe: str = ""
     """Its function `(data, codecs, scan) -> str`: what `inspect` can say of a frame."""
 
+    @property
+    def full_module(self) -> str:
+        return resolve_name(self.module, "tierloom.stages.codecs")
+
 
 CODECS = {
     codec.id: codec
     for codec in (
-        Codec(1, "planes", "contract.byte_planes", "join_planes"),
-        Codec(2, "zstd", "lossless.zstd", "unzstd", "Zstd"),
-        Codec(3, "lz4", "lossless.lz4", "unlz4", "Lz4"),
-        Codec(4, "fp8", "quantized.fp8", "from_fp8", "Fp8"),
-        Codec(5, "int8", "quantized.int8", "from_int8", "Int8"),
-        Codec(6, "int4", "quantized.int4", "from_int4", "Int4"),
-        Codec(7, "turboquant", "quantized.turboquant", "from_turboquant", "TurboQuant"),
-        Codec(8, "rans", "lossless.rans", "from_rans", "Rans"),
-        Codec(9, "cachegen", "cachegen.stage", "from_cachegen", "CacheGen", "describe"),
-        Codec(10, "aesgcm", "encryption.aesgcm", "opened", "AesGcm"),
-        Codec(
-            11, "progressive", "cachegen.progressive", "from_progressive", "Progressive", "describe"
-        ),
+        Codec(1, "planes", ".contract.byte_planes", "join_planes"),
+        Codec(2, "zstd", ".lossless.zstd", "unzstd", "Zstd"),
+        Codec(3, "lz4", ".lossless.lz4", "unlz4", "Lz4"),
+        Codec(4, "fp8", ".quantized.fp8", "from_fp8", "Fp8"),
+        Codec(5, "int8", ".quantized.int8", "from_int8", "Int8"),
+        Codec(6, "int4", ".quantized.int4", "from_int4", "Int4"),
+        Codec(7, "turboquant", ".quantized.turboquant", "from_turboquant", "TurboQuant"),
+        Codec(8, "rans", ".lossless.rans", "from_rans", "Rans"),
+        Codec(9, "cachegen", ".cachegen.stage", "from_cachegen", "CacheGen", "describe"),
+        Codec(10, "aesgcm", ".encryption.aesgcm", "opened", "AesGcm"),
+        Codec(11, "progressive", ".cachegen.progressive", "decoded", "Progressive", "describe"),
     )
 }
 """The one registry of codecs: a new one is a file and a line here."""
@@ -61,7 +64,7 @@ STAGES = {
     "scatter": "tierloom.stages.ops.scatter:Scatter",
     "to_device": "tierloom.stages.ops.to_host:ToDevice",
     "to_host": "tierloom.stages.ops.to_host:ToHost",
-} | {c.name: f"tierloom.stages.codecs.{c.module}:{c.stage}" for c in CODECS.values() if c.stage}
+} | {c.name: f"{c.full_module}:{c.stage}" for c in CODECS.values() if c.stage}
 
 TIERS = {
     "audit": "tierloom.stages.tiers.wrappers.audit:Audit",

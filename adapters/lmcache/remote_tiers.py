@@ -55,7 +55,7 @@ def remote(url: str, given: Given) -> Made | str:
     make = _SCHEMES.get(scheme.lower()) if mark else None
     if make is None:
         return (
-            f"no tier for {masked(url)}; a store of your own is one in ten lines: docs/plugins.md"
+            f"no tier for {masked(url)}; a store of your own is one in ten lines: docs/extending.md"
         )
     return make(scheme.lower(), rest, given)
 
@@ -213,7 +213,7 @@ def plugins(names: list[str], given: Given) -> list[tuple[str, Made | str]]:
         if name.partition(".")[0] == "fs" and base:
             made.append((name, folder(str(base))))
         else:
-            made.append((name, f"no tier for the plug-in {name!r}: docs/plugins.md writes one"))
+            made.append((name, f"no tier for the plug-in {name!r}: docs/extending.md writes one"))
     return made
 
 

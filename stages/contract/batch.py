@@ -6,6 +6,7 @@ that leases are released and gates open in one place, whatever happened.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,12 @@ class Batch:
         if not self.passed:
             self.passed = True
             self.request.gates.passed(self.frames)
+
+    @property
+    def ticket(self) -> Request:
+        """The request, under the name that it had until 0.1."""
+        warnings.warn("batch.ticket is batch.request", DeprecationWarning, stacklevel=2)
+        return self.request
 
     def defer(self, release: Callable[[], None]) -> None:
         """Have `release` called, last first, when the last branch and wave has ended."""

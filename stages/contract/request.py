@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,6 +132,16 @@ class Request:
     def tally(self, code: Lost, n: int = 1) -> None:
         with self._count:
             self.lost[code] = self.lost.get(code, 0) + n
+
+    @property
+    def pieces(self) -> list[Chunk]:
+        """The chunks, under the name that they had until 0.1."""
+        warnings.warn("request.pieces is request.chunks", DeprecationWarning, stacklevel=2)
+        return self.chunks
+
+    @pieces.setter
+    def pieces(self, chunks: list[Chunk]) -> None:
+        self.chunks = chunks
 
     # -- the loop --------------------------------------------------------------------------------
 

@@ -138,7 +138,7 @@ def describe(data: bytes, codecs: bytes, scan: int) -> str:
     return f", to {LEVELS[scan]}" if scan < len(LEVELS) else ""
 
 
-def from_progressive(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
+def decoded(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
     """Inverse of `Progressive.parts`, of as many scans, one behind another, as there are. Raises
     BadObject."""
     view, at = memoryview(data).cast("B"), 0

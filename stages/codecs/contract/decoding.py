@@ -17,7 +17,7 @@ from tierloom.stages.catalog import CODECS, Codec
 from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
 from tierloom.stages.errors import BadObject
 
-PLANES, ZSTD, LZ4, FP8, INT8, INT4, TURBOQUANT, RANS, CACHEGEN, AESGCM, PROGRESSIVE = CODECS
+PLANES, ZSTD, LZ4, FP8, INT8, INT4, TURBOQUANT, RANS, CACHEGEN, AESGCM, PROGRESSIVE, *_ = CODECS
 
 MOST_CODECS = 8
 """Ids that a frame's entry in the header has room for."""
@@ -56,7 +56,7 @@ def describe(data: bytes, codecs: bytes, scan: int) -> str:
 
 
 def _module(codec: Codec) -> ModuleType:
-    return import_module(f"tierloom.stages.codecs.{codec.module}")
+    return import_module(codec.full_module)
 
 
 def decode_frame(data: Bytes, shape: FrameShape, codecs: bytes, site: Site | None = None) -> Bytes:

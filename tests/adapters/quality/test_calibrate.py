@@ -31,7 +31,7 @@ from tierloom.stages.codecs.cachegen.frame import STEPS
 from tierloom.stages.codecs.cachegen.stage import LEVELS, CacheGen, CacheGenOptions
 from tierloom.stages.codecs.contract.decoding import decode_frame
 from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.errors import BadObject, ConfigError, TierloomError
 from tierloom.stages.kv.object import Header

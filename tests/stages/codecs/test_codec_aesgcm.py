@@ -18,10 +18,11 @@ from tierloom.stages.codecs.contract.encode import Encode
 from tierloom.stages.codecs.contract.keyring import Keyring, hkdf
 from tierloom.stages.codecs.encryption.aesgcm import AesGcm, AesGcmOptions, _place
 from tierloom.stages.codecs.lossless.zstd import Zstd, ZstdOptions
-from tierloom.stages.codecs.quantized.int8 import Int8, Int8Options
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.codecs.quantized.int8 import Int8
+from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.errors import BadObject, ConfigError
 from tierloom.stages.ops.decode import Decode, DecodeOptions
+from tierloom.stages.options import NoOptions
 from tierloom.testing import CodecContract, noise
 
 
@@ -105,7 +106,7 @@ class TestAesGcm(CodecContract):
         frame, shape, site = self.encode(x)
         packed = Zstd(ZstdOptions(), None).frame(frame, shape, site)
         assert packed is frame, "nothing is done to ciphertext"
-        chain: list[Encode] = [Int8(Int8Options(), None), Zstd(ZstdOptions(), None), self.encoder()]
+        chain: list[Encode] = [Int8(NoOptions(), None), Zstd(ZstdOptions(), None), self.encoder()]
         at = EncodedFrame(x.view(torch.uint8).numpy().tobytes(), frame.raw, b"")
         for codec in chain:
             at = codec.frame(at, shape, site._replace(codecs=at.codecs))

@@ -16,7 +16,7 @@ from tierloom.stages.codecs.cachegen.stage import CacheGen, CacheGenOptions
 from tierloom.stages.codecs.contract.decoding import decode_frame
 from tierloom.stages.codecs.contract.encode import Encode
 from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.errors import BadObject
 from tierloom.stages.kv.rope import frequencies
 from tierloom.testing import CodecContract, header_of, noise

@@ -13,9 +13,10 @@ from tierloom.stages.codecs.contract.encode import Encode
 from tierloom.stages.codecs.contract.frame_shape import FrameShape, Site
 from tierloom.stages.codecs.quantized.fp8 import Fp8, Fp8Options
 from tierloom.stages.codecs.quantized.int4 import Int4, Int4Options
-from tierloom.stages.codecs.quantized.int8 import Int8, Int8Options
+from tierloom.stages.codecs.quantized.int8 import Int8
 from tierloom.stages.codecs.quantized.turboquant import TurboQuant, TurboQuantOptions
-from tierloom.stages.contract.batch import EncodedFrame
+from tierloom.stages.contract.chunks import EncodedFrame
+from tierloom.stages.options import NoOptions
 from tierloom.testing import CodecContract, header_of, noise
 
 ROUNDING = 2.0**-8
@@ -26,7 +27,7 @@ class TestInt8(CodecContract):
     per_element = 8 + 16 / 64 + 0.01
 
     def encoder(self) -> Encode:
-        return Int8(Int8Options(), None)
+        return Int8(NoOptions(), None)
 
     def check(self, x: Any, y: Any) -> None:
         scale = x.abs().amax(-1, keepdim=True) / 127

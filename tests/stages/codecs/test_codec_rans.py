@@ -15,7 +15,8 @@ from tierloom.stages.codecs.contract.decoding import RANS, decode_frame
 from tierloom.stages.codecs.contract.encode import Encode
 from tierloom.stages.codecs.contract.frame_shape import FrameShape, sized
 from tierloom.stages.codecs.lossless import rans_side
-from tierloom.stages.codecs.lossless.rans import _HEAD, Rans, RansOptions, _parts, _read_head
+from tierloom.stages.codecs.lossless.rans import _HEAD, Rans, _parts, _read_head
+from tierloom.stages.options import NoOptions
 from tierloom.testing import CodecContract, noise
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -27,7 +28,7 @@ class TestRans(CodecContract):
     per_element = 0  # a few tokens of noise take more
 
     def encoder(self) -> Encode:
-        return Rans(RansOptions(), None)
+        return Rans(NoOptions(), None)
 
     def test_bits_of_numbers_like_those_of_a_model(self) -> None:
         frame, _ = self.there_and_back(noise(2, 4, 256, 3, 64).bfloat16())
