@@ -107,7 +107,7 @@ class Pipeline:
     def begin_store(
         self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any
     ) -> Ticket:
-        """`store`, layer by layer behind the model: call `layer_done(i)` behind each layer."""
+        """`store`, layer by layer after the model: call `layer_done(i)` after each layer."""
         return self._submit("store", tokens, caches, slots, layered=True, **names)
 
     def begin_retrieve(
@@ -228,7 +228,7 @@ class Pipeline:
         return explain(self.spec)
 
     def close(self) -> None:
-        """End every request (what is under way is given up), close the tiers, free the arena."""
+        """End every request (what is under way is cancelled), close the tiers, free the arena."""
         if not self._closed:
             self._closed = True
             self._worker.close()

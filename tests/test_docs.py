@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib import import_module
 from pathlib import Path
@@ -83,3 +84,33 @@ def test_the_readme_serves_an_engine_of_ones_own(tmp_path, monkeypatch) -> None:
     assert (names["n"], names["usable"]) in ((0, 0), (0, 600))
     exec(code, names)
     assert names["receipt"].tokens in (0, 600)
+
+
+LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/.]+\.py)\)")
+
+
+def defined_in(path: Path) -> set[str]:
+    """Classes, functions and methods of a file, as `Class.method`."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            methods = (
+                n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+            )
+            names |= {node.name} | {f"{node.name}.{method.name}" for method in methods}
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+    return names
+
+
+def test_every_step_of_the_walkthrough_is_a_function_that_exists() -> None:
+    text = (ROOT / "docs" / "walkthrough.md").read_text()
+    links = LINK.findall(text)
+    assert len(links) > 30
+    wrong = [(n, p) for n, p in links if n not in defined_in((ROOT / "docs" / p).resolve())]
+    assert not wrong
+    for part in text.split("\n## ")[2:]:
+        steps = re.findall(r"^(\d+)\. (.*)$", part, re.MULTILINE)
+        assert [int(n) for n, _ in steps] == list(range(1, len(steps) + 1))
+        assert len(steps) <= 14
+        assert all(LINK.search(step) for _, step in steps)

@@ -136,7 +136,7 @@ def _stage(id: str, table: Table, path: str, found: Findings) -> Draft:
 def _entries(
     tree: Table, section: str, path: str, found: Findings
 ) -> Iterator[tuple[str, Table, str]]:
-    """Id, mapping and path of each thing in a section; what is no mapping is noted and left out."""
+    """Id, mapping and path of each thing in a section; what is not a mapping is reported."""
     path = f"{path}.{section}" if path else section
     whole = tree.items.get(section, Table({}, {}, tree.at))
     if not isinstance(whole, Table):
@@ -146,7 +146,7 @@ def _entries(
         here = f"{path}.{id}"
         if not _ID.fullmatch(id):
             hint = "letters, digits, '-' and '_', a letter first"
-            found.add(whole.keys[id], path, f"{id!r} is no id", hint)
+            found.add(whole.keys[id], path, f"{id!r} is not an id", hint)
         elif isinstance(entry, Table):
             yield id, entry, here
         else:

@@ -12,7 +12,7 @@ from tierloom.stages.options import masked
 
 
 class Place(NamedTuple):
-    """Where a word of a YAML file stands. Lines and columns count from 1; 0: no such place."""
+    """Position of a word of a YAML file. Lines and columns count from 1; 0: no such place."""
 
     file: str
     line: int = 0

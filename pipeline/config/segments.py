@@ -30,7 +30,7 @@ class Segment:
 
 
 def lower(graph: Graph) -> tuple[Segment, ...]:
-    """Cut where a wire forks or has options of its own, and behind the plan.
+    """Cut where a wire forks or has options of its own, and after the plan.
 
     Not where the lane changes: a hop over a queue is not free, and batches overlap anyway, as each
     segment has several workers.

@@ -41,14 +41,14 @@ class Pace:
     window: int = 2
     """Layer groups in flight beyond the one that the model is at."""
     idle: Annotated[float, parse_seconds] = 60.0
-    """Layer-wise calls only: a request is given up so long after the model's last call. Its graph's
-    deadline then bounds each of the model's waits, not the time the model computes between."""
+    """Layer-wise calls only: a request is cancelled this long after the model's last call. The
+    graph's deadline then bounds each of the model's waits, not the time between them."""
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError("window must be at least 1")
         if self.idle <= 0:
-            raise ValueError("idle must be longer than nothing")
+            raise ValueError("idle must be greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +78,11 @@ class GraphOptions:
     deadline: Annotated[float, parse_seconds] = 5.0
     """Time a request may take, from the call on; then it is a miss or a skipped store."""
     on_error: Literal["skip", "partial"] = "partial"
-    """`skip`: one lost chunk gives up the rest of its request; `partial`: the others go on."""
+    """`skip`: one lost chunk cancels the rest of its request; `partial`: the others go on."""
 
     def __post_init__(self) -> None:
         if self.deadline <= 0:
-            raise ValueError("deadline must be longer than nothing")
+            raise ValueError("deadline must be greater than 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Nodes in an order in which every source stands before its readers."""
+    """Nodes in an order in which every source is before its readers."""
 
     name: str
     options: GraphOptions

@@ -46,7 +46,7 @@ def expand_tier(tree: Tree, path: str, found: Findings) -> Tree:
         option, url = "path", unquote(url.partition("://")[2].removeprefix("localhost"))
     if option in tree.items:
         hint = f"write `use: {tier}`, or leave `{option}` out"
-        found.add(tree.keys[option], path, f"{option!r} stands in `use` already", hint)
+        found.add(tree.keys[option], path, f"{option!r} is in `use` already", hint)
     items = tree.items | {"use": Leaf(tier, use.at), option: Leaf(url, use.at)}
     return Table(items, tree.keys | {"use": use.at, option: use.at}, tree.at)
 

@@ -46,9 +46,9 @@ class Table:
 
     items: dict[str, Tree]
     keys: dict[str, Place]
-    """Where each key stands."""
+    """Position of each key."""
     at: Place
-    """Where its own key stands, or for want of one it begins."""
+    """Position of its own key, or of its first token."""
 
     def part(self, names: Set[str]) -> Table:
         """Only the named items."""
@@ -131,7 +131,7 @@ class _Builder:
             name = str(key.value)
             if name in table.keys:
                 first = table.keys[name].line
-                self._found.add(where, path, f"key {name!r} stands twice, first in line {first}")
+                self._found.add(where, path, f"key {name!r} occurs twice, first in line {first}")
                 continue
             table.keys[name] = where
             table.items[name] = self.build(value, dotted(path, name), where)

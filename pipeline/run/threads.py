@@ -20,7 +20,7 @@ Queued = tuple[Call, asyncio.AbstractEventLoop, asyncio.Future[Any]]
 
 
 class Pool:
-    """`await pool(fn, *args, leases=...)`. A caller that is cancelled leaves the call behind: it
+    """`await pool(fn, *args, leases=...)`. A caller that is cancelled abandons the call: it
     runs on when a thread has taken it, and never begins when none has."""
 
     def __init__(self, threads: int, name: str) -> None:
@@ -50,7 +50,7 @@ class Pool:
             call.drop()
 
     def close(self, timeout: float = 1.0) -> None:
-        """Let the threads end; one that is stuck is left behind, with the leases of its call."""
+        """Let the threads end; one that is stuck is abandoned, with the leases of its call."""
         self._closed = True
         for _ in self._threads:
             self._calls.put(None)

@@ -89,7 +89,7 @@ class ModelFacts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What a stage may know: the pipeline it serves, nothing of the graph it stands in."""
+    """What a stage may know: the pipeline it serves, nothing of the graph that it is in."""
 
     graph: str
     chunk: ChunkOptions

@@ -36,7 +36,7 @@ class BlockTable(NamedTuple):
         first, skip = divmod(start, size)
         return cls(ids[first : -(-end // size)], skip, max(0, fresh - start))
 
-    def behind(self, tokens: int, size: int) -> Sequence[int]:
+    def after(self, tokens: int, size: int) -> Sequence[int]:
         """The blocks, of `size` tokens, in which the span's tokens from `tokens` on lie."""
         return self.blocks[(self.skip + tokens) // size :]
 
@@ -59,7 +59,7 @@ class BlockTable(NamedTuple):
         ids = np.ascontiguousarray(self.blocks, dtype=np.int64)
         if len(ids) * size < self.skip + tokens:
             raise InputError(
-                f"{len(ids)} blocks of {size} for {tokens} tokens behind {self.skip} others"
+                f"{len(ids)} blocks of {size} for {tokens} tokens after {self.skip} others"
             )
         if native:
             if self.skip or self.spare % size:

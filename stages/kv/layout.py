@@ -239,7 +239,7 @@ class KVLayout:
         return table.rows(tokens, size, native=native)
 
     def block_rows(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Blocks behind token slots that fill whole blocks, the last one perhaps not; for native
+        """Blocks of token slots that fill whole blocks, the last one perhaps not; for native
         order.
 
         Raises InputError where the slots jump inside a block.

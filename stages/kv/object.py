@@ -116,7 +116,7 @@ class Header(NamedTuple):
         """`header_bytes` as the first page claims it, so that a reader knows how much to fetch.
 
         `page` may be what there is of one: the format is told before any length is judged. Raises
-        Unreadable (a format of later), Damaged (it cannot begin an object).
+        Unreadable (a later format), Damaged (it cannot begin an object).
         """
         start = bytes(page[: _START.size]).ljust(_START.size, b"\0")
         magic, version, _, size = _START.unpack(start)
@@ -242,12 +242,12 @@ def _table(frames: int) -> struct.Struct:
 
 
 def header_size(frames: int, links: int) -> int:
-    """Bytes of a header with so many frames and links: one page, unless they are very many."""
+    """Bytes of a header with this many frames and links: one page, unless they are very many."""
     return aligned(_FIXED.size + frames * _FRAME.size + links * LINK)
 
 
 def plan_frames(header_bytes: int, raw: Sequence[int], stored: Sequence[int]) -> tuple[Frame, ...]:
-    """Lay frames one after another behind a header, each on a page."""
+    """Lay frames one after another after a header, each on a page."""
     frames, at = [], header_bytes
     for plain, size in zip(raw, stored, strict=True):
         frames.append(Frame(at, size, plain))

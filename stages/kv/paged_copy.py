@@ -37,7 +37,7 @@ def gather_now(
     slots: Slots,
     stop: Stop,
     device: str,
-    behind: Any = None,
+    after: Any = None,
 ) -> None:
     """The device's gather and the checksums, finished when it returns. Nothing is validated."""
     if device == "cpu":
@@ -47,7 +47,7 @@ def gather_now(
         return
     from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
 
-    _launch(table, frames, slots, device, behind, gather=True)
+    _launch(table, frames, slots, device, after, gather=True)
     for i in range(len(frames)):
         frames.checksum[i] = xxh3_64(frames.address[i], frames.nbytes[i])
     frames.status[:] = PLACED
@@ -59,7 +59,7 @@ def scatter_now(
     slots: Slots,
     stop: Stop,
     device: str,
-    behind: Any = None,
+    after: Any = None,
     *,
     verify: bool,
 ) -> None:
@@ -75,7 +75,7 @@ def scatter_now(
     for i in range(len(frames) if verify else 0):
         good[i] = xxh3_64(frames.address[i], frames.nbytes[i]) == frames.checksum[i]
     frames.take[~good] = 0  # nothing of a bad frame is placed
-    _launch(table, frames, slots, device, behind, gather=False)
+    _launch(table, frames, slots, device, after, gather=False)
     frames.status[:] = np.where(good, PLACED, CORRUPT)
 
 
@@ -92,9 +92,9 @@ def warm_up(device: str) -> None:
 
 
 def _launch(
-    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, behind: Any, *, gather: bool
+    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, after: Any, *, gather: bool
 ) -> None:
-    """One Triton launch on a side stream, behind the engine's event `behind`; waits for it.
+    """One Triton launch on a side stream, after the engine's event `after`; waits for it.
 
     Any thread, whatever device is current there. To enter the stream alone would do, but leaving it
     would make a context on the device that was current before: half a GiB of another worker's.
@@ -113,8 +113,8 @@ def _launch(
     with torch.cuda.device(device):
         stream = torch.cuda.Stream(device)
         try:
-            if behind is not None:
-                stream.wait_event(behind)
+            if after is not None:
+                stream.wait_event(after)
             with torch.cuda.stream(stream):
                 launch_paged_copy(
                     DevicePlanes.of(table, device), DeviceFrames.of(frames, device),

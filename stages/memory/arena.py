@@ -25,7 +25,7 @@ _FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, since Linux 5.1
 
 
 class Slab:
-    """Memory that leases are pieces of; who lets go of the last reference of one tells it."""
+    """Memory that leases are pieces of; whoever releases the last reference of one tells it."""
 
     def __init__(self, address: int, view: memoryview) -> None:
         self.address, self.view = address, view
@@ -121,7 +121,7 @@ class Arena(Slab):
         super().__init__(start + skip, memoryview(self._map)[skip : skip + self.total])
         self.leases = 0
         self.reclaim: list[Callable[[], bool]] = []
-        """Asked in turn to give up one object when no hole is long enough; False: nothing left."""
+        """Asked in turn to drop one object when no hole is long enough; False: nothing left."""
         self._space = Space(self.total)
         self._kept = 0
         self._reserved = 0
@@ -161,7 +161,7 @@ class Arena(Slab):
                 if offset is not None:
                     self.leases += 1
                     return Lease(self, offset, need)
-            # The lock is free here: a tier that gives up an object releases its lease.
+            # The lock is free here: a tier that drops an object releases its lease.
             if not any(give_up() for give_up in self.reclaim):
                 raise ArenaFull(f"no hole of {need} bytes left between leases in use")
 
@@ -258,7 +258,7 @@ class Arena(Slab):
 
 
 def _sealed(nbytes: int) -> tuple[int, mmap.mmap] | None:
-    """A file in memory, mapped here and writable by nobody else; None where there is no such."""
+    """A file in memory, mapped here and writable by nobody else; None where the system has none."""
     try:
         fd = os.memfd_create("tierloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except (AttributeError, OSError):

@@ -2,7 +2,7 @@
 
 Elsewhere is a thread (`Call`, through which every call of a pool goes), the loop while bytes are
 received or sent (`held`), and a foreign library that cannot be made to stop (`Transfers`). So a
-lease that has gone home is touched by nobody, whoever was given up meanwhile.
+lease that was released is touched by nobody, whichever call was cancelled meanwhile.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _retained(leases: Iterable[Lease]) -> tuple[Lease, ...]:
     mine: list[Lease] = []
     try:
         for lease in leases:
-            mine.append(lease.retain())  # noqa: PERF401 (those before one that raises go home)
+            mine.append(lease.retain())  # noqa: PERF401 (those before one that raises are released)
     except BaseException:
         for lease in mine:
             lease.release()
@@ -135,4 +135,4 @@ def _retained(leases: Iterable[Lease]) -> tuple[Lease, ...]:
 
 
 def _nothing() -> None:
-    """In the place of a call that is over, so that its arguments are let go of."""
+    """In the place of a call that is over, so that its arguments are freed."""

@@ -2,7 +2,7 @@
 
     pack: {use: gather}
 
-A chunk's frames lie in one lease from the start, behind room for its header.
+A chunk's frames lie in one lease from the start, after room for its header.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Gather(BatchStage):
         )  # fmt: skip
 
     def _plan_of(self, tokens: int, links: int) -> tuple[Frame, ...]:
-        """Where the frames of a chunk of so many tokens lie: the same for nearly all chunks."""
+        """Where the frames of a chunk of `tokens` tokens lie: the same for nearly all chunks."""
         raw = [self.ctx.geometry.frame_bytes(n, tokens) for n in self.layers]
         return plan_frames(header_size(len(raw), links), raw, raw)
 

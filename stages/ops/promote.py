@@ -1,4 +1,4 @@
-"""What a retrieve leaves behind in the tiers: whole objects in memory, damaged ones nowhere."""
+"""What a retrieve leaves in the tiers: whole objects in memory, damaged ones nowhere."""
 
 from __future__ import annotations
 

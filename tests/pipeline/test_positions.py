@@ -112,8 +112,8 @@ def test_a_table_says_where_its_span_begins(opened: Open) -> None:
     assert BlockTable.cut(ids, 96, 256, 512, fresh=288) == BlockTable([2, 3, 4, 5], 64, 32)
     table = BlockTable([5, -1, 3], skip=10, spare=4)
     assert table.rows(20, 16, native=False).tolist() == [*[-1] * 4, 94, 95, *[-1] * 14]
-    assert list(table.behind(0, 16)) == [5, -1, 3]
-    assert list(table.behind(6, 16)) == [-1, 3]
+    assert list(table.after(0, 16)) == [5, -1, 3]
+    assert list(table.after(6, 16)) == [-1, 3]
     assert table.split(2, 8)[1:] == (2, 4)
     assert list(table.split(2, 8).blocks) == [11, -1, -1, 6, 7]
     with pytest.raises(InputError, match="3 blocks of 16 for 39 tokens behind 10 others"):

@@ -9,7 +9,7 @@ Element bits, failures and rounding are those of `quantise_cpu.py`. `x` is bits 
 channels]; its first `first` tokens are left alone; its first `turned` planes are K that is turned;
 `cos` and `sin` are float32 [tokens, half] (`turns`), for heads of `dim` channels of which the first
 ``2 * half`` are turned. Numbers q become symbols: q + 128, or 0, the *escape*, where the channel's
-table does not reach so far: then q stands in a list, with where it belongs.
+table does not reach so far: then q is in a list, with where it belongs.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, valu
 @compiled(nogil=True)
 def centred(x, first, turned, cos, sin, dim, means, y):
     """`y` float32 [planes, tokens - first, channels] becomes turned-back x around its means, for a
-    transform that is no kernel's. False where a number is not finite."""
+    transform that no kernel applies. False where a number is not finite."""
     planes, tokens, channels = x.shape
     for p in range(planes):
         for t in range(first, tokens):

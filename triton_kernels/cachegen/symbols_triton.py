@@ -53,8 +53,8 @@ def launch_to_symbols(
 
 def launch_check_escapes(frames, sites, places, bad, *, kv: int, channels: int) -> None:
     """`bad` becomes 1 for frames whose escapes no encoder writes: places that do not ascend, or
-    where the symbol is no escape. Stricter than numba's `dequantise`, which takes any order within
-    a row, and any symbol."""
+    where the symbol is not an escape. Stricter than numba's `dequantise`, which takes any order
+    within a row, and any symbol."""
     check_escapes[(len(frames.table),)](
         frames.table, sites.table, places, bad, kv,
         CHANNELS=channels, SIZE=1024, enable_fp_fusion=False,
@@ -140,7 +140,7 @@ def check_escapes(frames, sites, places, bad, kv, CHANNELS: tl.constexpr, SIZE: 
 
 @triton.jit
 def emit(to, n, place, kept, limit, places, values, found, first, room):
-    """Symbols of numbers at `place` behind the address `to`; what is over `limit` becomes an
+    """Symbols of numbers at `place` after the address `to`; what is over `limit` becomes an
     escape: a rare thing, so that each may count itself."""
     over = (tl.abs(n) > limit[None, :]) & kept
     out = tl.multiple_of(to.to(tl.pointer_type(tl.uint8)), 16)

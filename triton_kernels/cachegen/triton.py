@@ -5,7 +5,7 @@ calibration, symbols come straight from the pages: `launch_encode` with `tables`
 not, `launch_moments`, then steps and means by the host (some numbers per plane), then
 `launch_encode` for q, and `cachegen_symbols.py` for the rest. The way back is `check_escapes` there
 and `launch_decode` here. Tokens that are spared are copied by `paged_copy.py`: for the kernels here
-a frame begins behind them.
+a frame begins after them.
 
 All sums and products are those of the numba twin in the same order, and launches forbid fused
 multiply-adds: moments are equal, too, since each channel adds up its tokens one after another in

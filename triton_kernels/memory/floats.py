@@ -55,7 +55,7 @@ def magnitude(typing, bits):
 
 @intrinsic
 def infinite(typing, bits):
-    """Whether a magnitude is no finite number."""
+    """Whether a magnitude is not a finite number."""
 
     def generate(context, builder, signature, args):
         limit = ir.Constant(ir.IntType(bits.bitwidth), _INFINITE[bits])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _START = np.uint32(INITIAL_STATE)
 _NO_WORDS = np.zeros(1, np.uint16)
-"""Stands for words that are none: numba code cannot read from an empty array."""
+"""In place of no words: numba code cannot read from an empty array."""
 
 
 def encode_streams(

@@ -61,7 +61,7 @@ def launch_encode_streams(
 ) -> None:
     """Enqueue what `rans_cpu.encode_streams` does, on contiguous tensors of one device.
 
-    Nothing is waited for, so how many words there are stands in `counts`. A scratch of
+    Nothing is waited for, so the number of words is in `counts`. A scratch of
     ``2 * grid.streams * grid.stream_words(bits)`` bytes comes from torch's allocator. The caller
     owns all tensors and keeps them until the kernels are done. Raises ValueError for shapes that
     are not the grid's, for more than 65535 planes, and for 2^31 words or more.
@@ -202,7 +202,7 @@ def rans_compact(scratch, counts, ends, words, status, room, size, WORDS: tl.con
     stream = tl.program_id(0).to(tl.int64)
     n = tl.load(counts + stream).to(tl.int32)
     end = tl.load(ends + stream)
-    if end > size:  # there is no room, nor for any stream behind it
+    if end > size:  # there is no room, nor for any stream after it
         tl.store(status + stream, _BAD)
         n = 0
     i = tl.program_id(1) * WORDS + tl.arange(0, WORDS)

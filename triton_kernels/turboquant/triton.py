@@ -1,4 +1,4 @@
-"""Triton: the Walsh-Hadamard transform of vectors behind flips of signs, as TurboQuant rotates.
+"""Triton: the Walsh-Hadamard transform of vectors after flips of signs, as TurboQuant rotates.
 
 Halves onto halves, as `turboquant_cpu.py` does it: the same sums in the same order.
 """

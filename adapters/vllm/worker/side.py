@@ -292,7 +292,7 @@ class WorkerSide:
             out.failed_recving.add(load.request)
         else:
             share = self.pipes[0].share
-            missing = load.blocks[share.group].behind(skipped + got, share.block_tokens)
+            missing = load.blocks[share.group].after(skipped + got, share.block_tokens)
             self._bad.update(b for b in missing if b > 0)  # 0: vLLM's own, for what is not there
 
     def bad_blocks(self) -> set[int]:

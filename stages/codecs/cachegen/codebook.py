@@ -26,7 +26,7 @@ _EXACT = Context(prec=24)
 _UNIT = Decimal(1 << 40)
 _HALF, _ROOT = Decimal("-0.5"), Decimal("-1.41421356237309504880169")  # -sqrt(2)
 _RARE = 1 << 14
-"""What is rarer than one in so many, on both sides together, is left to escapes."""
+"""What is rarer than one in this many, on both sides together, is left to escapes."""
 _FAR = CENTRE - 1
 
 

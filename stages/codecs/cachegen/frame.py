@@ -166,7 +166,7 @@ def modelled(model: Calibration, head: Head, shape: FrameShape) -> Profile:
 
 
 def place(head: Head, shape: FrameShape, freqs: Array) -> tuple[int, int, Array, Array, int]:
-    """What the kernels must know of where a frame stands: first, turned, cos, sin, dim."""
+    """What the kernels must know of where a frame is: first, turned, cos, sin, dim."""
     turns = _turns(head.start, shape.tokens, freqs.tobytes())
     return head.first, shape.layers if len(freqs) else 0, *turns, shape.dim
 

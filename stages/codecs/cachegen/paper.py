@@ -84,7 +84,7 @@ def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
     scales = most.astype(np.int32), tops
     used = cpu.dequantise_tokens(symbols, centres, *scales, places, values, rows)
     if used != len(places):
-        raise BadObject("cachegen: escapes out of their places, or a scale that is no number")
+        raise BadObject("cachegen: escapes out of place, or a scale that is not a number")
     return as_bytes(x)
 
 

@@ -54,7 +54,7 @@ from tierloom.triton_kernels.cachegen import cpu, thirds_cpu
 from tierloom.triton_kernels.rans.tables import normalise
 
 LEVELS = ("small", "default", "high")
-"""What so many scans amount to."""
+"""The level that one, two or three scans amount to."""
 STEP = 1.17
 """The widest, as a share of a plane's deviation."""
 _AS_IT_IS = 0x80
@@ -93,7 +93,7 @@ class Progressive(Lossy):
         return [EncodedFrame(scan, source.raw, bytes((PROGRESSIVE,))) for scan in made]
 
     def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
-        """All scans, one behind another."""
+        """All scans, one after another."""
         made = self._scans(x, shape)
         return None if made is None else memoryview(b"".join(made))
 
@@ -139,7 +139,7 @@ def describe(data: bytes, codecs: bytes, scan: int) -> str:
 
 
 def decoded(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
-    """Inverse of `Progressive.parts`, of as many scans, one behind another, as there are. Raises
+    """Inverse of `Progressive.parts`, of the scans that there are, one after another. Raises
     BadObject."""
     view, at = memoryview(data).cast("B"), 0
     scans: list[_Scan] = []
@@ -179,7 +179,7 @@ class _Scan:
     """One scan, as it was read."""
 
     def __init__(self, data: memoryview, shape: FrameShape, before: list[_Scan]) -> None:
-        """`data` may go on behind it. Raises BadObject."""
+        """`data` may go on after it. Raises BadObject."""
         if data.nbytes < HEAD.size or data[0] != 1:
             raise BadObject("progressive: no scan that this tierloom knows")
         self.head = head = Head(*HEAD.unpack_from(data))

@@ -10,7 +10,7 @@ of a sequence, which draw most attention and lie far out, are kept as they are.
 
 Without a calibration of the model (`tierloom calibrate`) means and tables' numbers are in each
 frame, which any config reads, with no file. With one they are the model's (`calibration.py`), and
-steps are finest where attention looks: K's by its queries, V's by the projection behind it.
+steps are finest where attention looks: K's by its queries, V's by the projection after it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Byte planes: exponents compress, mantissas do not, so they are told apart first."""
+"""Byte planes: exponents compress, mantissas do not, so they are separated first."""
 
 from __future__ import annotations
 

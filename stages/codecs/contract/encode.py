@@ -67,7 +67,7 @@ class Encode(BatchStage):
 
 
 class PlanesThen(Encode):
-    """A general-purpose compressor, behind byte planes where they help."""
+    """A general-purpose compressor, after byte planes where they help."""
 
     codec: int
 

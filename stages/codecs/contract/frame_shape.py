@@ -1,4 +1,4 @@
-"""What a codec knows of a frame: the shape of its elements, and where it stands."""
+"""What a codec knows of a frame: the shape of its elements, and where it is."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FrameShape(NamedTuple):
     """As this object's geometry counts them."""
     start: int = -1
     """Encoders: the position in the prompt of the first token; -1 where it is not known. Decoders
-    never know it: what depends on it stands in the encoded bytes."""
+    never know it: what depends on it is in the encoded bytes."""
 
     @classmethod
     def of(cls, header: Header, index: int, start: int = -1) -> FrameShape:
@@ -69,7 +69,7 @@ class FrameShape(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where a frame stands, for codecs that tie its bytes to the place."""
+    """Where a frame is, for codecs that tie its bytes to the place."""
 
     header: Header
     """Encoders: of the plain object. Decoders: as read. All but `frames` is the same."""
@@ -86,7 +86,7 @@ Part = tuple[type[np.generic], tuple[int, ...]]
 
 
 def sized(parts: tuple[Part, ...]) -> int:
-    """Bytes of arrays one behind another. Python's integers: nothing overflows."""
+    """Bytes of arrays one after another. Python's integers: nothing overflows."""
     total = 0
     for kind, shape in parts:
         count = 1
@@ -97,14 +97,14 @@ def sized(parts: tuple[Part, ...]) -> int:
 
 
 def fresh(head: bytes, parts: tuple[Part, ...]) -> tuple[memoryview, list[npt.NDArray[Any]]]:
-    """Room for `head` and arrays behind it, not initialised: the bytes, and writable views."""
+    """Room for `head` and arrays after it, not initialized: the bytes, and writable views."""
     whole = np.empty(len(head) + sized(parts), np.uint8)
     whole[: len(head)] = np.frombuffer(head, np.uint8)
     return whole.data, _views(whole, len(head), parts)
 
 
 def parted(data: Bytes, head: int, parts: tuple[Part, ...]) -> list[npt.NDArray[Any]]:
-    """The arrays behind the first `head` bytes, read-only. Raises BadObject unless `data` is
+    """The arrays after the first `head` bytes, read-only. Raises BadObject unless `data` is
     exactly so long; copies only what is not aligned."""
     if memoryview(data).nbytes != head + sized(parts):
         raise BadObject(f"{memoryview(data).nbytes} bytes, expected {head + sized(parts)}")

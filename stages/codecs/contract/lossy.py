@@ -57,7 +57,7 @@ class Lossy(Encode):
 
 def head_of(data: Bytes, layout: Struct, shape: FrameShape) -> tuple[int, ...]:
     """The fields that encoded bytes begin with, the first of which is a version, 1. Raises
-    BadObject, also where the frame's elements are none that a lossy codec takes."""
+    BadObject, also where a lossy codec does not take the frame's elements."""
     if shape.dtype not in ELEMENTS or not shape.nbytes:
         raise BadObject(f"quantised, but {shape}")
     if memoryview(data).nbytes < layout.size:

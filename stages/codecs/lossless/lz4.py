@@ -1,4 +1,4 @@
-"""lz4: lossless and light, behind byte planes (without them KV hardly shrinks).
+"""lz4: lossless and light, after byte planes (without them KV hardly shrinks).
 
     shrink: {use: lz4, planes: true}
 

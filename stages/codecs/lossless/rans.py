@@ -56,17 +56,17 @@ _PER_TABLE = 12288
 """Elements that are worth a table: its bytes, and what it costs to choose among more."""
 _MOST_TABLES = 64
 _MOST_ESCAPES = 64
-"""One element in so many: a frame with more does not shrink."""
+"""One escape in this many elements at most: a frame with more does not shrink."""
 
 
 class _Sizes(NamedTuple):
-    """What a frame begins with, behind its version: bits of the frequencies; all else follows."""
+    """What a frame begins with, after its version: bits of the frequencies; all else follows."""
 
     bits: int
     tables: int
     """K."""
     symbols: int
-    """NS, with the one that stands for escapes."""
+    """NS, with the one that marks escapes."""
     columns: int
     """Into which a plane's elements are cut; it has elements / columns rows."""
     escapes: int

@@ -1,7 +1,7 @@
 """What a `rans` frame tells beside its streams: which symbols there are, and how frequent.
 
 Frequencies are integers that add up to 2^bits, made of levels by integer arithmetic, so that both
-sides have the same. A level is a weight with two bits behind its first: steps of 14 to 25 %, whose
+sides have the same. A level is a weight with two bits after its first: steps of 14 to 25 %, whose
 error costs less than 0.002 bits a symbol, and 6 bits where a frequency would take 11.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WEIGHTS = np.array([(4 + level % 4) << (level // 4) for level in range(64)], np.int64)
 LEVEL_BITS = 6
 _ENOUGH_ROWS = 64
-"""With so many tokens, channels can tell their tables."""
+"""With this many tokens, channels can tell their tables."""
 _WIDEST = 2048
 """Channels of a token that are looked for: more take time."""
 _WORTH = 0.02
@@ -87,7 +87,7 @@ def columns_of(plane: npt.NDArray[np.uint8], tokens: int, channels: int) -> int:
 
 
 def room_for(values: int, bits: int) -> int:
-    """Bytes of so many values of `bits` bits, side by side."""
+    """Bytes of `count` values of `bits` bits, side by side."""
     return -(-values * bits // 8)
 
 

@@ -1,4 +1,4 @@
-"""zstd: lossless, behind byte planes.
+"""zstd: lossless, after byte planes.
 
     shrink: {use: zstd, level: 3, planes: true}
 

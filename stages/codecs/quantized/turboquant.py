@@ -3,7 +3,7 @@
     small: {use: turboquant, from: host, bits: 4}
 
 Lossy: bits + 16 / head dim an element. Zandieh, Daliri, Hadian, Mirrokni, "TurboQuant", arXiv
-2504.19874: behind a random rotation the coordinates of any vector look alike, so one codebook
+2504.19874: after a random rotation the coordinates of any vector look alike, so one codebook
 (Lloyd-Max for N(0, 1 / dim)) serves all, and no scale but the vector's length is stored. Here K and
 V both are rotated, head by head, by seeded flips of signs and a Walsh-Hadamard transform, and a
 decoded vector has the length of the original. Head dims must be powers of two.

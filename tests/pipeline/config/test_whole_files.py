@@ -72,7 +72,7 @@ FILES = {
     ),
     "an option of a graph": (
         HEAD + "  store: {deadline: 0 s, stages: {}}", "4:3", "graphs.store",
-        "deadline must be longer than nothing", "",
+        "deadline must be greater than 0", "",
     ),
     "an option of pace": (
         HEAD + "  store: {pace: {by: layers}, stages: {}}", "4:22", "graphs.store.pace.by",
