@@ -165,7 +165,7 @@ for module in {modules}:
 COMPILES = f"""
 import sys; sys.path.append({str(Path(__file__).parent)!r})
 from test_aot import OTHERS, compile_for
-compile_for(OTHERS["positional sums"], "sm_80")
+compile_for(OTHERS["rANS compact"], "sm_80")
 """
 KERNELS = [
     ".".join(f.relative_to(ROOT / "triton_kernels").with_suffix("").parts)
@@ -182,13 +182,13 @@ def test_triton_keeps_its_code_there_too(user: User) -> None:
 
 def test_a_kernel_compiles_without_a_home(user: User) -> None:
     user.runs(COMPILES)
-    assert list((user.kept / "triton").rglob("positional_sums.cubin"))
+    assert list((user.kept / "triton").rglob("rans_compact.cubin"))
 
 
 def test_triton_keeps_its_code_where_it_is_told_to_or_ever_did(user: User, tmp_path: Path) -> None:
     user.env["TRITON_CACHE_DIR"] = "/told"
-    assert user.settled("launch") == ["/told"]
+    assert user.settled("memory.launch") == ["/told"]
     del user.env["TRITON_CACHE_DIR"]
     user.env["HOME"] = str(tmp_path)
-    assert user.settled("launch") == ["None"]
+    assert user.settled("memory.launch") == ["None"]
     assert not (tmp_path / ".triton").exists(), "asking makes nothing"

@@ -11,7 +11,6 @@ import torch
 from interpreter import run_interpreted
 from paged_cases import LAYOUTS, NATIVE, make_cache, make_frames, make_slots
 
-from tierloom.triton_kernels.checksum.triton import launch_positional_sums, positional_sums_cpu
 from tierloom.triton_kernels.memory.launch import Tile
 from tierloom.triton_kernels.memory.tables import PlaneTable
 from tierloom.triton_kernels.paged_copy import reference
@@ -123,49 +122,6 @@ def test_no_frames(device: str) -> None:
     launch_paged_copy(DevicePlanes.of(cache.table, device), none, slots, gather=False)
     assert cache.bytes == before
     assert len(frames) == 1
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_positional_sums(device: str, steps: int) -> None:
-    sizes = np.array([0, 1, 15, 16, 17, 1024, 1030, 4099], np.int64)
-    data = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 4112), dtype=np.uint8))
-    data[5] = 255  # the greatest words
-    there = data.to(device)
-    starts = torch.tensor([there[f].data_ptr() for f in range(8)])
-    sums = launch_positional_sums(
-        *(starts.to(device), torch.from_numpy(sizes).to(device), int(sizes.max())),
-        quads=64,
-        steps=steps,
-    )
-    address = np.array([data[f].data_ptr() for f in range(8)], np.int64)
-    twin = np.full((8, 2), 0xA5, np.uint64)
-    positional_sums_cpu(address, sizes, twin)
-    assert sums.cpu().numpy().view(np.uint64).tolist() == twin.tolist()
-    for f, n in enumerate(sizes):
-        assert tuple(twin[f].tolist()) == reference.positional_sums(bytes(data[f, :n].tolist()))
-
-
-def test_positional_sums_wrap(device: str) -> None:
-    data = torch.full((512 << 10,), 255, dtype=torch.uint8).to(device)
-    start, size = torch.tensor([data.data_ptr()]), torch.tensor([len(data)])
-    sums = launch_positional_sums(start.to(device), size.to(device), len(data), quads=4096)
-    expected = reference.positional_sums(data.cpu().numpy().tobytes())
-    assert sums.cpu().numpy().view(np.uint64)[0].tolist() == list(expected)
-    assert sum((2**32 - 1) * i for i in range(1, (128 << 10) + 1)) > 2**64
-
-
-def test_positional_sums_see_words_swapped_and_shifted() -> None:
-    data = np.arange(1, 65, dtype=np.uint32)
-    seen = set()
-    swapped = data.copy()
-    swapped[[3, 40]] = swapped[[40, 3]]
-    changed = data.copy()
-    changed[63] ^= 1 << 31
-    for words in (data, swapped, np.roll(data, 1), changed):
-        sums = np.zeros((1, 2), np.uint64)
-        positional_sums_cpu(np.array([words.ctypes.data]), np.array([words.nbytes]), sums)
-        seen.add(tuple(sums[0].tolist()))
-    assert len(seen) == 4
 
 
 @pytest.mark.slow

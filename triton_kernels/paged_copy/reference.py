@@ -6,7 +6,6 @@ whatever strides its layout gives it (plane = kv * layers + layer). No address i
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -36,14 +35,6 @@ def scatter(
             for row, slot in enumerate(slots):
                 if slot >= 0:
                     view[slot // block_tokens, slot % block_tokens] = frame[half, i, row]
-
-
-def positional_sums(data: bytes) -> tuple[int, int]:
-    """Sums of w[i] and of w[i] * (i + 1) mod 2^64; w are 32-bit words, the last zero-padded."""
-    padded = data + bytes(-len(data) % 4)
-    words = struct.unpack(f"<{len(padded) // 4}I", padded)
-    weighted = sum(word * place for place, word in enumerate(words, start=1))
-    return sum(words) % 2**64, weighted % 2**64
 
 
 def _planes(views: Sequence[torch.Tensor], kv: int, layers: range) -> list[Sequence[torch.Tensor]]:
