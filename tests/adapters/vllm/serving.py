@@ -71,6 +71,9 @@ class Server:
     def get(self, path: str) -> str:
         return self._call("GET", path, None)
 
+    def post(self, path: str) -> str:
+        return self._call("POST", path, {})
+
     def complete(self, tokens: list[int], **body: Any) -> dict[str, Any]:
         """Greedy; token ids and the number of cached tokens of the answer."""
         asked = {"model": "tiny", "prompt": tokens, "max_tokens": 8, "temperature": 0,

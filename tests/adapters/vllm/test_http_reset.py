@@ -1,0 +1,84 @@
+"""What an operator asks of a running server over HTTP: to forget what is kept, to pause, to sleep."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import EngineError, prompt, transfer
+from serving import Server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from conftest import Reference
+
+RESET = "/reset_prefix_cache?reset_external=true"
+
+
+@pytest.fixture(scope="module")
+def server(llama: Path, logs: Path) -> Iterator[Server]:
+    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    made = Server(llama, transfer(), logs / "server-reset.log", env=env)
+    try:
+        made.wait_ready()
+        yield made
+    finally:
+        made.close()
+
+
+def kept(server: Server, tokens: list[int], right: list[int]) -> None:
+    """Asked until it is a hit: storing goes on after the answer."""
+    for _ in range(50):
+        said = server.complete(tokens)
+        assert said["ids"] == right
+        if said["cached"]:
+            return
+    raise AssertionError("never a hit")
+
+
+def test_a_reset_forgets_what_is_kept(server: Server, reference: Reference) -> None:
+    """On an idle server, too, which makes no step."""
+    tokens = prompt(900, seed=480)
+    right = reference(tokens)
+    kept(server, tokens, right)
+    assert json.loads(server.post(RESET)) == {"success": True}
+    said = server.complete(tokens)
+    assert (said["ids"], said["cached"]) == (right, 0)
+    kept(server, tokens, right)
+
+
+def test_a_reset_of_the_engine_alone_leaves_it(server: Server, reference: Reference) -> None:
+    tokens = prompt(900, seed=481)
+    right = reference(tokens)
+    kept(server, tokens, right)
+    assert json.loads(server.post("/reset_prefix_cache")) == {"success": True}
+    assert server.complete(tokens)["cached"] > 0
+
+
+def test_pause_and_go_on(server: Server, reference: Reference) -> None:
+    """A pause that clears caches, as for new weights, forgets what we keep, too."""
+    tokens = prompt(900, seed=482)
+    right = reference(tokens)
+    kept(server, tokens, right)
+    assert json.loads(server.post("/pause?mode=wait")) == {"status": "paused"}
+    assert json.loads(server.post("/resume")) == {"status": "resumed"}
+    said = server.complete(tokens)
+    assert (said["ids"], said["cached"]) == (right, 0)
+    kept(server, tokens, right)
+
+
+def test_sleep_and_wake(server: Server, reference: Reference) -> None:
+    """Where the platform can sleep; where it cannot the server says so and serves on."""
+    tokens = prompt(900, seed=483)
+    right = reference(tokens)
+    kept(server, tokens, right)
+    try:
+        server.post("/sleep?level=1")
+    except EngineError as error:
+        assert "/sleep" in str(error)
+    else:
+        server.post("/wake_up")
+    assert server.complete(tokens)["ids"] == right
