@@ -24,6 +24,7 @@ SERVER = Path(__file__).with_name("fork_server.py")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # engines run eagerly; some helpers of vLLM would be compiled
     "PYTHONSAFEPATH": "1",  # the checkout and this folder must not pass for packages
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # asks workers in other processes for their report
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads starve each other on a shared machine
