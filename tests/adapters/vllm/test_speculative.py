@@ -41,13 +41,13 @@ def test_continued_conversations(
         max_num_batched_tokens=256, max_model_len=2048,
     )  # fmt: skip
     prompts = [(prompt(40 + 9 * i, seed=460 + i) * 8)[: 150 + 70 * i] for i in range(4)]
-    answers = engine.generate(*prompts, max_tokens=60)
+    answers = engine.generate(*prompts, max_tokens=40)
     engine.settle()
     for tokens, answer in zip(prompts, answers, strict=True):
         history = tokens + answer.ids
         kept = (len(history) - 1 if decode else len(tokens)) // 32 * 32
-        expect(engine, tokens, max_tokens=60)
-        expect(engine, [*history, 7, 8, 9], cached=kept, max_tokens=30)
+        expect(engine, tokens, max_tokens=40)
+        expect(engine, [*history, 7, 8, 9], cached=kept, max_tokens=12)
         engine.settle()
 
 
