@@ -10,6 +10,7 @@ import pytest
 from harness import Engine, prompt, transfer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from conftest import Expect
@@ -22,6 +23,13 @@ KINDS = [
     )
     for kind in itertools.product(("ngram", "draft"), ("step", "layer"), (True, False))
 ]
+
+
+@pytest.fixture(autouse=True)
+def alone(engine: Engine) -> Iterator[None]:
+    """Engines that come after a drafter in its process take several times as long for a step."""
+    yield
+    engine.close()
 
 
 def speculative(kind: str, model: Path) -> dict[str, Any]:
