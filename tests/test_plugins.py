@@ -15,8 +15,8 @@ BLOCKS = re.findall(r"```\w+\n# (\S+)\n(.*?)```", (ROOT / "docs/plugins.md").rea
 
 RUN = """
 import sys, numpy, torch, tierloom
-from tierloom.pipeline.check import load
-from tierloom.pipeline.explain import explain
+from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.explain import explain
 
 caches = [torch.randn(2, 40, 16, 2, 8) for _ in range(6)]
 layout = tierloom.KVLayout.from_tensors(caches, order="NHD")

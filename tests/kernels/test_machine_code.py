@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOWHERE = "/dev/null/home"
 
 MODULE = """
-from tierloom.triton_kernels.machine_code import compiled
+from tierloom.triton_kernels.memory.machine_code import compiled
 
 @compiled(nogil=True)
 def twice(x):

@@ -244,7 +244,7 @@ import json, pickle
 import msgspec
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
-from tierloom.adapters.vllm_metrics import PromMetrics, Stats
+from tierloom.adapters.vllm.exchange.metrics import PromMetrics, Stats
 
 stats = Stats()
 assert isinstance(stats, KVConnectorStats) and stats.is_empty() and stats.reduce() == {}

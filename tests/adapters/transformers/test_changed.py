@@ -103,7 +103,7 @@ def own_forward(model: Any) -> None:
 
 NAMED = """
 import importlib.util, sys
-from tierloom.adapters.transformers_state import rest_id
+from tierloom.adapters.transformers.model_state import rest_id
 spec = importlib.util.spec_from_file_location("made", sys.argv[1])
 made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)

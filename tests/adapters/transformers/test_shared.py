@@ -28,9 +28,9 @@ CODE = """
 import hashlib, json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from tierloom.adapters import smollm2
+from tierloom.adapters.demo import smollm2
 from tierloom.adapters.transformers import Kept
-from tierloom.adapters.transformers_model import with_cache
+from tierloom.adapters.transformers.model import with_cache
 
 retrieve, stores = sys.argv[1] == "load", json.loads(sys.argv[2])
 folder = smollm2.model_dir(progress=False)
