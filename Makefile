@@ -1,4 +1,4 @@
-# Two commands for everybody: `make demo` and `make test`. Each sets up .venv by itself.
+# Three commands for everybody: `make demo`, `make check` and `make test`. Each sets up .venv by itself.
 
 PYTHON ?= python3
 # Pinned, and installed first: an unpinned torch brings gigabytes of CUDA with it.
@@ -15,11 +15,12 @@ SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reord
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test test-vllm architectures lint bench bench-remote bench-vllm quality vllm engines clean
+.PHONY: help demo demo-vllm test check test-vllm architectures lint bench bench-remote bench-vllm quality vllm engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
-	@echo "make test    every test"
+	@echo "make check   ruff, mypy, and the tests that need no engine and no server: in three minutes"
+	@echo "make test    every test: a quarter of an hour"
 	@echo "make test-vllm   the long campaigns around vLLM, of which make test runs a slice"
 	@echo "make architectures   every causal LM class of transformers, with and without a cache of ours"
 	@echo "make lint    ruff and mypy"
@@ -64,11 +65,16 @@ test: $(READY)
 	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/adapters/vllm are skipped."
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
+# Needs nothing but .venv; the slow ones, and those with a server or an engine, are `make test`'s.
+check: lint
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -q -m "not slow and not server"
+
 # All block sizes, all orders of hooks, also with the scheduler of vLLM's next release: an hour.
 test-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py tests/adapters/vllm/test_speculative.py \
 	  tests/adapters/vllm/test_block_sizes.py -m "campaign or not campaign"
 	TIERLOOM_CASES=20000 $(BIN)/python -m pytest tests/pipeline/test_positions.py --timeout 20000
+
 architectures: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/adapters/transformers/test_architectures.py -m "campaign or not campaign"
 

@@ -11,6 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = ROOT / "tests" / "adapters" / "vllm"
+TIERS = ROOT / "tests" / "stages" / "tiers"
+SERVED = [VLLM, ROOT / "tests" / "pipeline" / "remote"]
+SERVED += [TIERS / folder for folder in ("buckets", "nixl", "pools", "redis", "server")]
+ALONE = {"test_vllm_sides.py", "test_redis_resp.py", "test_wire.py"}
+"""Files of these folders that need neither a server nor an engine."""
 sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 
 # What tests share is imported once by name. This folder does not stay on the path: its own folders
@@ -21,7 +26,7 @@ import fake_cuda  # noqa: E402, F401
 import tiny  # noqa: E402, F401
 
 sys.path.pop()
-sys.path.append(str(ROOT / "tests" / "stages" / "tiers"))  # servers: other folders need them, too
+sys.path.append(str(TIERS))  # servers: other folders need them, too
 
 
 def touched(thing):
@@ -90,3 +95,5 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.name == "test_hostile_bytes":
             item.add_marker("slow")
+        if item.path.name not in ALONE and any(folder in item.path.parents for folder in SERVED):
+            item.add_marker("server")

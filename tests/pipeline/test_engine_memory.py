@@ -29,6 +29,7 @@ def made(order: str, way: str) -> tuple[KVLayout, list[Any], torch.Tensor]:
     return *strides.caches(order, way, raw), raw
 
 
+@pytest.mark.slow
 def test_neither_opening_nor_storing_writes_a_byte() -> None:
     """Every order and way of laying out, over pages that may not be written."""
     child = subprocess.run(

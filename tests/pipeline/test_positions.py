@@ -68,6 +68,7 @@ def engine_of(case: Case, block: int) -> Engine:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_any_part_of_any_prompt_comes_back_where_it_belongs(case: Case) -> None:

@@ -28,7 +28,7 @@ CODE = """
 import hashlib, json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from tierloom.adapters import smollm2
+from tierloom.adapters.demo import smollm2
 from tierloom.adapters.transformers import Kept
 from tierloom.adapters.transformers.model import with_cache
 

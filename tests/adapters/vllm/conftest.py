@@ -14,9 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 
 # Imported by name once; this folder does not stay on the path, for it is called `vllm`.
-pytest.register_assert_rewrite("harness", "serving")
+pytest.register_assert_rewrite("harness", "launch", "serving")
 sys.path.append(str(HERE))
 import harness  # noqa: E402
+import launch  # noqa: E402
 import models  # noqa: E402
 import processes  # noqa: E402
 import serving  # noqa: E402, F401
@@ -33,17 +34,25 @@ _NOISE = ("warmup", "render", "[base.py:380]", "cpu_worker.py", "Loading safeten
 _LOG_FOLDER = pytest.StashKey[Path]()
 
 
+def _runs_vllm(item: pytest.Item) -> bool:
+    return HERE in item.path.parents and item.path.name != "test_vllm_sides.py"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents:
+        if _runs_vllm(item):
             item.add_marker(pytest.mark.slow)
             if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(600))
 
 
-def pytest_runtest_setup() -> None:
-    if reason := harness.why_not():
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _runs_vllm(item) and (reason := harness.why_not()):
         processes.missing("vllm", reason, "make vllm")
+
+
+def pytest_sessionfinish() -> None:
+    launch.close()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,30 +11,17 @@ import os
 import random
 import select
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
-VENV = ROOT / ".venv-vllm"
-PYTHON = VENV / "bin" / "python"
+from launch import VENV, end_group, environment, start
+
 DRIVER = Path(__file__).with_name("engine.py")
 
 BLOCK = 32
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONSAFEPATH": "1",  # the checkout and this folder must not pass for packages
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # asks workers in other processes for their report
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads starve each other on a shared machine
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-_OURS = ("TIERLOOM_", "VLLM_")  # settings of whoever runs the tests, which are not for the engines
 
 
 def why_not() -> str | None:
@@ -43,12 +30,6 @@ def why_not() -> str | None:
         return None
     failed = VENV / "failed.txt"
     return failed.read_text().strip() if failed.exists() else "it is not installed"
-
-
-def environment(**more: str) -> dict[str, str]:
-    """What an engine's process is to see of the environment."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
-    return kept | ENVIRONMENT | more
 
 
 def prompt(length: int, seed: int = 1, vocab: int = 512) -> list[int]:
@@ -127,15 +108,13 @@ class Process:
         commands, self._write = os.pipe()
         self._read, answers = os.pipe()
         with log.open("ab") as out:
-            self._child = subprocess.Popen(
-                ["nice", str(PYTHON), str(DRIVER), str(commands), str(answers)],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                pass_fds=(commands, answers),
-                cwd=log.parent,
+            self._child = start(
+                DRIVER,
                 env=environment(TMPDIR=self._tmp, **env),
-                start_new_session=True,  # its own processes end with it
+                out=out,
+                err=out,
+                cwd=log.parent,
+                fds=(commands, answers),
             )
         os.close(commands)
         os.close(answers)
@@ -183,13 +162,6 @@ class Process:
         os.close(self._read)
         if self._write >= 0:
             os.close(self._write)
-
-
-def end_group(child: subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a session of its own, and what it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait(10)
 
 
 class Engine:

@@ -14,7 +14,8 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from harness import PYTHON, EngineError, end_group, environment
+from harness import EngineError
+from launch import end_group, environment, start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,14 +48,13 @@ class Server:
         words = [w for flag, value in given.items() for w in (f"--{flag}", str(value))]
         words += ["--enforce-eager", "--enable-prompt-tokens-details", "--no-enable-prefix-caching"]
         with log.open("ab") as out:
-            self._child = subprocess.Popen(
-                ["nice", str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                cwd=log.parent,
+            self._child = start(
+                "vllm.entrypoints.openai.api_server",
+                *words,
                 env=environment(TMPDIR=self._tmp, **(env or {})),
-                start_new_session=True,
+                out=out,
+                err=out,
+                cwd=log.parent,
             )
 
     def wait_ready(self, timeout: float = 240.0) -> None:

@@ -55,7 +55,7 @@ def test_preemption(
     prompts = [prompt(500 + i, seed=50 + i) for i in range(6)]
     right = [reference(tokens, max_tokens=150) for tokens in prompts]
     before = engine.ask("metrics")["vllm:num_preemptions"]
-    for _ in range(3):
+    for _ in range(2):
         assert [a.ids for a in engine.generate(*prompts, max_tokens=150)] == right
         engine.settle()
     assert engine.ask("metrics")["vllm:num_preemptions"] > before

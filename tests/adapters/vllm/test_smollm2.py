@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, Engine, transfer
+from harness import Engine, transfer
+from launch import ROOT
 
 from tierloom.adapters.demo import smollm2
 

@@ -252,6 +252,7 @@ class Caller:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("use", "verify"), KINDS)
 def test_stress(
     opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, verify: str

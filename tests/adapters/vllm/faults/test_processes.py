@@ -28,6 +28,7 @@ def test_repeat_and_restart(
     options["max_num_batched_tokens"] = 512
     kv = transfer("tiered", **{"tiers.warm.path": str(tmp_path / "kv")})
     engine.use(llama, kv, env=env, **options)
+    assert engine.ask("reset"), "before the first step, too"
     tokens = prompt(1000, seed=400)
     expect(engine, tokens, cached=0)
     state = engine.settle()
@@ -44,17 +45,22 @@ def test_repeat_and_restart(
     engine.ask("abort", names=names[:3])
     assert [a.ids[:20] for a in engine.finish(*names)[3:]] == right[3:]
     engine.settle()
-    if "tensor_parallel_size" in options:  # half the heads are not the whole
-        engine.use(llama, kv)
+    reached = "a worker could not be reached, or did not do it"
+    if "tensor_parallel_size" in options:
+        assert engine.ask("reset"), reached
+        expect(engine, tokens, cached=0)
+        engine.settle()
+        engine.use(llama, kv)  # half the heads are not the whole
         expect(engine, tokens)
         engine.settle()
         expect(engine, tokens, cached=992)
+        engine.settle()
     else:
         engine.use(llama, kv, env=env, fresh=True, **options)
         expect(engine, tokens, cached=992)
-    engine.settle()
-    engine.use(llama, kv, env=env, fresh=True, **options)
-    assert engine.ask("reset"), "a worker could not be reached, or did not do it"
-    expect(engine, tokens, cached=0)
-    engine.settle()
+        engine.settle()
+        engine.use(llama, kv, env=env, fresh=True, **options)
+        assert engine.ask("reset"), reached
+        expect(engine, tokens, cached=0)
+        engine.settle()
     engine.close()

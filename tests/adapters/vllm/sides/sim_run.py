@@ -12,6 +12,7 @@ import contextlib
 import copy
 import itertools
 import json
+import logging
 import os
 import random
 import sys
@@ -25,6 +26,18 @@ from vllm.v1.request import RequestStatus
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import sim
+from sim_stage import (
+    V1,
+    V1_SPEC,
+    V1_SPEC_STAGE,
+    V1_ZERO,
+    V2,
+    V2_GRAPH,
+    V2_SPEC,
+    V2_SPEC_33,
+    V2_ZERO,
+    Case,
+)
 
 WAITS = RequestStatus.WAITING_FOR_STREAMING_REQ
 CONFIGS: dict[str, Any] = {}
@@ -62,8 +75,8 @@ def prompts(rng: random.Random, count: int, longest: int) -> list[list[int]]:
     return out
 
 
-def play(model: str, case: sim.Case, seed: int, *, requests: int = 6, longest: int = 500) -> Any:
-    """Two rounds of requests, given up, preempted and continued at random. Raises `sim.Wrong`."""
+def play(model: str, case: Case, seed: int, *, requests: int = 6, longest: int = 500) -> Any:
+    """Two rounds of requests, given up, preempted and continued at random. Raises `Wrong`."""
     rng = random.Random(seed)
     world = sim.World(case, config(model, case.drafter), {}, seed)
     said: dict[tuple[int, ...], list[int]] = {}
@@ -113,7 +126,7 @@ def play(model: str, case: sim.Case, seed: int, *, requests: int = 6, longest: i
         world.close()
 
 
-def talk(model: str, case: sim.Case, seed: int) -> Any:
+def talk(model: str, case: Case, seed: int) -> Any:
     """Sessions that get their input piece by piece; then the same text at once, and other text
     behind the same beginning."""
     rng = random.Random(seed)
@@ -144,16 +157,16 @@ def talk(model: str, case: sim.Case, seed: int) -> Any:
         world.close()
 
 
-def orders() -> list[sim.Case]:
+def orders() -> list[Case]:
     """Every order of hooks that the runners of 0.32 and 0.33 can produce, in both save modes."""
     made = []
     for runners, drafter in [
-        ((sim.V1,), ""), ((sim.V2,), ""), ((sim.V2_GRAPH,), ""), ((sim.V1, sim.V1), ""),
-        ((sim.V1_ZERO,), ""), ((sim.V2_ZERO,), ""),
-        ((sim.V1_SPEC,), "ngram"), ((sim.V1_SPEC,), "model"),
-        ((sim.V1_SPEC_STAGE, sim.V1_SPEC), "ngram"), ((sim.V1_SPEC_STAGE, sim.V1_SPEC), "model"),
-        ((sim.V2_SPEC,), "ngram"), ((sim.V2_SPEC,), "model"),
-        ((sim.V2_SPEC_33,), "ngram"), ((sim.V2_SPEC_33,), "model"),
+        ((V1,), ""), ((V2,), ""), ((V2_GRAPH,), ""), ((V1, V1), ""),
+        ((V1_ZERO,), ""), ((V2_ZERO,), ""),
+        ((V1_SPEC,), "ngram"), ((V1_SPEC,), "model"),
+        ((V1_SPEC_STAGE, V1_SPEC), "ngram"), ((V1_SPEC_STAGE, V1_SPEC), "model"),
+        ((V2_SPEC,), "ngram"), ((V2_SPEC,), "model"),
+        ((V2_SPEC_33,), "ngram"), ((V2_SPEC_33,), "model"),
     ]:  # fmt: skip
         for ahead, load, save, decode, prefix in itertools.product(
             (False, True), ("async", "layer"), ("step", "layer"), (True, False), (False, True)
@@ -161,7 +174,7 @@ def orders() -> list[sim.Case]:
             if load == "layer" and not all(r.layers for r in runners):
                 continue  # vLLM is asked for piecewise graphs then
             made.append(
-                sim.Case(
+                Case(
                     runners=runners, drafter=drafter, ahead=ahead, load=load, save=save,
                     decode=decode, prefix=prefix, slow=0.02,
                 )
@@ -169,16 +182,16 @@ def orders() -> list[sim.Case]:
     return made
 
 
-def anything(rng: random.Random) -> sim.Case:
+def anything(rng: random.Random) -> Case:
     """An engine of any sizes."""
     block = 16 * rng.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64])
     grain = rng.choice([16, 32, 48, 64])
     chunk = grain * rng.randint(1, max(1, 1024 // grain // rng.choice([1, 2, 4, 8])))
     runners, drafter = rng.choice([
-        ((sim.V1,), ""), ((sim.V1,), ""), ((sim.V2,), ""), ((sim.V1_SPEC,), "ngram"),
-        ((sim.V2_SPEC_33,), "model"),
+        ((V1,), ""), ((V1,), ""), ((V2,), ""), ((V1_SPEC,), "ngram"),
+        ((V2_SPEC_33,), "model"),
     ])  # fmt: skip
-    return sim.Case(
+    return Case(
         runners=runners, drafter=drafter, ahead=rng.random() < 0.3, load=rng.choice(
             ["async", "layer"]), save=rng.choice(["step", "layer"]), decode=rng.random() < 0.7,
         block=block, chunk=chunk, grain=grain, dense=rng.random() < 0.5,
@@ -227,4 +240,5 @@ def main(model: str, what: str, *rest: str) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     main(*sys.argv[1:])

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import harness
+import launch
 import pytest
 
 RUN = Path(__file__).with_name("sim_run.py")
@@ -21,14 +21,8 @@ def played(
     model: Path, *arguments: Any, release: Path | None = None, seconds: float = 580
 ) -> dict[str, Any]:
     """`release`: another vLLM's Python files, instead of the one that is installed."""
-    path = {"PYTHONPATH": f"{release}:{harness.ROOT / 'src'}"} if release else {}
-    run = subprocess.run(
-        ["nice", harness.PYTHON, RUN, model, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env=harness.environment(VLLM_LOGGING_LEVEL="ERROR", **path),
-    )
+    path = {"PYTHONPATH": f"{release}:{launch.ROOT / 'src'}"} if release else {}
+    run = launch.finish(RUN, str(model), *map(str, arguments), timeout=seconds, **path)
     said = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert len(said) == 1
@@ -66,6 +60,6 @@ def test_all_of_it(llama: Path, what: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("what", [("orders", 1, 1), ("positions", 100, 3), ("sessions", 4)])
 def test_the_next_release_of_vllm(llama: Path, what: tuple[Any, ...]) -> None:
     """Its scheduler, its orders of hooks, its sessions."""
-    release = harness.VENV / f"vllm-{NEXT}"
-    subprocess.run([harness.PYTHON, RUN.with_name("next_release.py"), NEXT, release], check=True)
+    release = launch.VENV / f"vllm-{NEXT}"
+    subprocess.run([launch.PYTHON, RUN.with_name("next_release.py"), NEXT, release], check=True)
     assert played(llama, *what, release=release, seconds=20_000)["vllm"].startswith(NEXT)

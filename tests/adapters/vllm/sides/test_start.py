@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import harness
+import launch
 import pytest
 from harness import PATIENT, Engine, prompt, transfer
 from serving import Server
@@ -20,10 +19,7 @@ FLAG = "kv-transfer-config"
 
 
 def test_before_the_engine(llama: Path) -> None:
-    run = subprocess.run(
-        [harness.PYTHON, CASES, llama],
-        capture_output=True, text=True, timeout=500, env=harness.environment(), check=False,
-    )  # fmt: skip
+    run = launch.finish(CASES, str(llama), timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     written = re.findall(r"^def (\w+)\(\) -> None:", CASES.read_text(), re.MULTILINE)
     said = [line for line in run.stdout.splitlines() if line in written]

@@ -44,6 +44,7 @@ SUITES = {
 }  # fmt: skip
 
 
+@pytest.mark.server
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("suite", list(SUITES))
 def test_its_suite(suite: str) -> None:

@@ -16,8 +16,8 @@ from tierloom.stages.tiers.redis.tier import Redis, RedisOptions
 from tierloom.stages.tiers.redis.topology import _ranges
 from tierloom.testing import SIZE, key_of
 
+from .standins import Liar
 from .test_redis import RedisBench
-from .test_redis_faults import Liar
 
 pytestmark = pytest.mark.timeout(180)
 

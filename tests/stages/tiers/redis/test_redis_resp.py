@@ -151,6 +151,7 @@ def test_after_a_failure_no_memory_is_touched(loop) -> None:
     assert bytes(feed.into[0]) == before
 
 
+@pytest.mark.slow
 def test_fuzz(loop) -> None:
     """100,000 mutated answers: each ends in answers, in waiting, or in an error with a name."""
     rng = random.Random(1)
