@@ -153,35 +153,20 @@ def _payload(path: Path) -> int:
 
 
 def _config(chain: list[Codec], folder: str, chunk: int, arena: int) -> dict[str, Any]:
-    """Store and retrieve as the presets have them, around the codecs, with time enough."""
+    """`minimal`, with the codecs before a `files` tier instead of memory, and enough time."""
     codecs = {f"codec{i}": {"use": c.use, **c.options} for i, c in enumerate(chain)}
     return {
         "version": 1,
+        "extends": "minimal",
         "order": "canonical",
         "chunk": {"tokens": chunk, "grain": math.gcd(chunk, 32)},
         "budget": {"arena": arena},
-        "tiers": {"kept": {"use": "files", "path": folder, "timeout": "60 s"}},
+        "tiers": {"hot": None, "kept": {"use": "files", "path": folder, "timeout": "60 s"}},
         "graphs": {
             "store": {
                 "deadline": "600 s",
-                "stages": {
-                    "keys": {"use": "hash"},
-                    "fresh": {"use": "lookup", "want": "absent"},
-                    "pack": {"use": "gather"},
-                    "host": {"use": "to_host"},
-                    **codecs,
-                    "kept": {"use": "put", "tier": "kept"},
-                },
+                "stages": {"hot": None, **codecs, "kept": {"use": "put", "tier": "kept"}},
             },
-            "retrieve": {
-                "deadline": "600 s",
-                "stages": {
-                    "keys": {"use": "hash"},
-                    "plan": {"use": "lookup", "want": "prefix", "worth": "always"},
-                    "fetch": {"use": "get"},
-                    "grow": {"use": "decode"},
-                    "place": {"use": "scatter"},
-                },
-            },
+            "retrieve": {"deadline": "600 s", "stages": {"plan": {"worth": "always"}}},
         },
     }
