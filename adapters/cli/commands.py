@@ -148,9 +148,10 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's folder.")] = False,
 ) -> None:
     """Run a real model with and without tierloom, and compare time and text."""
+    from tierloom.adapters.demo.in_process import InProcess
     from tierloom.adapters.demo.run import run_demo
 
-    raise typer.Exit(run_demo(json, config, keep))
+    raise typer.Exit(run_demo(InProcess(), json, config, keep))
 
 
 @app.command()
