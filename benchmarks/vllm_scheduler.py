@@ -51,7 +51,7 @@ def main() -> None:
         timed("update_connector_output", side.heard, news)
         for request in requests:
             timed("request_finished_all_groups", side.finished, request, ([],))
-    print(f"{len(side.mirror or ())} keys, {WAITING} requests of {TOKENS} tokens")
+    print(f"{len(side.directory or ())} keys, {WAITING} requests of {TOKENS} tokens")
     print(f"{'hook':32} {'calls':>6} {'p50 us':>8} {'p99 us':>8}")
     for name, seconds in [*spent.items(), ("all", [s for v in spent.values() for s in v])]:
         ranked = sorted(seconds)

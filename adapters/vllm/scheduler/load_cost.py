@@ -6,7 +6,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from tierloom.stages.directory.shard_index import Part
+from tierloom.stages.directory.chunk_directory import Part
 from tierloom.stages.ops.lookup import worth
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tierloom.adapters.vllm.exchange.settings import Wishes
-from tierloom.stages.directory.shard_index import Part
+from tierloom.stages.directory.chunk_directory import Part
 from tierloom.stages.kv.namespace import tlv
 from tierloom.stages.ops.hash import Chain
 

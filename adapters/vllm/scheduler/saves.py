@@ -17,7 +17,7 @@ from tierloom.adapters.vllm.exchange.identity import drafted
 from tierloom.adapters.vllm.exchange.messages import Hello, Save, Told
 from tierloom.adapters.vllm.exchange.settings import Settings
 from tierloom.adapters.vllm.scheduler.request import Passage
-from tierloom.stages.directory.shard_index import Mirror
+from tierloom.stages.directory.chunk_directory import ChunkDirectory
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.ops.hash import Chain
 
@@ -44,7 +44,7 @@ class Saves:
         """Called with (request, first token, one past the last, keys) when a save sets out."""
         self._groups, self._workers, self._settings = groups, workers, settings
         self._hello: Hello | None = None
-        self._mirror: Mirror | None = None
+        self._directory: ChunkDirectory | None = None
         self._waiting: list[Save] = []
         """Made, and not sent out yet."""
         self._number = 0
@@ -53,9 +53,9 @@ class Saves:
         self._promised: dict[bytes, int] = {}
         """Keys that are being saved just now, to the job that does it."""
 
-    def greet(self, hello: Hello, mirror: Mirror) -> None:
+    def greet(self, hello: Hello, directory: ChunkDirectory) -> None:
         """The workers are there."""
-        self._hello, self._mirror = hello, mirror
+        self._hello, self._directory = hello, directory
 
     def promised(self, chain: Chain, known: int) -> int:
         """How far beyond the first `known` tokens the chunk that comes next is being saved just
@@ -208,8 +208,8 @@ class Saves:
             self.on_save(p.request, first * chunk, end, keys)
 
     def _is_kept(self, key: bytes) -> bool:
-        assert self._mirror is not None
-        return key in self._promised or self._mirror.has(key)
+        assert self._directory is not None
+        return key in self._promised or self._directory.has(key)
 
 
 def _lost_blocks(request: Any, output: Any) -> bool:

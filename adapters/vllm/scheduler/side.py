@@ -1,7 +1,7 @@
 """The connector beside vLLM's scheduler: what is kept for a request, what to load, what to save.
 
 Its thread is the engine's heartbeat, so it does no I/O and waits for nothing: it knows what the
-workers keep from what they tell (`vllm_index.Mirror`), and where only a remote tier knows, the
+workers keep from what they tell (`ChunkDirectory`), and where only a remote tier knows, the
 request waits, for a bounded time, while others go on.
 """
 
@@ -21,7 +21,7 @@ from tierloom.adapters.vllm.scheduler.lora import Adapters
 from tierloom.adapters.vllm.scheduler.request import Passage
 from tierloom.adapters.vllm.scheduler.saves import Saves
 from tierloom.stages.contract.batch import Span
-from tierloom.stages.directory.shard_index import Mirror, Part
+from tierloom.stages.directory.chunk_directory import ChunkDirectory, Part
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.ops.hash import Chain
 
@@ -56,7 +56,7 @@ class SchedulerSide:
         """Workers that have yet to tell all that they kept when they began."""
         self._early: list[tuple[int, list[Seen]]] = []
         """What workers told before all had said what they are."""
-        self.mirror: Mirror | None = None
+        self.directory: ChunkDirectory | None = None
         self._passages: dict[str, Passage] = {}
         self.saves = Saves(vllm_config, self._groups, conf.settings) if saves else None
         self._to_load: list[Load] = []
@@ -229,8 +229,8 @@ class SchedulerSide:
             p.forget()
         if self.saves is not None:
             self.saves.forget(self._epoch)
-        if self.mirror is not None:
-            self.mirror.clear()
+        if self.directory is not None:
+            self.directory.clear()
         return forget(self._vllm, self._epoch, local=which == "local")
 
     def close(self) -> None:
@@ -239,8 +239,10 @@ class SchedulerSide:
     def report(self) -> dict[str, Any]:
         """Plain numbers, for tests and for the curious."""
         jobs = self.saves.jobs if self.saves else ()
-        return {"requests": len(self._passages), "jobs": len(jobs), "keys": len(self.mirror or ()),
-                "rate": self.worth.rate, "off": self.off}  # fmt: skip
+        return {
+            "requests": len(self._passages), "jobs": len(jobs), "keys": len(self.directory or ()),
+            "rate": self.worth.rate, "off": self.off,
+        }  # fmt: skip
 
     def _named(self, p: Passage) -> bool:
         """The request's chain is there; False: not yet."""
@@ -264,9 +266,9 @@ class SchedulerSide:
     def _look(self, p: Passage, most: int) -> list[Part] | None:
         """What is kept of a request's first `most` tokens; None: not known yet."""
         assert self.hello is not None
-        assert self.mirror is not None
+        assert self.directory is not None
         chain = p.links(self.conf.settings.keys)
-        plan = self.mirror.find(chain.links, most)
+        plan = self.directory.find(chain.links, most)
         found = sum(part.tokens for part in plan)
         if found >= most:
             return plan
@@ -294,10 +296,10 @@ class SchedulerSide:
                 self._behind.add(worker)
         elif told.seen and not told.more:
             self._behind.discard(worker)
-        if self.hello is not None and self.mirror is not None:
+        if self.hello is not None and self.directory is not None:
             for seen in told.seen:
                 share = worker * self.hello.shares + seen.share
-                changed = self.mirror.note(share, seen.tier, seen.kept, seen.links)
+                changed = self.directory.note(share, seen.tier, seen.kept, seen.links)
                 if changed and self.on_change is not None:
                     self.on_change(*changed, seen.tier)
         elif told.seen and not self.off:
@@ -335,11 +337,11 @@ class SchedulerSide:
             self.off = f"keys: engine wants chunk.grain {self.hash_block}, got {first.grain}"
         if self.off:
             log.error("caching is off: %s", self.off)
-        self.mirror = Mirror(
-            first.tiers, shares=self._workers * first.shares, chunk=first.chunk, grain=first.grain
+        self.directory = ChunkDirectory(
+            first.tiers, holders=self._workers * first.shares, chunk=first.chunk, grain=first.grain
         )
         if self.saves is not None:
-            self.saves.greet(self.hello, self.mirror)
+            self.saves.greet(self.hello, self.directory)
         early, self._early = self._early, []
         for whose, seen in early:
             self._hear(whose, Told(seen=seen))

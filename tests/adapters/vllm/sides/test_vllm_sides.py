@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tierloom import ConfigError
 from tierloom.adapters.vllm.exchange.settings import Settings, Wishes, configured, wishes
 from tierloom.adapters.vllm.scheduler.load_cost import Worth
-from tierloom.stages.directory.shard_index import Mirror, Part
+from tierloom.stages.directory.chunk_directory import ChunkDirectory, Part
 
 CHUNK, GRAIN = 64, 16
 
@@ -137,12 +137,12 @@ def test_wishes_that_cannot_be_read(params: dict[str, Any]) -> None:
 # -- index -------------------------------------------------------------------------------------
 
 
-def mirror(shares: int = 1) -> Mirror:
-    return Mirror(("hot", "warm"), shares=shares, chunk=CHUNK, grain=GRAIN)
+def directory(shares: int = 1) -> ChunkDirectory:
+    return ChunkDirectory(("hot", "warm"), holders=shares, chunk=CHUNK, grain=GRAIN)
 
 
 def test_a_prompt_is_found_up_to_where_it_leaves_what_is_kept() -> None:
-    index = mirror()
+    index = directory()
     for part in chunks(chain(0, 12)):
         assert index.note(0, "hot", True, part) == (part[-32:], True)
     assert index.find(chain(0, 12), 192) == [Part(64, "hot")] * 3
@@ -153,7 +153,7 @@ def test_a_prompt_is_found_up_to_where_it_leaves_what_is_kept() -> None:
 
 
 def test_a_chunk_counts_only_where_every_share_of_it_is() -> None:
-    index, part = mirror(shares=3), chunks(chain(0, 4))[0]
+    index, part = directory(shares=3), chunks(chain(0, 4))[0]
     assert index.note(0, "hot", True, part) is None
     assert index.note(1, "hot", True, part) is None
     assert not index.find(chain(0, 4), 64)
@@ -190,7 +190,7 @@ events = st.lists(
 @given(events)
 def test_the_index_says_what_a_plain_list_would(history: list[Event]) -> None:
     """Whole chunks, against a set of (share, tier, chunk)."""
-    index, kept = mirror(shares=2), set()
+    index, kept = directory(shares=2), set()
     parts = {p: chunks(chain(p, 12, shared=4)) for p in range(3)}  # the first chunk is all's
     for e in history:
         part = parts[e.prompt][e.at]
