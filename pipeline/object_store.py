@@ -44,7 +44,7 @@ class Catalog:
     def __init__(self, tiers: Sequence[str]) -> None:
         self._lock = threading.Lock()
         self._empty = ChunkDirectory(tiers)
-        self._spaces = defaultdict(partial(ChunkDirectory, tiers))
+        self._spaces: dict[bytes, ChunkDirectory] = defaultdict(partial(ChunkDirectory, tiers))
 
     def note(self, tier: str, size: Callable[[bytes], int], kept: bool, links: bytes) -> None:
         """A tier's `watch`. `size`: of an object that it keeps."""

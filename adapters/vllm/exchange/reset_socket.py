@@ -35,7 +35,7 @@ def address(vllm_config: Any, worker: int) -> str:
     return f"{tempfile.gettempdir()}/tierloom-{os.getuid()}/{name}"
 
 
-class Door:
+class ResetSocket:
     """Answers one question after another, in a thread of its own, until it is closed."""
 
     def __init__(self, address: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -130,7 +130,7 @@ def _paths(value: Any, path: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class RequestOptions:
     """What one request says in `kv_transfer_params`."""
 
     skip_save: bool = False
@@ -141,11 +141,11 @@ class Wishes:
     """Tokens of it that may be loaded and saved."""
 
 
-def wishes(params: Mapping[str, Any] | None) -> Wishes:
-    """Read a request's switches. Raises ValueError, naming the one that cannot be used."""
+def request_options(params: Mapping[str, Any] | None) -> RequestOptions:
+    """Read a request's options. Raises ValueError, naming the one that cannot be used."""
     own = _own(params) if params else {}
     if not own:
-        return Wishes()
+        return RequestOptions()
     assert params is not None
     if twice := _twice(params):
         raise ValueError(f"{', '.join(twice)}: stands twice")
@@ -166,4 +166,4 @@ def wishes(params: Mapping[str, Any] | None) -> Wishes:
     if most is not None and most < 0:
         raise ValueError(f"{PREFIX}max_tokens must not be negative, got {most}")
     pairs = tuple(sorted((str(k), str(v)) for k, v in tags.items()))
-    return Wishes(skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most)
+    return RequestOptions(skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most)
