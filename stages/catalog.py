@@ -26,6 +26,8 @@ class Codec(NamedTuple):
     """Its function that undoes a frame."""
     stage: str = ""
     """Its class, which a graph names by `name`; none for what only other codecs use."""
+    encrypts: bool = False
+    """It keeps content secret, and does not make it smaller."""
     describe: str = ""
     """Its function `(data, codecs, scan) -> str`: what `inspect` can say of a frame."""
 
@@ -41,10 +43,15 @@ CODECS = {
         Codec(6, "int4", "quantized.int4", "from_int4", "Int4"),
         Codec(7, "turboquant", "quantized.turboquant", "from_turboquant", "TurboQuant"),
         Codec(8, "rans", "lossless.rans", "from_rans", "Rans"),
-        Codec(9, "cachegen", "cachegen.stage", "from_cachegen", "CacheGen", "describe"),
-        Codec(10, "aesgcm", "encryption.aesgcm", "opened", "AesGcm"),
+        Codec(9, "cachegen", "cachegen.stage", "from_cachegen", "CacheGen", describe="describe"),
+        Codec(10, "aesgcm", "encryption.aesgcm", "opened", "AesGcm", encrypts=True),
         Codec(
-            11, "progressive", "cachegen.progressive", "from_progressive", "Progressive", "describe"
+            11,
+            "progressive",
+            "cachegen.progressive",
+            "from_progressive",
+            "Progressive",
+            describe="describe",
         ),
     )
 }

@@ -23,7 +23,7 @@ from tierloom.stages.tiers.disk.default_folder import DEFAULT
 from tierloom.stages.user_home import expanded
 
 GIB = 1 << 30
-_COLOURS = {"ok": "green", "warn": "yellow", "absent": "dim"}
+_COLORS = {"ok": "green", "warn": "yellow", "absent": "dim"}
 
 
 class Finding(NamedTuple):
@@ -42,9 +42,9 @@ def report() -> None:
             finding = look()
         except Exception as e:  # a broken driver or library is a finding, not a crash
             finding = Finding("warn", f"{type(e).__name__}: {e}")
-        colour = _COLOURS[finding.state]
+        color = _COLORS[finding.state]
         said = (escape(finding.text), escape(finding.hint))  # they may have [brackets]
-        table.add_row(f"[{colour}]{finding.state}[/]", name, *said)
+        table.add_row(f"[{color}]{finding.state}[/]", name, *said)
     Console(highlight=False).print(table)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from tierloom.adapters.transformers.cached_model import Kept
+    from tierloom.adapters.transformers.cached_model import CachedModel
 
 
 class InProcess:
@@ -101,15 +101,15 @@ def prompt(tokenizer: Any, question: str) -> torch.Tensor:
     return ids
 
 
-def _loaded(config: str, folder: Path) -> tuple[Any, Any, Kept]:
+def _loaded(config: str, folder: Path) -> tuple[Any, Any, CachedModel]:
     """The model, warm, its tokenizer, and the model with a pipeline of its own."""
     import torch
 
-    from tierloom.adapters.transformers.cached_model import Kept
+    from tierloom.adapters.transformers.cached_model import CachedModel
 
     model, tokenizer = smollm2.load()
     _ask(model, torch.arange(100, 356).unsqueeze(0))  # torch makes its threads and primitives
-    kept = Kept(model, config=config, name=smollm2.NAME, overrides=disks(config, folder))
+    kept = CachedModel(model, config=config, name=smollm2.NAME, overrides=disks(config, folder))
     return model, tokenizer, kept
 
 
@@ -128,7 +128,7 @@ def _ask(model: Any, ids: torch.Tensor, streamer: Any = None) -> Answer:
     """Answer without tierloom."""
     import torch
 
-    from tierloom.adapters.transformers.cached_model import Watch
+    from tierloom.adapters.transformers.streamer import Watch
 
     watch = Watch(streamer)
     started = time.perf_counter()
@@ -139,7 +139,7 @@ def _ask(model: Any, ids: torch.Tensor, streamer: Any = None) -> Answer:
     return _answer(ids, out, watch.first - started, 0)
 
 
-def _ask_kept(kept: Kept, ids: torch.Tensor, streamer: Any) -> Answer:
+def _ask_kept(kept: CachedModel, ids: torch.Tensor, streamer: Any) -> Answer:
     """Answer through tierloom; waits afterwards until what it stores is kept."""
     out = kept.generate(ids, streamer=streamer, max_new_tokens=NEW_TOKENS, do_sample=False)
     kept.flush()

@@ -27,6 +27,7 @@ from tierloom.adapters.demo.questions import QUESTIONS, asked
 from tierloom.adapters.demo.run import NEW_TOKENS, Demo, Pair, Verdict, disks, run_demo
 from tierloom.adapters.demo.screen import Answer
 from tierloom.adapters.demo.vllm_server import Server
+from tierloom.stages.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +47,7 @@ class OnVllm:
 
     def run(self, demo: Demo, config: str, folder: Path) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise smollm2.DemoNeeds("vLLM is not installed beside this Python: make demo-vllm")
+            raise ConfigError("vLLM is not installed for this Python: run make demo-vllm")
         demo.console.print(
             f"{smollm2.NAME} behind vLLM {_version()} in float32 on CPU, prefix caching off, "
             f"pipeline [bold]{config}[/]. Times are from sending a request to its first text.\n",

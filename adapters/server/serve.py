@@ -130,7 +130,7 @@ class Serving:
         self.sessions: set[Session] = set()
 
     async def run(self, started: Callable[[list[str]], None], stop: anyio.Event) -> None:
-        """Serve until `stop`, then let go in good order. `started` is told the addresses."""
+        """Serve until `stop`, then shut down in order. `started` is called with the addresses."""
         with contextlib.ExitStack() as home:
             socks = [home.enter_context(_bound(listen)) for listen in self._listens]
             try:

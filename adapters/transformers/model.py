@@ -102,7 +102,7 @@ def fingerprint(model: Any, changed: Collection[str] = ()) -> str:
     """sha256 over what the weights and the config are, as hex; the same in every process.
 
     Up to 1 GiB of weights are hashed whole (about 1 s/GiB). Of larger models each tensor over 1 MiB
-    gives 64 strips of 16 KiB, evenly spaced: a retrained or merged model is told apart, a change
+    gives 64 strips of 16 KiB, evenly spaced: a retrained or merged model is distinguished, a change
     of single weights between the strips is not (pass `weights=` where that matters). Those that are
     known to have `changed` are hashed whole in any case.
     """
@@ -156,7 +156,7 @@ def _run_one_token(model: Any, cache: DynamicCache) -> None:
 
 
 def _tried(model: Any, shape: KVShape) -> float:
-    """How far the logits behind a prompt are off, as a share of their size, when its first tokens
+    """How far the logits after a prompt are off, as a share of their size, when its first tokens
     come out of another prompt's cache: the worse of what `generate` and a bare forward say."""
     words = getattr(model.config, "vocab_size", None) or TRIED
     ids = ((torch.arange(TRIED, device=model.device) * 7 + 5) % words).unsqueeze(0)
@@ -171,7 +171,7 @@ def _tried(model: Any, shape: KVShape) -> float:
 
 
 def _forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """What the model says of the token after `ids`, which come behind what `cache` holds."""
+    """The model's logits for the token after `ids`, which follow what `cache` holds."""
     with torch.no_grad():
         out = model(ids, use_cache=True, **with_cache(model, cache))
     logits: torch.Tensor = out.logits[:, -1].float()

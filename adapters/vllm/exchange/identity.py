@@ -135,8 +135,8 @@ def _hash_weights(h: Any, model: Any, load: Any) -> None:
     if folder is not None and files:
         return hash_files(h, folder, files)
     log.warning(
-        "no weight files found for %s: its KV is told apart by that name and its revision only; "
-        "set tierloom.weights to a content id, above all if the weights behind it can change",
+        "no weight files found for %s: its KV is identified by that name and its revision only; "
+        "set tierloom.weights to a content id, above all if the weights can change",
         remote or model.model,
     )
     h.update(tlv(("name", str(remote or model.model).encode()),

@@ -9,6 +9,7 @@ import pytest
 from harness import ROOT, Engine, transfer
 
 from tierloom.adapters.demo import smollm2
+from tierloom.stages.errors import ConfigError
 
 if TYPE_CHECKING:
     from conftest import Reference
@@ -22,7 +23,7 @@ OPTIONS = {"kv_cache_memory_bytes": 256 << 20}
 def model() -> Path:
     try:
         return smollm2.model_dir(progress=False)
-    except smollm2.DemoNeeds as missing:
+    except ConfigError as missing:
         pytest.skip(str(missing))
 
 

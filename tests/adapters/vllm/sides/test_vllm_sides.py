@@ -66,8 +66,8 @@ def test_settings_and_overrides_are_told_apart(monkeypatch) -> None:
         ({"tierloom": {"hold": 0.5}}, "0.5 has no unit; write '0.5 ms' or '0.5 s'"),
         ({"tierloom": {"laod": "async"}}, "unknown key 'laod'.*load"),
         ({"tierloom": "layer"}, "tierloom wants a mapping, got 'layer'"),
-        ({"tierloom.load": "layer", "tierloom": {"load": "async"}}, "tierloom.load: stands twice"),
-        ({"tiers.hot.capacity": 1, "tiers": {"hot": {"capacity": 2}}}, "hot.capacity: stands twi"),
+        ({"tierloom.load": "layer", "tierloom": {"load": "async"}}, "tierloom.load: is set twice"),
+        ({"tiers.hot.capacity": 1, "tiers": {"hot": {"capacity": 2}}}, "hot.capacity: is set twi"),
     ],
 )
 def test_settings_that_cannot_be_used(extra: dict[str, Any], says: str) -> None:
