@@ -118,7 +118,7 @@ class KeptLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class TierloomCache(Cache):
-    """`past_key_values` for one sequence, filled from and kept in a tierloom pipeline.
+    """`past_key_values` for one sequence, loaded from and stored in a tierloom pipeline.
 
     Made by `CachedModel.cache`. Pass it to `model.generate` with the whole prompt and a full
     attention mask, or to `model(...)` with the tokens from `get_seq_length()` on. At least one
@@ -171,8 +171,8 @@ class TierloomCache(Cache):
         if self._stepwise and end > most:
             self.abandon()
             raise LayoutError(
-                f"the model was run over {end - length} tokens where {most - length} were left: it "
-                "does not go on from what its cache holds, so its KV cannot be kept"
+                f"the model was run over {end - length} tokens, but {most - length} were left: it "
+                "does not continue from what its cache holds, so its KV cannot be stored"
             )
 
     def leave(self, index: int, length: int) -> None:

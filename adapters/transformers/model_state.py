@@ -249,7 +249,7 @@ def _text(value: Any, name: str) -> Any:
     if text and key not in _HOOKS and (key != "forward" or _from_library(text, "accelerate")):
         return text
     what = f"the {type(value).__qualname__} {getattr(value, '__qualname__', '')}".strip()
-    raise InputError(f"{name} is {what}, of which nobody can say what it computes: {_ASKED}")
+    raise InputError(f"{name} is {what}, and what it computes cannot be determined: {_ASKED}")
 
 
 def _function(value: Any, *, of_class: bool) -> str:

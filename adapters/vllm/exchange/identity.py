@@ -108,8 +108,8 @@ def adapter_id(path: str | Path) -> str:
     folder, files = find(os.path.expanduser(path), None, None, KINDS)
     if folder is None or not files:
         raise InputError(
-            f"{path}: no adapter weights ({', '.join(KINDS)}) found here, so what is computed with "
-            "them cannot be named: use a local folder"
+            f"{path}: no adapter weights ({', '.join(KINDS)}) found here, so what is computed "
+            "with them cannot be identified: use a local folder"
         )
     try:
         config = dict(json.loads((folder / "adapter_config.json").read_text("utf-8")))

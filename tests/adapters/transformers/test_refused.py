@@ -60,7 +60,7 @@ def dynamic_rope() -> Any:
             "encoder-decoder",
         ),
         (dynamic_rope, "rope_type dynamic"),
-        (lambda: spread(BertLMHeadModel(BertConfig(**SMALL))), "answers otherwise"),
+        (lambda: spread(BertLMHeadModel(BertConfig(**SMALL))), "answers differently"),
         (
             lambda: XLMWithLMHeadModel(
                 XLMConfig(vocab_size=300, emb_dim=64, n_layers=2, n_heads=4)
@@ -165,7 +165,7 @@ def test_a_model_that_is_run_over_all_tokens_again(
         return prepare(self, ids, **options | {"next_sequence_length": None})
 
     monkeypatch.setattr(LlamaForCausalLM, "prepare_inputs_for_generation", all_of_it)
-    with pytest.raises(LayoutError, match="run over 301 tokens where 1 were left"):
+    with pytest.raises(LayoutError, match="run over 301 tokens, but 1 were left"):
         kept.generate(tokens(300), max_new_tokens=4, do_sample=False)
 
 
