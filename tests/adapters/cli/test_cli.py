@@ -136,7 +136,7 @@ def test_doctor_tells_what_this_user_may_not_write(run, monkeypatch, tmp_path) -
         assert says in out
         assert out.count("set NUMBA_CACHE_DIR to a folder") == 1
         assert "no permission to write to /dev" in out
-        assert "set TIERLOOM_DIR to a folder of this user's" in out
+        assert "set TIERLOOM_DIR to a folder of this user" in out
 
 
 def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:

@@ -124,7 +124,7 @@ REFUSED: dict[str, str] = {
     ), "cached nothing of a token that was run through it"),
     **dict.fromkeys((
         "musicgen", "musicgen_melody", "prophetnet", "xlm", "xlstm"
-    ), "fails when it is run with a cache"),
+    ), "fails if it is run with a cache"),
     **{name: "answers differently if" for name in VARIANTS if name.endswith("not a decoder")},
     "gemma, bidirectional": "attends to later tokens",
     "llama, dynamic rope": "rope_type dynamic",

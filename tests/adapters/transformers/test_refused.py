@@ -65,7 +65,7 @@ def dynamic_rope() -> Any:
             lambda: XLMWithLMHeadModel(
                 XLMConfig(vocab_size=300, emb_dim=64, n_layers=2, n_heads=4)
             ),
-            "xlm fails when it is run with a cache",
+            "xlm fails if it is run with a cache",
         ),
     ],
 )
