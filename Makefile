@@ -54,7 +54,7 @@ $(VLLM_READY): pyproject.toml tests/adapters/vllm/install.py
 vllm: $(VLLM_READY)
 
 demo-vllm: $(VLLM_READY)
-	$(VLLM)/bin/python -m tierloom.adapters.demo.run_vllm --json demo-vllm.json
+	$(VLLM)/bin/python -m tierloom.adapters.demo.on_vllm --json demo-vllm.json
 
 # Quick where nothing is to do. TIERLOOM_REQUIRE_ENGINES=1 makes a missing one a failure.
 engines: $(READY)

@@ -13,9 +13,14 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from tierloom.adapters.vllm.exchange.messages import Hello, News, Seen, Told
-from tierloom.adapters.vllm.exchange.settings import Wishes, configured
-from tierloom.adapters.vllm.scheduler.request import Passage
+from tierloom.adapters.vllm.exchange.messages import (
+    CacheEvent,
+    WorkerInfo,
+    WorkerReport,
+    WorkerReports,
+)
+from tierloom.adapters.vllm.exchange.settings import RequestOptions, configured
+from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.prefix import Chain
@@ -39,19 +44,33 @@ def main() -> None:
 
     for _ in range(ROUNDS):
         for request in requests:
-            timed("on_new_request", side.arrived, request)
+            timed("on_new_request", side.on_new_request, request)
         for request in requests:
-            found, _ = timed("get_num_new_matched_tokens", side.matched, request, 0)
+            found, _ = timed(
+                "get_num_new_matched_tokens", side.get_num_new_matched_tokens, request, 0
+            )
             blocks = SimpleNamespace(get_block_ids=lambda: (list(range(1, TOKENS // BLOCK + 2)),))
             if found:
-                timed("update_state_after_alloc", side.allotted, request, blocks, found)
+                timed(
+                    "update_state_after_alloc",
+                    side.update_state_after_alloc,
+                    request,
+                    blocks,
+                    found,
+                )
         output = SimpleNamespace(total_num_scheduled_tokens=0, num_scheduled_tokens={})
-        timed("build_connector_meta", side.plan, output)
-        news = News({0: Told(seen=[Seen(0, "hot", True, os.urandom(32 * 8)) for _ in range(32)])})
-        timed("update_connector_output", side.heard, news)
+        timed("build_connector_meta", side.build_connector_meta, output)
+        news = WorkerReports(
+            {
+                0: WorkerReport(
+                    events=[CacheEvent(0, "hot", True, os.urandom(32 * 8)) for _ in range(32)]
+                )
+            }
+        )
+        timed("update_connector_output", side.update_connector_output, news)
         for request in requests:
-            timed("request_finished_all_groups", side.finished, request, ([],))
-    print(f"{len(side.mirror or ())} keys, {WAITING} requests of {TOKENS} tokens")
+            timed("request_finished_all_groups", side.request_finished_all_groups, request, ([],))
+    print(f"{side.report()['keys']} keys, {WAITING} requests of {TOKENS} tokens")
     print(f"{'hook':32} {'calls':>6} {'p50 us':>8} {'p99 us':>8}")
     for name, seconds in [*spent.items(), ("all", [s for v in spent.values() for s in v])]:
         ranked = sorted(seconds)
@@ -71,12 +90,12 @@ def _side() -> SchedulerSide:
         kv_cache_groups=[group], cache_hit_alignment_tokens=BLOCK, hash_block_size=BLOCK
     )
     side = SchedulerSide(config, caches, configured({}))
-    hello = Hello(
-        whole=Namespace(model="m"), grain=BLOCK, chunk=CHUNK, unit=BLOCK, shares=1,
+    info = WorkerInfo(
+        namespace=Namespace(model="m"), grain=BLOCK, chunk=CHUNK, unit=BLOCK, groups=1,
         tiers=("hot", "warm"), remote="", uses={}, worth="auto", deadline=0.8, token_bytes=1000,
         off="",
     )  # fmt: skip
-    side.heard(News({0: Told(hello=hello)}))
+    side.update_connector_output(WorkerReports({0: WorkerReport(info=info)}))
     return side
 
 
@@ -91,17 +110,18 @@ def _request(name: str, rng: random.Random) -> SimpleNamespace:
 
 def _fill(side: SchedulerSide, requests: list[SimpleNamespace]) -> None:
     """Half of the requests are kept, and as many other chunks as make `KEYS`."""
-    assert side.hello is not None
-    seen: list[Seen] = []
+    seen: list[CacheEvent] = []
     for request in requests[: WAITING // 2]:
-        passage = Passage(request, Wishes(), None)
-        passage.chain = Chain(side.hello.whole.digest, BLOCK)
-        links = b"".join(passage.links("own").links)
+        tracked = TrackedRequest(request, RequestOptions(), None)
+        tracked.chain = Chain(side.info.namespace.digest, BLOCK)
+        links = b"".join(tracked.links("own").links)
         step = 32 * CHUNK // BLOCK
-        seen += [Seen(0, "hot", True, links[i : i + step]) for i in range(0, len(links), step)]
+        seen += [
+            CacheEvent(0, "hot", True, links[i : i + step]) for i in range(0, len(links), step)
+        ]
     while len(seen) < KEYS:
-        seen.append(Seen(0, "hot", True, os.urandom(32 * 8)))
-    side.heard(News({0: Told(seen=seen)}))
+        seen.append(CacheEvent(0, "hot", True, os.urandom(32 * 8)))
+    side.update_connector_output(WorkerReports({0: WorkerReport(events=seen)}))
 
 
 if __name__ == "__main__":

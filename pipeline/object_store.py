@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -20,6 +20,7 @@ import anyio
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.directory.chunk_directory import ChunkDirectory
 from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of
 from tierloom.stages.memory.arena import Arena, Lease
@@ -40,39 +41,29 @@ _PATIENCE = 2.0
 class Catalog:
     """Which objects of which namespace the tiers with an index keep; from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, tiers: Sequence[str]) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[bytes, dict[bytes, list[int]]] = {}
-        """By namespace and name: tiers that have it, bytes."""
-        self._nbytes: dict[bytes, int] = {}
+        self._empty = ChunkDirectory(tiers)
+        self._spaces: dict[bytes, ChunkDirectory] = defaultdict(partial(ChunkDirectory, tiers))
 
-    def note(self, size: Callable[[bytes], int], kept: bool, links: bytes) -> None:
+    def note(self, tier: str, size: Callable[[bytes], int], kept: bool, links: bytes) -> None:
         """A tier's `watch`. `size`: of an object that it keeps."""
         space, name = links[:LINK], links[-LINK:]
         with self._lock:
-            names = self._kept.setdefault(space, {})
-            if kept:
-                entry = names.setdefault(name, [0, size(name)])
-                entry[0] += 1
-                if entry[0] == 1:
-                    self._nbytes[space] = self._nbytes.get(space, 0) + entry[1]
-                return
-            entry = names[name]
-            entry[0] -= 1
-            if not entry[0]:
-                del names[name]
-                self._nbytes[space] -= entry[1]
-                if not names:
-                    del self._kept[space], self._nbytes[space]
+            objects = self._spaces[space]
+            objects.note(0, tier, kept, name, size(name) if kept else 0)
+            if not len(objects):
+                del self._spaces[space]
 
     def names(self, space: bytes) -> list[bytes]:
         with self._lock:
-            return list(self._kept.get(space, ()))
+            return self._spaces.get(space, self._empty).keys()
 
     def count(self, space: bytes) -> tuple[int, int]:
         """Objects and bytes of a namespace."""
         with self._lock:
-            return len(self._kept.get(space, ())), self._nbytes.get(space, 0)
+            objects = self._spaces.get(space, self._empty)
+            return len(objects), objects.nbytes
 
 
 class Grip:
@@ -125,7 +116,7 @@ class Depot:
         self.tiers: list[Guarded] = []
         self.dropped = 0
         """Objects that a colder tier was too slow for."""
-        self._catalog = Catalog()
+        self._catalog = Catalog(list(spec.tiers))
         self._io = Pool(spec.budget.threads, "io")
         self._behind: dict[str, deque[Object]] = {}
         self._awake: dict[str, anyio.Event] = {}
@@ -141,7 +132,7 @@ class Depot:
         for name, t in self.spec.tiers.items():
             make: Any = t.cls  # every tier takes (options, context)
             sizes: list[Guarded] = []
-            watch = partial(self._catalog.note, partial(_size, sizes))
+            watch = partial(self._catalog.note, name, partial(_size, sizes))
             ctx = TierContext(self.arena, b"", self._io, watch)
             tier = Guarded(make(t.options, ctx), name, t.breaker)
             sizes.append(tier)

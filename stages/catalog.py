@@ -27,6 +27,8 @@ class Codec(NamedTuple):
     """Its function that undoes a frame."""
     stage: str = ""
     """Its class, which a graph names by `name`; none for what only other codecs use."""
+    encrypts: bool = False
+    """It keeps content secret, and does not make it smaller."""
     describe: str = ""
     """Its function `(data, codecs, scan) -> str`: what `inspect` can say of a frame."""
 
@@ -46,9 +48,16 @@ CODECS = {
         Codec(6, "int4", ".quantized.int4", "from_int4", "Int4"),
         Codec(7, "turboquant", ".quantized.turboquant", "from_turboquant", "TurboQuant"),
         Codec(8, "rans", ".lossless.rans", "from_rans", "Rans"),
-        Codec(9, "cachegen", ".cachegen.stage", "from_cachegen", "CacheGen", "describe"),
-        Codec(10, "aesgcm", ".encryption.aesgcm", "opened", "AesGcm"),
-        Codec(11, "progressive", ".cachegen.progressive", "decoded", "Progressive", "describe"),
+        Codec(9, "cachegen", ".cachegen.stage", "from_cachegen", "CacheGen", describe="describe"),
+        Codec(10, "aesgcm", ".encryption.aesgcm", "opened", "AesGcm", encrypts=True),
+        Codec(
+            11,
+            "progressive",
+            ".cachegen.progressive",
+            "decoded",
+            "Progressive",
+            describe="describe",
+        ),
     )
 }
 """The one registry of codecs: a new one is a file and a line here."""

@@ -6,6 +6,7 @@ while a request is under way is data (`Lost`), because the engine simply recompu
 
 from __future__ import annotations
 
+import importlib.util
 from enum import IntEnum
 
 
@@ -15,6 +16,21 @@ class TierloomError(Exception):
 
 class ConfigError(TierloomError):
     """A YAML file or an option that cannot be run. Carries every problem found, not the first."""
+
+
+class MissingPackage(ConfigError):
+    """An optional package cannot be imported; the text says how to install it."""
+
+    def __init__(self, what: str, extra: str, more: str = "") -> None:
+        """`what`: the package, and what needs it. `extra`: of tierloom, which brings it."""
+        super().__init__(f"{what} is not installed: pip install 'tierloom[{extra}]'{more}")
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise MissingPackage unless all of these can be imported. Imports none of them."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackage(module, extra)
 
 
 class InputError(TierloomError, ValueError):

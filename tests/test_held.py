@@ -19,8 +19,8 @@ THREADS = {
     "pipeline/run/loop_thread.py": "Portal.__init__ awaited",
     "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
     "src/tierloom/testing/bench.py": "Pool.__call__",
-    "adapters/vllm/scheduler/lora.py": "Adapters.__init__ Adapters.name",  # reads files
-    "adapters/vllm/exchange/reset_socket.py": "Door.__init__",  # clears pipelines
+    "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files
+    "adapters/vllm/exchange/reset_socket.py": "ResetSocket.__init__",  # clears pipelines
 }
 """Where threads are made or used at all."""
 ADDRESSES = {

@@ -1,4 +1,4 @@
-"""The command line. A user's mistake is told in words and exits with 2; never a traceback."""
+"""The command line. A user's mistake is explained and exits with 2; never a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tierloom.stages.options import parse_seconds
 
 app = typer.Typer(
     name="tierloom",
-    help="Keep the KV cache of language models and give it back when the same text comes again.",
+    help="Store the KV cache of language models and reuse it when the same text comes again.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,7 +56,7 @@ def _root(
 
 @app.command()
 def check(config: Config) -> None:
-    """Check a pipeline file and tell every problem at once.
+    """Check a pipeline file and report every problem at once.
 
     Exits with 0 if it can run (warnings are printed), with 2 if it cannot.
     """
@@ -101,13 +101,13 @@ def schema(
 def import_lmcache(
     file: Annotated[
         Path | None,
-        typer.Argument(help="LMCache's YAML; else what it would read: LMCACHE_* variables."),
+        typer.Argument(help="LMCache's YAML; by default the LMCACHE_* variables that it reads."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Write to a file.")
     ] = None,
 ) -> None:
-    """Turn an LMCache configuration into a tierloom one, and say what has no counterpart."""
+    """Convert an LMCache configuration to a tierloom one, and list what has no counterpart."""
     from tierloom.adapters.lmcache.convert import run_import
 
     run_import(file, out)
@@ -122,9 +122,9 @@ def inspect(
         ),
     ],
 ) -> None:
-    """Show what a kept object says of itself, and verify every byte of it; or list a disk's folder.
+    """Show the header of a stored object, and verify every byte of it; or list a disk's folder.
 
-    Exits with 0 if it is whole, with 1 if it is damaged, with 2 if it is no object.
+    Exits with 0 if it is intact, with 1 if it is damaged, with 2 if it is not an object.
     """
     from tierloom.adapters.cli.inspect_object import inspect_object
 
@@ -133,7 +133,7 @@ def inspect(
 
 @app.command()
 def doctor() -> None:
-    """Look at this machine: what tierloom can use here, what is missing, and how to get it."""
+    """Inspect this machine: what tierloom can use here, what is missing, and how to get it."""
     from tierloom.adapters.cli.doctor import report
 
     report()
@@ -145,12 +145,13 @@ def demo(
         Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to a file.")
     ] = None,
     config: Annotated[str, typer.Option(help="The pipeline to run.")] = "tiered",
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's folder.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Do not remove the demo's folder.")] = False,
 ) -> None:
     """Run a real model with and without tierloom, and compare time and text."""
+    from tierloom.adapters.demo.in_process import InProcess
     from tierloom.adapters.demo.run import run_demo
 
-    raise typer.Exit(run_demo(json, config, keep))
+    raise typer.Exit(run_demo(InProcess(), json, config, keep))
 
 
 @app.command()
@@ -165,7 +166,8 @@ def quality(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
     ] = None,
     documents: Annotated[
-        int | None, typer.Option(min=1, help="Only so many documents: quicker, and less certain.")
+        int | None,
+        typer.Option(min=1, help="Use fewer documents: faster, and less certain."),
     ] = None,
 ) -> None:
     """Measure what a codec costs a model in quality, and how many bits it takes."""
@@ -181,7 +183,7 @@ def calibrate(
     ] = "smollm2",
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="Where to write; not said: where it is found."),
+        typer.Option("--out", metavar="FILE", help="Default: where the codec finds it."),
     ] = None,
     transform: Annotated[
         bool,
@@ -190,7 +192,7 @@ def calibrate(
         ),
     ] = True,
 ) -> None:
-    """Learn once how a model's KV is best coded; the codec `cachegen` finds the file by itself."""
+    """Learn once how to encode a model's KV best; the codec `cachegen` finds the file by itself."""
     from tierloom.adapters.quality.calibrate import run_calibrate
 
     raise typer.Exit(run_calibrate(model, out, transform))
@@ -204,20 +206,20 @@ def serve(
     listen: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="URL", help="tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH; again for more."
+            metavar="URL", help="tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH; may be repeated."
         ),
     ] = None,
     token_file: Annotated[
-        str, typer.Option(metavar="FILE", help="Holds the token; else TIERLOOM_TOKEN does.")
+        str, typer.Option(metavar="FILE", help="File with the token; by default TIERLOOM_TOKEN.")
     ] = "",
     cert: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
     key: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
     without_token: Annotated[
-        bool, typer.Option("--without-token", help="Let other hosts in without one.")
+        bool, typer.Option("--without-token", help="Accept other hosts without a token.")
     ] = False,
-    clients: Annotated[int, typer.Option(min=1, help="Connections at most.")] = 512,
+    clients: Annotated[int, typer.Option(min=1, help="Most connections at once.")] = 512,
     drain: Annotated[
-        str, typer.Option(metavar="TIME", help="To finish what is under way, at the end.")
+        str, typer.Option(metavar="TIME", help="Time to finish requests in flight at the end.")
     ] = "10 s",
 ) -> None:
     """Keep objects for many engines, whose pipelines have a tier that uses `server`."""
@@ -237,7 +239,7 @@ def serve(
 def bench(context: typer.Context) -> None:
     """Measure store and retrieve on this machine.
 
-    In a checkout this runs `pytest benchmarks`, and what follows goes to pytest.
+    In a checkout this runs `pytest benchmarks`, with the remaining arguments.
     """
     from tierloom.adapters.cli.bench import run_bench
 

@@ -1,6 +1,7 @@
-"""`tierloom doctor`: what of this machine tierloom can use, what is missing, and how to get it.
+"""`tierloom doctor`: what tierloom can use of this machine, what is missing, and how to get it.
 
-Nothing here fails: what is absent is said so. tierloom runs without any of it, only slower or less.
+Nothing here fails: the report lists what is absent. tierloom runs without any of it, only slower or
+with fewer tiers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tierloom.stages.tiers.disk.default_folder import DEFAULT
 from tierloom.stages.user_home import expanded
 
 GIB = 1 << 30
-_COLOURS = {"ok": "green", "warn": "yellow", "absent": "dim"}
+_COLORS = {"ok": "green", "warn": "yellow", "absent": "dim"}
 
 
 class Finding(NamedTuple):
@@ -42,9 +43,9 @@ def report() -> None:
             finding = look()
         except Exception as e:  # a broken driver or library is a finding, not a crash
             finding = Finding("warn", f"{type(e).__name__}: {e}")
-        colour = _COLOURS[finding.state]
+        color = _COLORS[finding.state]
         said = (escape(finding.text), escape(finding.hint))  # they may have [brackets]
-        table.add_row(f"[{colour}]{finding.state}[/]", name, *said)
+        table.add_row(f"[{color}]{finding.state}[/]", name, *said)
     Console(highlight=False).print(table)
 
 
@@ -81,7 +82,7 @@ def _direct() -> Finding:
 
     folder = _disk_folder()
     if not os.access(folder, os.W_OK | os.X_OK):
-        return Finding("absent", f"may not write to {folder}")
+        return Finding("absent", f"no permission to write to {folder}")
     if can_direct(folder):
         return Finding("ok", f"works in {folder}")
     hint = "reads go through the page cache; set TIERLOOM_DIR to a local disk"
@@ -91,8 +92,8 @@ def _direct() -> Finding:
 def _free_disk() -> Finding:
     folder = _disk_folder()
     if not os.access(folder, os.W_OK | os.X_OK):
-        hint = "nothing is kept on disk by default: set TIERLOOM_DIR to a folder of this user's"
-        return Finding("warn", f"may not write to {folder}", hint)
+        hint = "by default nothing is stored on disk: set TIERLOOM_DIR to a folder of this user"
+        return Finding("warn", f"no permission to write to {folder}", hint)
     free = shutil.disk_usage(folder).free
     text = f"{free / GIB:.1f} GiB free in {folder}"
     if free >= 20 * GIB:
@@ -104,7 +105,7 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("absent", f"torch {torch.__version__} sees none", "kernels run in numba")
+        return Finding("absent", f"torch {torch.__version__} finds none", "kernels run in numba")
     name = torch.cuda.get_device_name()
     return Finding("ok", f"{torch.cuda.device_count()} x {name}, torch {torch.__version__}")
 
@@ -124,10 +125,12 @@ def _numba() -> Finding:
     kept, passing = numba_folder(), temporary_folder()
     if kept is None:
         hint = "each process compiles its code anew: set NUMBA_CACHE_DIR to a folder of this user's"
-        return Finding("warn", f"{text}; nowhere to keep its code", hint)
+        return Finding("warn", f"{text}; no folder to cache its code", hint)
     if passing in kept.parents:
-        hint = "gone with it, the first start is slow: set NUMBA_CACHE_DIR to a folder that stays"
-        return Finding("warn", f"{text}; keeps its code in {passing}", hint)
+        hint = (
+            "deleted with it, and then a start is slow: set NUMBA_CACHE_DIR to a permanent folder"
+        )
+        return Finding("warn", f"{text}; caches its code in {passing}", hint)
     return Finding("ok", text)
 
 

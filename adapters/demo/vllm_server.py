@@ -11,18 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+from tierloom.adapters.demo.screen import Answer
 from tierloom.adapters.demo.smollm2 import NAME
 from tierloom.stages.errors import TierloomError
 
 HOST = "127.0.0.1"
 START_S, ANSWER_S, STOP_S, REST_S = 600.0, 600.0, 60.0, 10.0
-"""How long the server may take to start, to say anything of an answer, and to end; and how much
-longer the engine that it started."""
+"""Seconds the server may take to start, to send the next part of an answer, and to end; and how
+much longer the engine that it started may take."""
 
 # What vLLM needs to run well on a small CPU: one thread that is not pinned (two pinned ones spin at
 # barriers when anything else runs), and float32 (without AMX bfloat16 is ten times slower).
@@ -39,18 +39,6 @@ OPTIONS = (
     "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(512 << 20),
     "--no-enable-prefix-caching", "--enable-prompt-tokens-details",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back for one request."""
-
-    text: str
-    ttft_s: float
-    """From sending the request to its first text."""
-    prompt_tokens: int
-    hit_tokens: int
-    """Tokens of the prompt that the engine did not compute."""
 
 
 class Server:
@@ -114,7 +102,7 @@ class Server:
 
     def ask(
         self, text: str, most: int, params: Mapping[str, Any], said: Callable[[str], None]
-    ) -> Reply:
+    ) -> Answer:
         """Send `text` as a chat and stream the answer, greedy, of `most` tokens at most.
 
         `params` are its kv_transfer_params; `said` is given each piece of text. Raises
@@ -150,7 +138,7 @@ class Server:
         if not usage:
             raise TierloomError("the server's answer ended early")
         hit = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return Reply("".join(pieces), first or whole, usage["prompt_tokens"], hit)
+        return Answer("".join(pieces), first or whole, usage["prompt_tokens"], hit)
 
     def _get(self, path: str) -> int:
         connection = HTTPConnection(HOST, self.port, timeout=5)
@@ -173,7 +161,7 @@ def _events(response: Any) -> Iterator[dict[str, Any]]:
         if data and line.startswith(b"data:"):
             event = json.loads(data)
             if "error" in event:
-                raise TierloomError(f"the server gave up: {event['error']}")
+                raise TierloomError(f"the server failed: {event['error']}")
             yield event
 
 

@@ -1,7 +1,7 @@
 """tierloom import-lmcache: an LMCache configuration as a tierloom one.
 
-What is not said keeps tierloom's default, except that LMCache keeps 5 GB in memory unless told
-otherwise. Secrets are not copied. What has no counterpart stands in comments at the end.
+What is not set keeps tierloom's default, except that LMCache keeps 5 GB in memory by default.
+Secrets are not copied. Options without a counterpart are listed in comments at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tierloom.adapters.lmcache.remote_tiers import (
 from tierloom.stages.options import masked
 
 _MEMORY = 5.0
-"""GB that LMCache keeps in memory when not told."""
+"""GB that LMCache keeps in memory by default."""
 _PLACES = {
     "LocalCPUBackend": "hot", "LocalDiskBackend": "warm", "GdsBackend": "gds",
     "NixlStorageBackend": "nixl",
@@ -41,23 +41,23 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~+-]*( [A-Za-z]+)?")
 
 @dataclass(slots=True)
 class Draft:
-    """A configuration that is being made."""
+    """The configuration being made."""
 
     head: dict[str, dict[str, Any]] = field(default_factory=dict)
     tiers: dict[str, Made] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """Said in a comment at the top."""
+    """For a comment at the top."""
     missing: list[str] = field(default_factory=list)
-    """Said there and on stderr: what was asked for and is not done."""
+    """For a comment at the top and stderr: what was asked for and is not done."""
     codec: str = ""
-    """Of what goes to remote tiers; empty: none."""
+    """Codec of what goes to remote tiers; empty: none."""
     remotes: set[str] = field(default_factory=set)
     """The remote tiers."""
     stores: list[str] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
     deadline: str = ""
     vllm: dict[str, Any] = field(default_factory=dict)
-    """Options of the vLLM connector, which stand elsewhere."""
+    """Options of the vLLM connector, which are set elsewhere."""
 
 
 def run_import(source: Path | None, out: Path | None) -> None:
@@ -78,7 +78,7 @@ def run_import(source: Path | None, out: Path | None) -> None:
 
 
 def convert(given: Given) -> Draft:
-    """Everything that has a counterpart."""
+    """Convert everything that has a counterpart."""
     draft = Draft(missing=given.switched_on())
     tokens = given.get("chunk_size", 256)
     draft.head["chunk"] = {"tokens": tokens}
@@ -163,12 +163,12 @@ def _serde(given: Given, draft: Draft) -> None:
     elif serde == "kivi":
         draft.notes.append("remote_serde kivi is a stub in LMCache: KV is kept as it is, as there")
     elif serde not in ("naive", "none", "cachegen"):
-        draft.missing.append(f"remote_serde {serde}: there is no such codec")
+        draft.missing.append(f"remote_serde {serde}: unknown codec")
 
 
 def _locations(given: Given, draft: Draft) -> None:
     def among(names: list[str]) -> list[str]:
-        """The tiers of these names, in order; all of them where there is none."""
+        """The tiers of these names, in order; all of them if there is none."""
         found: set[str] = set()
         for name in names:
             here = draft.remotes if name == "RemoteBackend" else {_PLACES.get(name, "")}
@@ -191,7 +191,7 @@ def _limits(given: Given, draft: Draft) -> None:
 
 
 def _engine(given: Given, draft: Draft) -> None:
-    """What the vLLM connector is told."""
+    """Options of the vLLM connector."""
     if given.get("save_decode_cache"):
         draft.vllm["tierloom.save_decode"] = True
     if given.get("min_retrieve_tokens"):
@@ -211,7 +211,7 @@ def written(draft: Draft, given: Given, name: str) -> str:
     transfer = json.dumps(told | {"kv_connector_extra_config": extra})
     lines = [
         _comment(f"Made from {given.source} by `tierloom import-lmcache`."),
-        "# What is not said there keeps tierloom's default. With vLLM:",
+        "# What is not set there keeps tierloom's default. With vLLM:",
         f"#   --kv-transfer-config '{transfer}'",
     ]
     lines += [_comment(f"Not done: {line}") for line in draft.missing]

@@ -1,8 +1,8 @@
 """What an LMCache user has written, in a file or in LMCACHE_* variables, as typed values.
 
 Read as LMCache 0.5.6 reads it: a file, then the environment on top; only `true` and `1` are true.
-What cannot be read, or is no option of LMCache's, is noted and left out; nothing is fatal but a
-file that is no YAML.
+What cannot be read, or is not an option of LMCache, is noted and left out; only a file that is not
+YAML is fatal.
 """
 
 from __future__ import annotations

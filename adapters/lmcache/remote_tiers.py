@@ -50,7 +50,7 @@ def _options_of(tier: str) -> set[str]:
 
 
 def remote(url: str, given: Given) -> Made | str:
-    """The tier behind a URL, or why there is none."""
+    """The tier that a URL names, or why there is none."""
     scheme, mark, rest = url.partition("://")
     make = _SCHEMES.get(scheme.lower()) if mark else None
     if make is None:

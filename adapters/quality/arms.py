@@ -1,7 +1,7 @@
-"""Arms: what turns KV into what would come back from the store, and says what it cost.
+"""Arms: a way to store KV, which says what comes back and what it costs.
 
 `Stored` is tierloom itself: a pipeline with the codec's own stages and a `files` tier in a folder
-of its own stores the KV and brings it back. Nothing about a codec is known here but its name.
+of its own stores the KV and retrieves it. Nothing about a codec is known here but its name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tierloom.stages.kv.object import Header
 from tierloom.stages.memory.allocator import PAGE
 
 NONE = "none"
-"""The codec that is none: KV as it is, the noise floor."""
+"""No codec: KV as it is, the noise floor."""
 
 BATCH = 32 << 20
 """Bytes that a pipeline moves at once, or one chunk."""
@@ -44,7 +44,7 @@ def parse_codec(text: str) -> list[Codec]:
     """`int4`, `zstd:level=3`, `cachegen:default`, chains `a+b`; `none` is an empty chain.
 
     Options are `name=value`, separated by commas; a value alone is the codec's first option. Raises
-    ConfigError for what is no codec; whether the options are right, the pipeline's checker says.
+    ConfigError for an unknown codec; the pipeline's checker checks the options.
     """
     return [] if text == NONE else [_codec(part) for part in text.split("+")]
 
@@ -59,8 +59,8 @@ def check_codec(text: str) -> None:
 
 
 def codecs() -> list[str]:
-    """Names of the stages that encode: frames in, bytes out. Encryption has no part in quality."""
-    names = catalog.names("stage").keys() - {"aesgcm"}
+    """Names of the stages that encode: frames in, bytes out. Encryption does not affect quality."""
+    names = catalog.names("stage").keys() - {c.name for c in catalog.CODECS.values() if c.encrypts}
     return sorted(n for n in names if _encodes(catalog.load("stage", n)))
 
 
@@ -73,7 +73,7 @@ def _codec(text: str) -> Codec:
     use, _, rest = text.partition(":")
     if use not in (known := codecs()):
         hint = nearest(use, [NONE, *known])
-        raise ConfigError(f"--codec {text}: there is no codec {use!r}: {hint}")
+        raise ConfigError(f"--codec {text}: unknown codec {use!r}: {hint}")
     first = next((f.name for f in fields(catalog.load("stage", use).Options)), "")
     options = {}
     for entry in filter(None, rest.split(",")):
@@ -87,8 +87,8 @@ def _codec(text: str) -> Codec:
 class Stored:
     """KV through tierloom: a real pipeline, files in a folder of its own. Close it, or use `with`.
 
-    Counted are the files: header of 4 KiB, frames with all their side data, padding of each frame
-    to 4 KiB. What a codec keeps once per model (a calibration) is not in them.
+    What counts are the files: header of 4 KiB, frames with all their side data, padding of each
+    frame to 4 KiB. What a codec keeps once per model (a calibration) does not count.
     """
 
     def __init__(self, codec: str, subject: Subject, chunk: int = 256) -> None:
@@ -153,35 +153,20 @@ def _payload(path: Path) -> int:
 
 
 def _config(chain: list[Codec], folder: str, chunk: int, arena: int) -> dict[str, Any]:
-    """Store and retrieve as the presets have them, around the codecs, with time enough."""
+    """`minimal`, with the codecs before a `files` tier instead of memory, and enough time."""
     codecs = {f"codec{i}": {"use": c.use, **c.options} for i, c in enumerate(chain)}
     return {
         "version": 1,
+        "extends": "minimal",
         "order": "canonical",
         "chunk": {"tokens": chunk, "grain": math.gcd(chunk, 32)},
         "budget": {"arena": arena},
-        "tiers": {"kept": {"use": "files", "path": folder, "timeout": "60 s"}},
+        "tiers": {"hot": None, "kept": {"use": "files", "path": folder, "timeout": "60 s"}},
         "graphs": {
             "store": {
                 "deadline": "600 s",
-                "stages": {
-                    "keys": {"use": "hash"},
-                    "fresh": {"use": "lookup", "want": "absent"},
-                    "pack": {"use": "gather"},
-                    "host": {"use": "to_host"},
-                    **codecs,
-                    "kept": {"use": "put", "tier": "kept"},
-                },
+                "stages": {"hot": None, **codecs, "kept": {"use": "put", "tier": "kept"}},
             },
-            "retrieve": {
-                "deadline": "600 s",
-                "stages": {
-                    "keys": {"use": "hash"},
-                    "plan": {"use": "lookup", "want": "prefix", "worth": "always"},
-                    "fetch": {"use": "get"},
-                    "grow": {"use": "decode"},
-                    "place": {"use": "scatter"},
-                },
-            },
+            "retrieve": {"deadline": "600 s", "stages": {"plan": {"worth": "always"}}},
         },
     }

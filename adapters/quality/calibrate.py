@@ -2,7 +2,7 @@
 
 A prefill in float32 over texts that ship with Python gathers, for every channel, the mean of K
 (before its position embedding) and V, how strongly queries look at K's channel, and how strongly
-the projection behind attention listens to V's. Steps go against those weights: an error costs the
+the projection after attention weighs V's. Steps go against those weights: an error costs the
 model the same wherever it falls (rate-distortion with diagonal weights; CacheGen, arXiv 2310.07240,
 gives finer steps to earlier layers by hand). What symbols then are left, is counted, and channels
 that are alike share a table.
@@ -10,7 +10,6 @@ that are alike share a table.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tierloom.adapters.quality.subject import Subject
 from tierloom.stages.codecs.cachegen import calibration as files
 from tierloom.stages.codecs.cachegen.codebook import Codebook, fitted, standard
 from tierloom.stages.codecs.cachegen.coder import FIRST
-from tierloom.stages.errors import LayoutError
+from tierloom.stages.errors import LayoutError, require
 from tierloom.stages.kv.rope import frequencies
 from tierloom.triton_kernels.cachegen.cpu import CENTRE, SYMBOLS, turns
 
@@ -49,7 +48,7 @@ _PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of one model."""
+    """What was measured of one model."""
 
     kv: list[Floats]
     """Per text, [2, layers, tokens, channels], K turned back, without a sequence's first tokens."""
@@ -61,10 +60,7 @@ class Seen:
 
 def run_calibrate(model: str, out: Path | None, transform: bool) -> int:
     """Calibrate `model` (`smollm2` or a folder), and write the file. Raises ConfigError."""
-    if importlib.util.find_spec("transformers") is None:
-        from tierloom.adapters.quality.report import QualityNeeds
-
-        raise QualityNeeds("transformers is not installed: pip install 'tierloom[hf]'")
+    require("hf", "transformers")
     from tierloom.adapters.quality.subject import load_subject
 
     console = Console(highlight=False)
@@ -192,7 +188,7 @@ def transforms(
 ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float64]]:
     """For each head the matrix that makes coefficients of its channels, [2, layers, heads, dim,
     dim]: uncorrelated, and an error of 1 in any of them costs the model the same (principal
-    components in the metric of what reads them: queries K, the projection behind attention V).
+    components in the metric of what reads them: queries K, the projection after attention V).
     And how much that is, [2, layers, 1], which keeps the matrices within float16."""
     dim = seen.metric.shape[-1]
     value, vector = np.linalg.eigh(seen.metric.astype(np.float64))

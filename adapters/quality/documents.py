@@ -52,7 +52,7 @@ class Sizes:
     """Tokens of a stored object."""
 
     def upto(self, positions: int) -> Sizes:
-        """What a model with so many positions can read. Raises InputError when that is nothing."""
+        """What a model with `positions` can read. Raises InputError if that is nothing."""
         kept = tuple(n for n in self.contexts if n + self.suffix < positions)
         if not kept:
             raise InputError(

@@ -29,7 +29,7 @@ class Reference:
     kv: torch.Tensor
     """bf16, `[2, layers, context, heads, dim]`, K as attention reads it (rotated)."""
     logp: tuple[torch.Tensor, ...]
-    """Per span, float32 `[suffix, vocabulary]`: log-probabilities behind each suffix token."""
+    """Per span, float32 `[suffix, vocabulary]`: log-probabilities after each suffix token."""
 
     @property
     def ids(self) -> torch.Tensor:

@@ -1,12 +1,11 @@
 """`tierloom quality`: what a codec costs a model in quality, and how many bits it takes.
 
-Documents that are on every machine are computed once in full precision; then their KV is stored
-through the codec, brought back, and the model reads on (see quality_score.py for the figures).
+Documents that every machine has are computed once in full precision; then their KV is stored
+through the codec, brought back, and the model reads on (`score.py` computes the figures).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import time
@@ -20,11 +19,7 @@ from tierloom.adapters.quality.documents import Sizes
 from tierloom.adapters.quality.measure import Reference
 from tierloom.adapters.quality.score import Score
 from tierloom.adapters.quality.subject import Subject
-from tierloom.stages.errors import TierloomError
-
-
-class QualityNeeds(TierloomError):
-    """A package that is needed is not there; the text says how to get it."""
+from tierloom.stages.errors import require
 
 
 def run_quality(
@@ -32,10 +27,9 @@ def run_quality(
 ) -> int:
     """Measure `codec` on `model` (`smollm2` or a folder), print it, and write it as JSON.
 
-    Raises ConfigError for a codec, options or a model that are none, before anything is computed.
+    Raises ConfigError for an unknown codec, option or model, before anything is computed.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise QualityNeeds("transformers is not installed: pip install 'tierloom[hf]'")
+    require("hf", "transformers")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the codecs
     from tierloom.adapters.quality.arms import check_codec
     from tierloom.adapters.quality.documents import Sizes

@@ -19,7 +19,7 @@ SMOLLM2 = "smollm2"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model that is measured on: float32, in eval mode."""
+    """The measured model: float32, in eval mode."""
 
     name: str
     model: Any
@@ -42,7 +42,7 @@ class Treated(NamedTuple):
     stored: int
     """Bytes, everything counted."""
     payload: int
-    """Bytes of frames: without headers, and without what fills a page."""
+    """Bytes of frames: without headers, and without the padding of pages."""
 
 
 class Arm(Protocol):
@@ -58,10 +58,10 @@ class Arm(Protocol):
 def load_subject(name: str) -> Subject:
     """`smollm2`, or a folder that transformers can read, in float32 on the CPU.
 
-    Raises ConfigError when there is no such model, LayoutError when its KV cannot be kept.
+    Raises ConfigError if there is no such model, LayoutError if its KV cannot be stored.
     """
     if not name.strip():
-        raise ConfigError(f"--model {name!r} names none: pass {SMOLLM2}, or a model's folder")
+        raise ConfigError(f"--model {name!r} is not a model: pass {SMOLLM2}, or a model's folder")
     if name == SMOLLM2:
         model, tokenizer = smollm2.load()
     else:
@@ -80,7 +80,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"--model {folder}: no model there (no config.json): pass {SMOLLM2}, or the folder of "
-            "a model as save_pretrained or `hf download` leave it"
+            "a model as save_pretrained or `hf download` write it"
         )
     with smollm2.quiet():
         from transformers import AutoModelForCausalLM, AutoTokenizer

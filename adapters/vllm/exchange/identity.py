@@ -108,8 +108,8 @@ def adapter_id(path: str | Path) -> str:
     folder, files = find(os.path.expanduser(path), None, None, KINDS)
     if folder is None or not files:
         raise InputError(
-            f"{path}: no adapter weights ({', '.join(KINDS)}) found here, so what is computed with "
-            "them cannot be named: use a local folder"
+            f"{path}: no adapter weights ({', '.join(KINDS)}) found here, so what is computed "
+            "with them cannot be identified: use a local folder"
         )
     try:
         config = dict(json.loads((folder / "adapter_config.json").read_text("utf-8")))
@@ -135,8 +135,8 @@ def _hash_weights(h: Any, model: Any, load: Any) -> None:
     if folder is not None and files:
         return hash_files(h, folder, files)
     log.warning(
-        "no weight files found for %s: its KV is told apart by that name and its revision only; "
-        "set tierloom.weights to a content id, above all if the weights behind it can change",
+        "no weight files found for %s: its KV is identified by that name and its revision only; "
+        "set tierloom.weights to a content id, above all if the weights can change",
         remote or model.model,
     )
     h.update(tlv(("name", str(remote or model.model).encode()),

@@ -15,7 +15,7 @@ NAME = "tierloom"
 
 
 class Named(logging.Handler):
-    """Hands records on to another handler, with our name before the words and `extra` behind."""
+    """Passes records on to another handler: our name, the message, then `extra`."""
 
     def __init__(self, to: logging.Handler) -> None:
         super().__init__(to.level)

@@ -1,7 +1,6 @@
-"""What the scheduler's side and the workers' side of the connector tell each other, step by step.
+"""Messages between the scheduler's side and the workers' side of the connector, step by step.
 
-vLLM carries these between processes; plain data only, small, and None where there is nothing to
-say.
+vLLM carries these between processes: plain data only, small, and None if there is nothing to send.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Blocks = tuple[BlockTable, ...]
 
 
 class Load(NamedTuple):
-    """Bring part of a prompt into blocks that vLLM has set aside for it."""
+    """Load part of a prompt into blocks that vLLM has allocated for it."""
 
     request: str
     span: Span
@@ -31,7 +30,7 @@ class Load(NamedTuple):
     start: int
     """Tokens of the prompt before the span."""
     fresh: int
-    """Tokens of the prompt before what is loaded: in the engine's own cache already."""
+    """Tokens of the prompt before the ones to load: they are in the engine's own cache."""
     total: int
     """Tokens of the prompt."""
     seconds: float
@@ -41,14 +40,14 @@ class Load(NamedTuple):
 
 
 class Save(NamedTuple):
-    """Keep part of a prompt, which this step completes."""
+    """Save part of a prompt, which this step completes."""
 
     job: int
     request: str
     span: Span
     blocks: Blocks
     epoch: int = 0
-    """Resets of what is kept before it was planned."""
+    """Cache resets before it was planned."""
 
 
 @dataclass(slots=True)
@@ -60,89 +59,89 @@ class Plan(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     questions: dict[str, Span] = field(default_factory=dict)
-    """How much of these prompts do the tiers keep that have no index here?"""
+    """Prompts of which tiers without an index here are asked how much they have."""
     fenced: list[int] = field(default_factory=list)
     """Jobs whose blocks this step may overwrite."""
     held: list[str] = field(default_factory=list)
     """Finished requests whose blocks are kept until their jobs have read them."""
     abandoned: list[str] = field(default_factory=list)
-    """Requests that were given up while they were loaded."""
+    """Requests that were canceled while they were loaded."""
 
 
-class Hello(NamedTuple):
-    """What a worker's pipelines are; said once."""
+class WorkerInfo(NamedTuple):
+    """What a worker's pipelines are; sent once."""
 
-    whole: Namespace
+    namespace: Namespace
     """Seeds the chain of keys that all workers have in common."""
     grain: int
     chunk: int
     unit: int
-    """Saves end at multiples of so many tokens: 1 where any number can be kept."""
-    shares: int
+    """Saves end at multiples of this number of tokens."""
+    groups: int
     """Pipelines of this worker: one for each KV group."""
     tiers: tuple[str, ...]
     """Tiers that have an index here, best first."""
     remote: str
-    """Its best tier that has none; empty: all have."""
+    """Its best tier without an index here; empty: all have one."""
     uses: dict[str, str]
     """Tier to what kind it is."""
     worth: str
     deadline: float
-    """Seconds that a load may take whatever its size."""
+    """Seconds that a load of any size may take."""
     token_bytes: int
-    """KV bytes of a token, in this worker."""
+    """KV bytes of a token in this worker."""
     off: str
-    """Why nothing can be kept; empty: all is well."""
+    """Why caching is off; empty: it is on."""
 
     @staticmethod
-    def of_all(hellos: dict[int, Hello]) -> Hello:
-        """What all workers are; `off` where they are not alike."""
-        first = hellos[0]
-        for other in hellos.values():
+    def of_all(infos: dict[int, WorkerInfo]) -> WorkerInfo:
+        """What all workers have in common; `off` if they differ."""
+        first = infos[0]
+        for other in infos.values():
             if other._replace(token_bytes=0) != first._replace(token_bytes=0):
                 off = f"the workers disagree about what is kept: {first}, {other}"
                 return first._replace(off=off)
-        return first._replace(token_bytes=max(h.token_bytes for h in hellos.values()))
+        return first._replace(token_bytes=max(h.token_bytes for h in infos.values()))
 
 
-class Seen(NamedTuple):
-    """An object came to a local tier of a share, or went."""
+class CacheEvent(NamedTuple):
+    """An object came to a local tier of a KV group, or left it."""
 
-    share: int
+    group: int
     tier: str
     kept: bool
     links: bytes
 
 
 @dataclass(slots=True)
-class Told:
-    """One worker's news."""
+class WorkerReport:
+    """What one worker has to tell after a step."""
 
-    hello: Hello | None = None
-    seen: list[Seen] = field(default_factory=list)
+    info: WorkerInfo | None = None
+    events: list[CacheEvent] = field(default_factory=list)
     more: bool = False
-    """There is more to see, which follows with the next steps that have something to see."""
+    """More events follow in the next reports that have any."""
     captured: list[int] = field(default_factory=list)
-    """Jobs that need their blocks no more."""
+    """Jobs that have read their blocks."""
     ended: list[int] = field(default_factory=list)
-    """Jobs that are through, kept or not."""
+    """Jobs that have ended, stored or not."""
     answers: dict[str, int] = field(default_factory=dict)
-    """Tokens kept of the prompts that were asked about."""
+    """Tokens stored of the prompts that were asked about."""
     loaded: list[str] = field(default_factory=list)
-    """Requests whose load ran within this step, and is through."""
+    """Requests whose load ran within this step and has ended."""
     failed: list[str] = field(default_factory=list)
     """Requests that got less than was planned."""
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Tier to (seconds before the first byte, seconds per byte)."""
 
     def __bool__(self) -> bool:
-        lists = (self.seen, self.captured, self.ended, self.loaded, self.failed)
-        return self.hello is not None or any(lists) or bool(self.answers or self.costs)
+        lists = (self.events, self.captured, self.ended, self.loaded, self.failed)
+        return self.info is not None or any(lists) or bool(self.answers or self.costs)
 
-    def then(self, later: Told) -> Told:
-        """Both as one, in order; where each says something of one thing, the later counts."""
-        return Told(
-            hello=later.hello or self.hello, seen=self.seen + later.seen, more=later.more,
+    def then(self, later: WorkerReport) -> WorkerReport:
+        """Both as one, in order; if both name the same thing, the later counts."""
+        return WorkerReport(
+            info=later.info or self.info, events=self.events + later.events, more=later.more,
             captured=self.captured + later.captured, ended=self.ended + later.ended,
             answers=self.answers | later.answers, loaded=self.loaded + later.loaded,
             failed=self.failed + later.failed, costs=self.costs | later.costs,
@@ -150,16 +149,16 @@ class Told:
 
 
 @dataclass(slots=True)
-class News(KVConnectorWorkerMetadata):
+class WorkerReports(KVConnectorWorkerMetadata):
     """The workers to the scheduler."""
 
-    told: dict[int, Told]
-    """By worker."""
+    by_worker: dict[int, WorkerReport]
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
-        """Of all workers. One may come twice, where vLLM brings late what a step left behind."""
-        assert isinstance(other, News)
-        told = dict(self.told)
-        for worker, news in other.told.items():
-            told[worker] = told[worker].then(news) if worker in told else news
-        return News(told)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReports:
+        """Of all workers. One may come twice: vLLM may deliver a step's report late."""
+        assert isinstance(other, WorkerReports)
+        merged = dict(self.by_worker)
+        for worker, report in other.by_worker.items():
+            before = merged.get(worker)
+            merged[worker] = before.then(report) if before is not None else report
+        return WorkerReports(merged)

@@ -1,4 +1,4 @@
-"""A worker's door: what the scheduler's side must have done at once, not with the next step.
+"""A socket of each worker for resets, which must happen at once, not with the next step.
 
 An idle engine makes no steps. A worker listens on a socket whose name both sides know, in a folder
 that only its user can enter; one line of JSON comes in, one goes out.
@@ -22,7 +22,7 @@ from typing import Any
 log = logging.getLogger("tierloom.vllm")
 
 _RESET = 10.0
-"""Seconds that a worker may take to forget what it keeps."""
+"""Seconds that a worker may take to delete what it stores."""
 _LINE = 1 << 16
 """Bytes of a question or an answer, at most."""
 
@@ -35,11 +35,11 @@ def address(vllm_config: Any, worker: int) -> str:
     return f"{tempfile.gettempdir()}/tierloom-{os.getuid()}/{name}"
 
 
-class Door:
-    """Answers one question after another, in a thread of its own, until it is closed."""
+class ResetSocket:
+    """Answers one request after another, in a separate thread, until it is closed."""
 
     def __init__(self, address: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """`answer` may raise: the asker is told. Raises OSError where there can be no door."""
+        """`answer` may raise: the caller gets the error. Raises OSError if it cannot listen."""
         self._address, self._answer = Path(address), answer
         _private(self._address.parent)
         self._address.unlink(missing_ok=True)  # of an engine of this name that was killed
@@ -50,10 +50,10 @@ class Door:
         except OSError:
             self._socket.close()
             raise
-        threading.Thread(target=self._serve, name="tierloom-door", daemon=True).start()
+        threading.Thread(target=self._serve, name="tierloom-reset", daemon=True).start()
 
     def close(self) -> None:
-        """Nobody is answered any more."""
+        """Stop answering."""
         with contextlib.suppress(OSError):  # wakes the thread that accepts
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -71,7 +71,7 @@ class Door:
                     said = self._said(json.loads(_line(caller)))
                     caller.sendall(json.dumps(said).encode() + b"\n")
                 except (OSError, ValueError) as error:
-                    log.warning("a question at the door was not understood: %s", error)
+                    log.warning("a request at the reset socket was not understood: %s", error)
 
     def _said(self, question: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -82,7 +82,7 @@ class Door:
 
 
 def ask(address: str, question: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """A door's answer. Raises OSError, or ValueError where it is none."""
+    """The answer of a reset socket. Raises OSError, or ValueError if it is invalid."""
     with socket.socket(socket.AF_UNIX) as door:
         door.settimeout(seconds)
         door.connect(address)
@@ -91,8 +91,8 @@ def ask(address: str, question: dict[str, Any], seconds: float) -> dict[str, Any
 
 
 def forget(vllm_config: Any, epoch: int, *, local: bool) -> bool:
-    """Have all workers of an engine forget what they keep, in their own tiers or in all, and keep
-    nothing that was planned before reset number `epoch`. False: not all of it is gone."""
+    """Have all workers of an engine delete what they store, in their own tiers or in all, and store
+    nothing that was planned before reset number `epoch`. False: not all of it is deleted."""
     workers = range(vllm_config.parallel_config.world_size)
     done = [_forgot(address(vllm_config, w), w, epoch, local=local) for w in workers]
     return all(done)
@@ -108,7 +108,7 @@ def _forgot(address: str, worker: int, epoch: int, *, local: bool) -> bool:
     if why:
         log.error("reset: worker %d: %s", worker, why)
         return False
-    log.info("reset: worker %d forgot %d objects", worker, said["objects"])
+    log.info("reset: worker %d deleted %d objects", worker, said["objects"])
     return True
 
 
@@ -117,15 +117,15 @@ def _line(peer: socket.socket) -> bytes:
     while not got.endswith(b"\n"):
         more = peer.recv(4096)
         if not more or len(got) > _LINE:
-            raise ValueError("the other end said no whole line")
+            raise ValueError("incomplete line")
         got += more
     return got
 
 
 def _private(folder: Path) -> None:
-    """Make a folder that nobody else can enter. Raises OSError where it is somebody else's."""
+    """Make a folder that nobody else can enter. Raises OSError if it is another user's."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} is not a folder of this user's alone: remove it")
+        raise PermissionError(f"{folder} is not private to this user: remove it")

@@ -1,4 +1,4 @@
-"""What a vLLM user may say: the connector's own options, and the pipeline's, in one mapping.
+"""What a vLLM user may set: the connector's own options, and the pipeline's, in one mapping.
 
     "kv_connector_extra_config": {"tierloom.config": "tiered", "tierloom.load": "layer",
                                   "tiers.warm.path": "/data/kv"}
@@ -36,44 +36,44 @@ class Settings:
     """`async`: a request waits for its load while others are computed; `layer`: its load runs ahead
     of its own computation, layer by layer."""
     save: Literal["auto", "layer", "step"] = "auto"
-    """`layer`: behind each layer, on a stream of its own; `step`: in one go behind the step;
-    `auto`: by layer on a GPU, by step on a CPU."""
+    """`layer`: after each layer, on a separate stream; `step`: all at once after the step; `auto`:
+    by layer on a GPU, by step on a CPU."""
     save_decode: bool = False
-    """Keep what is generated too, so that the next turn of a chat hits all of this one."""
+    """Store what is generated too, so that the next turn of a chat hits all of this one."""
     keys: Literal["own", "engine"] = "own"
-    """`own`: names that every engine shares; `engine`: from vLLM's block hashes, so that no token
-    is hashed twice, and only vLLM shares."""
+    """`own`: keys that every engine shares; `engine`: from vLLM's block hashes, so that no token
+    is hashed twice, and only vLLM engines share."""
     min_tokens: int = 0
-    """Loads of fewer tokens than this are not worth their while."""
+    """Loads of fewer tokens than this are not worth it."""
     wait: Seconds = 0.25
-    """How long a request may wait to learn what is kept for it."""
+    """How long a request may wait to learn what is stored of it."""
     hold: Seconds = 0.5
     """How long a finished request's blocks may be held until they are saved."""
     failure: Literal["recompute", "keep"] = "recompute"
     """`recompute`: what cannot be loaded is computed, whatever `kv_load_failure_policy` says;
-    `keep`: that policy stands, and its default fails the request."""
+    `keep`: that policy applies, and its default fails the request."""
     reset: Literal["local", "all", "none"] = "local"
     """What vLLM's resets (`/reset_prefix_cache?reset_external=true`, `/pause`, `/sleep?level=1`)
-    forget: `local`, what only this engine has; `all`, tiers that others share, too; `none`."""
+    delete: `local`, what only this engine has; `all`, also tiers that others share; `none`."""
     name: str = ""
-    """A name for the model in keys, beside the content id of its weights."""
+    """A name for the model in keys, besides the content id of its weights."""
     weights: str = ""
     """Content id of the weights, instead of one made from the files."""
     trace: bool = False
-    """Note how long each hook of the scheduler's thread takes."""
+    """Record how long each hook of the scheduler's thread takes."""
 
     def __post_init__(self) -> None:
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
 
     def saves_by_layer(self, device: str) -> bool:
-        """How KV that lies on `device` is saved."""
+        """Whether KV on `device` is saved by layer."""
         return self.save == "layer" or (self.save == "auto" and device != "cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """What `kv_connector_extra_config` comes to."""
+    """What `kv_connector_extra_config` means."""
 
     settings: Settings
     source: Any
@@ -90,7 +90,7 @@ def configured(extra: Mapping[str, Any]) -> Configured:
     """Read `kv_connector_extra_config`. Raises ConfigError with every problem of our own keys."""
     found, at = Findings(), Place(WHERE)
     for path in _twice(extra):
-        found.add(at, path, "stands twice", "once with dots, and once in a mapping")
+        found.add(at, path, "is set twice", "once with dots, and once in a mapping")
     try:
         own = _own(extra)
     except ValueError as error:
@@ -116,7 +116,7 @@ def _own(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _twice(said: Mapping[str, Any]) -> list[str]:
-    """Dotted paths of what stands there in both ways."""
+    """Dotted paths of what is set in both ways."""
     return [path for path, times in Counter(_paths(said, "")).items() if times > 1]
 
 
@@ -130,25 +130,25 @@ def _paths(value: Any, path: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What one request says in `kv_transfer_params`."""
+class RequestOptions:
+    """Options of one request, in its `kv_transfer_params`."""
 
     skip_save: bool = False
     skip_load: bool = False
     tags: tuple[tuple[str, str], ...] = ()
-    """Names that keep its KV apart from that of other requests."""
+    """Names that separate its KV from that of other requests."""
     max_tokens: int | None = None
     """Tokens of it that may be loaded and saved."""
 
 
-def wishes(params: Mapping[str, Any] | None) -> Wishes:
-    """Read a request's switches. Raises ValueError, naming the one that cannot be used."""
+def request_options(params: Mapping[str, Any] | None) -> RequestOptions:
+    """Read a request's options. Raises ValueError, naming the one that cannot be used."""
     own = _own(params) if params else {}
     if not own:
-        return Wishes()
+        return RequestOptions()
     assert params is not None
     if twice := _twice(params):
-        raise ValueError(f"{', '.join(twice)}: stands twice")
+        raise ValueError(f"{', '.join(twice)}: set twice")
     known = {"skip_save", "skip_load", "tags", "max_tokens"}
     if unknown := own.keys() - known:
         said, ours = (", ".join(f"{PREFIX}{n}" for n in sorted(s)) for s in (unknown, known))
@@ -166,4 +166,4 @@ def wishes(params: Mapping[str, Any] | None) -> Wishes:
     if most is not None and most < 0:
         raise ValueError(f"{PREFIX}max_tokens must not be negative, got {most}")
     pairs = tuple(sorted((str(k), str(v)) for k, v in tags.items()))
-    return Wishes(skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most)
+    return RequestOptions(skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most)

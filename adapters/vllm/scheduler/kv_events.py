@@ -1,7 +1,7 @@
-"""KV events for routers: which of vLLM's blocks are kept beyond the engine, and in what medium.
+"""KV events for routers: which of vLLM's blocks are stored outside the engine, and in what medium.
 
-Named by vLLM's own block hashes, as it publishes them itself. Chunks that were kept before this
-engine began have no such names here until a request brings them, and are left out.
+Named by vLLM's own block hashes, as it publishes them itself. The hashes of chunks that were stored
+before this engine began are unknown until a request has them, so these are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MEDIA = {"memory": "CPU", "disk": "STORAGE", "files": "STORAGE"}
 
 
 class Named(NamedTuple):
-    """A chunk in vLLM's words."""
+    """A chunk as vLLM's events describe it."""
 
     hashes: list[Any]
     parent: Any
@@ -36,18 +36,18 @@ class Events:
 
     @classmethod
     def of(cls, vllm_config: Any, scheduler: SchedulerSide) -> Events | None:
-        """None where nobody listens, so that nothing is noted either."""
+        """None if nobody subscribed to events."""
         config = vllm_config.kv_events_config
         if config is None or not config.enable_kv_cache_events or scheduler.saves is None:
             return None
         events = cls(scheduler, scheduler.hash_block)
-        scheduler.on_change, scheduler.saves.on_save = events.changed, events.saving
+        scheduler.reports.on_change = events.changed
+        scheduler.saves.on_save = events.saving
         return events
 
     def saving(self, request: Any, start: int, end: int, keys: list[bytes]) -> None:
-        """A save sets out: from now on these keys have names."""
-        assert self._scheduler.hello is not None
-        chunk, block = self._scheduler.hello.chunk, self._block
+        """A save is planned: from now on these keys have block hashes."""
+        chunk, block = self._scheduler.info.chunk, self._block
         for i, key in enumerate(keys):
             first = (start + i * chunk) // block
             last = min(start + (i + 1) * chunk, end) // block
@@ -58,12 +58,11 @@ class Events:
                 self._named[key] = Named(hashes, parent, tokens, request.lora_request)
 
     def changed(self, key: bytes, kept: bool, tier: str) -> None:
-        """A chunk can be loaded from now on, or no more."""
+        """A chunk can be loaded from now on, or no longer."""
         named = self._named.get(key) if kept else self._named.pop(key, None)
         if named is None:
             return
-        assert self._scheduler.hello is not None
-        medium = _MEDIA.get(self._scheduler.hello.uses.get(tier, ""), tier)
+        medium = _MEDIA.get(self._scheduler.info.uses.get(tier, ""), tier)
         if not kept:
             self._out.append(BlockRemoved(block_hashes=named.hashes, medium=medium))
             return

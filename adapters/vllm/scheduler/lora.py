@@ -1,4 +1,4 @@
-"""Content ids of LoRA adapters, read by a thread of its own: the scheduler's does no I/O."""
+"""Content ids of LoRA adapters, read by a separate thread: the scheduler's does no I/O."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from tierloom.adapters.vllm.exchange.identity import adapter_id
 
 
-class Adapters:
-    """Names adapters by what their files hold: a name of vLLM's may stand for others tomorrow."""
+class LoraAdapters:
+    """Identifies adapters by their files: a name in vLLM may mean other weights tomorrow."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "tierloom-adapters")
+        self._thread = ThreadPoolExecutor(1, "tierloom-lora")
         self._known: dict[str, tuple[Any, str]] = {}
 
     def name(self, lora: Any) -> Future[str]:
-        """The id of a LoRARequest's adapter, soon. The files are looked at each time, and read
-        again when they have changed. The future raises InputError or OSError without them."""
+        """The id of a LoRARequest's adapter, as a future. The files are checked each time, and
+        read again if they have changed; InputError or OSError if there are none."""
         return self._thread.submit(self._name, os.path.expanduser(lora.lora_path))
 
     def close(self) -> None:
@@ -33,7 +33,7 @@ class Adapters:
 
 
 def _stamp(path: str) -> list[tuple[str, int, int]]:
-    """What changes when a file of the folder does; nothing for what is no folder here."""
+    """Changes when a file of the folder does; empty if the path is not a folder here."""
     if not os.path.isdir(path):
         return []
     with os.scandir(path) as files:

@@ -1,4 +1,4 @@
-"""One request as the scheduler's side sees it: its name so far, and what was done about it."""
+"""One request as the scheduler's side sees it: its keys so far, and what was done about it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from typing import Any
 
 import numpy as np
 
-from tierloom.adapters.vllm.exchange.settings import Wishes
-from tierloom.stages.directory.shard_index import Part
+from tierloom.adapters.vllm.exchange.settings import RequestOptions
+from tierloom.stages.directory.chunk_directory import Part
 from tierloom.stages.kv.namespace import tlv
 from tierloom.stages.kv.prefix import Chain
 
 log = logging.getLogger("tierloom.vllm")
 
 
-class Passage:
+class TrackedRequest:
     """What the scheduler's side knows of a request, from its arrival to its end."""
 
     def __init__(
-        self, request: Any, wishes: Wishes, adapter: Future[str] | None, drafts: bool = False
+        self,
+        request: Any,
+        options: RequestOptions,
+        adapter: Future[str] | None,
+        drafts: bool = False,
     ) -> None:
-        """`adapter`: content id of its LoRA, once it is known; None where it has none. `drafts`:
-        the engine decodes speculatively."""
+        """`adapter`: content id of its LoRA, once it is known; None without a LoRA. `drafts`: the
+        engine decodes speculatively."""
         self._drafts = drafts
-        self.request, self.wishes, self.adapter = request, wishes, adapter
+        self.request, self.options, self.adapter = request, options, adapter
         self.chain: Chain | None = None
         self.counted = False
         """Its tokens are among those that were looked up."""
         self.asked_at = 0.0
-        """When it was first kept waiting for an answer."""
+        """When it began to wait for an answer."""
         self.asked = False
-        """The workers were asked what tiers without an index have."""
+        """The workers were asked what tiers without an index hold."""
         self.answer: int | None = None
         self.start = 0
         """Tokens that vLLM's own cache had when it asked last."""
@@ -43,22 +47,22 @@ class Passage:
         """What was offered then, chunk by chunk from the head of the prompt."""
         self.loading = False
         self.failed = False
-        """A load brought less than was planned: it is not tried again."""
+        """A load delivered less than was planned: it is not tried again."""
         self.saved = 0
-        """Tokens whose saving was seen to; a multiple of a chunk until the prompt is through."""
+        """Tokens considered for saving; a multiple of a chunk until the prompt is complete."""
         self.prompt_saved = False
         self.jobs: set[int] = set()
         """Saves whose blocks are still needed."""
         self.drafted = 1 << 62
         """Tokens of it of which a draft model's layers have KV, too."""
         self.stale = False
-        """Some of it was computed before what is kept was reset, or cannot be trusted: it is not
+        """Some of it was computed before the cache was reset, or cannot be trusted: it is not
         saved."""
         self._prompt = request.num_prompt_tokens
 
     def renew(self) -> None:
-        """A streaming session has got more input: vLLM has put it behind what was computed, and
-        dropped what was sampled last, which the chain may have named."""
+        """A streaming session got more input: vLLM has appended it to what was computed, and
+        dropped what was sampled last, which the chain may include."""
         if self.request.num_prompt_tokens != self._prompt:
             self._prompt = self.request.num_prompt_tokens
             self.prompt_saved = False
@@ -69,7 +73,7 @@ class Passage:
                 self.chain.links.clear()
 
     def adapter_id(self) -> str | None:
-        """Content id of its LoRA, empty without one; None: not known yet, or not to be had."""
+        """Content id of its LoRA, empty without one; None: not known yet, or unavailable."""
         if self.adapter is None:
             return ""
         if not self.adapter.done():
@@ -77,30 +81,32 @@ class Passage:
         try:
             return self.adapter.result()
         except Exception as error:
-            log.warning("request %s: its adapter has no name: %s", self.request.request_id, error)
-            self.wishes = Wishes(skip_save=True, skip_load=True)
+            log.warning(
+                "request %s: cannot identify its LoRA adapter: %s", self.request.request_id, error
+            )
+            self.options = RequestOptions(skip_save=True, skip_load=True)
             return None
 
-    def waits(self, seconds: float) -> bool:
-        """It may wait so long to learn what is kept for it, and has not yet."""
+    def may_wait(self, seconds: float) -> bool:
+        """It has not yet waited this long to learn what is stored of it."""
         now = time.monotonic()
         self.asked_at = self.asked_at or now
-        return not self.wishes.skip_load and now - self.asked_at < seconds
+        return not self.options.skip_load and now - self.asked_at < seconds
 
     def forget(self) -> None:
-        """What is kept was reset: what is computed of it by now is not to be kept, either."""
+        """The cache was reset: what is computed of it by now must not be stored either."""
         self.stale = self.stale or bool(self.request.num_computed_tokens)
         self.saved, self.answer, self.plan = 0, None, []
 
     @property
     def most(self) -> int:
         """Tokens of it that may be loaded or saved."""
-        most = self.request.num_tokens if self.wishes.max_tokens is None else self.wishes.max_tokens
-        return min(most, self.request.num_tokens, self.drafted)  # type: ignore[no-any-return]
+        most, known = self.options.max_tokens, self.request.num_tokens
+        return min(known if most is None else most, known, self.drafted)  # type: ignore[no-any-return]
 
     def links(self, keys: str) -> Chain:
         """Its chain, up to the last whole grain of what is known of it now; only what is new is
-        hashed. `keys`: `own`, or `engine` for names made of vLLM's block hashes."""
+        hashed. `keys`: `own`, or `engine` for keys made of vLLM's block hashes."""
         chain, request = self.chain, self.request
         assert chain is not None
         if keys == "engine":
@@ -116,7 +122,7 @@ class Passage:
         return chain
 
     def sources(self, tokens: int) -> dict[str, int]:
-        """Tier to tokens, for the `tokens` of the plan behind what vLLM's own cache has."""
+        """Tier to tokens, for the `tokens` of the plan after what vLLM's own cache has."""
         out: dict[str, int] = {}
         at = 0
         for part in self.plan:
@@ -128,7 +134,7 @@ class Passage:
 
     def _extend(self, chain: Chain, upto: int) -> None:
         fresh = self.request.all_token_ids[chain.tokens : upto]
-        # struct is more than twice as quick here as array or numpy, and this is the engine's time
+        # struct is more than twice as fast here as array or numpy, and this is the engine's time
         chain.extend(np.frombuffer(struct.pack(f"={len(fresh)}i", *fresh), np.int32))
 
 

@@ -1,9 +1,9 @@
 """What to save of each request, step by step, and until when its blocks are needed.
 
-A chunk is saved in the step that completes it, and what is left over of a prompt in the step that
-completes the prompt. Nothing is saved that is kept already, or that is being saved. A load that
-runs within a step spoils, when it fails, what is computed behind it: as long as the outcome of one
-is not known, saves wait.
+A chunk is saved in the step that completes it, and the rest of a prompt in the step that completes
+the prompt. Nothing is saved that is stored already, or that is being saved. If a load that runs
+within a step fails, what is computed after it is invalid: while the outcome of one is unconfirmed,
+saves wait.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from vllm.v1.request import RequestStatus
 
 from tierloom.adapters.vllm.exchange.identity import drafted
-from tierloom.adapters.vllm.exchange.messages import Hello, Save, Told
+from tierloom.adapters.vllm.exchange.messages import Save, WorkerInfo, WorkerReport
 from tierloom.adapters.vllm.exchange.settings import Settings
-from tierloom.adapters.vllm.scheduler.request import Passage
-from tierloom.stages.directory.shard_index import Mirror
+from tierloom.adapters.vllm.scheduler.request import TrackedRequest
+from tierloom.stages.directory.chunk_directory import ChunkDirectory
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.prefix import Chain
 
@@ -25,7 +25,7 @@ from tierloom.stages.kv.prefix import Chain
 class Job(NamedTuple):
     """A save on its way through the workers."""
 
-    passage: Passage
+    tracked: TrackedRequest
     keys: list[bytes]
     captured: set[int]
     """Workers that have read the blocks."""
@@ -41,27 +41,27 @@ class Saves:
         workers = vllm_config.parallel_config.world_size
         self.jobs: dict[int, Job] = {}
         self.on_save: Callable[[Any, int, int, list[bytes]], None] | None = None
-        """Called with (request, first token, one past the last, keys) when a save sets out."""
+        """Called with (request, first token, one past the last, keys) when a save is planned."""
         self._groups, self._workers, self._settings = groups, workers, settings
-        self._hello: Hello | None = None
-        self._mirror: Mirror | None = None
+        self._info: WorkerInfo | None = None
+        self._directory: ChunkDirectory | None = None
         self._waiting: list[Save] = []
-        """Made, and not sent out yet."""
+        """Planned, and not sent out yet."""
         self._number = 0
         self.epoch = 0
-        """Resets of what is kept so far."""
+        """Cache resets so far."""
         self._promised: dict[bytes, int] = {}
-        """Keys that are being saved just now, to the job that does it."""
+        """Keys that are being saved now, to the job that does it."""
 
-    def greet(self, hello: Hello, mirror: Mirror) -> None:
-        """The workers are there."""
-        self._hello, self._mirror = hello, mirror
+    def start(self, info: WorkerInfo, directory: ChunkDirectory) -> None:
+        """The workers are ready."""
+        self._info, self._directory = info, directory
 
     def promised(self, chain: Chain, known: int) -> int:
-        """How far beyond the first `known` tokens the chunk that comes next is being saved just
-        now, in tokens of the prompt; 0: it is not."""
-        assert self._hello is not None
-        chunk, grain = self._hello.chunk, self._hello.grain
+        """How far beyond the first `known` tokens the next chunk is being saved now, in tokens of
+        the prompt; 0: it is not."""
+        assert self._info is not None
+        chunk, grain = self._info.chunk, self._info.grain
         for i in range((known // chunk + 1) * chunk // grain, known // grain, -1):
             if i <= len(chain.links) and chain.links[i - 1] in self._promised:
                 return i * grain
@@ -70,17 +70,17 @@ class Saves:
     def plan(
         self,
         output: Any,
-        passages: Mapping[str, Passage],
-        may: Callable[[Passage], bool],
+        requests: Mapping[str, TrackedRequest],
+        may: Callable[[TrackedRequest], bool],
         *,
-        doubt: bool,
+        unconfirmed: bool,
     ) -> list[Save]:
-        """What this step completes, and what was left to save before. With `doubt` all of it
-        waits: the KV may prove to be spoilt."""
+        """What this step completes, and what was left to save before. With `unconfirmed` loads all
+        of it waits: the KV may turn out to be invalid."""
         if self._drafted:
-            self._undrafted(output, passages)
+            self._undrafted(output, requests)
         for name, tokens in output.num_scheduled_tokens.items():
-            p = passages.get(name)
+            p = requests.get(name)
             if p is not None:
                 p.renew()
             if p is None or (p.prompt_saved and not self._settings.save_decode):
@@ -97,41 +97,41 @@ class Saves:
                 self._save(p, min(known, p.most), blocks, tail=tail)
                 p.prompt_saved = p.prompt_saved or tail
         for save in self._waiting.copy():  # blocks that were taken away cannot be read any more
-            if _lost_blocks(self.jobs[save.job].passage.request, output):
+            if _lost_blocks(self.jobs[save.job].tracked.request, output):
                 self._waiting.remove(save)
                 self._cancel(save.job)
-        if doubt:
+        if unconfirmed:
             return []
         out, self._waiting = self._waiting, []
         return out
 
-    def spoil(self) -> None:
-        """A load failed within a step: nothing that waits may be kept. It is computed again, and
+    def discard_pending(self) -> None:
+        """A load failed within a step: nothing that waits may be stored. It is computed again, and
         then saved."""
         waiting, self._waiting = self._waiting, []
         for save in waiting:
             self._cancel(save.job)
 
-    def _undrafted(self, output: Any, passages: Mapping[str, Passage]) -> None:
-        """One request that is too long for the draft model keeps it from running for all of a step:
-        what is computed in it lacks the draft's KV, and is not kept."""
+    def _undrafted(self, output: Any, requests: Mapping[str, TrackedRequest]) -> None:
+        """One request that is too long for the draft model keeps it from running in the whole step:
+        what is computed in it lacks the draft's KV, and is not saved."""
         steps = output.num_scheduled_tokens
-        mine = [(p, n) for name, n in steps.items() if (p := passages.get(name)) is not None]
+        mine = [(p, n) for name, n in steps.items() if (p := requests.get(name)) is not None]
         longest = max((p.request.num_computed_tokens + n for p, n in mine), default=0)
         if longest > self._drafted or not getattr(output, "num_spec_tokens_to_schedule", 1):
             for p, _ in mine:
                 p.drafted = min(p.drafted, p.request.num_computed_tokens)
 
     def forget(self, epoch: int) -> None:
-        """All that is kept was reset: nothing that was planned before may be kept, either."""
+        """The cache was reset: nothing that was planned before may be stored either."""
         self.epoch = epoch
-        self.spoil()
+        self.discard_pending()
 
-    def waits(self, request: str) -> bool:
+    def is_pending(self, request: str) -> bool:
         """A save of this request has not been sent out yet."""
         return any(save.request == request for save in self._waiting)
 
-    def finish(self, p: Passage, blocks: tuple[list[int], ...], may: bool) -> bool:
+    def finish(self, p: TrackedRequest, blocks: tuple[list[int], ...], may: bool) -> bool:
         """A request has ended. True: its blocks are still needed."""
         if self._settings.save_decode and may and p.prompt_saved:
             known = min(p.request.num_computed_tokens, p.request.num_tokens - 1, p.most)
@@ -143,17 +143,17 @@ class Saves:
         return [
             number
             for number, job in self.jobs.items()
-            if number in job.passage.jobs and _lost_blocks(job.passage.request, output)
+            if number in job.tracked.jobs and _lost_blocks(job.tracked.request, output)
         ]
 
-    def heard(self, worker: int, told: Told) -> None:
-        """A worker has read blocks, or is through with a job."""
-        for number in told.captured:
+    def add_report(self, worker: int, report: WorkerReport) -> None:
+        """A worker has read blocks, or has finished a job."""
+        for number in report.captured:
             if (job := self.jobs.get(number)) is not None:
                 job.captured.add(worker)
                 if len(job.captured) == self._workers:
-                    job.passage.jobs.discard(number)
-        for number in told.ended:
+                    job.tracked.jobs.discard(number)
+        for number in report.ended:
             if (job := self.jobs.get(number)) is not None:
                 job.ended.add(worker)
                 if len(job.ended) == self._workers:
@@ -161,8 +161,8 @@ class Saves:
 
     def _cancel(self, number: int) -> None:
         job = self.jobs[number]
-        job.passage.jobs.discard(number)
-        job.passage.saved, job.passage.prompt_saved = 0, False
+        job.tracked.jobs.discard(number)
+        job.tracked.saved, job.tracked.prompt_saved = 0, False
         self._forget(number, job)
 
     def _forget(self, number: int, job: Job) -> None:
@@ -171,23 +171,23 @@ class Saves:
             if self._promised.get(key) == number:
                 del self._promised[key]
 
-    def _completes(self, p: Passage, known: int) -> bool:
-        """There is a whole chunk that was not seen to."""
-        return self._hello is not None and known - p.saved >= self._hello.chunk
+    def _completes(self, p: TrackedRequest, known: int) -> bool:
+        """There is a whole chunk that was not considered yet."""
+        return self._info is not None and known - p.saved >= self._info.chunk
 
     def _save(
-        self, p: Passage, known: int, blocks: tuple[list[int], ...] | None, *, tail: bool
+        self, p: TrackedRequest, known: int, blocks: tuple[list[int], ...] | None, *, tail: bool
     ) -> None:
-        """Set out to save what of the first `known` tokens is not kept: whole chunks, and with
-        `tail` what is left over."""
-        assert self._hello is not None
-        chunk, grain, unit = self._hello.chunk, self._hello.grain, self._hello.unit
+        """Plan to save what of the first `known` tokens is not stored: whole chunks, and with
+        `tail` the rest."""
+        assert self._info is not None
+        chunk, grain, unit = self._info.chunk, self._info.grain, self._info.unit
         end = known // unit * unit if tail else known // chunk * chunk
         links = p.links(self._settings.keys).links
         first, last = p.saved // chunk, -(-end // chunk)
         p.saved = max(p.saved, known // chunk * chunk)
         keys = [links[min((i + 1) * chunk, end) // grain - 1] for i in range(first, last)]
-        while keys and self._is_kept(keys[0]):
+        while keys and self._is_stored(keys[0]):
             first, keys = first + 1, keys[1:]
         if not keys or blocks is None:
             return
@@ -195,7 +195,7 @@ class Saves:
             BlockTable.cut(ids, size, first * chunk, end)
             for ids, size in zip(blocks, self._groups, strict=True)
         )
-        if not all(all(t.blocks) for t in tables):  # block 0: behind a window, and given back
+        if not all(all(t.blocks) for t in tables):  # block 0: left its window, and was freed
             return
         self._number += 1
         self.jobs[self._number] = Job(p, keys, set(), set())
@@ -207,12 +207,12 @@ class Saves:
         if self.on_save is not None:
             self.on_save(p.request, first * chunk, end, keys)
 
-    def _is_kept(self, key: bytes) -> bool:
-        assert self._mirror is not None
-        return key in self._promised or self._mirror.has(key)
+    def _is_stored(self, key: bytes) -> bool:
+        assert self._directory is not None
+        return key in self._promised or self._directory.has(key)
 
 
 def _lost_blocks(request: Any, output: Any) -> bool:
-    """A request was preempted; by a reset of the cache it may be running again already."""
+    """A request was preempted; after a reset of the cache it may be running again already."""
     again = getattr(output, "preempted_req_ids", None) or ()
     return request.status == RequestStatus.PREEMPTED or request.request_id in again

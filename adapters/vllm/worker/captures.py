@@ -1,9 +1,9 @@
-"""Saves in a worker: which are due, which still read the engine's blocks, which are through.
+"""Saves in a worker: which are due, which still read the engine's blocks, which have ended.
 
 A save goes through four states: *due* (planned, its KV not computed yet), *reading* (its tickets
-are out, blocks are being read), *captured* (its blocks are free) and *ended* (kept, or lost). What
-is planned is taken down before anything else is done in a step, so a request's blocks are held from
-then on, whichever of its hooks a model runner calls first.
+are in flight, blocks are being read), *captured* (its blocks are free) and *ended* (stored, or
+lost). A step's plan is accepted before anything else is done in it, so a request's blocks are held
+from then on, whichever of its hooks a model runner calls first.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import Lost
 
 FENCE = 0.05
-"""Seconds that a step may be kept waiting until a save has read blocks that it will overwrite."""
+"""Seconds that a step may wait until a save has read blocks that the step will overwrite."""
 
 
 class Storing(NamedTuple):
-    """A save that has set out, and its ticket in each pipeline."""
+    """A save that has begun, and its ticket in each pipeline."""
 
     save: Save
     tickets: list[Ticket]
@@ -30,16 +30,16 @@ class Storing(NamedTuple):
 class Captures:
     """Used by the worker's one thread."""
 
-    def __init__(self, begin: Callable[[Save, bool], list[Ticket]], hold: float) -> None:
-        """`begin`: set a save out, layer by layer or not; no tickets where it cannot be. `hold`:
+    def __init__(self, begin: Callable[[Save, bool], list[Ticket]], block_hold_s: float) -> None:
+        """`begin`: begin a save, layer by layer or not; no tickets if it cannot. `block_hold_s`:
         seconds that a finished request's blocks may be kept until they are read."""
-        self._begin, self._hold = begin, hold
+        self._begin, self._block_hold_s = begin, block_hold_s
         self._due: dict[int, Save] = {}
         self._reading: dict[int, Storing] = {}
         self._storing: dict[int, Storing] = {}
-        """All that have set out and not ended: those that are reading are among them."""
-        self._behind: list[tuple[int, Ticket]] = []
-        """Those of this step that follow the model layer by layer, each with its share."""
+        """All that have begun and not ended, those that are reading among them."""
+        self._following: list[tuple[int, Ticket]] = []
+        """Those of this step that follow the model layer by layer, each with its group."""
         self._held: dict[str, float] = {}
         """Finished requests whose blocks are kept, and until when."""
 
@@ -48,42 +48,42 @@ class Captures:
 
     @property
     def layered(self) -> bool:
-        """Some follow the model just now."""
-        return bool(self._behind)
+        """Some follow the model layer by layer now."""
+        return bool(self._following)
 
     def report(self) -> dict[str, int]:
-        """For tests and for the curious: all zero when nothing runs."""
+        """For tests and for debugging: all zero if nothing runs."""
         return {"stores": len(self._due) + len(self._storing), "held": len(self._held)}
 
     def plan(self, saves: Iterable[Save], held: Iterable[str]) -> None:
-        """Take down what a step will save, and whose blocks are kept for it."""
+        """Note what a step will save, and whose blocks are kept for it."""
         for save in saves:
             self._due[save.job] = save
         for request in held:
-            self._held[request] = time.monotonic() + self._hold
+            self._held[request] = time.monotonic() + self._block_hold_s
 
     def begin(self, *, layered: bool = False) -> None:
-        """Set out what is due: it is computed, or launched; or, `layered`, it will be."""
+        """Begin what is due: it is computed, or launched; or, `layered`, it will be."""
         due, self._due = self._due, {}
         for save in due.values():
             tickets = self._begin(save, layered)
             self._storing[save.job] = self._reading[save.job] = Storing(save, tickets)
             if layered:
-                self._behind += enumerate(tickets)
+                self._following += enumerate(tickets)
 
-    def layer_done(self, share: int, layer: int) -> None:
-        """A layer of a share is computed."""
-        for whose, ticket in self._behind:
-            if whose == share:
+    def layer_done(self, group: int, layer: int) -> None:
+        """A layer of a group is computed."""
+        for whose, ticket in self._following:
+            if whose == group:
                 ticket.layer_done(layer)
 
     def computed(self, last: Sequence[int]) -> None:
-        """All layers of the step are, whatever graphs or shortcuts kept from us; `last`: the last
-        layer of each share."""
-        if self._behind:
-            behind, self._behind = self._behind, []
-            for share, ticket in behind:
-                ticket.layer_done(last[share])
+        """All layers of the step are computed, even those whose hooks a CUDA graph left out.
+        `last`: the last layer of each group."""
+        if self._following:
+            following, self._following = self._following, []
+            for group, ticket in following:
+                ticket.layer_done(last[group])
         if self._due:
             self.begin()
 
@@ -94,14 +94,14 @@ class Captures:
                 ticket.captured(FENCE)
 
     def captured(self) -> list[int]:
-        """Jobs that have let go of their blocks since the last call."""
+        """Jobs that have read their blocks since the last call."""
         done = [j for j, s in self._reading.items() if all(t.is_captured for t in s.tickets)]
         for job in done:
             del self._reading[job]
         return done
 
     def ended(self) -> list[Storing]:
-        """Those that are through since the last call; all of them were told as captured."""
+        """Those that have ended since the last call; all of them were reported as captured."""
         done = [
             s for j, s in self._storing.items()
             if j not in self._reading and all(t.future.done() for t in s.tickets)
@@ -111,9 +111,9 @@ class Captures:
         return done
 
     def released(self) -> set[str]:
-        """Held requests whose blocks nobody reads any more; those that took too long are given up.
+        """Held requests whose blocks no save reads anymore; saves that took too long are canceled.
 
-        One of which a save is due is not among them: it will read them.
+        A request with a save that is due is not among them: it will read them.
         """
         out: set[str] = set()
         due = {save.request for save in self._due.values()}

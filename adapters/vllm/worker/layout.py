@@ -1,8 +1,8 @@
-"""vLLM's KV tensors as layouts: which group can be kept, in what order its bytes lie, why not.
+"""vLLM's KV tensors as layouts: which group can be stored, in which byte order, or why not.
 
-vLLM hands every layer in as one logical view [blocks, heads, tokens in block, content], whatever
-its physical order; strides tell the rest. What K and V look like inside the content is the
-attention backend's affair: where that is not known, blocks are kept as opaque bytes or not at all.
+vLLM passes every layer as one logical view [blocks, heads, tokens in block, content], whatever its
+physical order; strides show the rest. The attention backend decides how K and V lie inside the
+content: if that is unknown, blocks are stored as opaque bytes or not at all.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _SIDE_BY_SIDE = {"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION", "T
 _DRAFT = "draft_model."
 """What vLLM's names of a draft model's layers begin with."""
 _RESTORED = (kv.FullAttentionSpec, kv.SlidingWindowSpec)
-"""Groups whose KV of a prefix is all that is needed to go on behind it; MLA is one of the first."""
+"""Groups that can continue from the KV of a prefix alone; MLA is one of the first."""
 
 
-class Share(NamedTuple):
-    """One KV group of this worker: what one pipeline keeps."""
+class CacheGroup(NamedTuple):
+    """One KV group of this worker, which one pipeline stores."""
 
-    group: int
+    number: int
     names: list[str]
     """Layers, in model order."""
     caches: list[torch.Tensor]
@@ -39,19 +39,19 @@ class Share(NamedTuple):
     split: int
     """Blocks of the tensors to one of vLLM's tables."""
     backend: str
-    """Names what native bytes depend on besides the layout."""
+    """What native bytes depend on besides the layout."""
     opaque: bool
-    """K and V cannot be told apart: only native order will do."""
+    """K and V cannot be separated: only native order works."""
     part: str
     """Names the group among several; empty when it is the only one."""
     window: bool
-    """Blocks behind a window are given back while the request goes on."""
+    """Blocks that left the sliding window are freed while the request goes on."""
 
 
-def shares(
+def cache_groups(
     caches: Mapping[str, torch.Tensor], config: Any, layers: Mapping[str, Any]
-) -> list[Share]:
-    """What of `caches` (layer name to tensor) can be kept: all of it, or LayoutError says why not.
+) -> list[CacheGroup]:
+    """The groups of `caches` (layer name to tensor). LayoutError: one of them cannot be stored.
 
     `config`: vLLM's KVCacheConfig. `layers`: its attention layers by name.
     """
@@ -66,7 +66,7 @@ def shares(
         if not tensors:
             raise LayoutError(f"KV group {i} has no tensors of its own")
         own = [name for name, _ in tensors.values()]
-        made.append(_share(i, spec, own, [t for _, t in tensors.values()], config, layers))
+        made.append(_group(i, spec, own, [t for _, t in tensors.values()], config, layers))
         if len(groups) > 1:
             window = getattr(spec, "sliding_window", None) or "all"
             where = ",".join(("draft " if is_draft(n) else "") + str(layer_index(n)) for n in own)
@@ -75,13 +75,13 @@ def shares(
 
 
 def layer_index(name: str) -> int:
-    """Which layer of the model a layer's name means."""
+    """The index of a layer in the model, from its name."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else 0
 
 
 def is_draft(name: str) -> bool:
-    """The layer is a draft model's, which vLLM computes behind the model's own."""
+    """The layer is a draft model's, which vLLM computes after the model's own."""
     return name.startswith(_DRAFT)
 
 
@@ -95,7 +95,7 @@ def overwrites_early(vllm_config: Any, config: Any) -> bool:
 
 
 def _place(name: str) -> tuple[bool, int]:
-    """Where a layer comes in the order of computing."""
+    """Sort key: the order of computing."""
     return is_draft(name), layer_index(name)
 
 
@@ -118,10 +118,10 @@ def _spec(i: int, group: Any) -> Any:
     return spec
 
 
-def _share(
+def _group(
     i: int, spec: Any, names: list[str], tensors: list[torch.Tensor], config: Any,
     layers: Mapping[str, Any],
-) -> Share:  # fmt: skip
+) -> CacheGroup:  # fmt: skip
     first = tensors[0]
     if first.dim() != 4 or first.shape[0] % config.num_blocks:
         raise LayoutError(
@@ -140,8 +140,8 @@ def _share(
         _probe_cpu(first, layout, isa)
     else:
         layout, opaque = KVLayout.from_tensors(tensors, order="BHNC"), name not in _SIDE_BY_SIDE
-    return Share(
-        group=i, names=names, caches=tensors, layout=layout, block_tokens=spec.block_size,
+    return CacheGroup(
+        number=i, names=names, caches=tensors, layout=layout, block_tokens=spec.block_size,
         split=split, backend=f"vllm {name} {isa}", opaque=opaque, part="",
         window=isinstance(spec, kv.SlidingWindowSpec),
     )  # fmt: skip
@@ -156,18 +156,18 @@ def _backend(layer: Any) -> tuple[str, str]:
 
 
 def _probe_cpu(cache: torch.Tensor, layout: KVLayout, isa: str) -> None:
-    """Let vLLM's own operation write a block of memory laid out as `cache` is, and look whether K
-    and V lie where we think. The engine's own blocks are not touched.
+    """Let vLLM's own operation write a block of memory laid out as `cache` is, and check that K and
+    V lie where we expect them. The engine's own blocks are not touched.
 
-    Raises LayoutError. A layout that changes with a version of vLLM is found out here, before it
-    can change an answer.
+    Raises LayoutError: a layout that changes with a version of vLLM is detected here, before it can
+    change an answer.
     """
     from vllm import _custom_ops as ops
 
     few = fewer(layout)
     blocks, heads, size, content = few.shape
     if cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise LayoutError(f"CPU attention with a {cache.dtype} cache is not known here")
+        raise LayoutError(f"CPU attention with a {cache.dtype} cache is not supported")
     scratch = look_alike(few, torch.zeros(memory_of(few), dtype=torch.uint8))[0]
     halves = scratch.view(blocks, heads, 2 * size, content // 2).chunk(2, dim=2)
     rows = torch.arange(size * heads * content // 2, dtype=torch.float32) % 251
@@ -180,5 +180,5 @@ def _probe_cpu(cache: torch.Tensor, layout: KVLayout, isa: str) -> None:
         for part, wanted in ((0, k[i]), (1, v[i])):
             if not torch.equal(token(layout, scratch, part, first + i), wanted):
                 raise LayoutError(
-                    f"vLLM's CPU attention ({isa}) no longer lays a block out as {layout.order}"
+                    f"vLLM's CPU attention ({isa}) no longer lays out a block as {layout.order}"
                 )

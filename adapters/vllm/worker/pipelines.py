@@ -1,7 +1,7 @@
 """A worker's pipelines, one for each KV group, and what the scheduler must know of them.
 
-Each rank keeps a share of the model's KV, named by the layers and heads it holds. The chain of keys
-is the whole model's, so that the scheduler hashes a prompt once, whoever holds what.
+Each rank stores its part of the model's KV, named by the layers and heads it holds. The chain of
+keys is the whole model's, so that the scheduler hashes a prompt once, whoever holds what.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from tierloom.adapters.model_identity.config import rope_text
 from tierloom.adapters.vllm.exchange.identity import calibrated_id, weights_id
-from tierloom.adapters.vllm.exchange.messages import Hello
+from tierloom.adapters.vllm.exchange.messages import WorkerInfo
 from tierloom.adapters.vllm.exchange.settings import Configured
-from tierloom.adapters.vllm.worker.layout import Share, shares
+from tierloom.adapters.vllm.worker.layout import CacheGroup, cache_groups
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.pipeline import Pipeline
 from tierloom.stages.contract.stage import ModelFacts
@@ -33,20 +33,20 @@ _SPECULATIVE = {"draft_model", "medusa", "mlp_speculator", "ngram", "ngram_gpu",
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """Where in the engine a worker stands."""
+    """The position of a worker in the engine."""
 
     tp: int
     tp_size: int
     pp: int
     pp_size: int
     dp: int
-    """Counts copies of the model that are told apart by nothing else."""
+    """Numbers copies of the model that nothing else distinguishes."""
     dp_size: int
-    """1 for dense models too: each copy is an engine of its own to vLLM."""
+    """1 for dense models too: each copy is a separate engine to vLLM."""
 
     @classmethod
     def here(cls, parallel: Any) -> Rank:
-        """Of this process, once vLLM's groups are there."""
+        """Of this process, once vLLM's process groups exist."""
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
         tp, pp = get_tp_group(), get_pp_group()
@@ -58,12 +58,12 @@ class Rank:
 
     @property
     def index(self) -> int:
-        """Counts this engine's workers."""
+        """Numbers this engine's workers."""
         return self.pp * self.tp_size + self.tp
 
     @property
     def folder(self) -> str:
-        """Names it in paths that only one process may use; empty when it is alone."""
+        """Its part of paths that only one process may use; empty if it is alone."""
         parts = [f"dp{self.dp}"] if self.dp else []
         parts = [f"dp{self.dp}of{self.dp_size}"] if self.dp_size > 1 else parts
         parts += [f"tp{self.tp}of{self.tp_size}"] if self.tp_size > 1 else []
@@ -79,119 +79,123 @@ class Rank:
         return (first, first + 1), self.tp > 0 and (self.tp - 1) * total // self.tp_size == first
 
 
-class Pipe:
-    """One share, its pipeline, and vLLM's block tables as that takes them."""
+class GroupPipeline:
+    """One group, its pipeline, and vLLM's block tables as the pipeline takes them."""
 
-    def __init__(self, share: Share, pipe: Pipeline) -> None:
-        self.share, self.pipe = share, pipe
-        self.caches = share.caches
+    def __init__(self, group: CacheGroup, pipeline: Pipeline) -> None:
+        self.group, self.pipeline = group, pipeline
+        self.caches = group.caches
 
     def blocks(self, table: BlockTable) -> BlockTable:
         """A table of vLLM's blocks as blocks of the tensors."""
-        return table.split(self.share.split, self.share.layout.block_tokens)
+        return table.split(self.group.split, self.group.layout.block_tokens)
 
 
-def open_pipes(
+def open_pipelines(
     vllm_config: Any, kv_cache_config: Any, conf: Configured, caches: Mapping[str, Any], rank: Rank
-) -> tuple[list[Pipe], Hello]:
+) -> tuple[list[GroupPipeline], WorkerInfo]:
     """Open a pipeline for each KV group, all or none of them.
 
-    Raises ConfigError (the user can cure it) and LayoutError (this model or backend cannot be
-    kept: the engine goes on without).
+    Raises ConfigError (the user can fix it) and LayoutError (the KV of this model or backend cannot
+    be stored: the engine goes on without).
     """
     model = vllm_config.model_config
     _refuse(vllm_config)
-    parts = shares(caches, kv_cache_config, vllm_config.compilation_config.static_forward_context)
+    groups = cache_groups(
+        caches, kv_cache_config, vllm_config.compilation_config.static_forward_context
+    )
     weights = conf.settings.weights or weights_id(vllm_config)
     facts = ModelFacts(model.get_total_num_hidden_layers(), calibrated_id(vllm_config))
-    alone = len(parts) == 1 and rank.pp_size == 1
+    alone = len(groups) == 1 and rank.pp_size == 1
     first, last = model.get_layers_start_end_indices(vllm_config.parallel_config)
-    pipes: list[Pipe] = []
+    pipelines: list[GroupPipeline] = []
     try:
-        for share in parts:
-            heads, twin = rank.heads(_heads(share, model))
-            overrides = _overrides(conf, rank, share, len(parts), kv_cache_config.hash_block_size)
-            pipe = Pipeline(
-                conf.pipeline(overrides), share.layout,
-                model=conf.settings.name, weights=weights, rope=_rope(model, share),
-                layers=None if alone else (first, last), heads=heads, part=share.part,
-                backend=share.backend, replica=twin, watch=True,
+        for group in groups:
+            heads, twin = rank.heads(_heads(group, model))
+            overrides = _overrides(conf, rank, group, len(groups), kv_cache_config.hash_block_size)
+            pipeline = Pipeline(
+                conf.pipeline(overrides), group.layout,
+                model=conf.settings.name, weights=weights, rope=_rope(model, group),
+                layers=None if alone else (first, last), heads=heads, part=group.part,
+                backend=group.backend, replica=twin, watch=True,
                 facts=facts,
             )  # fmt: skip
-            pipes.append(Pipe(share, pipe))
-            _prove(share, pipe)
+            pipelines.append(GroupPipeline(group, pipeline))
+            _prove(group, pipeline)
     except BaseException:
-        for made in pipes:
-            made.pipe.close()
+        for made in pipelines:
+            made.pipeline.close()
         raise
-    layers = pipes[0].share.layout.layers if alone else model.get_total_num_hidden_layers()
-    return pipes, _hello(pipes, layers, _heads(parts[0], model))
+    layers = pipelines[0].group.layout.layers if alone else model.get_total_num_hidden_layers()
+    return pipelines, _info(pipelines, layers, _heads(groups[0], model))
 
 
-def _prove(share: Share, pipe: Pipeline) -> None:
-    """Raise LayoutError unless what the engine's tensors hold can be kept, and how they lie passed
-    the self-test, which opening a pipeline does."""
-    if share.opaque and not pipe.native:
+def _prove(group: CacheGroup, pipeline: Pipeline) -> None:
+    """Raise LayoutError unless the engine's tensors can be stored, and their layout passed the
+    self-test that opening a pipeline runs."""
+    if group.opaque and not pipeline.native:
         raise LayoutError(
-            f"how {share.backend.split()[1]} lays K and V out is not known here, so its blocks "
-            "can be kept in native order only: take out what needs another"
+            f"how {group.backend.split()[1]} lays out K and V is unknown, so its blocks "
+            "can be stored in native order only: remove the stages that need another order"
         )
-    if pipe.off:
-        raise LayoutError(pipe.off)
+    if pipeline.off:
+        raise LayoutError(pipeline.off)
 
 
-def _heads(share: Share, model: Any) -> int:
+def _heads(group: CacheGroup, model: Any) -> int:
     """KV heads of the whole model; a latent counts as one."""
-    return 1 if share.layout.kv == 1 else int(model.get_total_num_kv_heads())
+    return 1 if group.layout.kv == 1 else int(model.get_total_num_kv_heads())
 
 
-def _rope(model: Any, share: Share) -> str:
-    """The RoPE parameters, where they are such that a codec can turn K back; the content id of the
-    weights names them in any case. All ranks come to the same."""
+def _rope(model: Any, group: CacheGroup) -> str:
+    """The RoPE parameters, if a codec can rotate K back with them; the content id of the weights
+    covers them in any case. The same in all ranks."""
     found = rope_text(model.hf_text_config.to_dict())
-    return found if len(frequencies(found, share.layout.dim)) else ""
+    return found if len(frequencies(found, group.layout.dim)) else ""
 
 
-def _hello(pipes: list[Pipe], layers: int, heads: int) -> Hello:
-    pipe = pipes[0].pipe
-    spec = pipe.spec
-    plan = _plan(spec)
+def _info(pipelines: list[GroupPipeline], layers: int, heads: int) -> WorkerInfo:
+    pipeline = pipelines[0].pipeline
+    spec = pipeline.spec
+    plan = _lookup_node(spec)
     asked = (plan.options.tiers if plan else None) or list(spec.tiers)
     local = tuple(t for t in asked if spec.tiers[t].cls.local)
-    native = max((p.pipe.geometry.block_tokens for p in pipes if p.pipe.native), default=1)
-    return Hello(
-        whole=pipe.whole(layers, heads), grain=spec.chunk.grain, chunk=spec.chunk.tokens,
-        unit=math.lcm(native, spec.chunk.grain), shares=len(pipes), tiers=local,
+    native = max(
+        (p.pipeline.geometry.block_tokens for p in pipelines if p.pipeline.native), default=1
+    )
+    return WorkerInfo(
+        namespace=pipeline.whole(layers, heads), grain=spec.chunk.grain, chunk=spec.chunk.tokens,
+        unit=math.lcm(native, spec.chunk.grain), groups=len(pipelines), tiers=local,
         remote=next((t for t in asked if not spec.tiers[t].cls.local), ""),
         uses={name: tier.use for name, tier in spec.tiers.items()},
         worth=plan.options.worth if plan else "never",
         deadline=spec.graphs["retrieve"].options.deadline if plan else 0.0,
         token_bytes=sum(
-            p.pipe.geometry.frame_bytes(p.pipe.geometry.layers, spec.chunk.tokens)
-            for p in pipes
+            p.pipeline.geometry.frame_bytes(p.pipeline.geometry.layers, spec.chunk.tokens)
+            for p in pipelines
         ) // spec.chunk.tokens,
         off="",
     )  # fmt: skip
 
 
-def _plan(spec: PipelineSpec) -> Any:
-    """The node of the retrieve graph that plans, if there is one."""
+def _lookup_node(spec: PipelineSpec) -> Any:
+    """The lookup stage of the retrieve graph, if there is one."""
     graph = spec.graphs.get("retrieve")
     return next((n for n in graph.nodes if issubclass(n.cls, Lookup)), None) if graph else None
 
 
 def _overrides(
-    conf: Configured, rank: Rank, share: Share, groups: int, hash_block: int | None
+    conf: Configured, rank: Rank, group: CacheGroup, groups: int, hash_block: int | None
 ) -> dict[str, Any]:
     """The user's, and what several processes or groups must not share: folders and budgets."""
-    by_layer = conf.settings.saves_by_layer(share.layout.device)
+    by_layer = conf.settings.saves_by_layer(group.layout.device)
     overrides = {"graphs.store.pace.by": "layer"} if by_layer else {}
     overrides |= conf.overrides
     ours: dict[str, Any] = {}
     if conf.settings.keys == "engine" and hash_block:
         ours["chunk.grain"] = hash_block
     spec = conf.pipeline(overrides | ours)
-    folder = "-".join(p for p in (rank.folder, f"g{share.group}" if groups > 1 else "") if p)
+    folder = "-".join(p for p in (rank.folder, f"g{group.number}" if groups > 1 else "") if p)
     for name, tier in spec.tiers.items():
         if tier.cls.local and folder and hasattr(tier.options, "path"):
             ours[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
@@ -199,12 +203,12 @@ def _overrides(
             ours[f"tiers.{name}.capacity"] = tier.options.capacity // groups
     if groups > 1:
         ours["budget.arena"] = max(1 << 20, spec.budget.arena // groups)
-    # Behind all that the user says of the same, with dots or in a mapping: the last one wins.
+    # After all that the user sets for the same, with dots or in a mapping: the last one wins.
     return {path: value for path, value in overrides.items() if path not in ours} | ours
 
 
 def _refuse(vllm_config: Any) -> None:
-    """Raise LayoutError for ways of running in which a block is not what it seems."""
+    """Raise LayoutError for ways of running in which a block does not hold whole tokens."""
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(vllm_config.parallel_config, name, None) or 1
         if size > 1:
@@ -213,6 +217,6 @@ def _refuse(vllm_config: Any) -> None:
     if spec is not None and spec.method not in _SPECULATIVE:
         raise LayoutError(
             f"speculative decoding by {spec.method}: the KV of such a draft's layers is computed "
-            "from what the model made of the token behind, which no name of a prefix says; "
-            f"what can be kept: {', '.join(sorted(_SPECULATIVE))}"
+            "from the model's output for the next token, which the key of a prefix does not cover; "
+            f"supported: {', '.join(sorted(_SPECULATIVE))}"
         )

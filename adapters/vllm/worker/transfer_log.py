@@ -1,4 +1,4 @@
-"""What became of each request in a worker: one log line, and counters for vLLM's metrics."""
+"""The result of each transfer in a worker: one log line, and counters for vLLM's metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tierloom.stages.errors import Lost
 log = logging.getLogger("tierloom.vllm")
 
 
-class Ledger:
+class TransferLog:
     """Used by the worker's one thread."""
 
     def __init__(self, *, first: bool) -> None:
@@ -23,7 +23,7 @@ class Ledger:
         self.stats = Stats()
 
     def loaded(self, load: Load, tickets: list[Ticket], got: int) -> None:
-        """A load is through; `got` tokens of what was wanted are in place."""
+        """A load has ended; `got` tokens of what was wanted are in place."""
         lost, nbytes, seconds = self._count("load", tickets)
         if not self._first:
             return
@@ -39,7 +39,7 @@ class Ledger:
         )  # fmt: skip
 
     def stored(self, save: Save, tickets: list[Ticket]) -> None:
-        """A save is through."""
+        """A save has ended."""
         lost, nbytes, seconds = self._count("store", tickets)
         if not self._first:
             return
@@ -47,7 +47,7 @@ class Ledger:
         self.stats.add(stores=1, store_tokens=tokens)
         chunks = tickets[0].wait().tiers if tickets else {}
         log.info(
-            "request %s: %d tokens to keep, %d kept (chunks: %s) in %s%s",
+            "request %s: %d tokens to store, %d stored (chunks: %s) in %s%s",
             save.request, save.span.tokens, tokens,
             _listed(chunks.items()), _speed(nbytes, seconds), lost,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""An arena that tells who touches memory which is no longer his."""
+"""An arena that detects who touches memory after its release."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class TierBench:
     def arena(self) -> Iterator[Arena]:
         arena = PoisonArena(64 * SIZE, 64 * SIZE, huge_pages=False)
         yield arena
-        for _ in range(200):  # threads that were left behind bring theirs home
+        for _ in range(200):  # abandoned threads release theirs
             if not arena.leases:
                 break
             time.sleep(0.01)

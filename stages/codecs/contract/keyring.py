@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from tierloom.stages.errors import ConfigError, Lost, Unreadable
+from tierloom.stages.errors import ConfigError, Lost, MissingPackage, Unreadable
 from tierloom.stages.user_home import expanded
 
 KEY_ID = 8
@@ -39,9 +39,7 @@ class Keyring:
         try:
             import cryptography.hazmat.primitives.ciphers  # noqa: F401
         except ImportError as e:
-            raise ConfigError(
-                "encryption needs the `cryptography` package: pip install 'tierloom[crypto]'"
-            ) from e
+            raise MissingPackage("cryptography, which encryption needs,", "crypto") from e
         return cls([_secret(expanded(path)) for path in paths])
 
     def key(self, id: bytes, name: bytes) -> bytes:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from tierloom.stages.errors import ConfigError, Damaged, TierDown
+from tierloom.stages.errors import ConfigError, Damaged, MissingPackage, TierDown
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.memory.held import Transfers, held
 from tierloom.stages.tiers.buckets.aws_profile import find_profile
@@ -55,9 +55,7 @@ class Bucket:
             import obstore
             from obstore.store import from_url
         except ImportError:
-            raise ConfigError(
-                f"{self._url}: the client obstore is not installed: pip install 'tierloom[s3]'"
-            ) from None
+            raise MissingPackage(f"{self._url}: the client obstore", "s3") from None
         self._obs = obstore
         try:
             self._store = from_url(self._url, **self._settings())

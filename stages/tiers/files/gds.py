@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tierloom.stages.errors import ConfigError, Damaged, TierDown
+from tierloom.stages.errors import ConfigError, Damaged, MissingPackage, TierDown
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.contract.tier import TierContext
@@ -84,9 +84,7 @@ class KvikioMover(Mover):
             )
             there = bool(kvikio.cufile_driver.properties.is_gds_available)
         except ImportError:
-            raise ConfigError(
-                "the gds tier's client is not installed: pip install 'tierloom[gds]'"
-            ) from None
+            raise MissingPackage("kvikio, the gds tier's client,", "gds") from None
         except Exception as error:
             raise ConfigError(f"kvikio does not start: {_first_line(error)}") from None
         self._api = kvikio

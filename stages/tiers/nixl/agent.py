@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.errors import ConfigError, MissingPackage, TierDown
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.disk.direct_io import Mover, read_all, write_all
 
@@ -199,10 +199,8 @@ def _api(backend: str) -> Any:
             return import_module(f"{name}._api")
         except ImportError:  # noqa: PERF203
             continue
-    raise ConfigError(
-        f"the {backend} tier's client is not installed: pip install 'tierloom[nixl]' "
-        "(a machine with CUDA 13: pip install nixl-cu13)"
-    )
+    more = " (a machine with CUDA 13: pip install nixl-cu13)"
+    raise MissingPackage(f"nixl, the client of backend {backend},", "nixl", more)
 
 
 def _why_not(backend: str) -> str:

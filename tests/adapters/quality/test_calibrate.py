@@ -23,7 +23,7 @@ from tierloom.adapters.quality.arms import Stored
 from tierloom.adapters.quality.measure import references, score
 from tierloom.adapters.quality.subject import subject_of
 from tierloom.adapters.transformers.cache import layout_of
-from tierloom.adapters.transformers.cached_model import Kept
+from tierloom.adapters.transformers.cached_model import CachedModel
 from tierloom.adapters.vllm.exchange.identity import calibrated_id
 from tierloom.stages.codecs.cachegen import calibration
 from tierloom.stages.codecs.cachegen.coder import HEAD, Head
@@ -396,7 +396,7 @@ def test_transformers_finds_it_in_every_dtype(
     subject = subject_of("mine", loaded(folder, torch.float32), Letters())
     found = calibration.read(kept(made_for(subject)))
     source = quality_arms._config(quality_arms.parse_codec("cachegen"), str(tmp_path), 64, 1 << 26)
-    with Kept(loaded(folder, dtype), config=source) as model:
+    with CachedModel(loaded(folder, dtype), config=source) as model:
         model.generate(torch.arange(1, 100)[None], max_new_tokens=1, do_sample=False)
     page = next(tmp_path.rglob("*.tlm")).read_bytes()
     frame = Header.unpack(page[: Header.length(page)]).frames[0]

@@ -110,27 +110,27 @@ REFUSED: dict[str, str] = {
         "mimo_v2_flash", "minimax", "ministral", "mistral", "modernbert-decoder", "moshi",
         "nemotron_h", "olmo3", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
         "qwen3_5_text", "qwen3_next", "recurrent_gemma", "vaultgemma", "zamba", "zamba2", "zaya"
-    ), "only full attention in every layer is kept"),
+    ), "only full attention in every layer is supported"),
     **dict.fromkeys((
         "axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3",
         "sarvam_mla", "youtu"
-    ), "only models whose K and V are alike are kept"),
+    ), "only models whose K and V are alike are supported"),
     **dict.fromkeys((
         "fuyu", "gemma3", "gemma4_unified", "gemma4_unified_assistant", "got_ocr2",
         "moss_transcribe_diarize"
     ), "takes more than text"),
     **dict.fromkeys((
         "cpmant", "mllama", "openai-gpt", "reformer", "rwkv", "xlnet"
-    ), "kept nothing of a token that was run through it"),
+    ), "cached nothing of a token that was run through it"),
     **dict.fromkeys((
         "musicgen", "musicgen_melody", "prophetnet", "xlm", "xlstm"
-    ), "fails when it is run with a cache"),
-    **{name: "answers otherwise when" for name in VARIANTS if name.endswith("not a decoder")},
+    ), "fails if it is run with a cache"),
+    **{name: "answers differently if" for name in VARIANTS if name.endswith("not a decoder")},
     "gemma, bidirectional": "attends to later tokens",
     "llama, dynamic rope": "rope_type dynamic",
     "llama, long rope": "rope_type longrope",
-    "qwen2, window": "only full attention in every layer is kept",
-    "xlm, causal": "answers otherwise when",
+    "qwen2, window": "only full attention in every layer is supported",
+    "xlm, causal": "answers differently if",
 }  # fmt: skip
 """Why; all others are kept."""
 

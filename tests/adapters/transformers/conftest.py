@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tierloom.adapters.transformers.cached_model import Kept
+from tierloom.adapters.transformers.cached_model import CachedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,15 +68,15 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def keep(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
+def keep(tmp_path: Path) -> Iterator[Callable[..., CachedModel]]:
     """`keep(model)` opens a pipeline on this test's own disk folder; the same one every time."""
-    opened: list[Kept] = []
+    opened: list[CachedModel] = []
 
-    def open_(model: Any, **options: Any) -> Kept:
+    def open_(model: Any, **options: Any) -> CachedModel:
         # Segments are preallocated: of 1 GiB each, the tests would fill a disk.
         overrides = {"tiers.warm.path": str(tmp_path / "kv"), "tiers.warm.segment": "64 MiB"}
         overrides |= options.pop("overrides", {})
-        opened.append(Kept(model, overrides=overrides, **options))
+        opened.append(CachedModel(model, overrides=overrides, **options))
         return opened[-1]
 
     yield open_

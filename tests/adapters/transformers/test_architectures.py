@@ -1,4 +1,4 @@
-"""Every causal LM of transformers says with `Kept` what it says without, or is refused by name.
+"""Every causal LM of transformers says the same with `CachedModel`, or is refused by name.
 
 A few run always; all of them with `make architectures`, or `-m campaign`.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tierloom.adapters.transformers.cached_model import Kept
+from tierloom.adapters.transformers.cached_model import CachedModel
 from tierloom.stages.errors import LayoutError
 
 from .architectures import OWN, REFUSED, UNBUILT, VARIANTS, build, names
@@ -57,13 +57,13 @@ def test_it_says_the_same_or_is_refused(name: str) -> None:
         model = build(name)
         if name in REFUSED:
             with pytest.raises(LayoutError, match=REFUSED[name]):
-                Kept(model, config="minimal", overrides=SMALL)
+                CachedModel(model, config="minimal", overrides=SMALL)
             return
-        with Kept(model, config="minimal", overrides=SMALL, store_decode=True) as kept:
+        with CachedModel(model, config="minimal", overrides=SMALL, store_decode=True) as kept:
             compare(model, kept)
 
 
-def compare(model: Any, kept: Kept) -> None:
+def compare(model: Any, kept: CachedModel) -> None:
     """Cold, warm, with another end, and longer; each against the model alone."""
     said: dict[int, torch.Tensor] = {}
     for n in LENGTHS:
@@ -82,7 +82,7 @@ def compare(model: Any, kept: Kept) -> None:
     assert off(one(model, kept, other), said[100]) > 3 * NOISE, "it does not see its own KV"
 
 
-def one(model: Any, kept: Kept, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
+def one(model: Any, kept: CachedModel, prompt: torch.Tensor, **options: Any) -> torch.Tensor:
     """The logits of four tokens, which are as without a cache of ours."""
     mask = torch.ones_like(prompt)
     ids, want = answer(model.generate, prompt, attention_mask=mask)

@@ -180,7 +180,7 @@ def test_who_named_the_weights_is_told(
     say(kept, tokens(300))
     change(model)
     for call in (kept.generate, kept.cache):
-        with pytest.raises(InputError, match="weights='v1' names it as it was"):
+        with pytest.raises(InputError, match="weights='v1' identifies it as it was"):
             call(tokens(300))
 
 

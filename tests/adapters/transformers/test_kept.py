@@ -1,4 +1,4 @@
-"""`Kept.generate` says what the model says alone, whatever was kept, lost or damaged before."""
+"""`CachedModel.generate` says what the model says, whatever was stored, lost or damaged before."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .conftest import greedy, tiny_llama, tokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tierloom.adapters.transformers.cached_model import Kept
+    from tierloom.adapters.transformers.cached_model import CachedModel
 
-    Keep = Callable[..., Kept]
+    Keep = Callable[..., CachedModel]
 
 
-def say(kept: Kept, ids: torch.Tensor, **options: Any) -> int:
+def say(kept: CachedModel, ids: torch.Tensor, **options: Any) -> int:
     """Generate, compare with the model alone, and return the tokens that were loaded."""
     out = kept.generate(ids, max_new_tokens=12, do_sample=False, **options)
     kept.flush()

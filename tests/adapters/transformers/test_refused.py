@@ -28,7 +28,7 @@ from transformers import (
     XLMWithLMHeadModel,
 )  # fmt: skip
 
-from tierloom.adapters.transformers.cached_model import Kept
+from tierloom.adapters.transformers.cached_model import CachedModel
 from tierloom.adapters.transformers.model import fingerprint, inspect, rope
 from tierloom.stages.errors import InputError, LayoutError
 
@@ -60,23 +60,23 @@ def dynamic_rope() -> Any:
             "encoder-decoder",
         ),
         (dynamic_rope, "rope_type dynamic"),
-        (lambda: spread(BertLMHeadModel(BertConfig(**SMALL))), "answers otherwise"),
+        (lambda: spread(BertLMHeadModel(BertConfig(**SMALL))), "answers differently"),
         (
             lambda: XLMWithLMHeadModel(
                 XLMConfig(vocab_size=300, emb_dim=64, n_layers=2, n_heads=4)
             ),
-            "xlm fails when it is run with a cache",
+            "xlm fails if it is run with a cache",
         ),
     ],
 )
 def test_a_model_whose_kv_cannot_be_kept(make: Callable[[], Any], why: str) -> None:
     with pytest.raises(LayoutError, match=why):
-        Kept(make().eval())
+        CachedModel(make().eval())
 
 
 def test_a_model_in_training_mode() -> None:
     with pytest.raises(InputError, match=r"model\.eval"):
-        Kept(tiny_llama().train())
+        CachedModel(tiny_llama().train())
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_other_models_with_full_attention_have_a_shape(make: Callable[[], Any]) 
         ({"prompt_lookup_num_tokens": 3}, "assisted"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "attention_mask"),
         ({"pixel_values": torch.zeros(1, 3, 8, 8)}, "pixel_values= goes to the model itself"),
-        ({"encoder_hidden_states": torch.zeros(1, 4, 64)}, "named by token ids alone"),
+        ({"encoder_hidden_states": torch.zeros(1, 4, 64)}, "made of token ids alone"),
         ({"token_healing": True}, "token_healing"),
         ({"custom_generate": lambda *_, **__: None}, "custom_generate"),
         ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams"),
@@ -165,7 +165,7 @@ def test_a_model_that_is_run_over_all_tokens_again(
         return prepare(self, ids, **options | {"next_sequence_length": None})
 
     monkeypatch.setattr(LlamaForCausalLM, "prepare_inputs_for_generation", all_of_it)
-    with pytest.raises(LayoutError, match="run over 301 tokens where 1 were left"):
+    with pytest.raises(LayoutError, match="run over 301 tokens, but 1 were left"):
         kept.generate(tokens(300), max_new_tokens=4, do_sample=False)
 
 
@@ -198,3 +198,10 @@ def test_a_large_model_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled = fingerprint(tiny_llama())
     assert sampled not in (whole, fingerprint(tiny_llama(seed=1)))
     assert sampled == fingerprint(tiny_llama())
+
+
+def test_the_old_name_still_works_and_warns() -> None:
+    import tierloom.adapters.transformers as face
+
+    with pytest.warns(DeprecationWarning, match="now called CachedModel"):
+        assert face.Kept is CachedModel

@@ -29,7 +29,7 @@ import hashlib, json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tierloom.adapters.demo import smollm2
-from tierloom.adapters.transformers import Kept
+from tierloom.adapters.transformers import CachedModel
 from tierloom.adapters.transformers.model import with_cache
 
 retrieve, stores = sys.argv[1] == "load", json.loads(sys.argv[2])
@@ -40,7 +40,7 @@ ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_id
 for config, url in stores:
     names = {"tiers.cold.url": url, "tiers.cold.timeout": "20 s", "tiers.hot.capacity": "64 MiB"}
     names |= {"graphs.store.deadline": "60 s", "graphs.retrieve.deadline": "60 s"}
-    with Kept(model, config=config, overrides=names) as kept:
+    with CachedModel(model, config=config, overrides=names) as kept:
         cache = kept.cache(ids, retrieve=retrieve, store=not retrieve)
         had = cache.get_seq_length()
         with torch.no_grad():

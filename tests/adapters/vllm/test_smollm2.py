@@ -10,6 +10,7 @@ from harness import Engine, transfer
 from launch import ROOT
 
 from tierloom.adapters.demo import smollm2
+from tierloom.stages.errors import ConfigError
 
 if TYPE_CHECKING:
     from conftest import Reference
@@ -23,7 +24,7 @@ OPTIONS = {"kv_cache_memory_bytes": 256 << 20}
 def model() -> Path:
     try:
         return smollm2.model_dir(progress=False)
-    except smollm2.DemoNeeds as missing:
+    except ConfigError as missing:
         pytest.skip(str(missing))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tierloom.pipeline.config.load import load, warnings
 from tierloom.pipeline.config.presets import presets
 from tierloom.pipeline.config.problems import ConfigProblems
 
+CONFIGS = Path(str(resources.files("tierloom") / "configs"))
 BASE = """
     version: 1
     name: base
@@ -174,6 +176,14 @@ def test_tiers_that_a_graph_leaves_out_are_warned_of(base) -> None:
 def test_the_presets_are_right(name) -> None:
     spec = load(name)
     assert (spec.name, warnings(spec)) == (name, ())
+
+
+@pytest.mark.parametrize("base", sorted((CONFIGS / "bases").iterdir()), ids=lambda b: b.name)
+def test_a_base_is_no_preset_and_says_what_it_lacks(base) -> None:
+    assert base.stem not in presets()
+    with pytest.raises(ConfigProblems) as caught:
+        load(base)
+    assert {p.message for p in caught.value.problems} == {"there is no tier 'cold'"}
 
 
 def test_checking_imports_nothing_heavy() -> None:

@@ -79,7 +79,7 @@ def another_layout_of_cpu_attention_is_found_out() -> None:
         said = str(error)
     finally:
         ops.cpu_attn_reshape_and_cache = real
-    assert "no longer lays a block out as BHNC-KT" in said
+    assert "no longer lays out a block as BHNC-KT" in said
 
 
 def registered(error: Exception) -> Any:
@@ -90,12 +90,12 @@ def registered(error: Exception) -> Any:
     def refuses(*_: Any) -> Any:
         raise error
 
-    kept = vllm_worker.open_pipes, vllm_worker.Rank
-    vllm_worker.open_pipes, vllm_worker.Rank = refuses, Bag(here=lambda _: Bag(index=0))
+    kept = vllm_worker.open_pipelines, vllm_worker.Rank
+    vllm_worker.open_pipelines, vllm_worker.Rank = refuses, Bag(here=lambda _: Bag(index=0))
     try:
-        worker.register({})
+        worker.register_kv_caches({})
     finally:
-        vllm_worker.open_pipes, vllm_worker.Rank = kept
+        vllm_worker.open_pipelines, vllm_worker.Rank = kept
     return worker
 
 
@@ -107,8 +107,10 @@ def nothing_but_the_users_own_mistake_keeps_vllm_from_starting() -> None:
         MemoryError(),
     ):
         worker = registered(error)
-        assert worker.pipes == []
-        assert worker.news().told[0].hello.off == (str(error) or repr(error))
+        assert worker.pipelines == []
+        assert worker.build_connector_worker_meta().by_worker[0].info.off == (
+            str(error) or repr(error)
+        )
     try:
         registered(ConfigError("unknown key"))
     except ConfigError:

@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 from vllm.v1.request import RequestStatus
 
-from tierloom.adapters.vllm.exchange.messages import Hello, News, Seen, Told
+from tierloom.adapters.vllm.exchange.messages import (
+    CacheEvent,
+    WorkerInfo,
+    WorkerReport,
+    WorkerReports,
+)
 from tierloom.adapters.vllm.exchange.settings import configured
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.adapters.vllm.worker.pipelines import _refuse
@@ -38,9 +43,9 @@ def side(load: str = "async") -> SchedulerSide:
     return SchedulerSide(config, caches, configured({"tierloom.load": load}))
 
 
-def hello() -> Hello:
-    return Hello(
-        whole=WHOLE, grain=32, chunk=256, unit=32, shares=1, tiers=("hot",), remote="", uses={},
+def info() -> WorkerInfo:
+    return WorkerInfo(
+        namespace=WHOLE, grain=32, chunk=256, unit=32, groups=1, tiers=("hot",), remote="", uses={},
         worth="always", deadline=1.0, token_bytes=1000, off="",
     )  # fmt: skip
 
@@ -57,7 +62,7 @@ def request(name: str = "r", seed: int = 0) -> Any:
 
 def step(scheduler: SchedulerSide, *names: str, tokens: int = TOKENS, again: Any = None) -> Any:
     state = Bag(get_block_ids=lambda _: (list(range(1, TOKENS // 32 + 1)),))
-    return scheduler.plan(
+    return scheduler.build_connector_meta(
         Bag(
             total_num_scheduled_tokens=tokens * len(names),
             num_scheduled_tokens=dict.fromkeys(names, tokens),
@@ -68,35 +73,35 @@ def step(scheduler: SchedulerSide, *names: str, tokens: int = TOKENS, again: Any
 
 
 def tell(scheduler: SchedulerSide, **told: Any) -> None:
-    scheduler.heard(News({0: Told(**told)}))
+    scheduler.update_connector_output(WorkerReports({0: WorkerReport(**told)}))
 
 
-def seen(chunks: int, seed: int = 0) -> list[Seen]:
+def seen(chunks: int, seed: int = 0) -> list[CacheEvent]:
     chain = Chain(WHOLE.digest, 32)
     chain.extend(np.array([(seed + i) % 1000 for i in range(TOKENS)], np.int32))
     parts = [b"".join(chain.links[i : i + 8]) for i in range(0, 8 * chunks, 8)]
-    return [Seen(0, "hot", True, part) for part in parts]
+    return [CacheEvent(0, "hot", True, part) for part in parts]
 
 
 def a_request_waits_until_all_is_told_and_not_again() -> None:
     scheduler, first = side(), request()
-    scheduler.arrived(first)
-    assert scheduler.matched(first, 0) == (None, False)
-    tell(scheduler, hello=hello(), seen=seen(1), more=True)
-    assert scheduler.matched(first, 0) == (None, False), "there is more to come"
-    tell(scheduler, seen=seen(4)[1:], more=False)
-    assert scheduler.matched(first, 0) == (992, True)
-    tell(scheduler, seen=seen(2, seed=7), more=True)  # busy, long after the start
+    scheduler.on_new_request(first)
+    assert scheduler.get_num_new_matched_tokens(first, 0) == (None, False)
+    tell(scheduler, info=info(), events=seen(1), more=True)
+    assert scheduler.get_num_new_matched_tokens(first, 0) == (None, False), "there is more to come"
+    tell(scheduler, events=seen(4)[1:], more=False)
+    assert scheduler.get_num_new_matched_tokens(first, 0) == (992, True)
+    tell(scheduler, events=seen(2, seed=7), more=True)  # busy, long after the start
     second = request("s")
-    scheduler.arrived(second)
-    assert scheduler.matched(second, 0) == (992, True)
+    scheduler.on_new_request(second)
+    assert scheduler.get_num_new_matched_tokens(second, 0) == (992, True)
 
 
 def a_reset_that_preempts_is_fenced_though_the_request_runs_again() -> None:
     for again, status in ((None, RequestStatus.PREEMPTED), ({"r"}, RequestStatus.RUNNING)):
         scheduler, one = side(), request()
-        tell(scheduler, hello=hello())
-        scheduler.arrived(one)
+        tell(scheduler, info=info())
+        scheduler.on_new_request(one)
         saves = step(scheduler, "r").saves
         assert [save.span.tokens for save in saves] == [TOKENS]
         assert step(scheduler).fenced == []
@@ -127,7 +132,9 @@ def saves_wait_for_a_load_within_the_step() -> None:
 def a_load_that_failed_within_the_step_spoils_them() -> None:
     scheduler, one = in_doubt()
     assert step(scheduler, "r").saves == []
-    assert scheduler.finished(one, ([],)), "its blocks are needed as long as the save waits"
+    assert scheduler.request_finished_all_groups(one, ([],)), (
+        "its blocks are needed as long as the save waits"
+    )
     assert step(scheduler).held == [], "and are not given back before it has gone out"
     tell(scheduler, loaded=["r"], failed=["r"])
     last = step(scheduler)
@@ -137,11 +144,11 @@ def a_load_that_failed_within_the_step_spoils_them() -> None:
 
 def a_load_that_cannot_be_made_is_in_doubt_too() -> None:
     scheduler, one = side("layer"), request()
-    tell(scheduler, hello=hello(), seen=seen(2))
-    scheduler.arrived(one)
-    assert scheduler.matched(one, 0) == (512, False)
+    tell(scheduler, info=info(), events=seen(2))
+    scheduler.on_new_request(one)
+    assert scheduler.get_num_new_matched_tokens(one, 0) == (512, False)
     broken = Bag(get_block_ids=lambda: ([1], [2]))  # more groups than there are
-    scheduler.allotted(one, broken, 512)
+    scheduler.update_state_after_alloc(one, broken, 512)
     plan = step(scheduler, "r")
     assert [(load.span.tokens, load.layered) for load in plan.loads] == [(0, True)]
     assert plan.saves == []
@@ -150,41 +157,43 @@ def a_load_that_cannot_be_made_is_in_doubt_too() -> None:
 def a_follow_up_does_not_wait_for_what_vllm_has_itself() -> None:
     """Its predecessor, whose blocks are in vLLM's own cache, is being saved just now."""
     scheduler, one = side(), request()
-    tell(scheduler, hello=hello())
-    scheduler.arrived(one)
+    tell(scheduler, info=info())
+    scheduler.on_new_request(one)
     assert len(step(scheduler, "r").saves) == 1
     for computed, says in ((0, (None, False)), (512, (None, False)), (992, (0, False))):
         again = request(f"s{computed}")
-        scheduler.arrived(again)
-        assert scheduler.matched(again, computed) == says, computed
+        scheduler.on_new_request(again)
+        assert scheduler.get_num_new_matched_tokens(again, computed) == says, computed
 
 
 def what_was_computed_before_a_reset_is_not_saved_behind_it() -> None:
     scheduler, before = side(), request()
-    tell(scheduler, hello=hello(), seen=seen(2))
-    scheduler.arrived(before)
+    tell(scheduler, info=info(), events=seen(2))
+    scheduler.on_new_request(before)
     before.num_computed_tokens = 512
-    assert not scheduler.reset(), "there is no worker that could have done it"
-    assert scheduler.matched(before, 0) == (0, False), "nothing is known to be kept"
+    assert not scheduler.reset_cache(), "there is no worker that could have done it"
+    assert scheduler.get_num_new_matched_tokens(before, 0) == (0, False), (
+        "nothing is known to be kept"
+    )
     assert step(scheduler, "r").saves == []
     behind = request("s")
-    scheduler.arrived(behind)
+    scheduler.on_new_request(behind)
     assert [save.epoch for save in step(scheduler, "s").saves] == [1]
 
 
 def a_session_that_goes_on_is_named_by_what_it_is_now() -> None:
     """vLLM drops the token that was sampled last, and puts the next input in its place."""
     scheduler, one = side(), request()
-    tell(scheduler, hello=hello())
-    scheduler.arrived(one)
+    tell(scheduler, info=info())
+    scheduler.on_new_request(one)
     step(scheduler, "r")
-    passage = scheduler._passages["r"]
-    old = list(passage.chain.links)  # type: ignore[union-attr]
+    tracked = scheduler._requests["r"]
+    old = list(tracked.chain.links)  # type: ignore[union-attr]
     one.all_token_ids = one.all_token_ids[: TOKENS - 1] + [7] * 65
     one.num_tokens = one.num_prompt_tokens = len(one.all_token_ids)
     one.num_computed_tokens = TOKENS - 1
     state = Bag(get_block_ids=lambda _: (list(range(1, 36)),))
-    saves = scheduler.plan(
+    saves = scheduler.build_connector_meta(
         Bag(
             total_num_scheduled_tokens=65, num_scheduled_tokens={"r": 65},
             kv_connector_block_state=state, preempted_req_ids=None,
@@ -194,62 +203,72 @@ def a_session_that_goes_on_is_named_by_what_it_is_now() -> None:
     right.extend(np.array(one.all_token_ids, np.int32))
     assert old[:-1] == right.links[:31]
     assert old[-1] != right.links[31]
-    assert passage.chain.links == right.links  # type: ignore[union-attr]
+    assert tracked.chain.links == right.links  # type: ignore[union-attr]
     assert b"".join(s.span.links for s in saves).endswith(right.links[-1])
 
 
 def a_worker_that_tells_twice_in_a_step_is_heard_twice() -> None:
-    first = Told(
-        hello=hello(), seen=seen(1), more=True, captured=[1], ended=[2], answers={"q": 3, "r": 1},
+    first = WorkerReport(
+        info=info(), events=seen(1), more=True, captured=[1], ended=[2], answers={"q": 3, "r": 1},
         loaded=["r"], failed=["r"], costs={"hot": (1.0, 1.0), "warm": (5.0, 5.0)},
     )  # fmt: skip
-    later = Told(
-        seen=seen(2)[1:], captured=[3], ended=[4], answers={"r": 2}, loaded=["s"], failed=["s"],
+    later = WorkerReport(
+        events=seen(2)[1:], captured=[3], ended=[4], answers={"r": 2}, loaded=["s"], failed=["s"],
         costs={"hot": (2.0, 2.0)},
     )  # fmt: skip
-    nothing = Told()
-    assert all(getattr(first, f.name) != getattr(nothing, f.name) for f in fields(Told))
-    other = Told(ended=[9])
-    news = News({0: first}).aggregate(News({1: other})).aggregate(News({0: later}))
-    assert news.told == {
-        0: Told(
-            hello=hello(), seen=seen(2), more=False, captured=[1, 3], ended=[2, 4],
+    nothing = WorkerReport()
+    assert all(getattr(first, f.name) != getattr(nothing, f.name) for f in fields(WorkerReport))
+    other = WorkerReport(ended=[9])
+    news = (
+        WorkerReports({0: first})
+        .aggregate(WorkerReports({1: other}))
+        .aggregate(WorkerReports({0: later}))
+    )
+    assert news.by_worker == {
+        0: WorkerReport(
+            info=info(), events=seen(2), more=False, captured=[1, 3], ended=[2, 4],
             answers={"q": 3, "r": 2}, loaded=["r", "s"], failed=["r", "s"],
             costs={"hot": (2.0, 2.0), "warm": (5.0, 5.0)},
         ),
         1: other,
     }  # fmt: skip
-    assert (first.seen, first.ended) == (seen(1), [2]), "what was aggregated stays as it was"
+    assert (first.events, first.ended) == (seen(1), [2]), "what was aggregated stays as it was"
 
 
 def jobs_end_though_their_worker_told_twice_in_a_step() -> None:
     scheduler, one = side(), request()
-    tell(scheduler, hello=hello())
-    scheduler.arrived(one)
+    tell(scheduler, info=info())
+    scheduler.on_new_request(one)
     (save,) = step(scheduler, "r").saves
-    assert scheduler.finished(one, ([],))
-    assert scheduler.busy
-    parts = [Told(captured=[save.job]), Told(ended=[save.job], seen=seen(4)), Told(seen=seen(1))]
-    scheduler.heard(
-        News({0: parts[0]}).aggregate(News({0: parts[1]})).aggregate(News({0: parts[2]}))
+    assert scheduler.request_finished_all_groups(one, ([],))
+    assert scheduler.has_pending_push_work()
+    parts = [
+        WorkerReport(captured=[save.job]),
+        WorkerReport(ended=[save.job], events=seen(4)),
+        WorkerReport(events=seen(1)),
+    ]
+    scheduler.update_connector_output(
+        WorkerReports({0: parts[0]})
+        .aggregate(WorkerReports({0: parts[1]}))
+        .aggregate(WorkerReports({0: parts[2]}))
     )
     assert step(scheduler).held == ["r"]
-    assert not scheduler.busy, "an idle engine would step for ever"
+    assert not scheduler.has_pending_push_work(), "an idle engine would step for ever"
 
 
 def what_a_draft_model_did_not_see_is_not_kept() -> None:
     """One request in the batch is too long for it: then it runs for none of them."""
     scheduler, one, long = side(), request(), request("long", seed=3)
     scheduler.saves._drafted = 2000  # type: ignore[union-attr]
-    tell(scheduler, hello=hello())
+    tell(scheduler, info=info())
     for each in (one, long):
-        scheduler.arrived(each)
+        scheduler.on_new_request(each)
     long.num_computed_tokens = 1990
     assert "r" not in [save.request for save in step(scheduler, "r", "long", tokens=512).saves]
     one.num_computed_tokens = 512
     assert step(scheduler, "r", tokens=512).saves == []
     other = request("s", seed=5)
-    scheduler.arrived(other)
+    scheduler.on_new_request(other)
     assert [save.request for save in step(scheduler, "s").saves] == ["s"]
 
 
@@ -269,11 +288,11 @@ def drafts_that_look_at_hidden_states_are_refused_by_name() -> None:
 def in_doubt() -> tuple[SchedulerSide, Any]:
     """A request of which two chunks are loaded within the step, and the rest is computed."""
     scheduler, one = side("layer"), request()
-    tell(scheduler, hello=hello(), seen=seen(2))
-    scheduler.arrived(one)
-    assert scheduler.matched(one, 0) == (512, False)
+    tell(scheduler, info=info(), events=seen(2))
+    scheduler.on_new_request(one)
+    assert scheduler.get_num_new_matched_tokens(one, 0) == (512, False)
     blocks = Bag(get_block_ids=lambda: (list(range(1, TOKENS // 32 + 1)),))
-    scheduler.allotted(one, blocks, 512)
+    scheduler.update_state_after_alloc(one, blocks, 512)
     return scheduler, one
 
 

@@ -117,7 +117,7 @@ def play(model: str, case: Case, seed: int, *, requests: int = 6, longest: int =
             ]
             asked.clear()
         for stage in world.stages:
-            taken = stage.connector.worker.ledger.stats.data
+            taken = stage.connector.worker.transfer_log.stats.data
             hits += taken.get("load_tokens", 0)
         leaks = world.leaks()
         assert not leaks, (leaks, case)
@@ -150,7 +150,9 @@ def talk(model: str, case: Case, seed: int) -> Any:
                 world.add(f"t{i}-{j}", text[: len(text) - 2 * j] + tail * 20, 3)
                 world.until_idle()
                 count += 1
-        taken = [s.connector.worker.ledger.stats.data.get("load_tokens", 0) for s in world.stages]
+        taken = [
+            s.connector.worker.transfer_log.stats.data.get("load_tokens", 0) for s in world.stages
+        ]
         assert not world.leaks(), (world.leaks(), case)
         return count, sum(taken), world.read_late, world.steps
     finally:

@@ -187,7 +187,7 @@ class Stage:
             cache[blocks] = value
 
     def reads_freed(self, slots: Any) -> bool:
-        native = self.connector.worker.pipes[0].pipe.native
+        native = self.connector.worker.pipelines[0].pipeline.native
         blocks = slots if native else slots // self.world.case.block
         return bool(set(blocks.tolist()) & self.freed)
 

@@ -25,7 +25,7 @@ from tierloom.adapters.vllm.exchange.log import speak
 from tierloom.adapters.vllm.exchange.messages import Save
 from tierloom.adapters.vllm.exchange.settings import configured
 from tierloom.adapters.vllm.worker.pipelines import Rank
-from tierloom.adapters.vllm.worker.transfer_log import Ledger
+from tierloom.adapters.vllm.worker.transfer_log import TransferLog
 from tierloom.stages.kv.prefix import Span
 
 MODEL = sys.argv[1]
@@ -149,14 +149,14 @@ def lines_name_us_and_say_what_stands_beside_them() -> None:
     usual, theirs.handlers = theirs.handlers, [Ear()]
     try:
         speak()
-        Ledger(first=True).stored(Save(1, "r", Span(b"", b"", 0, 0), ()), [])
+        TransferLog(first=True).stored(Save(1, "r", Span(b"", b"", 0, 0), ()), [])
         log = logging.getLogger("tierloom.stages.tiers.contract.circuit_breaker")
         log.warning("tier is down", extra={"tier": "a%s", "cause": "redis://u:s3cret@h is gone"})
         speak()
         log.error("100 %% of %s", "it")
     finally:
         theirs.handlers, ours.handlers = usual, []
-    assert heard[0].startswith("tierloom: request r: 0 tokens to keep, 0 kept")
+    assert heard[0].startswith("tierloom: request r: 0 tokens to store, 0 stored")
     assert heard[1:] == [
         "tierloom: tier is down (tier: a%s, cause: redis://***@h is gone)",
         "tierloom: 100 % of it",

@@ -54,7 +54,7 @@ def test_copies_and_engines_side_by_side(
             engine.use(llama, kv, env=home, fresh=True)
             begun = engine.log_text()
             assert re.search(r"tierloom: disk tier in \S+/tierloom-2: ", begun)
-            assert re.search(r"tierloom: keeping the KV of ", begun)
+            assert re.search(r"tierloom: storing the KV of ", begun)
             expect(engine, other, cached=cached, name="one")
             engine.settle()
             assert re.search(r"tierloom: request one\S*: ", engine.log_text()[len(begun) :])

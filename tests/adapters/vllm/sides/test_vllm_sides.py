@@ -9,9 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierloom import ConfigError
-from tierloom.adapters.vllm.exchange.settings import Settings, Wishes, configured, wishes
-from tierloom.adapters.vllm.scheduler.load_cost import Worth
-from tierloom.stages.directory.shard_index import Mirror, Part
+from tierloom.adapters.vllm.exchange.settings import (
+    RequestOptions,
+    Settings,
+    configured,
+    request_options,
+)
+from tierloom.adapters.vllm.scheduler.load_cost import LoadCost
+from tierloom.stages.directory.chunk_directory import ChunkDirectory, Part
 
 CHUNK, GRAIN = 64, 16
 
@@ -61,8 +66,8 @@ def test_settings_and_overrides_are_told_apart(monkeypatch) -> None:
         ({"tierloom": {"hold": 0.5}}, "0.5 has no unit; write '0.5 ms' or '0.5 s'"),
         ({"tierloom": {"laod": "async"}}, "unknown key 'laod'.*load"),
         ({"tierloom": "layer"}, "tierloom wants a mapping, got 'layer'"),
-        ({"tierloom.load": "layer", "tierloom": {"load": "async"}}, "tierloom.load: stands twice"),
-        ({"tiers.hot.capacity": 1, "tiers": {"hot": {"capacity": 2}}}, "hot.capacity: stands twi"),
+        ({"tierloom.load": "layer", "tierloom": {"load": "async"}}, "tierloom.load: is set twice"),
+        ({"tiers.hot.capacity": 1, "tiers": {"hot": {"capacity": 2}}}, "hot.capacity: is set twi"),
     ],
 )
 def test_settings_that_cannot_be_used(extra: dict[str, Any], says: str) -> None:
@@ -110,15 +115,15 @@ def test_mistakes_of_the_pipeline_stand_where_they_were_written(extra, says: str
 
 
 def test_wishes_of_a_request() -> None:
-    assert wishes(None) == wishes({"do_remote_decode": True}) == Wishes()
-    got = wishes({"tierloom.skip_save": True, "tierloom.tags": {"b": 1, "a": "x"},
+    assert request_options(None) == request_options({"do_remote_decode": True}) == RequestOptions()
+    got = request_options({"tierloom.skip_save": True, "tierloom.tags": {"b": 1, "a": "x"},
                   "tierloom.max_tokens": 64})  # fmt: skip
-    assert got == Wishes(skip_save=True, tags=(("a", "x"), ("b", "1")), max_tokens=64)
+    assert got == RequestOptions(skip_save=True, tags=(("a", "x"), ("b", "1")), max_tokens=64)
     nested = {
         "tierloom": {"skip_save": True, "max_tokens": 64},
         "tierloom.tags": {"b": 1, "a": "x"},
     }
-    assert wishes(nested) == got
+    assert request_options(nested) == got
 
 
 @pytest.mark.parametrize(
@@ -131,18 +136,18 @@ def test_wishes_of_a_request() -> None:
 )  # fmt: skip
 def test_wishes_that_cannot_be_read(params: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(params)).replace(".", r"\.")):
-        wishes(params)
+        request_options(params)
 
 
 # -- index -------------------------------------------------------------------------------------
 
 
-def mirror(shares: int = 1) -> Mirror:
-    return Mirror(("hot", "warm"), shares=shares, chunk=CHUNK, grain=GRAIN)
+def directory(shares: int = 1) -> ChunkDirectory:
+    return ChunkDirectory(("hot", "warm"), holders=shares, chunk=CHUNK, grain=GRAIN)
 
 
 def test_a_prompt_is_found_up_to_where_it_leaves_what_is_kept() -> None:
-    index = mirror()
+    index = directory()
     for part in chunks(chain(0, 12)):
         assert index.note(0, "hot", True, part) == (part[-32:], True)
     assert index.find(chain(0, 12), 192) == [Part(64, "hot")] * 3
@@ -153,7 +158,7 @@ def test_a_prompt_is_found_up_to_where_it_leaves_what_is_kept() -> None:
 
 
 def test_a_chunk_counts_only_where_every_share_of_it_is() -> None:
-    index, part = mirror(shares=3), chunks(chain(0, 4))[0]
+    index, part = directory(shares=3), chunks(chain(0, 4))[0]
     assert index.note(0, "hot", True, part) is None
     assert index.note(1, "hot", True, part) is None
     assert not index.find(chain(0, 4), 64)
@@ -190,7 +195,7 @@ events = st.lists(
 @given(events)
 def test_the_index_says_what_a_plain_list_would(history: list[Event]) -> None:
     """Whole chunks, against a set of (share, tier, chunk)."""
-    index, kept = mirror(shares=2), set()
+    index, kept = directory(shares=2), set()
     parts = {p: chunks(chain(p, 12, shared=4)) for p in range(3)}  # the first chunk is all's
     for e in history:
         part = parts[e.prompt][e.at]
@@ -218,7 +223,7 @@ class Says(NamedTuple):
 
 
 def test_a_load_that_is_slower_than_computing_is_cut() -> None:
-    w = Worth(1)
+    w = LoadCost(1)
     plan = [Part(64, "hot"), Part(64, "warm"), Part(64, "warm")]
     assert w.cut(Says(), plan, 0, 256) == plan, "nothing is known yet"
     w.rate, w.costs = 1000.0, {"hot": (0.001, 1e-9), "warm": (1.0, 1e-6)}
@@ -232,7 +237,7 @@ def test_a_load_that_is_slower_than_computing_is_cut() -> None:
 
 
 def test_patience_grows_with_size_but_not_beyond_computing() -> None:
-    w = Worth(1)
+    w = LoadCost(1)
     assert w.seconds(Says(), 1) == 0.8
     assert w.seconds(Says(), 1_024_000) == pytest.approx(4.0)
     w.rate = 1_024_000.0
@@ -242,7 +247,7 @@ def test_patience_grows_with_size_but_not_beyond_computing() -> None:
 def test_prefill_speed_is_measured_between_steps(monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr("tierloom.adapters.vllm.scheduler.load_cost.time.monotonic", lambda: now[0])
-    w = Worth(1)
+    w = LoadCost(1)
     for at, computed in ((0.0, 1000), (2.0, 1), (2.1, 1), (60.0, 500), (61.0, 0)):
         now[0] = at
         w.step(computed)
