@@ -25,7 +25,6 @@ from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.disk.store import cuts_of
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Line
 from tierloom.stages.tiers.server.protocol import Kind, Refusal
@@ -334,9 +333,9 @@ def _cut(asked: wire.Wanted, obj: Object | Lost) -> tuple[wire.Item, memoryview]
     nothing = memoryview(b"")
     if isinstance(obj, Lost):
         return wire.Item(obj, 0, 0, 0, 0), nothing
-    cuts, nbytes = cuts_of(obj.header), obj.header.nbytes
-    upto = min(asked.upto, len(cuts) - 1)
+    boundaries, nbytes = obj.header.boundaries, obj.header.nbytes
+    upto = min(asked.upto, len(boundaries) - 1)
     if asked.first > upto or (asked.nbytes and asked.nbytes != nbytes):
         return wire.Item(Lost.ABSENT, 0, 0, 0, 0), nothing
-    begin, end = cuts[asked.first] if asked.first else 0, cuts[upto]
+    begin, end = boundaries[asked.first] if asked.first else 0, boundaries[upto]
     return wire.Item(wire.DONE, upto, nbytes, begin, end), obj.lease.view[begin:end]

@@ -245,7 +245,7 @@ class Get(LoopStage):
                 continue
             tier = next(iter(piece.took))
             if piece.refused is not None:
-                bad.append((tier, piece.source, piece.refused))
+                bad.append((tier, piece.source, piece.refused, piece.object.header))
             elif piece.object.lease.arena is not self.ctx.arena:
                 continue  # another process's memory, on this host: keeping it here gains nothing
             elif tier != self.options.promote and piece.nbytes:  # placed to the last frame
@@ -254,8 +254,8 @@ class Get(LoopStage):
                 piece.object.sealed = True
                 promote.append(piece.object)
         try:
-            for tier, key, error in bad:
-                await self.ctx.tiers[tier].refused(key, error)
+            for tier, key, error, header in bad:
+                await self.ctx.tiers[tier].refused(key, error, header)
             if promote and self.options.promote:
                 await self.ctx.tiers[self.options.promote].put(promote)
         finally:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierloom.stages.errors import BadObject, Lost
+from tierloom.stages.errors import BadObject, Damaged, Lost
 from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.object_reader import ReadingTier
 from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext
 from tierloom.testing.bench import (
     ALL,
@@ -22,11 +24,18 @@ from tierloom.testing.bench import (
     Clock,
     Pool,
     TierBench,
+    encrypted_anew,
     key_of,
     links_of,
     make_object,
     verify,
 )
+
+
+class _Limits(NamedTuple):
+    timeout: float = 10.0
+    fails: int = 3
+    probe: float = 1.0
 
 
 class TierContract(TierBench):
@@ -108,6 +117,37 @@ class TierContract(TierBench):
         assert again.lost is Lost.ABSENT or held.loaded == FRAMES
         verify(held, read.key)
         held.lease.release()
+
+    @pytest.mark.anyio
+    async def test_another_in_its_place_is_not_to_blame(
+        self, ctx: TierContext, tmp_path: Path, clock: Clock
+    ) -> None:
+        """A header was read, and then frames of an object that has replaced it: their checksums
+        fail, but what is kept now is whole, and stays."""
+        tier = self.make(ctx, tmp_path, clock)
+        breaker = Guarded(tier, "tier", _Limits())
+        await breaker.open()
+        other = encrypted_anew(ctx.arena, 1)
+        try:
+            await self.put(breaker, 1)
+            read = Read(key_of(1), 1)
+            await breaker.read([read])
+            held = read.object
+            assert held is not None
+            await breaker.drop([key_of(1)])
+            assert await breaker.put([other]) == [None]
+            await breaker.read([Read(key_of(1), ALL, held)])
+            proof = Damaged("a frame's checksum does not match")
+            await breaker.refused(key_of(1), proof, held.header)
+            held.lease.release()
+            if isinstance(tier, ReadingTier):
+                await tier.expel(key_of(1), proof, b"TLM1, of another")
+            assert await breaker.has([key_of(1)]) == [True]
+            await breaker.refused(key_of(1), proof, other.header)
+            assert await breaker.has([key_of(1)]) == [False]
+        finally:
+            other.lease.release()
+            await breaker.close()
 
     @pytest.mark.anyio
     async def test_put_twice_keeps_one(self, tier: Tier, arena: Arena) -> None:

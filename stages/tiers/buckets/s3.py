@@ -21,15 +21,15 @@ from urllib.parse import urlsplit
 import anyio
 import numpy as np
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, TierDown
+from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.buckets.bucket import SCHEMES, Bucket
 from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.disk.store import cuts_of
+from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
+from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class S3Options:
             raise ValueError("ranges, depth and requests must be at least 1, retries at least 0")
 
 
-class S3(Tier):
+class S3(ReadingTier):
     """Knows whole chunks only: inner links are found in local tiers. For asyncio."""
 
     Options = S3Options
@@ -142,52 +142,40 @@ class S3(Tier):
 
     async def _read(self, read: Read) -> None:
         held = read.object
-        try:
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
             if held is None:
-                await self._begin(read)
+                header, begin = await self._first(reader)
             elif read.upto > held.loaded and not held.sealed:
-                await self._frames(read.key, held, read.upto, cuts_of(held.header)[held.loaded])
-        except ArenaFull:
-            read.lost = Lost.NO_ROOM
-        except FileNotFoundError:  # or another one has taken its name
-            read.lost = Lost.ABSENT
-            self.counts.misses += 1
-        except BadObject as error:
-            read.refuse(error)
-            if isinstance(error, Damaged):
-                await self._expel(read.key, error)
+                header, begin = held.header, held.header.boundaries[held.loaded]
+            else:
+                return
+            lease, boundaries = reader.lease(0), header.boundaries
+            end = max(begin, boundaries[min(read.upto, len(header.frames))])
+            part = partial(self._part, name_of(read.key), lease, end)
+            await fan(part, range(begin, end, self.options.part), self.options.ranges)
+            reader.deliver(header, max(n for n, stop in enumerate(boundaries) if stop <= end))
+        if reader.proof is not None:
+            with suppress(TierDown):  # ours to read, perhaps not ours to delete
+                await self.expel(read.key, reader.proof, reader.seen)
 
-    async def _expel(self, key: bytes, proof: Damaged) -> None:
-        """Drop an object, on proof that it is damaged."""
-        self.counts.corrupt += 1
-        with suppress(TierDown):  # ours to read, perhaps not ours to delete
-            await self._drop(name_of(key))
-
-    async def _begin(self, read: Read) -> None:
-        """The header and what comes with it, then the frames that are wanted."""
-        made, loaded = await self._first(read.key)
-        lease, header = made.lease, made.header
+    async def _head(self, key: bytes, nbytes: int) -> bytes:
         try:
-            await self._frames(read.key, made, read.upto, loaded)
-        except BaseException:
-            lease.release()
-            raise
-        self.counts.hits += 1
-        self.counts.bytes_out += cuts_of(header)[0]
-        read.object = made
+            view, _ = await self._bucket.get(name_of(key), max(1, nbytes))
+        except Damaged:  # it is empty
+            return b""
+        return bytes(view)
 
-    async def _first(self, key: bytes) -> tuple[Object, int]:
-        """An object with its first part in a new lease, and how many bytes these are."""
+    async def _first(self, reader: ObjectReader) -> tuple[Header, int]:
+        """Load the first part of an object into a new lease; its header, and how many bytes these
+        are."""
+        key = reader.read.key
         async with self._parts:
             view, size = await self._bucket.get(name_of(key), PAGE + self.options.part)
+            reader.seen = bytes(view[:PAGE])
             header = self._header(view, key, size)
-            lease = self.ctx.arena.lease(size)
-            try:
-                await self.ctx.pool(_copy, lease, 0, view, leases=(lease,))
-            except BaseException:
-                lease.release()
-                raise
-            return Object(header, lease), len(view)
+            lease = reader.lease(size)
+            await self.ctx.pool(_copy, lease, 0, view, leases=(lease,))
+            return header, len(view)
 
     def _header(self, view: memoryview, key: bytes, size: int) -> Header:
         """What `size` bytes that begin like this say of themselves. Raises BadObject."""
@@ -195,17 +183,6 @@ class S3(Tier):
         if header.nbytes != size:
             raise Damaged(f"{size} bytes are kept, but the object has {header.nbytes}")
         return header
-
-    async def _frames(self, key: bytes, held: Object, upto: int, begin: int) -> None:
-        """Load frames up to `upto`, of which all bytes before `begin` are there."""
-        cuts = cuts_of(held.header)
-        loaded = held.loaded
-        end = max(begin, cuts[min(upto, len(cuts) - 1)])
-        part = partial(self._part, name_of(key), held.lease, end)
-        await fan(part, range(begin, end, self.options.part), self.options.ranges)
-        held.loaded = max(n for n, cut in enumerate(cuts) if cut <= end)
-        held.sealed = held.loaded == len(cuts) - 1
-        self.counts.bytes_out += cuts[held.loaded] - cuts[loaded]
 
     async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:
         stop = min(end, start + self.options.part)

@@ -19,8 +19,9 @@ from typing import Protocol, TypeVar
 import anyio
 
 from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost, TierDown
-from tierloom.stages.kv.object import Object
+from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.options import masked
+from tierloom.stages.tiers.contract.object_reader import is_still
 from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierStat
 from tierloom.stages.tiers.contract.unreadable import Unread
 
@@ -224,19 +225,21 @@ class Guarded(Tier):
         self.unread.forget([obj.header.key for obj in objects])
         return lost
 
-    async def refused(self, key: bytes, error: BadObject) -> None:
-        """What a read brought turned out to be of no use: drop it if it is damaged, else let it be.
-        The one way by which whoever reads drops an object of a tier."""
+    async def refused(self, key: bytes, error: BadObject, read: Header) -> None:
+        """What a read brought turned out to be of no use: drop it if it is damaged, else keep it.
+        The one way by which whoever reads drops an object of a tier. `read`: its header."""
         if isinstance(error, Damaged):
-            await self.expel(key, error)
+            await self.expel(key, error, read)
         else:
             self.unread.note(key, error.lost, error)
 
-    async def expel(self, key: bytes, proof: Damaged) -> None:
-        """Drop an object, on proof that it is damaged."""
+    async def expel(self, key: bytes, proof: Damaged, read: Header) -> None:
+        """Drop an object on proof of damage, unless another is in its place by now: then frames of
+        that one may have been read after the header of this one."""
         self.counts.corrupt += 1
-        self._say(key, proof)
-        await self.drop([key])
+        if await self._call(lambda: is_still(self.tier, key, read)) is True:
+            self._say(key, proof)
+            await self.drop([key])
 
     def _say(self, key: bytes, proof: Damaged) -> None:
         log.warning("tier %s dropped object %s: %s", self.name, key.hex()[:16], proof)

@@ -14,11 +14,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
+from tierloom.stages.errors import Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
+from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -31,7 +33,7 @@ class BlobsOptions:
     """Where it is."""
 
 
-class Blobs(Tier):
+class Blobs(ReadingTier):
     """Names are text: this pipeline's namespace, a slash, the key. A value is a whole object."""
 
     Options: Any = BlobsOptions
@@ -91,30 +93,23 @@ class Blobs(Tier):
     async def _read(self, read: Read) -> None:
         (name,) = self._named([read.key])
         data = await self.fetch(name)
-        if data is None:
-            read.lost = Lost.ABSENT
-            self.counts.misses += 1
-            return
-        try:
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            if data is None:
+                reader.miss()
+                return
+            reader.seen = bytes(data[:PAGE])
             header = self._header(read.key, memoryview(data))
-        except BadObject as error:
-            read.refuse(error)
-            if isinstance(error, Damaged):
-                await self._expel(name, error)
-            return
-        try:
-            lease = self.ctx.arena.lease(len(data))
-        except ArenaFull:
-            read.lost = Lost.NO_ROOM
-            return
-        try:
+            lease = reader.lease(len(data))
             await self.ctx.pool(_fill, lease, data, leases=(lease,))
-        except BaseException:
-            lease.release()
-            raise
-        read.object = Object(header, lease, loaded=len(header.frames), sealed=True)
-        self.counts.hits += 1
-        self.counts.bytes_out += header.nbytes
+            reader.deliver(header, len(header.frames))
+        if reader.proof is not None:
+            await self.expel(read.key, reader.proof, reader.seen)
+
+    async def _head(self, key: bytes, nbytes: int) -> bytes:
+        data = await self.fetch(*self._named([key]))
+        if data is None:
+            raise FileNotFoundError(key.hex())
+        return bytes(data[:nbytes])
 
     def _header(self, key: bytes, data: memoryview) -> Header:
         """Raises BadObject: these bytes are not the object that they should be."""
@@ -122,11 +117,6 @@ class Blobs(Tier):
         if header.nbytes != data.nbytes:
             raise Damaged(f"{data.nbytes} bytes are kept, but the object has {header.nbytes}")
         return header
-
-    async def _expel(self, name: str, proof: Damaged) -> None:
-        """Drop an object, on proof that it is damaged."""
-        self.counts.corrupt += 1
-        await self.remove(name)
 
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:
@@ -151,8 +141,8 @@ class Blobs(Tier):
 
     async def _drop(self, name: str) -> int:
         nbytes = await self.size(name)
+        await self.remove(name)  # also one that is empty
         if nbytes:
-            await self.remove(name)
             self._count(-1, -nbytes)
         return int(nbytes > 0)
 

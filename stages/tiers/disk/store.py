@@ -21,7 +21,7 @@ from typing import Literal
 
 from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
-from tierloom.stages.memory.allocator import Space, aligned
+from tierloom.stages.memory.allocator import Space
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.eviction import Policy
 from tierloom.stages.tiers.contract.index import Entry, Index
@@ -36,11 +36,6 @@ log = logging.getLogger(__name__)
 
 _PIECES = 4  # holes an object may be spread over
 _PATIENCE = 10.0  # seconds that closing waits for calls whose callers have gone
-
-
-def cuts_of(header: Header) -> tuple[int, ...]:
-    """Bytes from the object's start to the end of its header, of frame 0, of frame 1, ..."""
-    return (header.frames[0].offset, *(f.offset + aligned(f.stored) for f in header.frames))
 
 
 class Store:
@@ -112,18 +107,20 @@ class Store:
         if self._claim is not None:
             self._claim.release()
 
-    def load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header | Lost:
+    def load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
         """Bytes `start` to `end` of an object into its lease; its header, which is there already
         when `start` is not 0.
 
-        Lost.ABSENT when it was evicted meanwhile. Raises BadObject when it is not the object that
-        the index says; where that is Damaged, it is dropped. Frames are not verified here: who
+        Raises FileNotFoundError when it was evicted meanwhile, BadObject when it is not the object
+        that the index says; where that is Damaged, it is dropped. Frames are not verified here: who
         decodes them does.
         """
         with self._work():
             try:
                 with self._reading(entry) as there:
-                    return self._read(entry, lease, start, end) if there else Lost.ABSENT
+                    if not there:
+                        raise FileNotFoundError(entry.key.hex())
+                    return self._read(entry, lease, start, end)
             except Damaged as proof:
                 self._expel(entry, proof)
                 raise
@@ -135,7 +132,7 @@ class Store:
             pieces = self._room(header.key, header.nbytes)
             if pieces is None:
                 return Lost.NO_ROOM
-            extent = Extent(pieces, cuts_of(header))
+            extent = Extent(pieces, header.boundaries)
             kept = False
             try:
                 self._segments.write(pieces, obj.lease.view[: header.nbytes])
@@ -164,10 +161,10 @@ class Store:
         return len(found)
 
     def _read(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
-        view, cuts = lease.view, entry.place.cuts
+        view, boundaries = lease.view, entry.place.boundaries
         self._segments.read(entry.place.pieces, view, start, end)
-        header = Header.unpack(view[: cuts[0]], key=entry.key, namespace=self._namespace)
-        if cuts_of(header) != cuts:
+        header = Header.unpack(view[: boundaries[0]], key=entry.key, namespace=self._namespace)
+        if header.boundaries != boundaries:
             raise Damaged("its frames lie elsewhere than the index says")
         return header
 

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
-from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.errors import Lost
+from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.contract.concurrently import fan
 from tierloom.stages.tiers.contract.index import IndexOptions
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
 from tierloom.stages.tiers.disk.direct_io import SYSTEM, Mover
 from tierloom.stages.tiers.disk.store import Store
@@ -121,45 +122,21 @@ class Disk(Tier):
 
     async def _read(self, read: Read) -> None:
         entry, held = self._index.get(read.key), read.object
-        # Between two reads of one object it may have been evicted, and even been put again: by who
-        # encrypts, with other bytes.
-        if entry is None or (held is not None and held.source is not entry):
-            read.lost = Lost.ABSENT
-            self.counts.misses += 1
-            return
-        cuts = entry.place.cuts
-        upto = min(read.upto, len(cuts) - 1)
-        if held is not None:
-            begin, lease = cuts[held.loaded], held.lease
-            if upto <= held.loaded:
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            # Between two reads of one object it may have been evicted, and even been put again: by
+            # who encrypts, with other bytes.
+            if entry is None or (held is not None and held.source is not entry):
+                reader.miss()
                 return
-        else:
-            try:
-                begin, lease = 0, self.ctx.arena.lease(entry.nbytes)
-            except ArenaFull:
-                read.lost = Lost.NO_ROOM
+            boundaries = entry.place.boundaries
+            upto = min(read.upto, len(boundaries) - 1)
+            if held is not None and upto <= held.loaded:
                 return
-        got: Header | Lost | None = None
-        try:
-            load = self._store.load
-            got = await self.ctx.pool(load, entry, lease, begin, cuts[upto], leases=(lease,))
-        except BadObject as error:
-            read.refuse(error)
-            self.counts.corrupt += isinstance(error, Damaged)
-            return
-        finally:
-            if held is None and not isinstance(got, Header):
-                lease.release()
-        if not isinstance(got, Header):
-            read.lost = got
-            self.counts.misses += got is Lost.ABSENT
-            return
-        if held is None:
-            self.counts.hits += 1
-            held = read.object = Object(got, lease, source=entry)
-        held.loaded = upto
-        held.sealed = upto == len(cuts) - 1
-        self.counts.bytes_out += cuts[upto] - begin
+            begin = boundaries[held.loaded] if held is not None else 0
+            lease = reader.lease(entry.nbytes)
+            args = entry, lease, begin, boundaries[upto]
+            header = await self.ctx.pool(self._store.load, *args, leases=(lease,))
+            reader.deliver(header, upto, source=entry)
 
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:

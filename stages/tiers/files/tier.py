@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tierloom.stages.errors import ArenaFull, BadObject, ConfigError, Damaged, Lost
+from tierloom.stages.errors import ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
 from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, Mover, begins_with, want_direct
-from tierloom.stages.tiers.disk.store import cuts_of
 from tierloom.stages.user_home import expanded
 
 _STALE = 3600.0  # seconds after which a file half written belongs to nobody
@@ -107,43 +107,17 @@ class Files(Tier):
         return self._stat
 
     async def _read(self, read: Read) -> None:
-        held, path = read.object, self._path(read.key)
-        if held is not None:
-            lease, loaded = held.lease, held.loaded
-        else:
-            nbytes = await self.ctx.pool(self._size, path, leases=())
-            if not nbytes:
-                read.lost = Lost.ABSENT
-                self.counts.misses += 1
+        path = self._path(read.key)
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            held = reader.held is not None
+            nbytes = 0 if held else await self.ctx.pool(self._size, path, leases=())
+            if not held and not nbytes:
+                reader.miss()
                 return
-            try:
-                lease, loaded = self.ctx.arena.lease(nbytes), 0
-            except ArenaFull:
-                read.lost = Lost.NO_ROOM
-                return
-        got: Header | Lost | None = None
-        try:
-            args = path, read.key, lease, loaded, read.upto
-            got = await self.ctx.pool(self._load, *args, leases=(lease,))
-        except BadObject as error:
-            read.refuse(error)
-            self.counts.corrupt += isinstance(error, Damaged)
-            return
-        finally:
-            if held is None and not isinstance(got, Header):
-                lease.release()
-        if not isinstance(got, Header):
-            read.lost = got
-            self.counts.misses += got is Lost.ABSENT
-            return
-        if held is None:
-            self.counts.hits += 1
-            held = read.object = Object(got, lease)
-        cuts, upto = cuts_of(got), min(read.upto, len(got.frames))
-        if upto > loaded or not loaded:
-            self.counts.bytes_out += cuts[upto] - (cuts[loaded] if loaded else 0)
-            held.loaded = upto
-        held.sealed = held.loaded == len(got.frames)
+            lease = reader.lease(nbytes)
+            args = path, read.key, lease, reader.loaded, read.upto
+            header = await self.ctx.pool(self._load, *args, leases=(lease,))
+            reader.deliver(header, min(read.upto, len(header.frames)))
 
     async def _put(self, obj: Object) -> Lost | None:
         if not obj.sealed:
@@ -189,11 +163,11 @@ class Files(Tier):
     def _is_over(self, stat: os.stat_result) -> bool:
         return bool(self.options.ttl) and stat.st_mtime + self.options.ttl <= self._clock()
 
-    def _load(self, path: Path, key: bytes, lease: Lease, loaded: int, upto: int) -> Header | Lost:
+    def _load(self, path: Path, key: bytes, lease: Lease, loaded: int, upto: int) -> Header:
         """Frames `loaded` to `upto` into the lease; the header too, while no frame is loaded.
 
-        Raises BadObject; where it is Damaged (cut short, no object, in another's place), the file
-        is unlinked.
+        Raises FileNotFoundError, or BadObject; where it is Damaged (cut short, not an object, in
+        another's place), the file is unlinked.
         """
         try:
             with self._opened(path, os.O_RDONLY) as fd:
@@ -202,29 +176,29 @@ class Files(Tier):
                 except Damaged as proof:
                     _expel(fd, path, proof)
                     raise
-                if header is None:
-                    return Lost.ABSENT
             now = self._clock()
             with suppress(OSError):  # ours to read, perhaps not ours to touch
                 os.utime(path, (now, now))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
-            return Lost.ABSENT
+            if error.errno == errno.ESTALE:
+                raise FileNotFoundError(path) from error
+            raise
         else:
             return header
 
-    def _fill(self, fd: int, key: bytes, lease: Lease, loaded: int, upto: int) -> Header | None:
-        """None when another object of this key took the place. Raises BadObject, OSError."""
+    def _fill(self, fd: int, key: bytes, lease: Lease, loaded: int, upto: int) -> Header:
+        """Raises FileNotFoundError when another object of this key took the place, BadObject,
+        OSError."""
         view, size = lease.view, os.fstat(fd).st_size
         if not size or size % PAGE:
             with open(f"/proc/self/fd/{fd}", "rb") as plain:  # not O_DIRECT: of any length
                 Header.length(plain.read(PAGE))  # as objects of a later format may be
             raise Damaged(f"no object is {size} bytes long")
         if size != lease.nbytes:
-            return None
+            raise FileNotFoundError(key.hex())
         if loaded and not begins_with(self._mover, fd, view[: Header.length(view[:PAGE])]):
-            return None  # as long as before: who encrypts an object again writes other bytes
+            # As long as before: who encrypts an object again writes other bytes.
+            raise FileNotFoundError(key.hex())
         if not loaded:
             self._mover.read(fd, view[:PAGE], 0)
             head = Header.length(view[:PAGE])
@@ -235,8 +209,8 @@ class Files(Tier):
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
             raise Damaged(f"the file is {size} bytes long, its object {header.nbytes}")
-        cuts = cuts_of(header)
-        begin, end = cuts[loaded], cuts[min(upto, len(header.frames))]
+        boundaries = header.boundaries
+        begin, end = boundaries[loaded], boundaries[min(upto, len(header.frames))]
         if begin < end:
             self._mover.read(fd, view[begin:end], begin)
         return header

@@ -29,12 +29,12 @@ class Record(NamedTuple):
 
     writer: bytes
     """Eight bytes, drawn for each put."""
-    cuts: tuple[int, ...]
+    boundaries: tuple[int, ...]
     """Bytes to the end of the header, of frame 0, of frame 1, ...; the last is the length."""
 
     def pack(self) -> bytes:
-        made = _HEAD.pack(_MAGIC, self.writer, len(self.cuts))
-        made += struct.pack(f"<{len(self.cuts)}Q", *self.cuts)
+        made = _HEAD.pack(_MAGIC, self.writer, len(self.boundaries))
+        made += struct.pack(f"<{len(self.boundaries)}Q", *self.boundaries)
         return made + xxhash.xxh3_64_digest(made)
 
     @classmethod
@@ -49,17 +49,20 @@ class Record(NamedTuple):
         magic, writer, count = _HEAD.unpack_from(raw)
         if magic != _MAGIC or count < 2 or len(raw) != _HEAD.size + 8 * count + 8:
             raise Damaged("a record's fields contradict each other")
-        cuts = struct.unpack_from(f"<{count}Q", raw, _HEAD.size)
-        steps = [b - a for a, b in zip((0, *cuts), cuts, strict=False)]
-        if cuts[-1] > _LARGEST or any(step <= 0 or step % PAGE for step in steps):
-            raise Damaged("a record's cuts are impossible")
-        return cls(writer, cuts)
+        ends = struct.unpack_from(f"<{count}Q", raw, _HEAD.size)
+        steps = [b - a for a, b in zip((0, *ends), ends, strict=False)]
+        if ends[-1] > _LARGEST or any(step <= 0 or step % PAGE for step in steps):
+            raise Damaged("a record's frame boundaries are impossible")
+        return cls(writer, ends)
 
-    def names(self, key: bytes, piece: int, first: int, last: int) -> list[tuple[str, int, int]]:
-        """(name, offset, bytes) of the pieces of parts `first` to `last`; part 0 is the header."""
+    def names(
+        self, key: bytes, piece: int, first: int = 0, last: int | None = None
+    ) -> list[tuple[str, int, int]]:
+        """(name, offset, bytes) of the pieces of parts `first` to `last`, or of all; part 0 is the
+        header."""
         found = []
-        for part in range(first, last):
-            at, end = (self.cuts[part - 1] if part else 0), self.cuts[part]
+        for part in range(first, len(self.boundaries) if last is None else last):
+            at, end = (self.boundaries[part - 1] if part else 0), self.boundaries[part]
             while at < end:
                 size = min(piece, end - at)
                 found.append((f"{key.hex()}/{self.writer.hex()}/{at:x}", at, size))

@@ -13,6 +13,7 @@ import secrets
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -20,8 +21,8 @@ from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.disk.store import cuts_of
 from tierloom.stages.tiers.pools.bounded_calls import Calls
 from tierloom.stages.tiers.pools.manifest import Piece, Record
 
@@ -37,11 +38,15 @@ def host_of(url: str, scheme: str) -> tuple[str, int]:
 class _Job(NamedTuple):
     """An object to load: parts `first` to `last` of what `record` says, into `lease`."""
 
-    key: bytes
+    reader: ObjectReader
     record: Record
     lease: Lease
     first: int
     last: int
+
+    @property
+    def key(self) -> bytes:
+        return self.reader.read.key
 
 
 class _Head(NamedTuple):
@@ -49,7 +54,7 @@ class _Head(NamedTuple):
 
     page: bytes
     """Its header."""
-    cuts: tuple[int, ...]
+    boundaries: tuple[int, ...]
 
 
 class Pooled(Tier):
@@ -108,35 +113,20 @@ class Pooled(Tier):
             return
         heads = [_head(read.object) for read in reads]
         known = await self._calls(self._known, [read.key for read in reads], heads, leases=())
-        jobs: dict[int, _Job] = {}
-        got: dict[int, Header | Lost | BadObject] = {}
-        try:
-            for i, (read, record) in enumerate(zip(reads, known, strict=True)):
-                if not isinstance(record, Record):
-                    got[i] = record
-                    continue
-                held = read.object
-                if held is not None and record.cuts != cuts_of(held.header):
-                    got[i] = Lost.ABSENT  # another has taken its place, perhaps a longer one
-                    continue
-                first = held.loaded + 1 if held is not None else 0
-                try:
-                    lease = held.lease if held else self.ctx.arena.lease(record.cuts[-1])
-                except ArenaFull:
-                    got[i] = Lost.NO_ROOM
-                    continue
-                last = max(first, min(read.upto, len(record.cuts) - 1) + 1)
-                jobs[i] = _Job(read.key, record, lease, first, last)
+        with ExitStack() as stack:
+            readers = [ObjectReader(read, self.ctx.arena, self.counts) for read in reads]
+            for reader in readers:
+                stack.callback(reader.close)
+            both = zip(readers, known, strict=True)
+            jobs = [job for reader, record in both if (job := _job(reader, record)) is not None]
             if jobs:
-                leases = [job.lease for job in jobs.values()]
-                loaded = await self._calls(self._load, list(jobs.values()), leases=leases)
-                got |= zip(jobs, loaded, strict=True)
-        finally:
-            for i, job in jobs.items():
-                if reads[i].object is None and not isinstance(got.get(i), Header):
-                    job.lease.release()
-        for i, read in enumerate(reads):
-            self._settled(read, got[i], jobs.get(i))
+                leases = [job.lease for job in jobs]
+                loaded = await self._calls(self._load, jobs, leases=leases)
+                for job, got in zip(jobs, loaded, strict=True):
+                    if isinstance(got, Header):
+                        job.reader.deliver(got, job.last - 1)
+                    else:
+                        job.reader.fail(got)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         if not all(obj.sealed for obj in objects):
@@ -164,25 +154,6 @@ class Pooled(Tier):
         """What this process put and has not seen dropped; what the pool evicted it cannot know."""
         return self._stat
 
-    def _settled(self, read: Read, got: Header | Lost | BadObject, job: _Job | None) -> None:
-        """Give a read its object, or the reason why there is none."""
-        if isinstance(got, BadObject):
-            read.refuse(got)
-            self.counts.corrupt += isinstance(got, Damaged)
-            return
-        if isinstance(got, Lost) or job is None:
-            read.lost = got if isinstance(got, Lost) else Lost.ABSENT
-            self.counts.misses += got is Lost.ABSENT
-            self.counts.corrupt += got is Lost.CORRUPT
-            return
-        if read.object is None:
-            self.counts.hits += 1
-            read.object = Object(got, job.lease)
-        begin = job.record.cuts[job.first - 1] if job.first else 0
-        self.counts.bytes_out += job.record.cuts[job.last - 1] - begin
-        read.object.loaded = max(read.object.loaded, job.last - 1)
-        read.object.sealed = read.object.loaded == len(got.frames)
-
     # What follows runs in the pool's threads.
 
     def _known(
@@ -192,12 +163,12 @@ class Pooled(Tier):
         which bytes would land beside their place, or beyond the lease."""
         raws = self._peek([key.hex() for key in keys])
         found = [_unpacked(raw) for raw in raws]
-        both = list(zip(keys, found, strict=True))
-        self._expel([(key, None, one) for key, one in both if isinstance(one, Damaged)])
+        rows = zip(keys, raws, found, strict=True)
+        self._expel([(key, raw, proof) for key, raw, proof in rows if isinstance(proof, Damaged)])
         names: dict[int, str] = {}
         for i, (record, held) in enumerate(zip(found, heads, strict=True)):
             if held is not None and isinstance(record, Record):
-                if record.cuts == held.cuts:
+                if record.boundaries == held.boundaries:
                     names[i] = record.names(keys[i], PAGE, 0, 1)[0][0]
                 else:
                     found[i] = Lost.ABSENT
@@ -240,17 +211,20 @@ class Pooled(Tier):
             except BadObject as error:
                 return error
             else:
-                if cuts_of(header) == job.record.cuts:
+                if header.boundaries == job.record.boundaries:
                     return header
                 proof = Damaged("its record and its header contradict each other")
         if lost in (None, Lost.ABSENT, Lost.CORRUPT):
-            self._expel([(job.key, job.record, proof)])
+            self._expel([(job.key, job.record.pack(), proof)])
         return proof if lost in (None, Lost.CORRUPT) else lost
 
-    def _expel(self, bad: Sequence[tuple[bytes, Record | None, Damaged]]) -> None:
-        """Forget objects, on proof that they are damaged."""
+    def _expel(self, bad: Sequence[tuple[bytes, bytes | None, Damaged]]) -> None:
+        """Forget objects on proof of damage, unless they have another record by now than the one
+        that was read."""
         if bad:
-            self._forget([(key, record) for key, record, _ in bad])
+            now = self._peek([key.hex() for key, _, _ in bad])
+            same = [(key, raw) for (key, raw, _), one in zip(bad, now, strict=True) if one == raw]
+            self._forget([(key, _unpacked(raw)) for key, raw in same])
 
     def _save(self, objects: list[Object]) -> list[int | Lost]:
         """Bytes written of each: 0 when it is there already."""
@@ -261,8 +235,7 @@ class Pooled(Tier):
         records = {key: _record(objects[i]) for key, i in fresh.items()}
         pieces, owners = [], []
         for key, i in fresh.items():
-            parts = len(records[key].cuts)
-            for name, at, size in records[key].names(key, self.piece, 0, parts):
+            for name, at, size in records[key].names(key, self.piece):
                 pieces.append(Piece(name, objects[i].lease.at(at, size), size))
                 owners.append(key)
         stored: Sequence[Lost | None] = ()
@@ -298,12 +271,12 @@ class Pooled(Tier):
         known = [(key, record) for key, record in found if isinstance(record, Record)]
         self._clean(known)
         there = [r for (_, r), was in zip(found, gone, strict=True) if was]
-        sizes = [r.cuts[-1] for r in there if isinstance(r, Record)]
+        sizes = [r.boundaries[-1] for r in there if isinstance(r, Record)]
         self._count(*[-size for size in sizes])
         return sum(gone)
 
     def _clean(self, found: list[tuple[bytes, Record]]) -> None:
-        names = [n for key, r in found for n, _, _ in r.names(key, self.piece, 0, len(r.cuts))]
+        names = [name for key, r in found for name, _, _ in r.names(key, self.piece)]
         if names:
             self._remove(names)
 
@@ -314,10 +287,28 @@ class Pooled(Tier):
             self._stat = TierStat(max(0, objects), max(0, nbytes), 0)
 
 
+def _job(reader: ObjectReader, record: Record | Lost | BadObject) -> _Job | None:
+    """What is to be loaded, with its lease; None: nothing, as the reader was told."""
+    held = reader.held
+    if not isinstance(record, Record):
+        reader.fail(record)
+        return None
+    if held is not None and record.boundaries != held.header.boundaries:
+        reader.miss()  # another has taken its place, perhaps a longer one
+        return None
+    first = held.loaded + 1 if held is not None else 0
+    last = max(first, min(reader.read.upto, len(record.boundaries) - 1) + 1)
+    try:
+        return _Job(reader, record, reader.lease(record.boundaries[-1]), first, last)
+    except ArenaFull:
+        reader.miss(Lost.NO_ROOM)
+        return None
+
+
 def _head(obj: Object | None) -> _Head | None:
     if obj is None:
         return None
-    return _Head(bytes(obj.lease.view[: obj.header.header_bytes]), cuts_of(obj.header))
+    return _Head(bytes(obj.lease.view[: obj.header.header_bytes]), obj.header.boundaries)
 
 
 def _unpacked(raw: bytes | None) -> Record | Lost | BadObject:
@@ -328,4 +319,4 @@ def _unpacked(raw: bytes | None) -> Record | Lost | BadObject:
 
 
 def _record(obj: Object) -> Record:
-    return Record(secrets.token_bytes(8), cuts_of(obj.header))
+    return Record(secrets.token_bytes(8), obj.header.boundaries)

@@ -95,7 +95,7 @@ class Manifest(NamedTuple):
     def name_of(self, number: int) -> bytes:
         return b"%b:%b:%d" % (self.name, self.write.hex().encode(), number)
 
-    def cuts(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def parts(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Pieces that bytes `begin` to `end` of the object lie in: number, and which of them."""
         while begin < end:
             number = (begin - self.head) // self.piece

@@ -142,9 +142,9 @@ class Redis(Tier):
                 lambda node, which: self._read(node, [loads[i] for i in which]),
             )
             for i in failed:
-                loads[i].fail()
+                loads[i].server_failed()
             for load in loads:
-                load.deliver()
+                load.finish()
         finally:
             for load in loads:
                 load.close()
@@ -250,7 +250,7 @@ class Redis(Tier):
     async def _expel(self, node: Node, bad: list[tuple[Load, Damaged]]) -> None:
         """Drop objects, on proof that they are damaged: those that were read, not what another has
         put there meanwhile."""
-        await self._forget(node, [(self._name(load.read.key), load.raw) for load, _ in bad])
+        await self._forget(node, [(self._name(load.read.key), load.seen) for load, _ in bad])
 
     def _ask(self, key: bytes) -> list[bytes]:
         """No more than a manifest may have: one that somebody made longer is just a bad one."""
@@ -279,7 +279,7 @@ class Redis(Tier):
         manifest = Manifest(name, secrets.token_bytes(8), header.nbytes, self.options.piece, head)
         under_way: list[Want] = []
         full = False
-        for number, begin, stop in manifest.cuts(head, header.nbytes):
+        for number, begin, stop in manifest.parts(head, header.nbytes):
             if len(under_way) == _AHEAD:
                 full = full or _is_full(await under_way.pop(0).future)
             if full:

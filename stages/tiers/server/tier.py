@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from tierloom.stages.errors import ArenaFull, BadObject, ConfigError, Damaged, Lost
+from tierloom.stages.errors import ArenaFull, ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.disk.store import cuts_of
+from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
+from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.client import Address, Lines, Refused, refuse
 from tierloom.stages.tiers.server.connection import Line
 
 T = TypeVar("T")
-_Bad: TypeAlias = list[tuple[bytes, Damaged]]
+_Bad: TypeAlias = list[ObjectReader]
 
 _WHOLE = 0xFFFFFFFF
 _NOTHING = wire.Holdings(0, 0, 0, 0, 0)
@@ -51,7 +52,7 @@ class ServerOptions:
             raise ValueError(f"connections must be at least 1, got {self.connections}")
 
 
-class Server(Tier):
+class Server(ReadingTier):
     """Knows whole chunks only. The namespace goes with the connection: others' objects under the
     same keys are never seen."""
 
@@ -93,19 +94,26 @@ class Server(Tier):
 
     async def read(self, reads: Sequence[Read]) -> None:
         bad: _Bad = []
-        try:
-            for part in _parts(reads, wire.OBJECTS):
-                left = await self._borrow(part, bad) if self._lines.shares else part
-                if left:
-                    await self._fetch(left, bad)
-        finally:
-            self.counts.corrupt += len(bad)
-        if bad:
-            await self._expel(bad)
+        for part in _parts(reads, wire.OBJECTS):
+            left = await self._borrow(part, bad) if self._lines.shares else part
+            if left:
+                await self._fetch(left, bad)
+        for reader in bad:
+            if reader.proof is not None:
+                await self.expel(reader.read.key, reader.proof, reader.seen)
 
-    async def _expel(self, bad: _Bad) -> None:
-        """Drop objects, on proof that they are damaged."""
-        await self.drop([key for key, _ in bad])
+    async def _head(self, key: bytes, nbytes: int) -> bytes:
+        asked = wire.Wanted(key, 0, 0, 0)
+        async with self._lines.one() as line:
+            number = await self._send(line, wire.Kind.GET, wire.pack_wanted([asked]))
+            body = await self._answer(line, number, wire.Kind.ITEM)
+            item = wire.item_of(body, asked, self._lines.welcome.largest)
+            if item.code:
+                raise FileNotFoundError(key.hex())
+            head = bytearray(min(nbytes, item.end))
+            await line.fill(memoryview(head))
+            await line.skip(item.end - len(head))
+        return bytes(head)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         if not all(obj.sealed for obj in objects):
@@ -155,7 +163,9 @@ class Server(Tier):
         leases = [None if loan.code else Lent(lender, loan) for loan in loans]  # at once, all
         for read, loan, lease in zip(fresh, loans, leases, strict=True):
             if lease is not None:
-                self._judge(read, lease, bad, borrowed=True)
+                with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+                    self._judge(reader, reader.own(lease), None)
+                bad.append(reader)
             elif loan.code == wire.BYTES:
                 left.append(read)
             else:
@@ -180,60 +190,48 @@ class Server(Tier):
                 elif read.object is None:
                     await self._first(line, read, item, bad)
                 else:
-                    await self._further(line, read.object, asked, item)
+                    await self._further(line, read, asked, item)
 
     async def _first(self, line: Line, read: Read, item: wire.Item, bad: _Bad) -> None:
         """An object's header and first frames, into a new lease."""
-        try:
-            lease = self.ctx.arena.lease(item.nbytes)
-        except ArenaFull:
-            read.lost = Lost.NO_ROOM
-            await line.skip(item.end)
-            return
-        try:
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            try:
+                lease = reader.lease(item.nbytes)
+            except ArenaFull:
+                await line.skip(item.end)
+                raise
             await line.fill(lease.view[: item.end], leases=(lease,))
-        except BaseException:  # we were the only ones to write into it, and have stopped
-            lease.release()
-            raise
-        self._judge(read, lease, bad, item=item)
+            self._judge(reader, lease, item)
+        bad.append(reader)
 
-    async def _further(self, line: Line, held: Object, asked: wire.Wanted, item: wire.Item) -> None:
+    async def _further(self, line: Line, read: Read, asked: wire.Wanted, item: wire.Item) -> None:
         """More frames of an object whose first have come."""
-        cuts = cuts_of(held.header)
-        if (item.begin, item.end) != (cuts[asked.first], cuts[asked.upto]):
-            raise wire.BadMessage("other frames came than were asked for")
-        await line.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
-        held.loaded = asked.upto
-        held.sealed = held.loaded == len(held.header.frames)
-        self.counts.bytes_out += item.end - item.begin
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            held = reader.held
+            assert held is not None
+            boundaries = held.header.boundaries
+            if (item.begin, item.end) != (boundaries[asked.first], boundaries[asked.upto]):
+                raise wire.BadMessage("other frames came than were asked for")
+            await line.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
+            reader.deliver(held.header, asked.upto)
 
-    def _judge(
-        self, read: Read, lease: Lease, bad: _Bad, *,
-        item: wire.Item | None = None, borrowed: bool = False,
-    ) -> None:  # fmt: skip
-        """Make the read's object, unless its header is not what it should be."""
-        try:
-            there = lease.view[: item.end if item is not None else lease.nbytes]
-            header = Header.unpack(there, key=read.key, namespace=self.ctx.namespace)
-            count = len(header.frames)
-            loaded = count if borrowed else min(read.upto, count)
-            end = cuts_of(header)[loaded]
-            if header.nbytes != lease.nbytes or (item is not None and item.end != end):
-                raise Damaged("its length and its header contradict each other")
-        except BadObject as error:
-            lease.release()
-            if isinstance(error, Damaged):
-                bad.append((read.key, error))
-            read.refuse(error)
-            return
-        read.object = Object(header, lease, loaded=loaded, sealed=loaded == count)
-        self.counts.hits += 1
-        self.counts.bytes_out += end
+    def _judge(self, reader: ObjectReader, lease: Lease, item: wire.Item | None) -> None:
+        """Deliver an object, unless its header is not what it should be: then raise BadObject.
+        Without `item` it is borrowed, and all of it is there."""
+        there = lease.view[: item.end if item is not None else lease.nbytes]
+        reader.seen = bytes(there[:PAGE])
+        header = Header.unpack(there, key=reader.read.key, namespace=self.ctx.namespace)
+        loaded = len(header.frames)
+        if item is not None:
+            loaded = min(reader.read.upto, loaded)
+        wrong = item is not None and item.end != header.boundaries[loaded]
+        if header.nbytes != lease.nbytes or wrong:
+            raise Damaged("its length and its header contradict each other")
+        reader.deliver(header, loaded)
 
     def _miss(self, read: Read, code: int) -> None:
-        read.lost = Lost(code)
-        self.counts.misses += read.lost is Lost.ABSENT
-        self.counts.corrupt += read.lost is Lost.CORRUPT  # the server has seen it, and dropped it
+        """Where it is CORRUPT, the server has seen it, and dropped it."""
+        ObjectReader(read, self.ctx.arena, self.counts).miss(Lost(code))
 
     async def _offer(self, objects: Sequence[Object]) -> list[int]:
         """Offer a few objects, send those that are wanted; a code for each."""

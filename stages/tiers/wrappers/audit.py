@@ -20,6 +20,7 @@ import xxhash
 
 from tierloom.stages.errors import BadObject, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.tiers.contract.object_reader import is_still
 from tierloom.stages.tiers.contract.tier import Inner, Read, Tier, TierContext, TierStat
 
 log = logging.getLogger(__name__)
@@ -91,12 +92,14 @@ class Audit(Tier):
                 read.object.lease.release()
                 read.object = None
             if isinstance(cause, Damaged):
-                await self._expel(read.key, cause)
+                await self._expel(read.key, cause, made.header)
 
-    async def _expel(self, key: bytes, proof: Damaged) -> None:
-        """Drop an object, on proof (`_differs` has logged it) that it is damaged."""
+    async def _expel(self, key: bytes, proof: Damaged, read: Header) -> None:
+        """Drop an object on proof of damage (`_differs` has logged it), unless another is in its
+        place by now."""
         self.counts.corrupt += 1
-        await self.drop([key])
+        if await is_still(self.tier, key, read):
+            await self.drop([key])
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         lost: dict[int, Lost | None] = {}

@@ -25,7 +25,7 @@ def record_of(tier, key):
 def names_of(tier, key):
     """Names of an object's pieces, in order."""
     record = record_of(tier, key)
-    return [name for name, _, _ in record.names(key, tier.piece, 0, len(record.cuts))]
+    return [name for name, _, _ in record.names(key, tier.piece)]
 
 
 def damaged(tier, key, change, replaced):
@@ -98,7 +98,7 @@ async def check_hostile_records(bench, tier, replaced):
     """A record that is not one, or that lies, is a miss and is taken away."""
     await bench.put(tier, 1)
     right = record_of(tier, key_of(1))
-    cuts = right.cuts
+    cuts = right.boundaries
     records = [
         b"x", b"TLR1" * 20, bytes(4096), right.pack()[:-1] + b"?",
         Record(right.writer, (4096,)).pack(), Record(right.writer, (4096, 4096)).pack(),
@@ -149,8 +149,12 @@ async def check_a_record_that_differs_between_two_layers(bench, tier, replaced):
     right, held = record_of(tier, key_of(1)), read.object
     fetched, fetch = [], tier._fetch
     tier._fetch = lambda pieces: fetched.extend(pieces) or fetch(pieces)
-    far = right.cuts[-1] + (1 << 20)
-    for cuts in ((*right.cuts[:-1], far), (*right.cuts, far), (*right.cuts[:2], far)):
+    far = right.boundaries[-1] + (1 << 20)
+    for cuts in (
+        (*right.boundaries[:-1], far),
+        (*right.boundaries, far),
+        (*right.boundaries[:2], far),
+    ):
         replaced(tier, key_of(1).hex(), Record(right.writer, cuts).pack())
         again = Read(key_of(1), ALL, held)
         await tier.read([again])

@@ -208,7 +208,8 @@ class TestBuffered(DiskContract):
         assert await tier.put([other]) == [None]
         if cut == "otherwise":
             entry = tier._index.get(key_of(1))
-            entry.place.cuts = (*entry.place.cuts[:-2], entry.place.cuts[-2] - PAGE, SIZE)
+            *first, last, _ = entry.place.boundaries
+            entry.place.boundaries = (*first, last - PAGE, SIZE)
         again = Read(key_of(1), ALL, read.object)
         await tier.read([again])
         assert again.lost is Lost.ABSENT

@@ -22,12 +22,12 @@ CAPACITY = 6 * SIZE
 CHILD = """
 import anyio
 from tierloom import testing
-from tierloom.stages.arena import Arena
-from tierloom.stages.tiers.base import TierContext
-from tierloom.stages.tiers import disk_log
-from tierloom.stages.tiers.disk import Disk, DiskOptions
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.disk import index_log
+from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 
-disk_log._SMALL_LOG = 3000  # a snapshot every few puts
+index_log._SMALL_LOG = 3000  # a snapshot every few puts
 
 async def main():
     arena = Arena(64 * testing.SIZE, huge_pages=False)

@@ -39,7 +39,7 @@ PARTS = ("sharing", "damage", "given_up")  # it has no server that could fail
 SUITES = {
     "contract": (["tests/stages/tiers/gds_contract.py"], 40),
     "pipelines": (
-        [*(f"tests/pipeline/test_remote_{part}.py" for part in PARTS), "-k", "gds"], 11,
+        [*(f"tests/pipeline/remote/test_remote_{part}.py" for part in PARTS), "-k", "gds"], 11,
     ),
 }  # fmt: skip
 

@@ -104,7 +104,7 @@ class TestMooncake(TierContract):
         assert await self.put(tier, 1) == [None]
         (raw,) = tier._peek([key_of(1).hex()])
         record = Record.unpack(raw)
-        cut = record.names(key_of(1), tier.piece, 0, len(record.cuts))
+        cut = record.names(key_of(1), tier.piece, 0, len(record.boundaries))
         assert [size for _, _, size in cut] == [4096] + [12288, 4096] * 3
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 

@@ -73,9 +73,9 @@ class TestShelf(TierContract):
         beside = arena.lease(4 * SIZE)
         beside.view[:] = b"\xa5" * beside.nbytes
         right = record_of(tier, key_of(1))
-        longer = Record(right.writer, (*right.cuts, right.cuts[-1] + more * 4096))
+        longer = Record(right.writer, (*right.boundaries, right.boundaries[-1] + more * 4096))
         tier.kept[key_of(1).hex()] = longer.pack()
-        for name, _, size in longer.names(key_of(1), tier.piece, 1, len(longer.cuts)):
+        for name, _, size in longer.names(key_of(1), tier.piece, 1, len(longer.boundaries)):
             tier.kept[name] = b"!" * size
         again = Read(key_of(1), ALL, held)
         await tier.read([again])

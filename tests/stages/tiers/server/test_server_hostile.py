@@ -354,9 +354,11 @@ class TestAgainstServers(TierBench):
                 holds = wire.pack_holdings(wire.Holdings(1, 0, 0, 0, 0))
                 sock.sendall(wire.message(Kind.HOLDS, message.number, holds))
                 return
-            bad = bytearray(whole)
+            upto = min(3, wire.wanted_of(message.body)[0].upto)
+            end = SIZE if upto else 4096
+            bad = bytearray(whole[:end])
             bad[at] ^= 1
-            item = wire.pack_item(wire.Item(0, 3, SIZE, 0, SIZE))
+            item = wire.pack_item(wire.Item(0, upto, SIZE, 0, end))
             sock.sendall(wire.message(Kind.ITEM, message.number, item) + bad)
 
         with self.false(answer) as server:
@@ -489,8 +491,8 @@ class TestAgainstServers(TierBench):
 
 FALSE_MEMORY = """
 import os, socket, threading
-from tierloom.stages.tiers import wire
-from tierloom.stages.tiers.wire import Kind
+from tierloom.stages.tiers.server import protocol as wire
+from tierloom.stages.tiers.server.protocol import Kind
 fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
 os.ftruncate(fd, 1 << 20)
 listener = socket.socket(socket.AF_UNIX)

@@ -281,10 +281,10 @@ class TestLoans(TierBench):
 BORROWER = """
 import os, signal
 import anyio
-from tierloom.stages.arena import Arena
+from tierloom.stages.memory.arena import Arena
 from tierloom.testing import ALL, NAMESPACE, Pool, key_of
-from tierloom.stages.tiers.base import Read, TierContext
-from tierloom.stages.tiers.server import Server, ServerOptions
+from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.server.tier import Server, ServerOptions
 
 async def main():
     arena = Arena(1 << 20, huge_pages=False)
