@@ -29,7 +29,13 @@ from tierloom.stages.options import Size
 from tierloom.stages.tiers.buckets.bucket import SCHEMES, Bucket
 from tierloom.stages.tiers.contract.concurrently import fan
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
-from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +117,7 @@ class S3(ReadingTier):
             retries=options.retries,
         )
         self._parts = anyio.Semaphore(options.requests)
-        self._objects = self._nbytes = 0  # what this process has put, less what it dropped
+        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         await self._bucket.open()
@@ -138,7 +144,7 @@ class S3(ReadingTier):
 
     def stat(self) -> TierStat:
         """What this process has put and not dropped; the bucket's rest is not known."""
-        return TierStat(self._objects, self._nbytes, 0)
+        return self._holdings.stat
 
     async def _read(self, read: Read) -> None:
         held = read.object
@@ -191,14 +197,12 @@ class S3(ReadingTier):
             await self.ctx.pool(_copy, lease, start, view, leases=(lease,))
 
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         nbytes = obj.header.nbytes
         if await self._bucket.put(name_of(obj.header.key), obj.lease, nbytes):
             self.counts.puts += 1
             self.counts.bytes_in += nbytes
-            self._objects += 1
-            self._nbytes += nbytes
+            self._holdings.add(1, nbytes)
         return None
 
     async def _drop(self, name: str) -> bool:
@@ -206,8 +210,7 @@ class S3(ReadingTier):
         if size is None:
             return False
         await self._bucket.delete(name)
-        self._objects = max(0, self._objects - 1)
-        self._nbytes = max(0, self._nbytes - size)
+        self._holdings.add(-1, -size)
         return True
 
 

@@ -22,8 +22,9 @@ from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost, TierDo
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.options import masked
 from tierloom.stages.tiers.contract.object_reader import is_still
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierStat
+from tierloom.stages.tiers.contract.tier import Read, Tier
 from tierloom.stages.tiers.contract.unreadable import Unread
+from tierloom.stages.tiers.contract.wrapper import WrapperTier
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Cost:
         return latency + nbytes * slope
 
 
-class Guarded(Tier):
+class Guarded(WrapperTier):
     """Never raises but ConfigError at the first `open`; a caller's cancellation passes through."""
 
     def __init__(
@@ -116,10 +117,8 @@ class Guarded(Tier):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`name` is what the log calls it. `clock` must not go back."""
-        super().__init__(tier.ctx)
-        self.tier, self.name = tier, name
-        self.counts = tier.counts
-        self.local, self.in_arena = tier.local, tier.in_arena
+        super().__init__(tier)
+        self.name = name
         self.reads = Cost()
         self._limits, self._clock = limits, clock
         self._opened = self._probing = self._puzzled = False
@@ -172,21 +171,6 @@ class Guarded(Tier):
             await self._within(_PATIENCE * self._limits.timeout, self.tier.close)
         except Exception as error:
             log.warning("tier did not close", extra={"tier": self.name, "cause": _cause(error)})
-
-    def find(self, links: bytes) -> Found | None:
-        return self.tier.find(links)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self.tier.touch(keys)
-
-    def stat(self) -> TierStat:
-        return self.tier.stat()
-
-    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
-        return self.tier.pin(keys, pinned=pinned)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self.tier.settle(keys)
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         found = await self._call(lambda: self.tier.has(keys))

@@ -20,7 +20,13 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.concurrently import fan
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
-from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -45,7 +51,7 @@ class Blobs(ReadingTier):
         self.options = options
         self._prefix = f"{ctx.namespace.hex()[:32] or 'any'}/"
         self._storing: set[str] = set()
-        self._objects = self._nbytes = 0
+        self._holdings = HoldingsCount()
 
     @abstractmethod
     async def size(self, name: str) -> int:
@@ -85,7 +91,7 @@ class Blobs(ReadingTier):
 
     def stat(self) -> TierStat:
         """What this process put and has not dropped; what else is there it does not know."""
-        return TierStat(self._objects, self._nbytes, 0)
+        return self._holdings.stat
 
     def _named(self, keys: Sequence[bytes]) -> list[str]:
         return [self._prefix + key.hex() for key in keys]
@@ -119,8 +125,7 @@ class Blobs(ReadingTier):
         return header
 
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         (name,) = self._named([obj.header.key])
         if name in self._storing or await self.size(name):
             return None
@@ -134,7 +139,7 @@ class Blobs(ReadingTier):
         if not kept:
             self.counts.refused += 1
             return Lost.NO_ROOM
-        self._count(1, obj.header.nbytes)
+        self._holdings.add(1, obj.header.nbytes)
         self.counts.puts += 1
         self.counts.bytes_in += obj.header.nbytes
         return None
@@ -143,12 +148,8 @@ class Blobs(ReadingTier):
         nbytes = await self.size(name)
         await self.remove(name)  # also one that is empty
         if nbytes:
-            self._count(-1, -nbytes)
+            self._holdings.add(-1, -nbytes)
         return int(nbytes > 0)
-
-    def _count(self, objects: int, nbytes: int) -> None:
-        self._objects = max(0, self._objects + objects)
-        self._nbytes = max(0, self._nbytes + nbytes)
 
 
 def _copy(lease: Lease, nbytes: int) -> bytearray:

@@ -9,6 +9,7 @@ opens its breaker. `tierloom.testing` turns each of these promises into a test.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,32 @@ class TierStat(NamedTuple):
     nbytes: int
     capacity: int
     """0: unbounded, or not known."""
+
+
+class HoldingsCount:
+    """What this process has put into a store that others use too, less what it deleted."""
+
+    def __init__(self, capacity: int = 0) -> None:
+        self._lock = threading.Lock()
+        self.stat = TierStat(0, 0, capacity)
+
+    def add(self, objects: int, nbytes: int) -> None:
+        """From any thread; negative numbers for what was deleted."""
+        with self._lock:
+            was = self.stat
+            objects, nbytes = max(0, was.objects + objects), max(0, was.nbytes + nbytes)
+            self.stat = TierStat(objects, nbytes, was.capacity)
+
+    def reset(self, objects: int = 0, nbytes: int = 0) -> None:
+        """This is what there is, as was found out."""
+        with self._lock:
+            self.stat = TierStat(objects, nbytes, self.stat.capacity)
+
+
+def require_sealed(*objects: Object) -> None:
+    """Raise ValueError where one is not whole: it must not be put."""
+    if not all(obj.sealed for obj in objects):
+        raise ValueError("an object must be sealed before it is put")
 
 
 class TierContext(NamedTuple):

@@ -19,9 +19,11 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.contract.concurrently import fan
 from tierloom.stages.tiers.contract.index import IndexOptions
+from tierloom.stages.tiers.contract.indexed import IndexedTier
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import Read, TierContext, require_sealed
 from tierloom.stages.tiers.disk.direct_io import SYSTEM, Mover
+from tierloom.stages.tiers.disk.index_log import Extent
 from tierloom.stages.tiers.disk.store import Store
 
 
@@ -55,11 +57,10 @@ class DiskOptions(IndexOptions):
             raise ValueError(f"depth must be at least 1, got {self.depth}")
 
 
-class Disk(Tier):
+class Disk(IndexedTier[Extent]):
     """One process per folder; everything survives a restart but which was used last."""
 
     Options = DiskOptions
-    local = True
 
     def __init__(
         self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
@@ -81,25 +82,13 @@ class Disk(Tier):
             clock=clock,
             mover=mover,
         )
-        self._index = self._store.index
+        self._index, self._capacity = self._store.index, self._store.capacity
 
     async def open(self) -> None:
         await self.ctx.pool(self._store.open, leases=())
 
     async def close(self) -> None:
         await self.ctx.pool(self._store.close, leases=())
-
-    def find(self, links: bytes) -> Found | None:
-        return self._index.find(links)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self._index.touch(keys)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self._index.settle(keys)
-
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        return [self._index.get(key) is not None for key in keys]
 
     async def read(self, reads: Sequence[Read]) -> None:
         await fan(self._read, reads, self.options.depth)
@@ -113,9 +102,6 @@ class Disk(Tier):
 
     async def clear(self) -> int:
         return int(await self.ctx.pool(self._store.clear, leases=()))
-
-    def stat(self) -> TierStat:
-        return TierStat(len(self._index), self._index.nbytes, self._store.capacity)
 
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         return self._store.pin(keys, pinned=pinned)
@@ -139,8 +125,7 @@ class Disk(Tier):
             reader.deliver(header, upto, source=entry)
 
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         if self._index.get(obj.header.key) is not None:
             return None
         lost: Lost | None = await self.ctx.pool(self._store.save, obj, leases=(obj.lease,))

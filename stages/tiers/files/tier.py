@@ -28,7 +28,14 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.concurrently import fan
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
 from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, Mover, begins_with, want_direct
 from tierloom.stages.user_home import expanded
@@ -80,7 +87,7 @@ class Files(Tier):
         self._writer = f"{socket.gethostname()}-{os.getpid()}"
         self._changing = threading.RLock()
         self._unseen = 0  # bytes of files that have no name yet
-        self._stat = TierStat(0, 0, options.capacity)  # as last seen, and what we did since
+        self._holdings = HoldingsCount(options.capacity)  # as last seen, and what we did since
 
     async def open(self) -> None:
         await self.ctx.pool(self._open, leases=())
@@ -104,7 +111,7 @@ class Files(Tier):
 
     def stat(self) -> TierStat:
         """What this host knows: exact where it is alone, and `capacity` is set."""
-        return self._stat
+        return self._holdings.stat
 
     async def _read(self, read: Read) -> None:
         path = self._path(read.key)
@@ -120,8 +127,7 @@ class Files(Tier):
             reader.deliver(header, min(read.upto, len(header.frames)))
 
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         written: int | Lost = await self.ctx.pool(self._save, obj, leases=(obj.lease,))
         if isinstance(written, Lost):
             self.counts.refused += 1
@@ -226,7 +232,7 @@ class Files(Tier):
         try:
             self._write(path, obj.lease.view[:nbytes])
         except OSError as error:
-            self._count(-1, -nbytes)
+            self._holdings.add(-1, -nbytes)
             if error.errno in NO_SPACE:
                 return Lost.NO_ROOM
             raise
@@ -263,12 +269,12 @@ class Files(Tier):
     def _reserve(self, nbytes: int) -> bool:
         with self._changing:
             capacity = self.options.capacity
-            if capacity and self._stat.nbytes + nbytes > capacity:
+            if capacity and self._holdings.stat.nbytes + nbytes > capacity:
                 if nbytes > capacity:
                     return False
                 self._prune(nbytes)
             self._unseen += nbytes
-            self._count(1, nbytes)
+            self._holdings.add(1, nbytes)
             return True
 
     def _prune(self, nbytes: int) -> None:
@@ -291,7 +297,7 @@ class Files(Tier):
                     path.unlink(missing_ok=True)
                     total, count = total - stat.st_size, count - 1
                     self.counts.evicted += full
-            self._stat = TierStat(count, total, self.options.capacity)
+            self._holdings.reset(count, total)
 
     def _drop(self, paths: list[Path]) -> int:
         dropped = 0
@@ -299,19 +305,12 @@ class Files(Tier):
             with suppress(FileNotFoundError):
                 nbytes = path.stat().st_size
                 path.unlink()
-                self._count(-1, -nbytes)
+                self._holdings.add(-1, -nbytes)
                 dropped += 1
         return dropped
 
     def _clear(self) -> int:
         return self._drop(list(self._folder.glob("*/*.tlm")))
-
-    def _count(self, objects: int, nbytes: int) -> None:
-        with self._changing:
-            was = self._stat
-            self._stat = was._replace(
-                objects=max(0, was.objects + objects), nbytes=max(0, was.nbytes + nbytes)
-            )
 
 
 def _expel(fd: int, path: Path, proof: Damaged) -> None:

@@ -12,16 +12,15 @@ without hashing every byte. The arena is registered once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tierloom.stages.errors import Lost
-from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.buckets.s3 import S3Options
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import Tier, TierContext
+from tierloom.stages.tiers.contract.wrapper import WrapperTier
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.stages.tiers.files.tier import Files, FilesOptions
 from tierloom.stages.tiers.nixl.agent import NixlMover
@@ -89,7 +88,7 @@ class NixlOptions:
             raise ValueError("threads and depth must be at least 1")
 
 
-class Nixl(Tier):
+class Nixl(WrapperTier):
     """The `files`, `disk` or `s3` tier, whose bytes NIXL moves."""
 
     Options = NixlOptions
@@ -97,68 +96,36 @@ class Nixl(Tier):
     def __init__(
         self, options: NixlOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
     ) -> None:
-        super().__init__(ctx)
         self.options = options
         self._mover: NixlMover | None = None
-        self.kept = self._kept(clock)
-        self.counts, self.local = self.kept.counts, self.kept.local
+        super().__init__(self._make(ctx, clock))
 
     async def open(self) -> None:
         if self._mover is not None:
             await self.ctx.pool(self._mover.start, leases=())
-        await self.kept.open()
+        await super().open()
 
     async def close(self) -> None:
-        await self.kept.close()
+        await super().close()
         if self._mover is not None:
             await self.ctx.pool(self._mover.stop, leases=())
 
-    def find(self, links: bytes) -> Found | None:
-        return self.kept.find(links)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self.kept.touch(keys)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self.kept.settle(keys)
-
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        return await self.kept.has(keys)
-
-    async def read(self, reads: Sequence[Read]) -> None:
-        await self.kept.read(reads)
-
-    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await self.kept.put(objects)
-
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return await self.kept.drop(keys)
-
-    async def clear(self) -> int:
-        return await self.kept.clear()
-
-    def stat(self) -> TierStat:
-        return self.kept.stat()
-
-    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
-        return self.kept.pin(keys, pinned=pinned)
-
-    def _kept(self, clock: Callable[[], float]) -> Tier:
+    def _make(self, ctx: TierContext, clock: Callable[[], float]) -> Tier:
         o = self.options
         if o.backend in _OBJECTS:
             s3 = S3Options(
                 url=o.url, endpoint=o.endpoint, region=o.region, profile=o.profile, depth=o.depth,
                 unsigned=o.unsigned, part=_PART,
             )  # fmt: skip
-            return NixlObjects(s3, self.ctx, backend=o.backend, threads=o.threads)
-        self._mover = NixlMover(o.backend, self._params(), self.ctx.arena)
+            return NixlObjects(s3, ctx, backend=o.backend, threads=o.threads)
+        self._mover = NixlMover(o.backend, self._params(), ctx.arena)
         if o.pool == "static":
             disk = DiskOptions(
                 path=o.path, capacity=o.capacity, ttl=o.ttl, direct=o.direct, depth=o.depth
             )
-            return Disk(disk, self.ctx, clock=clock, mover=self._mover)
+            return Disk(disk, ctx, clock=clock, mover=self._mover)
         files = FilesOptions(path=o.path, capacity=o.capacity, ttl=o.ttl, depth=o.depth)
-        return Files(files, self.ctx, clock=clock, mover=self._mover, direct=o.direct)
+        return Files(files, ctx, clock=clock, mover=self._mover, direct=o.direct)
 
     def _params(self) -> dict[str, str]:
         """What the plugin is told; all values are text."""

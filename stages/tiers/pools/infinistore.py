@@ -106,7 +106,7 @@ class Infinistore(Pooled):
     def _wipe(self) -> int:
         with self._link() as (link, _):
             self._rename(link)
-        return self._stat.objects
+        return self._holdings.stat.objects
 
     @contextmanager
     def _link(self) -> Iterator[tuple[Link, str]]:

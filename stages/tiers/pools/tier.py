@@ -22,7 +22,14 @@ from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 from tierloom.stages.tiers.pools.bounded_calls import Calls
 from tierloom.stages.tiers.pools.manifest import Piece, Record
 
@@ -69,8 +76,8 @@ class Pooled(Tier):
         super().__init__(ctx)
         self.piece = piece
         self._calls = Calls(ctx.pool, threads, self.counts)
-        self._changing, self._committing = threading.Lock(), threading.Lock()
-        self._stat = TierStat(0, 0, 0)
+        self._committing = threading.Lock()
+        self._holdings = HoldingsCount()
 
     @abstractmethod
     def _exists(self, names: Sequence[str]) -> list[bool]: ...
@@ -129,8 +136,7 @@ class Pooled(Tier):
                         job.reader.fail(got)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         if not objects:
             return []
         leases = [obj.lease for obj in objects]
@@ -146,13 +152,12 @@ class Pooled(Tier):
 
     async def clear(self) -> int:
         cleared = int(await self._calls(self._wipe, leases=()))
-        with self._changing:
-            self._stat = TierStat(0, 0, 0)
+        self._holdings.reset()
         return cleared
 
     def stat(self) -> TierStat:
         """What this process put and has not seen dropped; what the pool evicted it cannot know."""
-        return self._stat
+        return self._holdings.stat
 
     # What follows runs in the pool's threads.
 
@@ -258,7 +263,8 @@ class Pooled(Tier):
                 done[fresh[key]] = objects[fresh[key]].header.nbytes if lost is None else lost
         useless = [key for key, i in fresh.items() if isinstance(done[i], Lost) or not done[i]]
         self._clean([(key, records[key]) for key in useless])
-        self._count(*[w for w in done if not isinstance(w, Lost) and w])
+        sizes = [one for one in done if not isinstance(one, Lost) and one]
+        self._holdings.add(len(sizes), sum(sizes))
         return done
 
     def _drop(self, keys: list[bytes]) -> int:
@@ -272,19 +278,13 @@ class Pooled(Tier):
         self._clean(known)
         there = [r for (_, r), was in zip(found, gone, strict=True) if was]
         sizes = [r.boundaries[-1] for r in there if isinstance(r, Record)]
-        self._count(*[-size for size in sizes])
+        self._holdings.add(-len(sizes), -sum(sizes))
         return sum(gone)
 
     def _clean(self, found: list[tuple[bytes, Record]]) -> None:
         names = [name for key, r in found for name, _, _ in r.names(key, self.piece)]
         if names:
             self._remove(names)
-
-    def _count(self, *sizes: int) -> None:
-        with self._changing:
-            objects = self._stat.objects + sum(1 if size > 0 else -1 for size in sizes)
-            nbytes = self._stat.nbytes + sum(sizes)
-            self._stat = TierStat(max(0, objects), max(0, nbytes), 0)
 
 
 def _job(reader: ObjectReader, record: Record | Lost | BadObject) -> _Job | None:

@@ -28,7 +28,14 @@ from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Object
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 from tierloom.stages.tiers.redis.connection import Connection, Login
 from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, Manifest, dropping
 from tierloom.stages.tiers.redis.reads import Load, carry
@@ -108,7 +115,7 @@ class Redis(Tier):
         self._space = f"{options.prefix}:{ctx.namespace.hex()[:32] or 'any'}:".encode()
         self._ttl = round(options.ttl * 1000)
         self._servers: Servers | None = None
-        self._stat = TierStat(0, 0, 0)
+        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         if self._servers is None:
@@ -121,7 +128,7 @@ class Redis(Tier):
 
     def stat(self) -> TierStat:
         """What this process put there and knows of; the server may have evicted it since."""
-        return self._stat
+        return self._holdings.stat
 
     async def has(self, keys: Sequence[bytes]) -> list[bool]:
         found = [False] * len(keys)
@@ -150,8 +157,7 @@ class Redis(Tier):
                 load.close()
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         outcome: list[Lost | None] = [None] * len(objects)
         for i in await self._up.each(
             [obj.header.key for obj in objects], partial(self._put, objects, outcome)
@@ -186,7 +192,7 @@ class Redis(Tier):
                 cleared += sum(n.endswith(b"}") and g == 1 for n, g in zip(mine, gone, strict=True))
                 if not cursor:
                     break
-        self._stat = TierStat(0, 0, 0)
+        self._holdings.reset()
         return cleared
 
     @property
@@ -295,7 +301,7 @@ class Redis(Tier):
             if kept == 1:
                 self.counts.puts += 1
                 self.counts.bytes_in += header.nbytes
-                self._count(1, header.nbytes)
+                self._holdings.add(1, header.nbytes)
             if kept in (1, 2):  # 2: somebody else was quicker
                 return None
         await lane.call([command("UNLINK", each) for each in manifest.names()[1:]])
@@ -316,12 +322,8 @@ class Redis(Tier):
         for (_, nbytes), gone in zip(orders, answers, strict=True):
             if gone == 1:
                 dropped += 1
-                self._count(-1, -nbytes)
+                self._holdings.add(-1, -nbytes)
         return dropped
-
-    def _count(self, objects: int, nbytes: int) -> None:
-        was = self._stat
-        self._stat = TierStat(max(0, was.objects + objects), max(0, was.nbytes + nbytes), 0)
 
 
 def _is_full(answers: list[Answer]) -> bool:

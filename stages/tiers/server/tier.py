@@ -19,7 +19,7 @@ from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
-from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat, require_sealed
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.client import Address, Lines, Refused, refuse
 from tierloom.stages.tiers.server.connection import Line
@@ -116,8 +116,7 @@ class Server(ReadingTier):
         return bytes(head)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         codes: list[int] = []
         part: list[Object] = []
         nbytes = 0

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import (
+    Found,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +49,7 @@ class Blackhole(Tier):
         self.counts.misses += len(reads)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         self.counts.puts += len(objects)
         self.counts.bytes_in += sum(obj.header.nbytes for obj in objects)
         return [None] * len(objects)

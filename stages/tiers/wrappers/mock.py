@@ -68,7 +68,7 @@ class Mock(Blobs):
         await self._carry(len(data))
         if len(data) > self.options.capacity:
             return False
-        while self._nbytes + len(data) > self.options.capacity:
+        while self._holdings.stat.nbytes + len(data) > self.options.capacity:
             self._forget(next(iter(self._kept)))
             self.counts.evicted += 1
         self._kept[name] = data
@@ -85,7 +85,7 @@ class Mock(Blobs):
 
     def _forget(self, name: str) -> None:
         if data := self._kept.pop(name, None):
-            self._count(-1, -len(data))
+            self._holdings.add(-1, -len(data))
 
     async def _carry(self, nbytes: int) -> None:
         """Wait for an answer: one after another on the line, all at once in latency."""

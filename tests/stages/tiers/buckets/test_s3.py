@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from buckets import KEY, NAME, SECRET, Gate, localbucket, moto, rclone
+from buckets import KEY, NAME, SECRET, Gate, GatedPool, localbucket, moto, rclone
 from processes import need
 
 from tierloom.stages.errors import BadObject, ConfigError, Lost, TierDown
@@ -50,24 +50,6 @@ def aws(tmp_path_factory):
 def strict(tmp_path_factory):
     with rclone(tmp_path_factory.mktemp("rclone")) as server:
         yield server
-
-
-class GatedPool(Pool):
-    """Threads that are never held back; what is held back is the wire."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.wire = gate
-        self.gate, self.reached = self, gate.reached
-
-    def set(self) -> None:
-        self.wire.open.set()
-
-    def clear(self) -> None:
-        self.wire.open.clear()
-
-    def begun(self) -> None:
-        """What is held back is on its way to the bucket, not in a thread."""
 
 
 class S3Contract(TierContract):

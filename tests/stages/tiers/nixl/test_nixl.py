@@ -34,7 +34,7 @@ class TestPosixFiles(TierContract):
         return Nixl(NixlOptions(path=str(folder / "kv"), io=self.io, **options), ctx, clock=clock)
 
     def damage(self, tier, key, change):
-        path = tier.kept._path(key)
+        path = tier.tier._path(key)
         raw = bytearray(path.read_bytes())
         change(raw)
         path.write_bytes(raw)
@@ -145,7 +145,7 @@ class TestObjects(TierContract):
 
     @pytest.fixture
     def pool(self, _server):
-        from test_s3 import GatedPool
+        from buckets import GatedPool
 
         return GatedPool(self.gate)
 
@@ -170,17 +170,17 @@ class TestObjects(TierContract):
     @pytest.mark.anyio
     async def test_a_read_that_is_given_up_keeps_its_lease_until_it_is_through(self, tier, arena):
         await self.put(tier, 1, tokens=1024)
-        size, held = tier.kept._bucket.size, []
+        size, held = tier.tier._bucket.size, []
 
         async def then_shut(name):
             found = await size(name)
             self.gate.open.clear()
             return found
 
-        tier.kept._bucket.size = then_shut
+        tier.tier._bucket.size = then_shut
         with anyio.move_on_after(0.3):
             await self.get(tier, 1, 1024)
-        tier.kept._bucket.size = size
+        tier.tier._bucket.size = size
         held = arena.leases
         assert held == 1, "NIXL may still write into it"
         self.gate.open.set()
@@ -194,7 +194,7 @@ class TestObjects(TierContract):
     @pytest.mark.anyio
     async def test_gone_between_size_and_read(self, tier, tmp_path):
         await self.put(tier, 1)
-        size, asked = tier.kept._bucket.size, []
+        size, asked = tier.tier._bucket.size, []
 
         async def then_gone(name):
             found = await size(name)
@@ -204,7 +204,7 @@ class TestObjects(TierContract):
             asked.append(name)
             return found
 
-        tier.kept._bucket.size = then_gone
+        tier.tier._bucket.size = then_gone
         assert await self.get(tier, 1) is Lost.ABSENT
 
 
