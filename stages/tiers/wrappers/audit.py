@@ -52,10 +52,10 @@ class Audit(WrapperTier):
     def wrap(self, tier: Tier) -> None:
         super().wrap(tier)
         self.local = False
+        self.counts.extra |= {"differ_in": 0, "differ_out": 0}
 
     def find(self, links: bytes) -> Found | None:
         raise NotImplementedError("audit answers by whole chunks, whatever it wraps")
-        self.counts.extra |= {"differ_in": 0, "differ_out": 0}
 
     async def open(self) -> None:
         with self._logged("open"):
