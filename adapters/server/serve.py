@@ -17,7 +17,6 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
@@ -26,6 +25,7 @@ from tierloom.adapters.server.session import Lending, Session, Terms
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.object_store import Depot
 from tierloom.stages.errors import ConfigError
+from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server.client import PORT, TOKEN, read_token
 from tierloom.stages.tiers.server.connection import Line
 
@@ -49,14 +49,10 @@ class Listen(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> Listen:
         """`tcp://HOST:PORT`, `tls://HOST:PORT` or `unix:///PATH`. Raises ConfigError."""
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(url)
-            if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
-                return cls(path=parts.path)
-            if parts.scheme in ("tcp", "tls") and parts.hostname and not parts.path.strip("/"):
-                port = PORT if parts.port is None else parts.port
-                return cls(parts.hostname, port, tls=parts.scheme == "tls")
-        raise ConfigError(f"--listen {url}: write tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH")
+        try:
+            return cls(*Address.parse(url, "tcp", tls="tls", unix="unix", port=PORT))
+        except ValueError as error:
+            raise ConfigError(f"--listen: {error}") from None
 
     @property
     def is_local(self) -> bool:

@@ -21,9 +21,10 @@ from tierloom.stages.errors import Lost
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.pools.infinistore_protocol import Link
 from tierloom.stages.tiers.pools.manifest import Piece
-from tierloom.stages.tiers.pools.tier import Pooled, host_of
+from tierloom.stages.tiers.pools.tier import Pooled
 
 _SMALL = 1 << 20  # what is longer is neither a record nor a header
 _NAME = 16  # hex digits under which all that is ours is kept until `clear`
@@ -43,7 +44,7 @@ class InfinistoreOptions:
     """Calls that may run at once, each over a connection of its own."""
 
     def __post_init__(self) -> None:
-        host_of(self.url, "infinistore")
+        Address.parse(self.url, "infinistore")
         if self.threads < 1 or self.deadline <= 0:
             raise ValueError("threads and deadline must be positive")
         if self.piece < PAGE or self.piece % PAGE:
@@ -58,7 +59,7 @@ class Infinistore(Pooled):
     def __init__(self, options: InfinistoreOptions, ctx: TierContext) -> None:
         super().__init__(ctx, threads=options.threads, piece=options.piece)
         self.options = options
-        self._server = host_of(options.url, "infinistore")
+        self._server = Address.parse(options.url, "infinistore")
         self._root = f"tierloom/{ctx.namespace.hex()[:32] or 'any'}"
         self._idle: list[Link] = []
         self._closed = False
@@ -115,7 +116,7 @@ class Infinistore(Pooled):
         try:
             link = self._idle.pop()
         except IndexError:
-            link = Link(*self._server, self.options.deadline)
+            link = Link(self._server, self.options.deadline)
         try:
             link.until(end)
             yield link, f"{self._root}/{self._name(link)}/"

@@ -17,6 +17,7 @@ import struct
 import time
 
 from tierloom.stages.errors import TierDown
+from tierloom.stages.tiers.net.address import Address
 
 _REQUEST = struct.Struct("<IcI")
 _CODE = struct.Struct("<i")
@@ -30,9 +31,9 @@ _KEYS = struct.pack("<IHHHHiIII", 12, 0, 6, 8, 4, 6, 4, 1, 4)
 class Link:
     """A connection. Whatever it raises, it is of no more use then. Raises TierDown, OSError."""
 
-    def __init__(self, host: str, port: int, deadline: float) -> None:
+    def __init__(self, address: Address, deadline: float) -> None:
         self._end = time.monotonic() + deadline
-        self._line = socket.create_connection((host, port), deadline)
+        self._line = socket.create_connection(address[:2], deadline)
         self._line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def until(self, end: float) -> Link:

@@ -23,8 +23,9 @@ from tierloom.stages.kv.object import LINK
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.pools.manifest import Piece
-from tierloom.stages.tiers.pools.tier import Pooled, host_of
+from tierloom.stages.tiers.pools.tier import Pooled
 
 _NO_ROOM, _TRANSFER, _ABSENT, _TOO_SMALL, _RPC = -200, -800, -704, -600, -900
 _PIECE = 4 << 20  # twice as fast as 32 MiB, and as fast as 1 MiB
@@ -65,7 +66,7 @@ class MooncakeOptions:
     """Calls of the client that may run at once; as many threads are lost while it hangs."""
 
     def __post_init__(self) -> None:
-        host_of(self.url, "mooncakestore")
+        Address.parse(self.url, "mooncakestore")
         if self.replicas < 1 or self.threads < 1 or self.deadline <= 0:
             raise ValueError("replicas, threads and deadline must be positive")
         if self.pin_ttl and self.pin != "soft":
@@ -80,7 +81,7 @@ class Mooncake(Pooled):
     def __init__(self, options: MooncakeOptions, ctx: TierContext) -> None:
         super().__init__(ctx, threads=options.threads, piece=_PIECE)
         self.options = options
-        self._master = host_of(options.url, "mooncakestore")
+        self._master = Address.parse(options.url, "mooncakestore")
         self._base = f"tierloom/{ctx.namespace.hex()[:32] or 'any'}/"
         self._using = threading.Lock()
         self._connecting = threading.Lock()
@@ -213,7 +214,7 @@ class Mooncake(Pooled):
         with self._connecting:
             if self._client is not None and not self._lame:
                 return
-            with socket.create_connection(self._master, _KNOCK) as line:
+            with socket.create_connection(self._master[:2], _KNOCK) as line:
                 ours = self.options.host or line.getsockname()[0]
             self._lame = False  # its port answers; the client does the rest
             if self._client is None and not (self._doubtful or self._closed):
@@ -225,8 +226,9 @@ class Mooncake(Pooled):
         o, arena = self.options, self.ctx.arena
         os.environ.setdefault("MC_TCP_BIND_ADDRESS", host)  # else it listens on every address
         client = MooncakeDistributedStore()
-        master = f"{self._master[0]}:{self._master[1]}"
-        if client.setup(host, o.metadata, o.segment, o.buffer, o.protocol, o.device, master):
+        if client.setup(
+            host, o.metadata, o.segment, o.buffer, o.protocol, o.device, str(self._master)
+        ):
             raise TierDown(f"mooncake: no client could be set up with {o.url}; it logs why")
         if client.register_buffer(arena.address, arena.total):
             client.close()

@@ -15,7 +15,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
@@ -32,14 +31,6 @@ from tierloom.stages.tiers.contract.tier import (
 )
 from tierloom.stages.tiers.pools.bounded_calls import Calls
 from tierloom.stages.tiers.pools.manifest import Piece, Record
-
-
-def host_of(url: str, scheme: str) -> tuple[str, int]:
-    """Host and port of `scheme://host:port`. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme != scheme or not parts.hostname or not parts.port or parts.path.strip("/"):
-        raise ValueError(f"url {url!r} is not of the form {scheme}://host:port")
-    return parts.hostname, parts.port
 
 
 class _Job(NamedTuple):

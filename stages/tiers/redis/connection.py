@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import anyio
 
 from tierloom.stages.errors import BadObject, TierDown
 from tierloom.stages.memory.arena import Lease
+from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.redis.resp import Answer, Answers, Refusal, Want, command
 
 _SLICE = 1 << 20
 """Bytes handed to the transport at once. What a socket does not take Python 3.11 copies, and with
 every send again: of a MiB that costs less than more turns would, of 32 MiB it costs most."""
 _HIGH = 64 << 10  # bytes in the transport at which we wait
-
-
-class Address(NamedTuple):
-    """Where a server listens: a port of a host, or a path."""
-
-    host: str
-    port: int = 0
-    path: str = ""
-
-    def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
 
 
 class Login(NamedTuple):
@@ -101,6 +90,9 @@ class Connection(asyncio.BufferedProtocol):
                     self._moved = self._loop.time()
                 self._write(part[at : at + _SLICE] if len(part) > _SLICE else part)
         return want
+
+    def close(self) -> None:
+        self.abort(TierDown("the connection was closed"))
 
     def abort(self, error: Exception) -> None:
         """Close at once. Whoever waits for an answer gets `error`; twice does no harm."""
@@ -220,61 +212,3 @@ async def _log_in(connection: Connection, address: Address, login: Login) -> Non
                 f"redis at {address} refuses user {login.user or 'default'!r}, database "
                 f"{login.db}: {answer.code}; check user, password and database"
             )
-
-
-class Lanes:
-    """The connections to one server, made when they are needed, at most so many."""
-
-    def __init__(self, make: Callable[[], Awaitable[Connection]], most: int) -> None:
-        self._make = make
-        self._free = anyio.Semaphore(most)
-        self._idle: list[Connection] = []
-        self._all: set[Connection] = set()
-
-    @property
-    def free(self) -> int:
-        """Calls that would get one at once."""
-        return self._free.value
-
-    @property
-    def wanted(self) -> bool:
-        """Somebody waits for one."""
-        return self._free.statistics().tasks_waiting > 0
-
-    @asynccontextmanager
-    async def lane(self) -> AsyncIterator[Connection]:
-        """A connection to oneself. One that is left with answers due, or by an exception, is closed
-        with all that are idle: what happened to it has probably happened to them."""
-        async with self._free:
-            connection = await self._take()
-            try:
-                yield connection
-            finally:
-                if connection.usable:
-                    self._idle.append(connection)
-                else:
-                    connection.abort(TierDown("its call was given up"))
-                    self.forget()
-
-    def forget(self) -> None:
-        """Close what is idle."""
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.abort(TierDown("not needed"))
-
-    async def close(self) -> None:
-        """Close everything, and wait until the sockets are."""
-        for connection in self._all:
-            connection.abort(TierDown("the tier is closed"))
-        for connection in list(self._all):
-            await connection.gone
-
-    async def _take(self) -> Connection:
-        self._all = {c for c in self._all if not c.gone.done()}
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable:
-                return connection
-        connection = await self._make()
-        self._all.add(connection)
-        return connection

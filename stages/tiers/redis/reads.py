@@ -13,7 +13,8 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.concurrently import fan
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierCounts
-from tierloom.stages.tiers.redis.connection import Connection, Lanes
+from tierloom.stages.tiers.net.connection_pool import ConnectionPool
+from tierloom.stages.tiers.redis.connection import Connection
 from tierloom.stages.tiers.redis.manifest import MANIFEST, Manifest, unpack_whole
 from tierloom.stages.tiers.redis.resp import Answer, Refusal
 from tierloom.stages.tiers.redis.topology import Node
@@ -124,20 +125,19 @@ async def carry(
     However it ends, no byte lands afterwards. Raises what `trouble` makes of a refusal.
     """
     jobs = deque(sorted((p for load in loads for p in load.pieces), key=lambda p: p.number))
-    lanes = node.bulk
 
     async def worker(_: int) -> None:
         while jobs:
-            async with lanes.lane() as lane:
-                await _stream(lanes, lane, jobs, window, trouble)
+            async with node.bulk.connection() as connection:
+                await _stream(node.bulk, connection, jobs, window, trouble)
 
     if jobs:
-        count = max(1, min(lanes.free, -(-len(jobs) // window)))
+        count = max(1, min(node.bulk.free, -(-len(jobs) // window)))
         await fan(worker, range(count), count)
 
 
 async def _stream(
-    lanes: Lanes, lane: Connection, jobs: deque[Piece], window: int,
+    pool: ConnectionPool[Connection], connection: Connection, jobs: deque[Piece], window: int,
     trouble: Callable[[Refusal], Exception],
 ) -> None:  # fmt: skip
     """Fetch pieces over one connection, `window` at once, until there are none, or it is somebody
@@ -145,11 +145,11 @@ async def _stream(
     under_way: deque[tuple[Piece, asyncio.Future[list[Answer]]]] = deque()
     taken = 0
     while True:
-        mine = lane.error is None and (taken < _TURN or not lanes.wanted)
+        mine = connection.error is None and (taken < _TURN or not pool.wanted)
         if jobs and mine and len(under_way) < window:
             piece = jobs.popleft()
             if not piece.load.lost:
-                under_way.append((piece, lane.fetch(*piece.load.ask(piece))))
+                under_way.append((piece, connection.fetch(*piece.load.ask(piece))))
                 taken += 1
             continue
         if not under_way:

@@ -36,12 +36,13 @@ from tierloom.stages.tiers.contract.tier import (
     TierStat,
     require_sealed,
 )
+from tierloom.stages.tiers.net.tls import client_context
 from tierloom.stages.tiers.redis.connection import Connection, Login
 from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, Manifest, dropping
 from tierloom.stages.tiers.redis.reads import Load, carry
 from tierloom.stages.tiers.redis.resp import Answer, Refusal, Want, command
 from tierloom.stages.tiers.redis.topology import Cluster, Moved, Node, Sentinel, Servers
-from tierloom.stages.tiers.redis.url import parse_url, password_of, tls_of
+from tierloom.stages.tiers.redis.url import parse_url, password_of
 
 _ABSENT = -2  # what PTTL says of a key that is not there
 _BATCH = 256  # small commands sent at once
@@ -203,7 +204,7 @@ class Redis(Tier):
 
     def _make_servers(self) -> Servers:
         url, o = self._url, self.options
-        tls = tls_of(o.ca_file, o.cert_file, o.key_file) if url.tls else None
+        tls = client_context(o.ca_file, o.cert_file, o.key_file) if url.tls else None
 
         def enter() -> Login:
             password = password_of(url, o.password_env, o.password_file)
@@ -224,10 +225,10 @@ class Redis(Tier):
         key that holds no string."""
         answers: list[Answer] = []
         if commands:
-            async with node.quick.lane() as lane:
+            async with node.quick.connection() as connection:
                 for at in range(0, len(commands), _BATCH):
                     some = commands[at : at + _BATCH]
-                    answers += await lane.call(some, limit=max(limit, 256 * len(some)))
+                    answers += await connection.call(some, limit=max(limit, 256 * len(some)))
         for answer in answers:
             if isinstance(answer, Refusal) and answer.code != "WRONGTYPE":
                 raise _trouble(answer)
@@ -272,13 +273,13 @@ class Redis(Tier):
 
         async def worker(_: int) -> None:
             for i in fresh:
-                async with node.bulk.lane() as lane:
-                    outcome[i] = await self._store(lane, objects[i], names[i])
+                async with node.bulk.connection() as connection:
+                    outcome[i] = await self._store(connection, objects[i], names[i])
 
         count = max(1, min(node.bulk.free, len(which)))
         await fan(worker, range(count), count)
 
-    async def _store(self, lane: Connection, obj: Object, name: bytes) -> Lost | None:
+    async def _store(self, connection: Connection, obj: Object, name: bytes) -> Lost | None:
         """Pieces, a few at once, then the manifest, all in one stream."""
         header, view = obj.header, obj.lease.view
         head = header.header_bytes
@@ -291,11 +292,11 @@ class Redis(Tier):
             if full:
                 break
             want = Want(asyncio.get_running_loop().create_future(), lease=obj.lease)
-            under_way.append(await lane.send(manifest.store(number, view[begin:stop]), want))
+            under_way.append(await connection.send(manifest.store(number, view[begin:stop]), want))
         for want in under_way:
             full = _is_full(await want.future) or full
         if not full:
-            kept = (await lane.call([manifest.commit(view[:head], self._ttl)]))[0]
+            kept = (await connection.call([manifest.commit(view[:head], self._ttl)]))[0]
             if isinstance(kept, Refusal) and kept.code != "OOM":
                 raise _trouble(kept)
             if kept == 1:
@@ -304,7 +305,7 @@ class Redis(Tier):
                 self._holdings.add(1, header.nbytes)
             if kept in (1, 2):  # 2: somebody else was quicker
                 return None
-        await lane.call([command("UNLINK", each) for each in manifest.names()[1:]])
+        await connection.call([command("UNLINK", each) for each in manifest.names()[1:]])
         self.counts.refused += 1
         return Lost.NO_ROOM
 

@@ -15,14 +15,9 @@ from contextlib import suppress
 
 from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.redis.connection import (
-    Address,
-    Connection,
-    Lanes,
-    Login,
-    NotLetIn,
-    connect,
-)
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.net.connection_pool import ConnectionPool
+from tierloom.stages.tiers.redis.connection import Connection, Login, NotLetIn, connect
 from tierloom.stages.tiers.redis.resp import Answer, Refusal, command
 
 log = logging.getLogger(__name__)
@@ -40,7 +35,10 @@ class Node:
     """One server: its connections, and whether it answers."""
 
     def __init__(self, make: Callable[[], Awaitable[Connection]], lanes: int) -> None:
-        self.quick, self.bulk = Lanes(make, _QUICK), Lanes(make, lanes)
+        self._make = make
+        self._connections: set[Connection] = set()
+        self.quick = ConnectionPool(self._connect, _QUICK)
+        self.bulk = ConnectionPool(self._connect, lanes)
         self.error: Exception | None = None
         """Why its last call failed; None: it did not."""
         self.retry = 0.0
@@ -51,8 +49,19 @@ class Node:
         self.bulk.forget()
 
     async def close(self) -> None:
-        await self.quick.close()
-        await self.bulk.close()
+        """Close everything, and wait until the sockets are closed."""
+        self.quick.close()
+        self.bulk.close()
+        for connection in self._connections:
+            connection.abort(TierDown("the tier is closed"))
+        for connection in list(self._connections):
+            await connection.gone
+
+    async def _connect(self) -> Connection:
+        self._connections = {c for c in self._connections if not c.gone.done()}
+        connection = await self._make()
+        self._connections.add(connection)
+        return connection
 
 
 class Servers:
@@ -73,7 +82,7 @@ class Servers:
     async def open(self) -> None:
         """Raises ConfigError when we are not let in, TierDown or OSError when nobody is there."""
         try:
-            async with self.nodes[0].quick.lane():
+            async with self.nodes[0].quick.connection():
                 pass
         except NotLetIn as error:
             raise ConfigError(str(error)) from error

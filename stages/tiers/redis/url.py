@@ -10,15 +10,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import ssl
 from typing import Literal, NamedTuple
 from urllib.parse import unquote
 
 from tierloom.stages.errors import ConfigError
-from tierloom.stages.tiers.redis.connection import Address
-from tierloom.stages.user_home import expanded
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.net.credentials import secret_in_env, secret_in_file
 
 Kind = Literal["single", "sentinel", "cluster"]
 
@@ -98,29 +96,9 @@ def password_of(url: Url, env: str, file: str) -> str:
     that it may change. Raises ConfigError for a variable or a file that is not there."""
     password = url.password
     if env:
-        password = os.environ.get(env, "")
-        if not password:
-            raise ConfigError(f"password_env: environment variable {env} is not set")
+        password = secret_in_env("password_env", env)
     if file:
-        try:
-            password = expanded(file).read_text("utf-8").strip("\r\n")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise ConfigError(f"password_file {file}: {reason}") from None
+        password = secret_in_file("password_file", file)
     if url.user and not password:
         raise ConfigError(f"user {url.user!r} has no password: set password_env or password_file")
     return password
-
-
-def tls_of(ca: str, cert: str, key: str) -> ssl.SSLContext:
-    """Raises ConfigError for files that are not there, or not what they should be."""
-    import ssl
-
-    try:
-        made = ssl.create_default_context(cafile=os.path.expanduser(ca) or None)
-        if cert:
-            made.load_cert_chain(os.path.expanduser(cert), os.path.expanduser(key) or None)
-    except OSError as error:  # as ssl.SSLError is
-        names = ", ".join(filter(None, (ca, cert, key)))
-        raise ConfigError(f"TLS with {names or 'the CAs of this system'}: {error}") from error
-    return made

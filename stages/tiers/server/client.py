@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hmac
 import os
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import anyio
 
-from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.options import masked
+from tierloom.stages.errors import TierDown
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.net.connection_pool import ConnectionPool
+from tierloom.stages.tiers.net.credentials import secret_in_file
+from tierloom.stages.tiers.net.tls import client_context
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Line
 from tierloom.stages.tiers.server.shared_memory import Lender
-from tierloom.stages.user_home import expanded
 
 TOKEN = "TIERLOOM_TOKEN"
 """Environment variable of the token, where no file is named."""
 PORT = 7654
 
 
-class Address(NamedTuple):
-    """Where a server listens: a host and port, or a path."""
-
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    tls: bool = False
-
-    @classmethod
-    def parse(cls, url: str) -> Address:
-        """`tierloom://host:port`, `tierloom+tls://host:port`, `tierloom+unix:///path`. Raises
-        ValueError."""
-        try:
-            parts = urlsplit(url)
-            port = PORT if parts.port is None else parts.port
-        except ValueError as error:
-            raise ValueError(f"url {masked(url)!r}: {error}") from None
-        if parts.scheme == "tierloom+unix" and not parts.netloc and parts.path.startswith("/"):
-            return cls(path=parts.path)
-        known = parts.scheme in ("tierloom", "tierloom+tls")
-        if not known or not parts.hostname or parts.username or parts.path.strip("/"):
-            raise ValueError(
-                f"url {masked(url)!r}: write tierloom://HOST:PORT, tierloom+tls://HOST:PORT or "
-                "tierloom+unix:///PATH"
-            )
-        return cls(parts.hostname, port, tls=parts.scheme == "tierloom+tls")
+def address_of(url: str) -> Address:
+    """Raises ValueError."""
+    return Address.parse(url, "tierloom", tls="tierloom+tls", unix="tierloom+unix", port=PORT)
 
 
 class Known(NamedTuple):
@@ -70,24 +48,8 @@ class Refused(TierDown):
 
 def read_token(file: str) -> bytes:
     """The token out of a file, or of the environment; empty: there is none. Raises ConfigError."""
-    if not file:
-        return os.environ.get(TOKEN, "").strip().encode()
-    try:
-        token = expanded(file).read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"token file {file}: {error.strerror}; write the token into it") from None
-    if not token:
-        raise ConfigError(f"token file {file} is empty: write the token into it")
-    return token
-
-
-def trust(ca_file: str) -> ssl.SSLContext:
-    """TLS that verifies the server, by the system's authorities or those of a file. Raises
-    ConfigError."""
-    try:
-        return ssl.create_default_context(cafile=os.path.expanduser(ca_file) or None)
-    except OSError as error:
-        raise ConfigError(f"ca_file {ca_file}: {error}; it is to hold PEM certificates") from None
+    token = secret_in_file("token file", file) if file else os.environ.get(TOKEN, "")
+    return token.strip().encode()
 
 
 async def connect(address: Address, context: ssl.SSLContext | None) -> Line:
@@ -178,38 +140,26 @@ class Lines:
         self.shares = share and bool(address.path)
         self.welcome = wire.Welcome(0, b"", 0, 0, 0)
         self._epoch = b""
-        self._idle: list[Line] = []
+        self._pool: ConnectionPool[Line] | None = None
         self._lender: Lender | None = None
-        self._closed = False
 
     def prepare(self, token_file: str, ca_file: str, connections: int) -> None:
         """Raises ConfigError."""
         self._token = read_token(token_file)
-        self._context = trust(ca_file) if self._address.tls else None
-        self._turns = anyio.Semaphore(connections)
+        self._context = client_context(ca_file) if self._address.tls else None
+        self._pool = ConnectionPool(self._connect, connections)
         self._meeting = anyio.Lock()
 
     def close(self) -> None:
-        self._closed = True
         if self._lender is not None:
             self._lender.retire()
-        while self._idle:
-            self._idle.pop().close()
+        if self._pool is not None:
+            self._pool.close()
 
-    @contextlib.asynccontextmanager
-    async def one(self) -> AsyncIterator[Line]:
-        """A line for one question; closed unless that was answered to its end."""
-        async with self._turns:
-            line = self._quiet() or (await self._dial(memory=False))[0]
-            try:
-                yield line
-            except BaseException:
-                line.close()
-                raise
-            if self._closed:
-                line.close()
-            else:
-                self._idle.append(line)
+    def connection(self) -> AbstractAsyncContextManager[Line]:
+        """A connection for one question; closed unless that was answered to its end."""
+        assert self._pool is not None
+        return self._pool.connection()
 
     async def lender(self) -> Lender | None:
         """The connection to the server's memory; None where it does not share that."""
@@ -234,14 +184,8 @@ class Lines:
                 os.close(known.fd)
             return self._lender
 
-    def _quiet(self) -> Line | None:
-        """An idle line whose server is still there."""
-        while self._idle:
-            line = self._idle.pop()
-            if line.quiet:
-                return line
-            line.close()
-        return None
+    async def _connect(self) -> Line:
+        return (await self._dial(memory=False))[0]
 
     async def _dial(self, *, memory: bool) -> tuple[Line, Known]:
         line = await connect(self._address, self._context)

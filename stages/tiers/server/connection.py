@@ -131,7 +131,7 @@ class Line:
                         await anyio.lowlevel.checkpoint()
 
     @property
-    def quiet(self) -> bool:
+    def usable(self) -> bool:
         """Open, and nothing has come that nobody asked for."""
         if self._start != self._end or self.sock.fileno() < 0:
             return False

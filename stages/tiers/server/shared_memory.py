@@ -96,7 +96,7 @@ class Lender(Slab):
     @property
     def is_there(self) -> bool:
         """It can be asked for loans, as far as can be seen."""
-        return self.usable and (self._turn.locked() or self._line.quiet)
+        return self.usable and (self._turn.locked() or self._line.usable)
 
     def _release(self, lease: Lease) -> None:
         with self.lock:

@@ -21,7 +21,7 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat, require_sealed
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.client import Address, Lines, Refused, refuse
+from tierloom.stages.tiers.server.client import Lines, Refused, address_of, refuse
 from tierloom.stages.tiers.server.connection import Line
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class ServerOptions:
     """Map the memory of a server on this host, where it lets us, instead of copying out of it."""
 
     def __post_init__(self) -> None:
-        Address.parse(self.url)
+        address_of(self.url)
         if self.connections < 1:
             raise ValueError(f"connections must be at least 1, got {self.connections}")
 
@@ -63,7 +63,7 @@ class Server(ReadingTier):
         self.options = options
         # A device reads nothing but the memory that was made known to it.
         shares = options.share and not ctx.arena.pinned
-        self._lines = Lines(Address.parse(options.url), ctx.namespace, self._anew, share=shares)
+        self._lines = Lines(address_of(options.url), ctx.namespace, self._anew, share=shares)
         self._number = 0
         self._holds = _NOTHING
         self._unsettled: list[bytes] = []
@@ -104,7 +104,7 @@ class Server(ReadingTier):
 
     async def _head(self, key: bytes, nbytes: int) -> bytes:
         asked = wire.Wanted(key, 0, 0, 0)
-        async with self._lines.one() as line:
+        async with self._lines.connection() as line:
             number = await self._send(line, wire.Kind.GET, wire.pack_wanted([asked]))
             body = await self._answer(line, number, wire.Kind.ITEM)
             item = wire.item_of(body, asked, self._lines.welcome.largest)
@@ -179,7 +179,7 @@ class Server(ReadingTier):
             first, nbytes = (held.loaded, held.header.nbytes) if held is not None else (0, 0)
             upto = _frames(held, read.upto) if held is not None else min(read.upto, _WHOLE)
             wanted.append(wire.Wanted(read.key, first, max(upto, first), nbytes))
-        async with self._lines.one() as line:
+        async with self._lines.connection() as line:
             number = await self._send(line, wire.Kind.GET, wire.pack_wanted(wanted))
             for read, asked in zip(reads, wanted, strict=True):
                 body = await self._answer(line, number, wire.Kind.ITEM)
@@ -235,7 +235,7 @@ class Server(ReadingTier):
     async def _offer(self, objects: Sequence[Object]) -> list[int]:
         """Offer a few objects, send those that are wanted; a code for each."""
         offers = [(obj.header.key, obj.header.nbytes) for obj in objects]
-        async with self._lines.one() as line:
+        async with self._lines.connection() as line:
             number = await self._send(line, wire.Kind.PUT, wire.pack_offers(offers))
             body = await self._answer(line, number, wire.Kind.GRANT)
             wanted = wire.codes_of(body, len(objects), also=wire.SEND)
@@ -268,7 +268,7 @@ class Server(ReadingTier):
         self._holds = _NOTHING
 
     async def _exchange(self, kind: wire.Kind, body: bytes, wanted: wire.Kind) -> bytes:
-        async with self._lines.one() as line:
+        async with self._lines.connection() as line:
             return await self._answer(line, await self._send(line, kind, body), wanted)
 
     async def _send(self, line: Line, kind: wire.Kind, body: bytes) -> int:
