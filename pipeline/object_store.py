@@ -24,7 +24,7 @@ from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of
 from tierloom.stages.memory.arena import Arena, Lease
 from tierloom.stages.ops.lookup import in_slices
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
 
 log = logging.getLogger("tierloom.serve")
@@ -122,7 +122,7 @@ class Depot:
         self.kept_in_memory = kept
         self.largest = self.arena.working // 2
         """Bytes of an object that is taken, at most."""
-        self.tiers: list[Guarded] = []
+        self.tiers: list[CircuitBreaker] = []
         self.dropped = 0
         """Objects that a colder tier was too slow for."""
         self._catalog = Catalog()
@@ -140,10 +140,10 @@ class Depot:
         """Open the tiers. Raises ConfigError."""
         for name, t in self.spec.tiers.items():
             make: Any = t.cls  # every tier takes (options, context)
-            sizes: list[Guarded] = []
+            sizes: list[CircuitBreaker] = []
             watch = partial(self._catalog.note, partial(_size, sizes))
             ctx = TierContext(self.arena, b"", self._io, watch)
-            tier = Guarded(make(t.options, ctx), name, t.breaker)
+            tier = CircuitBreaker(make(t.options, ctx), name, t.breaker)
             sizes.append(tier)
             self._home.push_async_callback(tier.close)
             await tier.open()
@@ -167,7 +167,7 @@ class Depot:
         if not self.arena.leases:  # else somebody still reads it: it must stay
             self.arena.close()
 
-    async def has(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
         """Which are kept anywhere. Those that are were wanted: they are evicted later."""
         names = [name_of(space, key) for key in keys]
         found = [False] * len(names)
@@ -180,7 +180,7 @@ class Depot:
                     found[i] = tier.find(names[i]) is not None
                 await in_slices(tier.touch, [names[i] for i in missing if found[i]])
             else:
-                asked = await tier.has([names[i] for i in missing])
+                asked = await tier.exists([names[i] for i in missing])
                 for i, there in zip(missing, asked, strict=True):
                     found[i] = there
         return found
@@ -238,13 +238,13 @@ class Depot:
                 return None
         return lost
 
-    async def settle(self, space: bytes, keys: Iterable[bytes]) -> None:
+    async def order_for_eviction(self, space: bytes, keys: Iterable[bytes]) -> None:
         """These, head of the prompt first, came together: the tail is evicted first."""
         names = [name_of(space, key) for key in keys]
         for tier in self.tiers:
-            await in_slices(tier.settle, names)
+            await in_slices(tier.order_for_eviction, names)
 
-    async def drop(self, space: bytes, keys: Iterable[bytes]) -> int:
+    async def delete(self, space: bytes, keys: Iterable[bytes]) -> int:
         """Forget objects; how many were there."""
         return await self._drop([name_of(space, key) for key in keys])
 
@@ -265,10 +265,10 @@ class Depot:
         dropped = 0
         for begin in range(0, len(names), 256):
             part = names[begin : begin + 256]
-            dropped += max([await tier.drop(part) for tier in self.tiers], default=0)
+            dropped += max([await tier.delete(part) for tier in self.tiers], default=0)
         return dropped
 
-    def _pass_on(self, tier: Guarded, obj: Object) -> None:
+    def _pass_on(self, tier: CircuitBreaker, obj: Object) -> None:
         waiting = self._behind[tier.name]
         if self._writing and self._writing + obj.lease.nbytes > self._waits:
             if not self.dropped:
@@ -280,7 +280,7 @@ class Depot:
         waiting.append(obj)
         self._awake[tier.name].set()
 
-    async def _write_behind(self, tier: Guarded) -> None:
+    async def _write_behind(self, tier: CircuitBreaker) -> None:
         """Put what comes, a few at a time."""
         waiting = self._behind[tier.name]
         while True:
@@ -304,7 +304,7 @@ def _named(obj: Object, space: bytes, name: bytes) -> Object:
     return Object(header, obj.lease, loaded=obj.loaded, sealed=True)
 
 
-def _size(tier: list[Guarded], name: bytes) -> int:
+def _size(tier: list[CircuitBreaker], name: bytes) -> int:
     """Bytes of an object that a tier with an index keeps."""
     found = tier[0].find(name)
     return found.nbytes if found is not None else 0

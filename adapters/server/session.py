@@ -188,7 +188,7 @@ class Session:
     async def _answer(self, message: wire.Message) -> None:
         kind, number, body = message
         if kind is Kind.HAS:
-            found = await self._depot.has(self._space, wire.keys_of(body))
+            found = await self._depot.exists(self._space, wire.keys_of(body))
             codes = bytes([wire.DONE if there else Lost.ABSENT for there in found])
             await self._line.send(wire.message(Kind.HAD, number, codes))
         elif kind is Kind.GET:
@@ -198,11 +198,11 @@ class Session:
         elif kind is Kind.BORROW:
             await self._lend(number, wire.keys_of(body, wire.OBJECTS))
         elif kind is Kind.SETTLE:
-            await self._depot.settle(self._space, wire.keys_of(body))
+            await self._depot.order_for_eviction(self._space, wire.keys_of(body))
         elif kind is Kind.RETURN:
             self._take_back(wire.ids_of(body))
         elif kind is Kind.DROP:
-            await self._holds(number, await self._depot.drop(self._space, wire.keys_of(body)))
+            await self._holds(number, await self._depot.delete(self._space, wire.keys_of(body)))
         elif kind in (Kind.CLEAR, Kind.STAT, Kind.PING):
             if body:
                 raise wire.BadMessage(f"{kind.name} has no body")
@@ -239,7 +239,7 @@ class Session:
 
     async def _put(self, number: int, offers: list[tuple[bytes, int]]) -> None:
         """Say which objects are wanted, receive them, and keep each when it is whole."""
-        there = await self._depot.has(self._space, [key for key, _ in offers])
+        there = await self._depot.exists(self._space, [key for key, _ in offers])
         with Grip(self._depot.arena) as grip:
             codes, leases = await self._make_room(offers, there, grip)
             await self._line.send(wire.message(Kind.GRANT, number, bytes(codes)))

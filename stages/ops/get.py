@@ -28,7 +28,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.ops.hedge import race
 from tierloom.stages.ops.scan_budget import Outlook
 from tierloom.stages.options import parse_seconds
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read
 
 
@@ -176,7 +176,7 @@ class Get(LoopStage):
                     batch.lose(piece, code or Lost.LATE)
         return came
 
-    def _outlook(self, batch: Batch, group: list[Piece], tier: Guarded) -> Outlook:
+    def _outlook(self, batch: Batch, group: list[Piece], tier: CircuitBreaker) -> Outlook:
         """What is known of a group of pieces before they are read."""
         ticket = batch.ticket
         here = sum(p.take for p in group)
@@ -194,7 +194,9 @@ class Get(LoopStage):
         ahead = total / ticket.prefill_rate - compute - (now - ticket.started)
         return outlook._replace(left=min(left, compute + ahead), compute=compute, ahead=ahead)
 
-    def _enough(self, batch: Batch, group: list[Piece], outlook: Outlook, tier: Guarded) -> bool:
+    def _enough(
+        self, batch: Batch, group: list[Piece], outlook: Outlook, tier: CircuitBreaker
+    ) -> bool:
         """Lose what is quicker to compute by now, and so all that lies behind it."""
         g, ticket = self.ctx.geometry, batch.ticket
         coarsest = tier.share * sum(g.frame_bytes(g.layers, p.take) for p in group)
@@ -206,7 +208,7 @@ class Get(LoopStage):
         return len(late) == len(group)
 
     async def _finer(
-        self, tier: Guarded, pieces: list[Piece], outlook: Outlook, seconds: float
+        self, tier: CircuitBreaker, pieces: list[Piece], outlook: Outlook, seconds: float
     ) -> None:
         """Progressive objects, whose coarsest scans took so many seconds: read one scan more of
         each, and one more, while there is time."""

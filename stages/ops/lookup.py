@@ -19,7 +19,7 @@ from tierloom.stages.contract.batch import Piece
 from tierloom.stages.contract.request import Ticket
 from tierloom.stages.contract.stage import Context, LoopStage
 from tierloom.stages.errors import Lost
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 _SLICE = 16
 """Chunks looked up between two turns of the loop."""
@@ -81,13 +81,13 @@ class Lookup(LoopStage):
         ticket.pieces = plan
 
     async def _ask_remote(
-        self, tiers: dict[str, Guarded], pieces: list[Piece]
+        self, tiers: dict[str, CircuitBreaker], pieces: list[Piece]
     ) -> dict[str, list[bool]]:
         keys = [p.key for p in pieces]
         known: dict[str, list[bool]] = {}
 
-        async def ask(name: str, tier: Guarded) -> None:
-            known[name] = await tier.has(keys)
+        async def ask(name: str, tier: CircuitBreaker) -> None:
+            known[name] = await tier.exists(keys)
 
         remote = {n: t for n, t in tiers.items() if not t.local}
         if remote and keys:
@@ -97,7 +97,7 @@ class Lookup(LoopStage):
         return known
 
     async def _absent(
-        self, ticket: Ticket, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+        self, ticket: Ticket, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
     ) -> None:
         if not tiers and not self.ctx.replica:
             ticket.tally(Lost.TIER_DOWN, len(ticket.pieces))
@@ -121,7 +121,7 @@ class Lookup(LoopStage):
         ticket.pieces = missing
 
     async def _prefix(
-        self, ticket: Ticket, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+        self, ticket: Ticket, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
     ) -> None:
         plan = []
         for piece in ticket.pieces:
@@ -143,7 +143,7 @@ class Lookup(LoopStage):
         self,
         ticket: Ticket,
         piece: Piece,
-        tiers: dict[str, Guarded],
+        tiers: dict[str, CircuitBreaker],
         known: dict[str, list[bool]],
     ) -> None:
         """Set `source`, `take` and `tiers` to what serves most of this piece, first tier first."""

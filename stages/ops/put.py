@@ -65,7 +65,9 @@ class Put(LoopStage):
                 batch.lose(piece, code)
         mine = [p for p in batch.ticket.pieces if name in p.tiers]
         if all(name in p.put for p in mine):  # that was the last of the request
-            await in_slices(self.ctx.tiers[name].settle, [p.key for p in mine if name in p.took])
+            await in_slices(
+                self.ctx.tiers[name].order_for_eviction, [p.key for p in mine if name in p.took]
+            )
         return batch
 
     async def _object(self, batch: Batch, piece: Piece) -> Object:

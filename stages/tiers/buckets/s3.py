@@ -126,7 +126,7 @@ class S3(ReadingTier):
         if not await self._bucket.transfers.idle(_PATIENCE):  # the arena stays, therefore
             log.error("transfers left under way", extra={"transfers": len(self._bucket.transfers)})
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = await fan(self._bucket.size, [name_of(key) for key in keys], _WIDE)
         return [size is not None for size in found]  # an empty one, too: who reads it drops it
 
@@ -136,7 +136,7 @@ class S3(ReadingTier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         return await fan(self._put, objects, self.options.depth)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return sum(await fan(self._drop, [name_of(key) for key in keys], _WIDE))
 
     async def clear(self) -> int:

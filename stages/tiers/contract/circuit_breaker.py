@@ -1,4 +1,4 @@
-"""Guarded: a tier whose failures are data, and which is left alone while it fails.
+"""CircuitBreaker: a tier whose failures are data, and which is left alone while it fails.
 
 Wraps every tier. Each call has a time limit; `fails` failures in a row open the breaker, and from
 then on nothing waits for the tier, but for one call every `probe` seconds. The first that succeeds
@@ -105,7 +105,7 @@ class Cost:
         return latency + nbytes * slope
 
 
-class Guarded(WrapperTier):
+class CircuitBreaker(WrapperTier):
     """Never raises but ConfigError at the first `open`; a caller's cancellation passes through."""
 
     def __init__(
@@ -172,8 +172,8 @@ class Guarded(WrapperTier):
         except Exception as error:
             log.warning("tier did not close", extra={"tier": self.name, "cause": _cause(error)})
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await self._call(lambda: self.tier.has(keys))
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        found = await self._call(lambda: self.tier.exists(keys))
         return [False] * len(keys) if isinstance(found, Lost) else found
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -223,14 +223,14 @@ class Guarded(WrapperTier):
         self.counts.corrupt += 1
         if await self._call(lambda: is_still(self.tier, key, read)) is True:
             self._say(key, proof)
-            await self.drop([key])
+            await self.delete([key])
 
     def _say(self, key: bytes, proof: Damaged) -> None:
         log.warning("tier %s dropped object %s: %s", self.name, key.hex()[:16], proof)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         self.unread.forget(keys)
-        dropped = await self._call(lambda: self.tier.drop(keys))
+        dropped = await self._call(lambda: self.tier.delete(keys))
         return 0 if isinstance(dropped, Lost) else dropped
 
     async def clear(self) -> int | Lost:

@@ -73,7 +73,7 @@ class Evict(ABC):
     def touch(self, key: bytes) -> None:
         """A key was wanted again. Unknown keys are passed over."""
 
-    def settle(self, key: bytes) -> None:  # noqa: B027 (a policy of uses alone does not mind)
+    def order_for_eviction(self, key: bytes) -> None:  # noqa: B027 (a policy of uses alone does not mind)
         """A key that just came is to go later than those settled before it. Not a use."""
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Fifo(Evict):
     def touch(self, key: bytes) -> None:
         """Being wanted changes nothing."""
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         if key in self._queue:
             self._queue.sizes.move_to_end(key)
 
@@ -119,16 +119,16 @@ class Lru(Fifo):
     """Least recently used."""
 
     def touch(self, key: bytes) -> None:
-        self.settle(key)
+        self.order_for_eviction(key)
 
 
 class Mru(Lru):
     """Most recently used: for endless scans, where the newest is wanted last."""
 
     def touch(self, key: bytes) -> None:
-        super().settle(key)
+        super().order_for_eviction(key)
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         """The newest goes first, whatever came beside it."""
 
     def _choose(self, skip: Skip) -> bytes | None:
@@ -203,7 +203,7 @@ class S3Fifo(Evict):
         if uses is not None and uses < 3:
             self._uses[key] = uses + 1
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         if key in self._small:
             self._small.sizes.move_to_end(key)
 
@@ -264,7 +264,7 @@ class Arc(Evict):
         elif key in self._t1:
             self._t2.push(key, self._t1.pop(key))
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         if key in self._t1:
             self._t1.sizes.move_to_end(key)
 

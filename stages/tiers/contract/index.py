@@ -163,11 +163,11 @@ class Index(Generic[P]):
             for key in reversed(keys):
                 self._policy.touch(key)
 
-    def settle(self, keys: Sequence[bytes]) -> None:
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:
         """Came together, head of the prompt first: without its head the tail is of no use."""
         with self.lock:
             for key in reversed(keys):
-                self._policy.settle(key)
+                self._policy.order_for_eviction(key)
 
     def pin(self, key: bytes, *, pinned: bool) -> bool:
         """Keep an entry from eviction, or let it go, as if it were new; False when absent."""

@@ -27,10 +27,10 @@ class IndexedTier(Tier, Generic[P]):
     def touch(self, keys: Sequence[bytes]) -> None:
         self._index.touch(keys)
 
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self._index.settle(keys)
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:
+        self._index.order_for_eviction(keys)
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return [self._index.get(key) is not None for key in keys]
 
     def stat(self) -> TierStat:

@@ -8,9 +8,9 @@ that must not copy subclasses `Tier` itself.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTi
 from tierloom.stages.tiers.contract.tier import (
     HoldingsCount,
     Read,
+    Tier,
     TierContext,
     TierStat,
     require_sealed,
@@ -43,6 +44,12 @@ class Blobs(ReadingTier):
     """Names are text: this pipeline's namespace, a slash, the key. A value is a whole object."""
 
     Options: Any = BlobsOptions
+    renamed: ClassVar[Mapping[str, str]] = {
+        **Tier.renamed,
+        "fetch": "get_value",
+        "store": "put_value",
+        "remove": "delete_value",
+    }
     width: int = 8
     """Objects of one call that are under way at once."""
 
@@ -58,22 +65,22 @@ class Blobs(ReadingTier):
         """Bytes kept under a name; 0: nothing is."""
 
     @abstractmethod
-    async def fetch(self, name: str) -> Bytes | None:
+    async def get_value(self, name: str) -> Bytes | None:
         """All that is kept under a name; None: nothing is."""
 
     @abstractmethod
-    async def store(self, name: str, data: bytearray) -> bool:
+    async def put_value(self, name: str, data: bytearray) -> bool:
         """Keep it, all or nothing also when cancelled. False: there is no room."""
 
     @abstractmethod
-    async def remove(self, name: str) -> None:
+    async def delete_value(self, name: str) -> None:
         """Forget a name, if it is there."""
 
     @abstractmethod
     async def names(self, prefix: str) -> Iterable[str]:
         """Every name kept that begins so."""
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return [size > 0 for size in await fan(self.size, self._named(keys), self.width)]
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -83,7 +90,7 @@ class Blobs(ReadingTier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         return await fan(self._put, objects, self.width)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return sum(await fan(self._drop, self._named(keys), self.width))
 
     async def clear(self) -> int:
@@ -98,7 +105,7 @@ class Blobs(ReadingTier):
 
     async def _read(self, read: Read) -> None:
         (name,) = self._named([read.key])
-        data = await self.fetch(name)
+        data = await self.get_value(name)
         with ObjectReader(read, self.ctx.arena, self.counts) as reader:
             if data is None:
                 reader.miss()
@@ -112,7 +119,7 @@ class Blobs(ReadingTier):
             await self.expel(read.key, reader.proof, reader.seen)
 
     async def _head(self, key: bytes, nbytes: int) -> bytes:
-        data = await self.fetch(*self._named([key]))
+        data = await self.get_value(*self._named([key]))
         if data is None:
             raise FileNotFoundError(key.hex())
         return bytes(data[:nbytes])
@@ -133,7 +140,7 @@ class Blobs(ReadingTier):
         try:
             nbytes, lease = obj.header.nbytes, obj.lease
             data: bytearray = await self.ctx.pool(_copy, lease, nbytes, leases=(lease,))
-            kept = await self.store(name, data)
+            kept = await self.put_value(name, data)
         finally:
             self._storing.discard(name)
         if not kept:
@@ -146,7 +153,7 @@ class Blobs(ReadingTier):
 
     async def _drop(self, name: str) -> int:
         nbytes = await self.size(name)
-        await self.remove(name)  # also one that is empty
+        await self.delete_value(name)  # also one that is empty
         if nbytes:
             self._holdings.add(-1, -nbytes)
         return int(nbytes > 0)

@@ -125,7 +125,7 @@ class ReadingTier(Tier):
         except FileNotFoundError:
             return
         if same:
-            await self.drop([key])
+            await self.delete([key])
 
 
 async def is_still(tier: Tier, key: bytes, header: Header) -> bool:

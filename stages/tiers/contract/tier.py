@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.arena import Arena
+from tierloom.stages.renamed import bridge_renamed
 
 Watch = Callable[[bool, bytes], None]
 
@@ -136,6 +137,17 @@ class Tier(ABC):
     in_arena: bool = False
     """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "has": "exists",
+        "drop": "delete",
+        "settle": "order_for_eviction",
+    }
+    """New names of methods by their old ones, which work for one release more."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        bridge_renamed(cls, cls.renamed)
+
     def __init__(self, ctx: TierContext) -> None:
         self.ctx = ctx
         self.counts = TierCounts()
@@ -156,12 +168,12 @@ class Tier(ABC):
     def touch(self, keys: Sequence[bytes]) -> None:  # noqa: B027
         """These objects, head of the prompt first, were wanted: the tail is to go first."""
 
-    def settle(self, keys: Sequence[bytes]) -> None:  # noqa: B027
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:  # noqa: B027
         """These objects, head of the prompt first, were put for one request, in several calls: the
         tail is to be evicted first. Not a use of them."""
 
     @abstractmethod
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         """Which whole objects are kept under exactly these keys."""
 
     @abstractmethod
@@ -174,7 +186,7 @@ class Tier(ABC):
         reference of a lease it wants to hold on to."""
 
     @abstractmethod
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         """Forget objects; how many were there."""
 
     @abstractmethod

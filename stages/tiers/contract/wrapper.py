@@ -32,11 +32,11 @@ class WrapperTier(Tier):
     def touch(self, keys: Sequence[bytes]) -> None:
         self.tier.touch(keys)
 
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self.tier.settle(keys)
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:
+        self.tier.order_for_eviction(keys)
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        return await self.tier.has(keys)
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        return await self.tier.exists(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         await self.tier.read(reads)
@@ -44,8 +44,8 @@ class WrapperTier(Tier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         return await self.tier.put(objects)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return await self.tier.drop(keys)
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return await self.tier.delete(keys)
 
     async def clear(self) -> int:
         return await self.tier.clear()

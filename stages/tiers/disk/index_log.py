@@ -79,7 +79,7 @@ class Journal:
     def put(self, entry: Entry[Extent]) -> None:
         self._append(_pack_put(entry))
 
-    def drop(self, keys: Sequence[bytes]) -> None:
+    def delete(self, keys: Sequence[bytes]) -> None:
         self._append(bytes([DROP]) + b"".join(keys))
 
     def later(self, kind: int, keys: Sequence[bytes]) -> None:

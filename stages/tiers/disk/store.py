@@ -144,7 +144,7 @@ class Store:
                 self._snapshot()
         return None
 
-    def drop(self, keys: Sequence[bytes]) -> int:
+    def delete(self, keys: Sequence[bytes]) -> int:
         with self._work(), self._changing:
             found = [entry for key in keys if (entry := self.index.get(key)) is not None]
             return self._forget(found)
@@ -225,7 +225,7 @@ class Store:
         entry = self.index.evict(incoming)
         if entry is None:
             return False
-        self._journal.drop([entry.key])
+        self._journal.delete([entry.key])
         self._give(entry.place)
         self._counts.evicted += 1
         return True
@@ -234,7 +234,7 @@ class Store:
         """Drop entries, those that are still there; how many were."""
         gone = [entry for entry in entries if self.index.remove(entry)]
         if gone:
-            self._journal.drop([entry.key for entry in gone])
+            self._journal.delete([entry.key for entry in gone])
         for entry in gone:
             self._give(entry.place)
         return len(gone)

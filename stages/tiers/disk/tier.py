@@ -97,8 +97,8 @@ class Disk(IndexedTier[Extent]):
         tail_first = await fan(self._put, objects[::-1], self.options.depth)
         return tail_first[::-1]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return int(await self.ctx.pool(self._store.drop, list(keys), leases=()))
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return int(await self.ctx.pool(self._store.delete, list(keys), leases=()))
 
     async def clear(self) -> int:
         return int(await self.ctx.pool(self._store.clear, leases=()))

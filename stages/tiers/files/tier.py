@@ -92,7 +92,7 @@ class Files(Tier):
     async def open(self) -> None:
         await self.ctx.pool(self._open, leases=())
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found: list[bool] = await self.ctx.pool(self._has, list(keys), leases=())
         return found
 
@@ -102,7 +102,7 @@ class Files(Tier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         return await fan(self._put, objects, self.options.depth)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         paths = [self._path(key) for key in keys]
         return int(await self.ctx.pool(self._drop, paths, leases=()))
 

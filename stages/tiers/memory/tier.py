@@ -86,7 +86,7 @@ class Memory(IndexedTier[Object]):
                 await checkpoint()
         return lost[::-1]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return await self._drop(
             [entry for key in keys if (entry := self._index.get(key)) is not None]
         )

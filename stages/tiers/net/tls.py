@@ -17,7 +17,8 @@ def client_context(ca_file: str = "", cert_file: str = "", key_file: str = "") -
             key = os.path.expanduser(key_file) or None
             made.load_cert_chain(os.path.expanduser(cert_file), key)
     except OSError as error:  # as ssl.SSLError is
-        names = ", ".join(filter(None, (ca_file, cert_file, key_file)))
+        given = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
+        names = ", ".join(f"{option} {file}" for option, file in given.items() if file)
         raise ConfigError(
             f"TLS with {names or 'the authorities of this system'}: {error}; files must be PEM"
         ) from None

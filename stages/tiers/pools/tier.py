@@ -99,7 +99,7 @@ class Pooled(Tier):
     def _uncertain(self, leases: Sequence[Lease]) -> None:
         """Transfers into or out of these failed: keep them while the client may still be there."""
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         if not keys:
             return []
         names = [key.hex() for key in keys]
@@ -138,7 +138,7 @@ class Pooled(Tier):
             self.counts.bytes_in += 0 if isinstance(one, Lost) else one
         return [one if isinstance(one, Lost) else None for one in written]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return int(await self._calls(self._drop, list(keys), leases=())) if keys else 0
 
     async def clear(self) -> int:

@@ -131,7 +131,7 @@ class Redis(Tier):
         """What this process put there and knows of; the server may have evicted it since."""
         return self._holdings.stat
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = [False] * len(keys)
 
         async def ask(node: Node, which: list[int]) -> None:
@@ -166,7 +166,7 @@ class Redis(Tier):
             outcome[i] = Lost.TIER_DOWN
         return outcome
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         dropped = 0
 
         async def forget(node: Node, which: list[int]) -> None:

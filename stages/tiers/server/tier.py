@@ -81,11 +81,11 @@ class Server(ReadingTier):
     async def close(self) -> None:
         self._lines.close()
 
-    def settle(self, keys: Sequence[bytes]) -> None:
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:
         """Told to the server with the next question."""
         self._unsettled = [*keys, *self._unsettled][: wire.KEYS]
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found: list[bool] = []
         for part in _parts(keys, wire.KEYS):
             answer = await self._exchange(wire.Kind.HAS, b"".join(part), wire.Kind.HAD)
@@ -132,7 +132,7 @@ class Server(ReadingTier):
         self.counts.refused += sum(code is not None for code in lost)
         return lost
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         dropped = 0
         for part in _parts(keys, wire.KEYS):
             dropped += await self._ask(wire.Kind.DROP, b"".join(part))

@@ -65,9 +65,9 @@ class Audit(WrapperTier):
         with self._logged("close"):
             await self.tier.close()
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         with self._logged("has", len(keys)) as said:
-            found = await self.tier.has(keys)
+            found = await self.tier.exists(keys)
             said.append(f"{sum(found)} are there")
         return found
 
@@ -97,7 +97,7 @@ class Audit(WrapperTier):
         place by now."""
         self.counts.corrupt += 1
         if await is_still(self.tier, key, read):
-            await self.drop([key])
+            await self.delete([key])
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         lost: dict[int, Lost | None] = {}
@@ -117,9 +117,9 @@ class Audit(WrapperTier):
         lost |= zip(right, kept, strict=True)
         return [lost[i] for i in range(len(objects))]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         with self._logged("drop", len(keys)) as said:
-            dropped = await self.tier.drop(keys)
+            dropped = await self.tier.delete(keys)
             said.append(f"{dropped} were there")
         return dropped
 

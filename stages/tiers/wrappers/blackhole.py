@@ -40,7 +40,7 @@ class Blackhole(Tier):
     def find(self, links: bytes) -> Found | None:
         return None
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return [False] * len(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -54,7 +54,7 @@ class Blackhole(Tier):
         self.counts.bytes_in += sum(obj.header.nbytes for obj in objects)
         return [None] * len(objects)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return 0
 
     async def clear(self) -> int:

@@ -37,9 +37,9 @@ class Slow(Memory):
     Options = SlowOptions
     options: SlowOptions
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         await anyio.sleep(self.options.delay)
-        return await super().has(keys)
+        return await super().exists(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         await anyio.sleep(self.options.delay)
@@ -84,9 +84,9 @@ class Flaky(Memory):
         super().__init__(options, ctx, **kwargs)
         self._random = random.Random(options.seed)
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         self._stumble()
-        return await super().has(keys)
+        return await super().exists(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         self._stumble()
@@ -141,9 +141,9 @@ class Stuck(Memory):
         await self._reach("open")
         await super().open()
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         await self._reach("has")
-        return await super().has(keys)
+        return await super().exists(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         await self._reach("read")

@@ -57,14 +57,14 @@ class Mock(Blobs):
         await self._carry(0)
         return len(self._kept.get(name, b""))
 
-    async def fetch(self, name: str) -> bytearray | None:
+    async def get_value(self, name: str) -> bytearray | None:
         if self.options.loss and self._random.random() < self.options.loss:
             self._forget(name)
         data = self._kept.get(name)
         await self._carry(len(data or b""))
         return data
 
-    async def store(self, name: str, data: bytearray) -> bool:
+    async def put_value(self, name: str, data: bytearray) -> bool:
         await self._carry(len(data))
         if len(data) > self.options.capacity:
             return False
@@ -74,7 +74,7 @@ class Mock(Blobs):
         self._kept[name] = data
         return True
 
-    async def remove(self, name: str) -> None:
+    async def delete_value(self, name: str) -> None:
         self._kept.pop(name, None)
 
     async def names(self, prefix: str) -> Iterable[str]:

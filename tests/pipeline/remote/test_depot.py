@@ -67,7 +67,7 @@ async def test_what_was_put_is_in_every_tier() -> None:
         await depot.settled()
         assert [tier.stat().objects for tier in depot.tiers] == [4, 4]
         assert depot.stat(NAMESPACE)[:2] == (4, 4 * SIZE)
-        assert await depot.drop(NAMESPACE, [key_of(0), key_of(9)]) == 1
+        assert await depot.delete(NAMESPACE, [key_of(0), key_of(9)]) == 1
         assert await depot.clear(NAMESPACE) == 3
         assert depot.stat(NAMESPACE)[:2] == (0, 0)
         assert [tier.stat().objects for tier in depot.tiers] == [0, 0]
@@ -108,7 +108,7 @@ async def test_a_failing_tier_is_left_out() -> None:
         async with opened(**tiers) as depot:
             for seed in range(6):
                 assert await put(depot, seed) is None
-            assert await depot.has(NAMESPACE, [key_of(0), key_of(9)]) == [True, False]
+            assert await depot.exists(NAMESPACE, [key_of(0), key_of(9)]) == [True, False]
             assert isinstance(await get(depot, 0), bytes)
             assert await get(depot, 9) is Lost.ABSENT
             await depot.settled()

@@ -62,7 +62,7 @@ class TestGds(TierContract):
         monkeypatch.setattr(os, "posix_fallocate", full)
         assert await self.put(tier, 1) == [Lost.NO_ROOM]
         assert tier.stat()[:2] == (0, 0)
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     async def test_files_that_end_or_cannot_be_read(self, tier, tmp_path):

@@ -50,13 +50,13 @@ async def check_namespaces(bench, ctx, folder, clock, arena):
         await one.clear()
         await bench.put(one, 1, 2)
         assert await bench.get(again, 1) == bench.bytes_of(arena, 1)
-        assert await two.has([key_of(1)]) == [False]
+        assert await two.exists([key_of(1)]) == [False]
         assert await bench.get(two, 1) is Lost.ABSENT
         assert await bench.put(two, 3) == [None]
         assert await two.clear() == 1
-        assert await one.has([key_of(1), key_of(2)]) == [True, True]
+        assert await one.exists([key_of(1), key_of(2)]) == [True, True]
         assert await one.clear() == 2
-        assert await again.has([key_of(1), key_of(2)]) == [False, False]
+        assert await again.exists([key_of(1), key_of(2)]) == [False, False]
 
 
 async def check_a_piece_that_was_evicted(bench, tier, arena, replaced):
@@ -64,13 +64,13 @@ async def check_a_piece_that_was_evicted(bench, tier, arena, replaced):
     for n in range(FRAMES + 1):
         await bench.put(tier, 1, 2)
         replaced(tier, names_of(tier, key_of(1))[n], None)
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         reads = [Read(key_of(1), ALL), Read(key_of(2), ALL)]
         await tier.read(reads)
         assert reads[0].lost is Lost.ABSENT
         assert reads[1].lost is None
         reads[1].object.lease.release()
-        assert await tier.has([key_of(1), key_of(2)]) == [False, True]
+        assert await tier.exists([key_of(1), key_of(2)]) == [False, True]
         assert await bench.put(tier, 1) == [None]
         assert await bench.get(tier, 1) == bench.bytes_of(arena, 1)
 
@@ -88,7 +88,7 @@ async def check_that_a_record_makes_it(bench, tier, arena):
     with suppress(Died):
         await bench.put(tier, 1)
     tier._commit = commit
-    assert await tier.has([key_of(1)]) == [False]
+    assert await tier.exists([key_of(1)]) == [False]
     assert await bench.get(tier, 1) is Lost.ABSENT
     assert await bench.put(tier, 1) == [None]
     assert await bench.get(tier, 1) == bench.bytes_of(arena, 1)
@@ -110,7 +110,7 @@ async def check_hostile_records(bench, tier, replaced):
     for record in records:
         replaced(tier, key_of(2).hex(), record)
         assert await bench.get(tier, 2) in (Lost.CORRUPT, Lost.ABSENT), record
-        assert await tier.has([key_of(2)]) == [False]
+        assert await tier.exists([key_of(2)]) == [False]
         await bench.put(tier, 1)
         replaced(tier, key_of(1).hex(), record)
         assert await bench.get(tier, 1) in (Lost.CORRUPT, Lost.ABSENT), record
@@ -125,7 +125,7 @@ async def check_replaced_between_two_layers(bench, tier, arena):
     await bench.put(tier, 1)
     read = Read(key_of(1), 1)
     await tier.read([read])
-    await tier.drop([key_of(1)])
+    await tier.delete([key_of(1)])
     other = make_object(arena, 1)
     frames = other.header.frames
     other.seal([frame.checksum ^ 1 for frame in frames])
@@ -135,7 +135,7 @@ async def check_replaced_between_two_layers(bench, tier, arena):
     await tier.read([again])
     assert again.lost is Lost.ABSENT
     assert read.object.loaded == 1
-    assert await tier.has([key_of(1)]) == [True]
+    assert await tier.exists([key_of(1)]) == [True]
     read.object.lease.release()
     assert tier.stat()[:2] == (1, SIZE)
 
@@ -175,7 +175,7 @@ async def check_a_record_of_a_later_format(bench, tier, replaced):
     replaced(tier, key_of(1).hex(), later + xxhash.xxh3_64_digest(later))
     for _ in range(2):
         assert await bench.get(tier, 1) is Lost.NEWER
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         assert await bench.put(tier, 1) == [None]
     assert tier.counts.corrupt == 0
     replaced(tier, key_of(1).hex(), right)

@@ -15,7 +15,7 @@ from processes import need
 
 from tierloom.stages.errors import BadObject, ConfigError, Lost, TierDown
 from tierloom.stages.tiers.buckets.s3 import S3, S3Options
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext
 from tierloom.testing import ALL, FRAMES, SIZE, Pool, TierContract, key_of, make_object, verify
 
@@ -216,9 +216,9 @@ class TestLocalBucket(S3Contract):
         ):
             await self.put(one, 1)
             for tier in (two, three):
-                assert await tier.has([key_of(1)]) == [False]
+                assert await tier.exists([key_of(1)]) == [False]
                 assert await tier.clear() == 0
-            assert await one.has([key_of(1)]) == [True]
+            assert await one.exists([key_of(1)]) == [True]
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("if_absent", [True, False])
@@ -234,8 +234,8 @@ class TestLocalBucket(S3Contract):
                 assert one.counts.puts + two.counts.puts == 8
             for seed in range(8):
                 assert await self.get(one, seed) == self.bytes_of(arena, seed)
-            assert await two.drop([key_of(1)]) == 1
-            assert await one.has([key_of(1)]) == [False]
+            assert await two.delete([key_of(1)]) == 1
+            assert await one.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     async def test_a_put_that_is_given_up_keeps_its_memory_until_the_client_lets_go(
@@ -320,7 +320,7 @@ class TestEnds:
         with localbucket(tmp_path / "data") as server:
             ctx = TierContext(arena, b"n" * 32, Pool())
             options = S3Options(url=f"s3://{NAME}/kv", endpoint=server.url, region="us-east-1")
-            tier = Guarded(S3(options, ctx), "cold", Limits())
+            tier = CircuitBreaker(S3(options, ctx), "cold", Limits())
             await tier.open()
             assert await self.bench.put(tier, 1) == [None]
             with contextlib.ExitStack() as stack:
@@ -373,19 +373,19 @@ class TestSecrets:
         await tier.open()
         bench = TestLocalBucket()
         assert await bench.put(tier, 1) == [None]
-        assert await tier.has([key_of(1), key_of(2)]) == [True, False]
+        assert await tier.exists([key_of(1), key_of(2)]) == [True, False]
         assert await tier.clear() == 1
 
     async def test_wrong_keys_are_refused_and_not_told(self, ctx, strict, monkeypatch, caplog):
         secret = "wrongsecretwrongsecret"
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
         caplog.set_level(logging.DEBUG)
-        tier = Guarded(self.tier(ctx, strict), "cold", Limits())
+        tier = CircuitBreaker(self.tier(ctx, strict), "cold", Limits())
         with pytest.raises(ConfigError, match=r"refused \(PermissionDeniedError, 403 Forbidden"):
             await tier.open()
         with pytest.raises(ConfigError) as caught:
             await tier.open()
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
         told = f"{caught.value!r} {caplog.text} {tier.tier!r} {vars(tier.tier)}"
         assert secret not in told
         assert KEY not in told
@@ -410,7 +410,7 @@ class TestSecrets:
                 )
             tier = self.tier(ctx, strict, profile="kv" if chosen == "option" else "", region="")
             await tier.open()
-            assert await tier.has([key_of(1)]) == [False]
+            assert await tier.exists([key_of(1)]) == [False]
             assert SECRET not in repr(tier._bucket._settings())
         for name in ("role", "nobody"):
             with pytest.raises(ConfigError, match=f"--profile {name} --format env"):

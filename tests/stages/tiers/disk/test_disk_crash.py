@@ -56,7 +56,7 @@ class TestCrash(TierBench):
         found = {}
         try:
             for seed in range(50):
-                known = (await tier.has([key_of(seed)]))[0]
+                known = (await tier.exists([key_of(seed)]))[0]
                 try:
                     got = await self.get(tier, seed)
                 except BadObject:  # a reader sees it, too, and computes again
@@ -90,7 +90,7 @@ class TestCrash(TierBench):
         tier._store._snapshot()
         for seed in seeds:
             await self.put(tier, seed)
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         shutil.copytree(folder / "live", folder / "dead")
         await tier.close()
         return folder / "dead", max((folder / "dead").glob("index-*.log"))

@@ -65,8 +65,8 @@ class TestFolder(TierBench):
         ]
         async with self.engine(ctx, B) as b, self.engine(ctx, A) as a:
             assert (where(a), where(b)) == ("tierloom", "tierloom-2")
-            assert await a.has([key_of(1), key_of(2)]) == [True, False]
-            assert await b.has([key_of(1), key_of(2)]) == [False, True]
+            assert await a.exists([key_of(1), key_of(2)]) == [True, False]
+            assert await b.exists([key_of(1), key_of(2)]) == [False, True]
 
     @pytest.mark.anyio
     async def test_copies_of_one_model_take_them_in_order(self, ctx, home) -> None:

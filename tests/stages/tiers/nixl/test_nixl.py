@@ -76,7 +76,7 @@ class TestPosixFiles(TierContract):
                 assert await self.put(tier, 1) == [Lost.NO_ROOM]
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            assert await tier.has([key_of(1)]) == [False]
+            assert await tier.exists([key_of(1)]) == [False]
             assert not list(tmp_path.rglob("*.tmp"))
             assert await self.put(tier, 1) == [None]
 

@@ -171,7 +171,7 @@ class TestPins(TierBench):
                 if lost[-1] is Lost.NO_ROOM:
                     await anyio.sleep(0.2)  # until a lease is over
             assert lost.count(None) > 60
-            kept = await tier.has([key_of(seed, 1024) for seed in range(10, 150)])
+            kept = await tier.exists([key_of(seed, 1024) for seed in range(10, 150)])
             assert 0 < sum(kept) < 45
             for seed in (1, 2):
                 assert await self.get(tier, seed) == self.bytes_of(arena, seed)

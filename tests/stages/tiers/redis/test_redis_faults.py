@@ -13,7 +13,7 @@ import pytest
 from servers import ask, redis
 
 from tierloom.stages.errors import Lost, TierDown
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext
 from tierloom.stages.tiers.redis import tier as module
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object, verify
@@ -117,7 +117,7 @@ class TestTorn(RedisBench):
         pieces = [key for key in self.pieces() if key.startswith(name)]
         assert len(pieces) == 3
         ask(self.server.port, "UNLINK", pieces[number])
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         assert await self.get(tier, 1) is Lost.ABSENT
         assert not [key for key in self.keys() if key.startswith(name)]
         assert tier.counts.extra["torn"] == 1
@@ -137,7 +137,7 @@ class TestTorn(RedisBench):
         assert [read.lost for read in reads] == [Lost.CORRUPT, None]
         assert reads[1].object is not None
         reads[1].object.lease.release()
-        assert await tier.has([key_of(1), key_of(2)]) == [False, True]
+        assert await tier.exists([key_of(1), key_of(2)]) == [False, True]
         assert await self.put(tier, 1) == [None]
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 
@@ -164,14 +164,14 @@ class TestTorn(RedisBench):
             else:
                 assert verify(read.object, read.key) == self.bytes_of(arena, seed)
                 read.object.lease.release()
-        assert await tier.has([key_of(3)]) == [False]
+        assert await tier.exists([key_of(3)]) == [False]
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("value", ["", "TLR1", "x" * 5000, "x" * 400_000])
     async def test_a_foreign_manifest(self, tier, value):
         ask(self.server.port, "SET", tier._name(key_of(1)), value)
         assert await self.get(tier, 1) is Lost.CORRUPT
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("words", [("SET", "TLR2" + "x" * 5000), ("RPUSH", "x")])
@@ -180,10 +180,10 @@ class TestTorn(RedisBench):
         ask(self.server.port, words[0], name, words[1])
         for _ in range(2):
             assert await self.get(tier, 1) is (Lost.NEWER if words[0] == "SET" else Lost.FOREIGN)
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
         assert tier.counts.corrupt == 0
-        assert await tier.drop([key_of(1)]) == 1
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.delete([key_of(1)]) == 1
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     async def test_what_was_loaded_is_never_written_again(self, tier, arena):
@@ -209,7 +209,7 @@ class TestTorn(RedisBench):
         await self.put(tier, 1)
         first = Read(key_of(1), 1)
         await tier.read([first])
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         other = make_object(tier.ctx.arena, 1)
         view = other.lease.view
         view[other.header.frames[1].offset] ^= 1
@@ -290,9 +290,9 @@ class TestWriting(RedisBench):
     async def test_time_to_live(self, ctx, tmp_path, clock):
         async with self.opened(ctx, tmp_path, clock, ttl=0.4) as tier:
             await self.put(tier, 1)
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
             await anyio.sleep(0.6)
-            assert await tier.has([key_of(1)]) == [False]
+            assert await tier.exists([key_of(1)]) == [False]
             assert self.keys() == []
         async with self.opened(ctx, tmp_path, clock, ttl=0) as tier:
             await self.put(tier, 1)
@@ -322,7 +322,7 @@ class TestWriting(RedisBench):
                 assert outcome == [None] * kept + [Lost.NO_ROOM] * (60 - kept)
                 assert tier.counts.refused == 60 - kept
                 assert tier.stat().objects == kept
-                there = await tier.has([key_of(seed) for seed in range(60)])
+                there = await tier.exists([key_of(seed) for seed in range(60)])
                 assert there == [seed < kept for seed in range(60)]
                 self.server = small
                 assert len(self.keys()) == 2 * kept, "pieces without a manifest"
@@ -356,7 +356,7 @@ class TestOthers(RedisBench):
             ask(self.server.port, "SET", "tierloom", "x")
             await self.put(one, *range(40))
             await self.put(three, 1)
-            assert await two.has([key_of(1)]) == [False]
+            assert await two.exists([key_of(1)]) == [False]
             assert await two.clear() == 0
             assert await one.clear() == 40
             assert len(self.keys()) == 4
@@ -373,7 +373,7 @@ class TestOthers(RedisBench):
             for key in self.keys():
                 ask(self.server.port, "COPY", key, key.replace("6e" * 16, "6f" * 16))
             for _ in range(2):  # whole, and somebody's: it stays
-                assert await two.has([key_of(1)]) == [True]
+                assert await two.exists([key_of(1)]) == [True]
                 assert await self.get(two, 1) is Lost.FOREIGN
             assert isinstance(await self.get(one, 1), bytes)
 
@@ -391,7 +391,7 @@ class TestOthers(RedisBench):
         async with Liar(answer) as liar:
             url = f"redis://127.0.0.1:{liar.port}"
             async with self.opened(ctx, tmp_path, clock, url=url) as tier:
-                found = await tier.has([key_of(seed) for seed in range(64)])
+                found = await tier.exists([key_of(seed) for seed in range(64)])
                 assert found == [True, False] * 32
 
     @pytest.mark.anyio
@@ -434,7 +434,7 @@ class TestOthers(RedisBench):
                 ask(strict.port, "PEXPIRE", key, "40000")
             url = f"redis://reader:pw@127.0.0.1:{strict.port}"
             async with self.opened(ctx, tmp_path, clock, url=url) as tier:
-                assert await tier.has([key_of(1), key_of(3)]) == [True, False]
+                assert await tier.exists([key_of(1), key_of(3)]) == [True, False]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
                 with pytest.raises(TierDown, match="NOPERM"):
                     await self.put(tier, 3)
@@ -471,7 +471,7 @@ class TestHanging(RedisBench):
     @pytest.mark.parametrize("call", ["has", "read", "put", "drop", "clear"])
     async def test_a_server_that_hangs(self, ctx, tmp_path, clock, arena, call):
         inner = self.make(ctx, tmp_path, clock)
-        tier = Guarded(inner, "cold", limits())
+        tier = CircuitBreaker(inner, "cold", limits())
         await tier.open()
         await self.put(tier, 1)
         self.server.pause()
@@ -480,13 +480,13 @@ class TestHanging(RedisBench):
                 assert tier.available
                 with anyio.fail_after(5):
                     if call == "has":
-                        assert await tier.has([key_of(1)]) == [False]
+                        assert await tier.exists([key_of(1)]) == [False]
                     elif call == "read":
                         assert await self.get(tier, 1) is Lost.LATE
                     elif call == "put":
                         assert await self.put(tier, 2) == [Lost.LATE]
                     else:
-                        await (tier.drop([key_of(1)]) if call == "drop" else tier.clear())
+                        await (tier.delete([key_of(1)]) if call == "drop" else tier.clear())
             assert not tier.available
             assert arena.leases == 0
         finally:
@@ -523,7 +523,7 @@ class TestHanging(RedisBench):
     async def test_killed_and_back(self, ctx, tmp_path, clock, arena):
         with redis() as mortal:
             inner = self.make(ctx, tmp_path, clock, url=url_of(mortal))
-            tier = Guarded(inner, "cold", limits())
+            tier = CircuitBreaker(inner, "cold", limits())
             await tier.open()
             assert await self.put(tier, 1) == [None]
             mortal.kill()
@@ -540,7 +540,9 @@ class TestHanging(RedisBench):
     async def test_not_there_at_first(self, ctx, tmp_path, clock):
         with redis() as late:
             late.kill()
-            tier = Guarded(self.make(ctx, tmp_path, clock, url=url_of(late)), "cold", limits())
+            tier = CircuitBreaker(
+                self.make(ctx, tmp_path, clock, url=url_of(late)), "cold", limits()
+            )
             await tier.open()
             assert not tier.available
             late.start()
@@ -600,7 +602,7 @@ class TestLying(RedisBench):
                 calls = {
                     "read": lambda: tier.read([Read(key_of(1), ALL)]),
                     "put": lambda: tier.put([obj]),
-                    "drop": lambda: tier.drop([key_of(1)]),
+                    "drop": lambda: tier.delete([key_of(1)]),
                     "clear": tier.clear,
                 }
                 tracemalloc.start()

@@ -202,7 +202,7 @@ class TestProcess(TierBench):
                 await tier.open()
                 assert await self.put(tier, 1, 2) == [None, None]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
-                assert await tier.has([key_of(2)]) == [True]
+                assert await tier.exists([key_of(2)]) == [True]
                 await tier.close()
             for bad in ({}, {"ca_file": wrong}):
                 tier = self.tier_of(ctx, server.url, **bad)
@@ -280,7 +280,9 @@ class TestProcess(TierBench):
                 await stranger.open()
                 keys = [key_of(seed) for seed in range(12)]
                 for _ in range(0 if restart else 200):  # a disk that is slow is left out
-                    missing = [seed for seed, there in enumerate(await tier.has(keys)) if not there]
+                    missing = [
+                        seed for seed, there in enumerate(await tier.exists(keys)) if not there
+                    ]
                     if not missing:
                         break
                     assert await self.put(tier, missing[0]) == [None]
@@ -291,7 +293,7 @@ class TestProcess(TierBench):
                     assert await self.get(tier, seed) == self.bytes_of(arena, seed)
                     assert await self.get(stranger, seed) is Lost.ABSENT
                 if restart:
-                    assert await tier.drop([key_of(3)]) == 1
+                    assert await tier.delete([key_of(3)]) == 1
                     assert await stranger.clear() == 0
                     assert await tier.clear() == 11
                     assert tier.stat()[:2] == (0, 0)
@@ -322,7 +324,7 @@ class TestProcess(TierBench):
                 try:
                     assert await self.get(tier, 1) in (Lost.CORRUPT, Lost.ABSENT)
                 except BadObject:
-                    await tier.drop([key_of(1)])
+                    await tier.delete([key_of(1)])
                 assert await self.get(tier, 1) in (Lost.ABSENT, right)
             await tier.close()
 
@@ -338,13 +340,13 @@ class TestProcess(TierBench):
                 if tier is None:
                     tier = self.tier_of(ctx, server.url)
                     await tier.open()
-                assert await tier.has([key_of(1)]) == [False]
+                assert await tier.exists([key_of(1)]) == [False]
                 assert tier.counts.extra.get("restarts", 0) == count
                 assert await self.put(tier, 1) == [None]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
                 server.kill()
             with pytest.raises(OSError):
-                await tier.has([key_of(1)])
+                await tier.exists([key_of(1)])
         assert tier is not None
         await tier.close()
 

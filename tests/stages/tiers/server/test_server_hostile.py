@@ -403,8 +403,8 @@ class TestAgainstServers(TierBench):
             async with self.asking(server.url, ctx) as tier:
                 for _ in range(40):
                     for ask in (
-                        lambda: tier.has([key_of(1), key_of(2)]), lambda: self.get(tier, 1),
-                        lambda: self.put(tier, 1), lambda: tier.drop([key_of(1)]),
+                        lambda: tier.exists([key_of(1), key_of(2)]), lambda: self.get(tier, 1),
+                        lambda: self.put(tier, 1), lambda: tier.delete([key_of(1)]),
                     ):  # fmt: skip
                         with contextlib.suppress(TierDown, OSError, TimeoutError):
                             with anyio.fail_after(0.2):
@@ -461,7 +461,7 @@ class TestAgainstServers(TierBench):
                 before = resident()
                 for _ in range(20):
                     with pytest.raises(TierDown, match="at most"):
-                        await tier.has([key_of(1)])
+                        await tier.exists([key_of(1)])
                 assert resident() - before < 64 << 20
 
     @pytest.mark.anyio

@@ -104,7 +104,7 @@ class TestLoans(TierBench):
         right = self.bytes_of(arena, 1)
         await self.put(tier, 1)
         (obj,) = await self.held(tier, 1)
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         for seed in range(10, 60):
             await self.put(tier, seed)
             assert bytes(obj.lease.view[:SIZE]) == right
@@ -206,7 +206,7 @@ class TestLoans(TierBench):
             try:
                 got = await self.get(tier, 1)
             except BadObject:  # what scatter does with a frame
-                await tier.drop([key_of(1)])
+                await tier.delete([key_of(1)])
             else:
                 assert got is Lost.CORRUPT or got == right
             assert await self.get(tier, 1) in (Lost.ABSENT, right)

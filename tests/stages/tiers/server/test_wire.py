@@ -170,7 +170,7 @@ async def test_a_line_is_a_stream(anyio_backend: str) -> None:
         assert into[2 << 20 :] == bulk[2 << 20 :]
         assert len((await two.message()).body) == 32 * 4096
         assert (await two.message()).kind is Kind.PING
-    assert two.quiet
+    assert two.usable
     one.close()
-    assert not two.quiet
+    assert not two.usable
     two.close()

@@ -59,7 +59,7 @@ class TestMock(TierContract):
             lost = [seed for seed, data in enumerate(got) if data is Lost.ABSENT]
             assert 4 < len(lost) < 20
             assert tier.stat().objects == 40 - len(lost)
-            assert await tier.has([key_of(seed) for seed in lost]) == [False] * len(lost)
+            assert await tier.exists([key_of(seed) for seed in lost]) == [False] * len(lost)
 
     @pytest.mark.anyio
     async def test_far_away(self, ctx, tmp_path, clock):
@@ -74,9 +74,9 @@ class TestMock(TierContract):
             patch.setattr(anyio, "current_time", lambda: 100.0)
             tier = self.make(ctx, tmp_path, clock, latency=2.0, bandwidth=SIZE)
             await tier.put([])
-            await tier.has([key_of(1), key_of(2)])
+            await tier.exists([key_of(1), key_of(2)])
             for _ in range(2):
-                assert await tier.store("x", bytearray(SIZE))
+                assert await tier.put_value("x", bytearray(SIZE))
         assert waits == [2.0, 2.0, 3.0, 4.0]
 
 
@@ -88,11 +88,11 @@ class TestBlackhole(TierBench):
         assert await self.put(tier, 1, 2) == [None, None]
         assert (tier.counts.puts, tier.counts.bytes_in) == (2, 2 * SIZE)
         assert tier.find(links_of(1)) is None
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
         assert await self.get(tier, 1) is Lost.ABSENT
         assert tier.counts.misses == 1
         assert tier.stat() == (0, 0, 0)
-        assert tier.pin([key_of(1)]) == await tier.drop([key_of(1)]) == await tier.clear() == 0
+        assert tier.pin([key_of(1)]) == await tier.delete([key_of(1)]) == await tier.clear() == 0
         obj = make_object(arena, 1)
         obj.sealed = False
         with pytest.raises(ValueError, match="sealed"):
@@ -119,9 +119,9 @@ class TestAuditOfFiles(TierContract):
         with caplog.at_level(logging.INFO, "tierloom.stages.tiers.wrappers.audit"):
             async with self.opened(ctx, tmp_path, clock) as tier:
                 await self.put(tier, 1, 2)
-                await tier.has([key_of(1), key_of(9)])
+                await tier.exists([key_of(1), key_of(9)])
                 await self.get(tier, 9)
-                await tier.drop([key_of(1)])
+                await tier.delete([key_of(1)])
                 await tier.clear()
                 with pytest.raises(AttributeError):
                     await tier.put([None])
@@ -168,7 +168,7 @@ class TestDifferences(TierBench):
         bad, good = make_object(arena, 1), make_object(arena, 2)
         bad.lease.view[5000] ^= 1
         assert await tier.put([bad, good]) == [Lost.CORRUPT, None]
-        assert await tier.has([key_of(1), key_of(2)]) == [False, True]
+        assert await tier.exists([key_of(1), key_of(2)]) == [False, True]
         assert tier.counts.extra == {"differ_in": 1, "differ_out": 0}
         bad.lease.release()
         good.lease.release()
