@@ -1,4 +1,4 @@
-"""Depot: the tiers of a file without its graphs: whole objects in, whole objects out.
+"""ObjectStore: the tiers of a file without its graphs: whole objects in, whole objects out.
 
 What `tierloom serve` keeps for many engines. Objects of all namespaces lie side by side, each under
 a name made of its namespace and key, so that nobody can reach another's by the key alone. The first
@@ -37,7 +37,7 @@ _PATIENCE = 2.0
 """Seconds that are waited for room, before there is none."""
 
 
-class Catalog:
+class ObjectDirectory:
     """Which objects of which namespace the tiers with an index keep; from any thread."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Catalog:
             return len(self._kept.get(space, ())), self._nbytes.get(space, 0)
 
 
-class Grip:
+class MemoryReservation:
     """Memory that one exchange with a client holds, given back all at once."""
 
     def __init__(self, arena: Arena) -> None:
@@ -104,14 +104,14 @@ class Grip:
         self._arena.unreserve(self._promised)
         self._promised = 0
 
-    def __enter__(self) -> Grip:
+    def __enter__(self) -> MemoryReservation:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Depot:
+class ObjectStore:
     """Everything runs on the loop that opened it."""
 
     def __init__(self, spec: PipelineSpec, *, shared: bool = False) -> None:
@@ -125,7 +125,7 @@ class Depot:
         self.tiers: list[CircuitBreaker] = []
         self.dropped = 0
         """Objects that a colder tier was too slow for."""
-        self._catalog = Catalog()
+        self._directory = ObjectDirectory()
         self._io = Pool(spec.budget.threads, "io")
         self._behind: dict[str, deque[Object]] = {}
         self._awake: dict[str, anyio.Event] = {}
@@ -141,7 +141,7 @@ class Depot:
         for name, t in self.spec.tiers.items():
             make: Any = t.cls  # every tier takes (options, context)
             sizes: list[CircuitBreaker] = []
-            watch = partial(self._catalog.note, partial(_size, sizes))
+            watch = partial(self._directory.note, partial(_size, sizes))
             ctx = TierContext(self.arena, b"", self._io, watch)
             tier = CircuitBreaker(make(t.options, ctx), name, t.breaker)
             sizes.append(tier)
@@ -185,10 +185,12 @@ class Depot:
                     found[i] = there
         return found
 
-    async def make_room(self, space: bytes, grip: Grip, keys: Iterable[bytes]) -> bool:
-        """Promise the grip what reading these may take; False: only memory is to be read."""
+    async def make_room(
+        self, space: bytes, reservation: MemoryReservation, keys: Iterable[bytes]
+    ) -> bool:
+        """Promise the reservation what reading these may take; False: only memory is to be read."""
         need = sum(self._room(name_of(space, key)) for key in keys)
-        return await grip.promise(min(need, self.arena.working))
+        return await reservation.promise(min(need, self.arena.working))
 
     def _room(self, name: bytes) -> int:
         """Bytes to be leased for an object: 0 where it is in memory, or nowhere."""
@@ -200,8 +202,11 @@ class Depot:
                 return 0 if tier.in_arena else found.nbytes
         return 0
 
-    async def read(self, space: bytes, grip: Grip, key: bytes, *, room: bool) -> Object | Lost:
-        """The whole object, whose lease is the grip's. `room`: see `make_room`. Never raises."""
+    async def read(
+        self, space: bytes, reservation: MemoryReservation, key: bytes, *, room: bool
+    ) -> Object | Lost:
+        """The whole object, whose lease the reservation releases. `room`: what `make_room` said.
+        Never raises."""
         name, lost = name_of(space, key), Lost.ABSENT
         for tier in self.tiers:
             if not tier.available or (tier.local and tier.find(name) is None):
@@ -214,7 +219,7 @@ class Depot:
                 await tier.read([read])
             finally:
                 if read.object is not None:
-                    grip.take(read.object.lease)
+                    reservation.take(read.object.lease)
             obj = read.object
             if obj is None:
                 lost = read.lost if read.lost not in (None, Lost.ABSENT) else lost
@@ -250,12 +255,12 @@ class Depot:
 
     async def clear(self, space: bytes) -> int:
         """Forget what the tiers with an index keep of a namespace."""
-        return await self._drop(self._catalog.names(space))
+        return await self._drop(self._directory.names(space))
 
     def stat(self, space: bytes) -> TierStat:
         """What is kept of a namespace, in tiers with an index."""
         capacities = [t.stat().capacity for t in self.tiers]
-        return TierStat(*self._catalog.count(space), 0 if 0 in capacities else max(capacities))
+        return TierStat(*self._directory.count(space), 0 if 0 in capacities else max(capacities))
 
     @property
     def evicted(self) -> int:

@@ -290,11 +290,11 @@ class Lent(Store):
         self.tier = {"use": "server", "url": self._server.urls[1]}
 
     def ready(self) -> None:
-        (memory,) = self._server.serving.depot.tiers
+        (memory,) = self._server.serving.store.tiers
         self._server.call(memory.clear)
 
     def values(self, pipe: Pipeline) -> list[Any]:
-        (memory,) = self._server.serving.depot.tiers
+        (memory,) = self._server.serving.store.tiers
         return [e.place.lease for e in memory.tier._index._entries.values()]  # type: ignore[attr-defined]
 
     def get(self, pipe: Pipeline, name: Any) -> bytes:

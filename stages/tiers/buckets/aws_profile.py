@@ -26,7 +26,7 @@ _ELSEWHERE = (
 _FRESH = timedelta(minutes=5)
 
 
-class Profile:
+class AwsProfile:
     """One profile's keys; called by the client whenever it needs them."""
 
     def __init__(self, name: str) -> None:
@@ -52,18 +52,18 @@ class Profile:
             ) from None
 
     def __repr__(self) -> str:
-        return f"Profile({self.name!r})"
+        return f"AwsProfile({self.name!r})"
 
 
-def find_profile(name: str) -> Profile | None:
+def find_profile(name: str) -> AwsProfile | None:
     """The profile called `name`; without a name, the one in force, if any. Raises ConfigError."""
     if name:
-        return Profile(name)
+        return AwsProfile(name)
     if any(os.environ.get(each) for each in _ELSEWHERE):
         return None
     if chosen := os.environ.get("AWS_PROFILE"):
-        return Profile(chosen)
-    return Profile("default") if "aws_access_key_id" in _section("default") else None
+        return AwsProfile(chosen)
+    return AwsProfile("default") if "aws_access_key_id" in _section("default") else None
 
 
 def _section(name: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.buckets.bucket import SCHEMES, Bucket
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
 from tierloom.stages.tiers.contract.tier import (
     HoldingsCount,
@@ -127,20 +127,20 @@ class S3(ReadingTier):
             log.error("transfers left under way", extra={"transfers": len(self._bucket.transfers)})
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await fan(self._bucket.size, [name_of(key) for key in keys], _WIDE)
+        found = await map_concurrently(self._bucket.size, [name_of(key) for key in keys], _WIDE)
         return [size is not None for size in found]  # an empty one, too: who reads it drops it
 
     async def read(self, reads: Sequence[Read]) -> None:
-        await fan(self._read, reads, self.options.depth)
+        await map_concurrently(self._read, reads, self.options.depth)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await fan(self._put, objects, self.options.depth)
+        return await map_concurrently(self._put, objects, self.options.depth)
 
     async def delete(self, keys: Sequence[bytes]) -> int:
-        return sum(await fan(self._drop, [name_of(key) for key in keys], _WIDE))
+        return sum(await map_concurrently(self._drop, [name_of(key) for key in keys], _WIDE))
 
     async def clear(self) -> int:
-        return sum(await fan(self._drop, await self._bucket.list(), _WIDE))
+        return sum(await map_concurrently(self._drop, await self._bucket.list(), _WIDE))
 
     def stat(self) -> TierStat:
         """What this process has put and not dropped; the bucket's rest is not known."""
@@ -158,7 +158,7 @@ class S3(ReadingTier):
             lease, boundaries = reader.lease(0), header.boundaries
             end = max(begin, boundaries[min(read.upto, len(header.frames))])
             part = partial(self._part, name_of(read.key), lease, end)
-            await fan(part, range(begin, end, self.options.part), self.options.ranges)
+            await map_concurrently(part, range(begin, end, self.options.part), self.options.ranges)
             reader.deliver(header, max(n for n, stop in enumerate(boundaries) if stop <= end))
         if reader.proof is not None:
             with suppress(TierDown):  # ours to read, perhaps not ours to delete

@@ -22,8 +22,9 @@ from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost, TierDo
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.options import masked
 from tierloom.stages.tiers.contract.object_reader import is_still
+from tierloom.stages.tiers.contract.read_cost import ReadCostModel
 from tierloom.stages.tiers.contract.tier import Read, Tier
-from tierloom.stages.tiers.contract.unreadable import Unread
+from tierloom.stages.tiers.contract.unreadable import UnreadableObjects
 from tierloom.stages.tiers.contract.wrapper import WrapperTier
 
 log = logging.getLogger(__name__)
@@ -53,58 +54,6 @@ class Limits(Protocol):
         """Seconds an open breaker waits before it lets one call through."""
 
 
-class Cost:
-    """Seconds of a read as latency + bytes / bandwidth, fitted to what was seen of late.
-
-    Least squares over exponentially weighted means; a plain ratio while all reads are of one size.
-    """
-
-    __slots__ = ("_n", "_nn", "_nt", "_t", "reads")
-
-    def __init__(self) -> None:
-        self.reads = 0
-        self._n = self._t = self._nn = self._nt = 0.0
-
-    def add(self, nbytes: int, seconds: float) -> None:
-        self.reads += 1
-        weight = max(0.1, 1 / self.reads)
-        self._n += weight * (nbytes - self._n)
-        self._t += weight * (seconds - self._t)
-        self._nn += weight * (nbytes * nbytes - self._nn)
-        self._nt += weight * (nbytes * seconds - self._nt)
-
-    @property
-    def _line(self) -> tuple[float, float]:
-        """(seconds of an empty read, seconds per byte), neither negative."""
-        spread = self._nn - self._n * self._n
-        slope = (self._nt - self._n * self._t) / spread if spread > 0.01 * self._nn else -1.0
-        if slope <= 0 or slope * self._n > self._t:
-            return 0.0, self._t / self._n
-        return self._t - slope * self._n, slope
-
-    @property
-    def latency(self) -> float:
-        """Seconds before the first byte; 0 when not known."""
-        return self._line[0] if self.reads else 0.0
-
-    @property
-    def per_byte(self) -> float:
-        """Seconds for each byte behind that; 0 when not known."""
-        return self._line[1] if self.reads else 0.0
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second; 0 when not known."""
-        return 1 / self.per_byte if self.per_byte else 0.0
-
-    def of(self, nbytes: int) -> float | None:
-        """Seconds that a read of so many bytes should take; None when nothing was read yet."""
-        if not self.reads:
-            return None
-        latency, slope = self._line
-        return latency + nbytes * slope
-
-
 class CircuitBreaker(WrapperTier):
     """Never raises but ConfigError at the first `open`; a caller's cancellation passes through."""
 
@@ -119,7 +68,7 @@ class CircuitBreaker(WrapperTier):
         """`name` is what the log calls it. `clock` must not go back."""
         super().__init__(tier)
         self.name = name
-        self.reads = Cost()
+        self.reads = ReadCostModel()
         self._limits, self._clock = limits, clock
         self._opened = self._probing = self._puzzled = False
         self._cargo = False  # a call that carries objects failed, and none has succeeded since
@@ -127,7 +76,7 @@ class CircuitBreaker(WrapperTier):
         self._retry = self._read_at = 0.0
         self.share = 1.0
         """Bytes read of objects per byte of their KV; progressive ones: of what is read first."""
-        self.unread = Unread(name, self.counts, clock)
+        self.unread = UnreadableObjects(name, self.counts, clock)
         """Objects that are there, but not for this reader."""
 
     @property

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 Skip = Callable[[bytes], bool]
 
 
-Policy = Literal["lru", "lfu", "fifo", "mru", "s3-fifo", "arc"]
+PolicyName = Literal["lru", "lfu", "fifo", "mru", "s3-fifo", "arc"]
 
 
 class _Queue:
@@ -56,7 +56,7 @@ def _first(keys: Iterable[bytes], skip: Skip) -> bytes | None:
     return next((key for key in keys if not skip(key)), None)
 
 
-class Evict(ABC):
+class EvictionPolicy(ABC):
     """What every policy does. `capacity` is in bytes."""
 
     def __init__(self, capacity: int) -> None:
@@ -85,7 +85,7 @@ class Evict(ABC):
         """The next key to go, already forgotten; None when all are skipped."""
 
 
-class Fifo(Evict):
+class Fifo(EvictionPolicy):
     """First in, first out."""
 
     def __init__(self, capacity: int) -> None:
@@ -135,7 +135,7 @@ class Mru(Lru):
         return _first(reversed(self._queue.sizes), skip)
 
 
-class Lfu(Evict):
+class Lfu(EvictionPolicy):
     """Least frequently used; among equals the least recently used."""
 
     def __init__(self, capacity: int) -> None:
@@ -180,7 +180,7 @@ class Lfu(Evict):
         return uses
 
 
-class S3Fifo(Evict):
+class S3Fifo(EvictionPolicy):
     """S3-FIFO (Yang et al., SOSP 2023): a small queue filters what is wanted once only.
 
     The small queue takes a tenth of the bytes; what leaves it unwanted becomes a ghost (as many
@@ -232,7 +232,7 @@ class S3Fifo(Evict):
             self._main.push(key, nbytes)
 
 
-class Arc(Evict):
+class Arc(EvictionPolicy):
     """ARC (Megiddo and Modha, FAST 2003): recency and frequency, balanced by their ghosts' hits.
 
     T1 holds what was wanted once, T2 what was wanted again; B1 and B2 are their ghosts. All lengths
@@ -283,7 +283,7 @@ class Arc(Evict):
         return None
 
 
-POLICIES: dict[Policy, type[Evict]] = {
+POLICIES: dict[PolicyName, type[EvictionPolicy]] = {
     "lru": Lru, "lfu": Lfu, "fifo": Fifo, "mru": Mru, "s3-fifo": S3Fifo, "arc": Arc,
 }  # fmt: skip
-assert set(POLICIES) == set(get_args(Policy))
+assert set(POLICIES) == set(get_args(PolicyName))

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.contract.eviction import POLICIES, Policy
+from tierloom.stages.tiers.contract.eviction import POLICIES, PolicyName
 from tierloom.stages.tiers.contract.tier import Found, Watch
 
 P = TypeVar("P")
@@ -28,7 +28,7 @@ class IndexOptions:
 
     capacity: Size
     """Bytes kept at most."""
-    evict: Policy = "lru"
+    evict: PolicyName = "lru"
     """What goes first when room is needed."""
     ttl: Seconds = 0.0
     """How long an object lives, also across a restart; 0: until it is evicted."""
@@ -66,7 +66,7 @@ class Index(Generic[P]):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyName,
         capacity: int,
         *,
         ttl: float,

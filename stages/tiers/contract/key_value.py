@@ -18,7 +18,7 @@ from tierloom.stages.errors import Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
 from tierloom.stages.tiers.contract.tier import (
     HoldingsCount,
@@ -81,20 +81,24 @@ class Blobs(ReadingTier):
         """Every name kept that begins so."""
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        return [size > 0 for size in await fan(self.size, self._named(keys), self.width)]
+        return [
+            size > 0 for size in await map_concurrently(self.size, self._named(keys), self.width)
+        ]
 
     async def read(self, reads: Sequence[Read]) -> None:
         fresh = [read for read in reads if read.object is None]  # others came whole the first time
-        await fan(self._read, fresh, self.width)
+        await map_concurrently(self._read, fresh, self.width)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await fan(self._put, objects, self.width)
+        return await map_concurrently(self._put, objects, self.width)
 
     async def delete(self, keys: Sequence[bytes]) -> int:
-        return sum(await fan(self._drop, self._named(keys), self.width))
+        return sum(await map_concurrently(self._drop, self._named(keys), self.width))
 
     async def clear(self) -> int:
-        return sum(await fan(self._drop, list(await self.names(self._prefix)), self.width))
+        return sum(
+            await map_concurrently(self._drop, list(await self.names(self._prefix)), self.width)
+        )
 
     def stat(self) -> TierStat:
         """What this process put and has not dropped; what else is there it does not know."""

@@ -21,7 +21,7 @@ _FORGET = 600.0
 """Seconds after which an object is tried again."""
 
 
-class Unread:
+class UnreadableObjects:
     """Of one tier. On the loop, but for `in`."""
 
     def __init__(self, tier: str, counts: TierCounts, clock: Callable[[], float]) -> None:

@@ -20,15 +20,15 @@ _LOCK, _MARKER = "lock", "tierloom.json"
 _FORMAT: dict[str, Any] = {"format": "tierloom disk tier", "version": 1}
 
 
-class Taken(ConfigError):
+class FolderInUse(ConfigError):
     """Another process has the folder."""
 
 
-class Claim:
+class FolderLock:
     """A folder that is ours until `release`."""
 
     def __init__(self, folder: Path, *, segment: int) -> None:
-        """Make, lock and check the folder. Raises ConfigError, with a cure; Taken.
+        """Make, lock and check the folder. Raises ConfigError, with a cure; FolderInUse.
 
         `segment` is written down the first time; afterwards the folder's own is in force.
         """
@@ -40,7 +40,7 @@ class Claim:
             self.segment = self._check(folder / _MARKER, segment)
         except BlockingIOError:
             self.release()
-            raise Taken(
+            raise FolderInUse(
                 f"{folder}: in use by another disk tier; each process wants a folder of its own: "
                 "set TIERLOOM_DIR, or the tier's `path`, to another for one of them"
             ) from None

@@ -52,7 +52,7 @@ class Extent:
     """Forgotten while read: the last reader gives the pieces back."""
 
 
-class Journal:
+class IndexLog:
     """Append with `put`, `drop` and `later`, under the caller's lock; they raise OSError."""
 
     def __init__(self, folder: Path) -> None:

@@ -23,13 +23,13 @@ from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import Space
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.eviction import Policy
+from tierloom.stages.tiers.contract.eviction import PolicyName
 from tierloom.stages.tiers.contract.index import Entry, Index
 from tierloom.stages.tiers.contract.tier import TierCounts, Watch
-from tierloom.stages.tiers.disk.default_folder import claim
-from tierloom.stages.tiers.disk.direct_io import SYSTEM, Mover, Segments, want_direct
-from tierloom.stages.tiers.disk.folder_lock import Claim
-from tierloom.stages.tiers.disk.index_log import PIN, UNPIN, Extent, Journal
+from tierloom.stages.tiers.disk.default_folder import lock_folder
+from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO, Segments, want_direct
+from tierloom.stages.tiers.disk.folder_lock import FolderLock
+from tierloom.stages.tiers.disk.index_log import PIN, UNPIN, Extent, IndexLog
 from tierloom.stages.user_home import expanded
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _PIECES = 4  # holes an object may be spread over
 _PATIENCE = 10.0  # seconds that closing waits for calls whose callers have gone
 
 
-class Store:
+class SegmentStore:
     """Thread-safe and blocking. What changes the index does so under `_changing`."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Store:
         capacity: int,
         *,
         segment: int,
-        policy: Policy,
+        policy: PolicyName,
         ttl: float,
         direct: bool | Literal["auto"],
         keep_free: int,
@@ -55,9 +55,9 @@ class Store:
         counts: TierCounts,
         watch: Watch | None,
         clock: Callable[[], float],
-        mover: Mover = SYSTEM,
+        file_io: FileIO = SYSTEM,
     ) -> None:
-        self._mover = mover
+        self._file_io = file_io
         self.capacity = capacity
         self.index: Index[Extent] = Index(
             policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0,
@@ -70,26 +70,30 @@ class Store:
         self._resting = threading.Condition()
         self._working = 0
         self._open = False
-        self._claim: Claim | None = None
+        self._lock: FolderLock | None = None
         self._snapshotting = threading.Lock()
 
     def open(self) -> None:
-        """Claim a folder and read the index back. Raises ConfigError, TierDown, OSError.
+        """Lock a folder and read the index back. Raises ConfigError, TierDown, OSError.
 
         A second call finds the work of a first one that nobody waited for.
         """
         with self._changing:
             if self._open:
                 return
-            self._claim = claim(self._path, segment=self._segment, owner=self._namespace)
-            self._folder = self._claim.folder
+            self._lock = lock_folder(self._path, segment=self._segment, owner=self._namespace)
+            self._folder = self._lock.folder
             direct = want_direct(self._folder, self._direct)
             self._segments = Segments(
-                self._folder, self._claim.segment, self.capacity, direct=direct, mover=self._mover
+                self._folder,
+                self._lock.segment,
+                self.capacity,
+                direct=direct,
+                file_io=self._file_io,
             )
-            self._journal = Journal(self._folder)
+            self._index_log = IndexLog(self._folder)
             self._space = Space(self.capacity, empty=True)
-            self._restore(self._journal.load())
+            self._restore(self._index_log.load())
             self._open = True
 
     def close(self) -> None:
@@ -102,10 +106,10 @@ class Store:
                 return
         if was_open:
             self._snapshot()
-            self._journal.close()
+            self._index_log.close()
             self._segments.close()
-        if self._claim is not None:
-            self._claim.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
         """Bytes `start` to `end` of an object into its lease; its header, which is there already
@@ -140,7 +144,7 @@ class Store:
             finally:
                 if not kept:
                     self._give(extent)
-            if self._journal.long:
+            if self._index_log.long:
                 self._snapshot()
         return None
 
@@ -157,7 +161,7 @@ class Store:
         """Does no I/O: the log has it with its next record."""
         found = [key for key in keys if self.index.pin(key, pinned=pinned)]
         if found:
-            self._journal.later(PIN if pinned else UNPIN, found)
+            self._index_log.later(PIN if pinned else UNPIN, found)
         return len(found)
 
     def _read(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
@@ -225,7 +229,7 @@ class Store:
         entry = self.index.evict(incoming)
         if entry is None:
             return False
-        self._journal.delete([entry.key])
+        self._index_log.delete([entry.key])
         self._give(entry.place)
         self._counts.evicted += 1
         return True
@@ -234,7 +238,7 @@ class Store:
         """Drop entries, those that are still there; how many were."""
         gone = [entry for entry in entries if self.index.remove(entry)]
         if gone:
-            self._journal.delete([entry.key for entry in gone])
+            self._index_log.delete([entry.key for entry in gone])
         for entry in gone:
             self._give(entry.place)
         return len(gone)
@@ -250,7 +254,7 @@ class Store:
         with self._changing:
             if entry.key in self.index:
                 return False
-            self._journal.put(entry)
+            self._index_log.put(entry)
             self.index.add(entry)
         return True
 
@@ -267,10 +271,10 @@ class Store:
             return
         try:
             with self._changing, self.index.lock:
-                generation = self._journal.begin_snapshot()
+                generation = self._index_log.begin_snapshot()
                 entries = list(self.index)
             self._segments.sync()
-            self._journal.write_snapshot(generation, entries)
+            self._index_log.write_snapshot(generation, entries)
         except OSError as error:  # the older snapshot and all logs since are still there
             cause = {"path": str(self._folder), "cause": str(error)}
             log.warning("no snapshot of the disk tier's index", extra=cause)

@@ -17,14 +17,14 @@ from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.index import IndexOptions
 from tierloom.stages.tiers.contract.indexed import IndexedTier
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, TierContext, require_sealed
-from tierloom.stages.tiers.disk.direct_io import SYSTEM, Mover
+from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO
 from tierloom.stages.tiers.disk.index_log import Extent
-from tierloom.stages.tiers.disk.store import Store
+from tierloom.stages.tiers.disk.store import SegmentStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +64,11 @@ class Disk(IndexedTier[Extent]):
 
     def __init__(
         self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
-        mover: Mover = SYSTEM,
+        file_io: FileIO = SYSTEM,
     ) -> None:  # fmt: skip
         super().__init__(ctx)
         self.options = options
-        self._store = Store(
+        self._store = SegmentStore(
             options.path,
             options.capacity // PAGE * PAGE,
             segment=options.segment // PAGE * PAGE,
@@ -80,7 +80,7 @@ class Disk(IndexedTier[Extent]):
             counts=self.counts,
             watch=ctx.watch,
             clock=clock,
-            mover=mover,
+            file_io=file_io,
         )
         self._index, self._capacity = self._store.index, self._store.capacity
 
@@ -91,10 +91,10 @@ class Disk(IndexedTier[Extent]):
         await self.ctx.pool(self._store.close, leases=())
 
     async def read(self, reads: Sequence[Read]) -> None:
-        await fan(self._read, reads, self.options.depth)
+        await map_concurrently(self._read, reads, self.options.depth)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        tail_first = await fan(self._put, objects[::-1], self.options.depth)
+        tail_first = await map_concurrently(self._put, objects[::-1], self.options.depth)
         return tail_first[::-1]
 
     async def delete(self, keys: Sequence[bytes]) -> int:

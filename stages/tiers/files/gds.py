@@ -25,7 +25,7 @@ from tierloom.stages.errors import ConfigError, Damaged, TierDown
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers.disk.direct_io import Mover
+from tierloom.stages.tiers.disk.direct_io import FileIO
 from tierloom.stages.tiers.files.tier import Files, FilesOptions
 
 log = logging.getLogger(__name__)
@@ -54,15 +54,15 @@ class Gds(Files):
     def __init__(
         self, options: GdsOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._kvikio = KvikioMover(options)
-        super().__init__(options, ctx, clock=clock, mover=self._kvikio)
+        self._kvikio = KvikioFileIO(options)
+        super().__init__(options, ctx, clock=clock, file_io=self._kvikio)
 
     async def open(self) -> None:
         await self.ctx.pool(self._kvikio.start, leases=())
         await super().open()
 
 
-class KvikioMover(Mover):
+class KvikioFileIO(FileIO):
     """Files by kvikio; for threads, each of which waits for what it began."""
 
     def __init__(self, options: GdsOptions) -> None:

@@ -26,7 +26,7 @@ from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import (
     HoldingsCount,
@@ -37,7 +37,7 @@ from tierloom.stages.tiers.contract.tier import (
     require_sealed,
 )
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
-from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, Mover, begins_with, want_direct
+from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, FileIO, begins_with, want_direct
 from tierloom.stages.user_home import expanded
 
 _STALE = 3600.0  # seconds after which a file half written belongs to nobody
@@ -75,12 +75,12 @@ class Files(Tier):
 
     def __init__(
         self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
-        mover: Mover = SYSTEM, direct: bool | Literal["auto"] = False,
+        file_io: FileIO = SYSTEM, direct: bool | Literal["auto"] = False,
     ) -> None:  # fmt: skip
         """`direct`: go round the page cache; for movers that gain by it."""
         super().__init__(ctx)
         self.options = options
-        self._mover, self._direct, self._flags = mover, direct, 0
+        self._file_io, self._direct, self._flags = file_io, direct, 0
         self._clock = clock
         name = ctx.namespace.hex()[:32] or "any"
         self._folder = expanded(options.path) / name
@@ -97,10 +97,10 @@ class Files(Tier):
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
-        await fan(self._read, reads, self.options.depth)
+        await map_concurrently(self._read, reads, self.options.depth)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await fan(self._put, objects, self.options.depth)
+        return await map_concurrently(self._put, objects, self.options.depth)
 
     async def delete(self, keys: Sequence[bytes]) -> int:
         paths = [self._path(key) for key in keys]
@@ -202,23 +202,23 @@ class Files(Tier):
             raise Damaged(f"no object is {size} bytes long")
         if size != lease.nbytes:
             raise FileNotFoundError(key.hex())
-        if loaded and not begins_with(self._mover, fd, view[: Header.length(view[:PAGE])]):
+        if loaded and not begins_with(self._file_io, fd, view[: Header.length(view[:PAGE])]):
             # As long as before: who encrypts an object again writes other bytes.
             raise FileNotFoundError(key.hex())
         if not loaded:
-            self._mover.read(fd, view[:PAGE], 0)
+            self._file_io.read(fd, view[:PAGE], 0)
             head = Header.length(view[:PAGE])
             if head > size:
                 raise Damaged("the file ends inside its header")
             if head > PAGE:
-                self._mover.read(fd, view[PAGE:head], PAGE)
+                self._file_io.read(fd, view[PAGE:head], PAGE)
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
             raise Damaged(f"the file is {size} bytes long, its object {header.nbytes}")
         boundaries = header.boundaries
         begin, end = boundaries[loaded], boundaries[min(upto, len(header.frames))]
         if begin < end:
-            self._mover.read(fd, view[begin:end], begin)
+            self._file_io.read(fd, view[begin:end], begin)
         return header
 
     def _save(self, obj: Object) -> int | Lost:
@@ -249,7 +249,7 @@ class Files(Tier):
             with self._opened(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
                 if self._flags:
                     os.posix_fallocate(fd, 0, len(view))
-                self._mover.write(fd, view, 0)
+                self._file_io.write(fd, view, 0)
                 now = self._clock()  # by one clock with what `ttl` is measured by
                 os.utime(fd, (now, now))
                 if self.options.fsync:
@@ -260,11 +260,11 @@ class Files(Tier):
 
     @contextmanager
     def _opened(self, path: Path, flags: int) -> Iterator[int]:
-        fd = self._mover.open(path, flags | self._flags)
+        fd = self._file_io.open(path, flags | self._flags)
         try:
             yield fd
         finally:
-            self._mover.close(fd)
+            self._file_io.close(fd)
 
     def _reserve(self, nbytes: int) -> bool:
         with self._changing:

@@ -20,7 +20,7 @@ from typing import Any
 
 from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.memory.arena import Arena
-from tierloom.stages.tiers.disk.direct_io import Mover, read_all, write_all
+from tierloom.stages.tiers.disk.direct_io import FileIO, read_all, write_all
 
 WHEELS = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks among the others by itself
 _TICK = 0.0002  # seconds before the first look at a transfer
@@ -134,7 +134,7 @@ class Transfer:
         return True
 
 
-class NixlMover(Mover):
+class NixlFileIO(FileIO):
     """Files by NIXL; for threads, each of which waits for its own transfer."""
 
     def __init__(self, backend: str, params: Mapping[str, str], arena: Arena) -> None:

@@ -23,7 +23,7 @@ from tierloom.stages.tiers.contract.tier import Tier, TierContext
 from tierloom.stages.tiers.contract.wrapper import WrapperTier
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.stages.tiers.files.tier import Files, FilesOptions
-from tierloom.stages.tiers.nixl.agent import NixlMover
+from tierloom.stages.tiers.nixl.agent import NixlFileIO
 from tierloom.stages.tiers.nixl.objects import NixlObjects
 
 Backend = Literal["POSIX", "GDS", "GDS_MT", "HF3FS", "OBJ", "AZURE_BLOB"]
@@ -97,18 +97,18 @@ class Nixl(WrapperTier):
         self, options: NixlOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
     ) -> None:
         self.options = options
-        self._mover: NixlMover | None = None
+        self._file_io: NixlFileIO | None = None
         super().__init__(self._make(ctx, clock))
 
     async def open(self) -> None:
-        if self._mover is not None:
-            await self.ctx.pool(self._mover.start, leases=())
+        if self._file_io is not None:
+            await self.ctx.pool(self._file_io.start, leases=())
         await super().open()
 
     async def close(self) -> None:
         await super().close()
-        if self._mover is not None:
-            await self.ctx.pool(self._mover.stop, leases=())
+        if self._file_io is not None:
+            await self.ctx.pool(self._file_io.stop, leases=())
 
     def _make(self, ctx: TierContext, clock: Callable[[], float]) -> Tier:
         o = self.options
@@ -118,14 +118,14 @@ class Nixl(WrapperTier):
                 unsigned=o.unsigned, part=_PART,
             )  # fmt: skip
             return NixlObjects(s3, ctx, backend=o.backend, threads=o.threads)
-        self._mover = NixlMover(o.backend, self._params(), ctx.arena)
+        self._file_io = NixlFileIO(o.backend, self._params(), ctx.arena)
         if o.pool == "static":
             disk = DiskOptions(
                 path=o.path, capacity=o.capacity, ttl=o.ttl, direct=o.direct, depth=o.depth
             )
-            return Disk(disk, ctx, clock=clock, mover=self._mover)
+            return Disk(disk, ctx, clock=clock, file_io=self._file_io)
         files = FilesOptions(path=o.path, capacity=o.capacity, ttl=o.ttl, depth=o.depth)
-        return Files(files, ctx, clock=clock, mover=self._mover, direct=o.direct)
+        return Files(files, ctx, clock=clock, file_io=self._file_io, direct=o.direct)
 
     def _params(self) -> dict[str, str]:
         """What the plugin is told; all values are text."""

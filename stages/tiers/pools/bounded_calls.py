@@ -32,7 +32,7 @@ class _Call:
     left: bool = False
 
 
-class Calls:
+class BoundedCalls:
     """`await calls(fn, *args, leases=...)` runs `fn` in a thread of `pool`, `limit` at once.
 
     It may outlive its caller; `leases`, all that it touches, are held meanwhile.

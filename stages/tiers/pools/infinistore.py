@@ -22,11 +22,11 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.tier import TierContext
 from tierloom.stages.tiers.net.address import Address
-from tierloom.stages.tiers.pools.infinistore_protocol import Link
+from tierloom.stages.tiers.pools.infinistore_protocol import InfinistoreConnection
 from tierloom.stages.tiers.pools.manifest import Piece
 from tierloom.stages.tiers.pools.tier import Pooled
 
-_SMALL = 1 << 20  # what is longer is neither a record nor a header
+_SMALL = 1 << 20  # what is longer is neither a manifest nor a header
 _NAME = 16  # hex digits under which all that is ours is kept until `clear`
 
 
@@ -61,7 +61,7 @@ class Infinistore(Pooled):
         self.options = options
         self._server = Address.parse(options.url, "infinistore")
         self._root = f"tierloom/{ctx.namespace.hex()[:32] or 'any'}"
-        self._idle: list[Link] = []
+        self._idle: list[InfinistoreConnection] = []
         self._closed = False
 
     async def open(self) -> None:
@@ -95,9 +95,9 @@ class Infinistore(Pooled):
             kept = [link.put(base + piece.name, _view(piece)) for piece in pieces]
         return [None if one else Lost.NO_ROOM for one in kept]
 
-    def _commit(self, records: dict[str, bytes]) -> list[Lost | None]:
+    def _commit(self, manifests: dict[str, bytes]) -> list[Lost | None]:
         with self._link() as (link, base):
-            kept = [link.put(base + name, value) for name, value in records.items()]
+            kept = [link.put(base + name, value) for name, value in manifests.items()]
         return [None if one else Lost.NO_ROOM for one in kept]
 
     def _remove(self, names: Sequence[str]) -> list[bool]:
@@ -110,13 +110,13 @@ class Infinistore(Pooled):
         return self._holdings.stat.objects
 
     @contextmanager
-    def _link(self) -> Iterator[tuple[Link, str]]:
+    def _link(self) -> Iterator[tuple[InfinistoreConnection, str]]:
         """A connection for one call, and what names begin with. Raises TierDown, OSError."""
         end = time.monotonic() + self.options.deadline
         try:
             link = self._idle.pop()
         except IndexError:
-            link = Link(self._server, self.options.deadline)
+            link = InfinistoreConnection(self._server, self.options.deadline)
         try:
             link.until(end)
             yield link, f"{self._root}/{self._name(link)}/"
@@ -129,7 +129,7 @@ class Infinistore(Pooled):
         else:
             self._idle.append(link)
 
-    def _name(self, link: Link) -> str:
+    def _name(self, link: InfinistoreConnection) -> str:
         """The namespace's name of today; made where there is none, or where it was evicted."""
         for _ in range(2):
             raw = link.read(self._root, _NAME)
@@ -138,7 +138,7 @@ class Infinistore(Pooled):
             self._rename(link)
         raise OSError(f"infinistore: {self._root} cannot be kept")
 
-    def _rename(self, link: Link) -> None:
+    def _rename(self, link: InfinistoreConnection) -> None:
         link.remove(self._root)  # a value that is only replaced goes when the old one is evicted
         link.put(self._root, secrets.token_hex(_NAME // 2).encode())
 

@@ -28,7 +28,7 @@ _KEYS = struct.pack("<IHHHHiIII", 12, 0, 6, 8, 4, 6, 4, 1, 4)
 """A table of one field: root, vtable, table, a vector of one offset; its string comes next."""
 
 
-class Link:
+class InfinistoreConnection:
     """A connection. Whatever it raises, it is of no more use then. Raises TierDown, OSError."""
 
     def __init__(self, address: Address, deadline: float) -> None:
@@ -36,7 +36,7 @@ class Link:
         self._line = socket.create_connection(address[:2], deadline)
         self._line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def until(self, end: float) -> Link:
+    def until(self, end: float) -> InfinistoreConnection:
         """What follows must be over at `end` of the monotonic clock."""
         self._end = end
         return self

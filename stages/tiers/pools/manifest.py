@@ -1,4 +1,4 @@
-"""How an object is cut into pieces, and the record that says which pieces it has."""
+"""How an object is cut into pieces, and the manifest that says which pieces it has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     nbytes: int
 
 
-class Record(NamedTuple):
+class Manifest(NamedTuple):
     """Which pieces an object has."""
 
     writer: bytes
@@ -38,21 +38,21 @@ class Record(NamedTuple):
         return made + xxhash.xxh3_64_digest(made)
 
     @classmethod
-    def unpack(cls, raw: bytes) -> Record:
+    def unpack(cls, raw: bytes) -> Manifest:
         """Raises Damaged on any doubt, Unreadable where it is one of a later format."""
         if is_later(raw[:4], _MAGIC):
             if xxhash.xxh3_64_digest(_MAGIC + raw[4:-8]) == raw[-8:]:
-                raise Damaged("a record's format was turned: it was written as ours")
-            raise Unreadable(Lost.NEWER, f"a record of format {raw[:4]!r}: TLR1 is read here")
+                raise Damaged("a manifest's format was turned: it was written as ours")
+            raise Unreadable(Lost.NEWER, f"a manifest of format {raw[:4]!r}: TLR1 is read here")
         if len(raw) < _HEAD.size + 8 or xxhash.xxh3_64_digest(raw[:-8]) != raw[-8:]:
-            raise Damaged("a record's checksum does not match")
+            raise Damaged("a manifest's checksum does not match")
         magic, writer, count = _HEAD.unpack_from(raw)
         if magic != _MAGIC or count < 2 or len(raw) != _HEAD.size + 8 * count + 8:
-            raise Damaged("a record's fields contradict each other")
+            raise Damaged("a manifest's fields contradict each other")
         ends = struct.unpack_from(f"<{count}Q", raw, _HEAD.size)
         steps = [b - a for a, b in zip((0, *ends), ends, strict=False)]
         if ends[-1] > _LARGEST or any(step <= 0 or step % PAGE for step in steps):
-            raise Damaged("a record's frame boundaries are impossible")
+            raise Damaged("a manifest's frame boundaries are impossible")
         return cls(writer, ends)
 
     def names(

@@ -30,7 +30,7 @@ from tierloom.stages.tiers.pools.tier import Pooled
 _NO_ROOM, _TRANSFER, _ABSENT, _TOO_SMALL, _RPC = -200, -800, -704, -600, -900
 _PIECE = 4 << 20  # twice as fast as 32 MiB, and as fast as 1 MiB
 _KNOCK = 0.5  # seconds to wait for the master's port
-_SMALL = 1 << 20  # what is longer is neither a record nor a header
+_SMALL = 1 << 20  # what is longer is neither a manifest nor a header
 _SURE = 30.0
 """The client gives a transfer up after 60 s and does not wait for it: one that failed later than
 this may still be under way. Sooner, it has seen the end of each."""
@@ -157,13 +157,13 @@ class Mooncake(Pooled):
             self._doubt(codes, begun)
             return self._outcome(codes)
 
-    def _commit(self, records: dict[str, bytes]) -> list[Lost | None]:
+    def _commit(self, manifests: dict[str, bytes]) -> list[Lost | None]:
         with self._in_use() as client:
-            names = self._full(list(records))
+            names = self._full(list(manifests))
             return self._outcome(
                 [
                     client.put(n, v, self._how())
-                    for n, v in zip(names, records.values(), strict=True)
+                    for n, v in zip(names, manifests.values(), strict=True)
                 ]
             )
 

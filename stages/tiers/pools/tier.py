@@ -1,10 +1,10 @@
 """What the tiers have in common that keep objects in somebody's pool of memory, piece by piece.
 
-An object is cut into *pieces* that never cross the end of a header or frame, each under a name of
-its own. When the last of them is there its *record* is put: a few bytes that say which pieces there
-are. What has no record is not there, so an object is seen whole or not at all; the pieces'
-names carry a number drawn by their writer, so that two writers of one key never mix. A pool evicts
-pieces one by one: an object that lacks one is a miss, and is forgotten.
+An object is split into *pieces* that never cross the end of a header or frame, each under a name of
+its own. When the last of them is there its *manifest* is put: a few bytes that list the pieces. An
+object without a manifest is not there, so an object is seen whole or not at all. The names of
+pieces carry a random number of their writer, so that two writers of one key never mix. A pool
+evicts pieces one by one: an object that lacks one is a miss, and is deleted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tierloom.stages.tiers.contract.tier import (
     TierStat,
     require_sealed,
 )
-from tierloom.stages.tiers.pools.bounded_calls import Calls
-from tierloom.stages.tiers.pools.manifest import Piece, Record
+from tierloom.stages.tiers.pools.bounded_calls import BoundedCalls
+from tierloom.stages.tiers.pools.manifest import Manifest, Piece
 
 
 class _Job(NamedTuple):
-    """An object to load: parts `first` to `last` of what `record` says, into `lease`."""
+    """An object to load: parts `first` to `last` of what `manifest` says, into `lease`."""
 
     reader: ObjectReader
-    record: Record
+    manifest: Manifest
     lease: Lease
     first: int
     last: int
@@ -66,7 +66,7 @@ class Pooled(Tier):
         """`threads`: calls that may run at once. `piece`: bytes of a piece at most."""
         super().__init__(ctx)
         self.piece = piece
-        self._calls = Calls(ctx.pool, threads, self.counts)
+        self._calls = BoundedCalls(ctx.pool, threads, self.counts)
         self._committing = threading.Lock()
         self._holdings = HoldingsCount()
 
@@ -85,7 +85,7 @@ class Pooled(Tier):
     def _store(self, pieces: Sequence[Piece]) -> list[Lost | None]: ...
 
     @abstractmethod
-    def _commit(self, records: dict[str, bytes]) -> list[Lost | None]:
+    def _commit(self, manifests: dict[str, bytes]) -> list[Lost | None]:
         """Put small values, each at once whole."""
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Pooled(Tier):
 
     @abstractmethod
     def _wipe(self) -> int:
-        """Forget all of the namespace; how many records there were."""
+        """Forget all of the namespace; how many manifests there were."""
 
     def _uncertain(self, leases: Sequence[Lease]) -> None:
         """Transfers into or out of these failed: keep them while the client may still be there."""
@@ -116,7 +116,7 @@ class Pooled(Tier):
             for reader in readers:
                 stack.callback(reader.close)
             both = zip(readers, known, strict=True)
-            jobs = [job for reader, record in both if (job := _job(reader, record)) is not None]
+            jobs = [job for reader, manifest in both if (job := _job(reader, manifest)) is not None]
             if jobs:
                 leases = [job.lease for job in jobs]
                 loaded = await self._calls(self._load, jobs, leases=leases)
@@ -154,18 +154,18 @@ class Pooled(Tier):
 
     def _known(
         self, keys: list[bytes], heads: list[_Head | None]
-    ) -> list[Record | Lost | BadObject]:
-        """The record of each; ABSENT, too, where it is no longer that of the object at hand, by
+    ) -> list[Manifest | Lost | BadObject]:
+        """The manifest of each; ABSENT, too, where it is no longer that of the object at hand, by
         which bytes would land beside their place, or beyond the lease."""
         raws = self._peek([key.hex() for key in keys])
         found = [_unpacked(raw) for raw in raws]
         rows = zip(keys, raws, found, strict=True)
         self._expel([(key, raw, proof) for key, raw, proof in rows if isinstance(proof, Damaged)])
         names: dict[int, str] = {}
-        for i, (record, held) in enumerate(zip(found, heads, strict=True)):
-            if held is not None and isinstance(record, Record):
-                if record.boundaries == held.boundaries:
-                    names[i] = record.names(keys[i], PAGE, 0, 1)[0][0]
+        for i, (manifest, held) in enumerate(zip(found, heads, strict=True)):
+            if held is not None and isinstance(manifest, Manifest):
+                if manifest.boundaries == held.boundaries:
+                    names[i] = manifest.names(keys[i], PAGE, 0, 1)[0][0]
                 else:
                     found[i] = Lost.ABSENT
         for i, now in zip(names, self._peek(list(names.values())) if names else (), strict=True):
@@ -177,7 +177,7 @@ class Pooled(Tier):
     def _load(self, jobs: list[_Job]) -> list[Header | Lost | BadObject]:
         pieces, owners = [], []
         for i, job in enumerate(jobs):
-            for name, at, size in job.record.names(job.key, self.piece, job.first, job.last):
+            for name, at, size in job.manifest.names(job.key, self.piece, job.first, job.last):
                 pieces.append(Piece(name, job.lease.at(at, size), size))
                 owners.append((at, i))
         order = sorted(range(len(pieces)), key=owners.__getitem__)
@@ -207,15 +207,15 @@ class Pooled(Tier):
             except BadObject as error:
                 return error
             else:
-                if header.boundaries == job.record.boundaries:
+                if header.boundaries == job.manifest.boundaries:
                     return header
-                proof = Damaged("its record and its header contradict each other")
+                proof = Damaged("its manifest and its header contradict each other")
         if lost in (None, Lost.ABSENT, Lost.CORRUPT):
-            self._expel([(job.key, job.record.pack(), proof)])
+            self._expel([(job.key, job.manifest.pack(), proof)])
         return proof if lost in (None, Lost.CORRUPT) else lost
 
     def _expel(self, bad: Sequence[tuple[bytes, bytes | None, Damaged]]) -> None:
-        """Forget objects on proof of damage, unless they have another record by now than the one
+        """Forget objects on proof of damage, unless they have another manifest by now than the one
         that was read."""
         if bad:
             now = self._peek([key.hex() for key, _, _ in bad])
@@ -228,10 +228,10 @@ class Pooled(Tier):
         keys = [obj.header.key for obj in objects]
         there = self._exists([key.hex() for key in keys])
         fresh = {key: i for i, key in enumerate(keys) if not there[i]}
-        records = {key: _record(objects[i]) for key, i in fresh.items()}
+        manifests = {key: _manifest(objects[i]) for key, i in fresh.items()}
         pieces, owners = [], []
         for key, i in fresh.items():
-            for name, at, size in records[key].names(key, self.piece):
+            for name, at, size in manifests[key].names(key, self.piece):
                 pieces.append(Piece(name, objects[i].lease.at(at, size), size))
                 owners.append(key)
         stored: Sequence[Lost | None] = ()
@@ -249,11 +249,11 @@ class Pooled(Tier):
         with self._committing:  # who comes second takes his pieces away, and replaces nothing
             late = self._exists([key.hex() for key in whole]) if whole else []
             mine = [key for key, there in zip(whole, late, strict=True) if not there]
-            packed = {key.hex(): records[key].pack() for key in mine}
+            packed = {key.hex(): manifests[key].pack() for key in mine}
             for key, lost in zip(mine, self._commit(packed) if mine else (), strict=True):
                 done[fresh[key]] = objects[fresh[key]].header.nbytes if lost is None else lost
         useless = [key for key, i in fresh.items() if isinstance(done[i], Lost) or not done[i]]
-        self._clean([(key, records[key]) for key in useless])
+        self._clean([(key, manifests[key]) for key in useless])
         sizes = [one for one in done if not isinstance(one, Lost) and one]
         self._holdings.add(len(sizes), sum(sizes))
         return done
@@ -263,34 +263,34 @@ class Pooled(Tier):
         return self._forget([(k, _unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
 
     def _forget(self, found: Sequence[tuple[bytes, object]]) -> int:
-        """Take records away, then their pieces; how many records there were."""
+        """Take manifests away, then their pieces; how many manifests there were."""
         gone = self._remove([key.hex() for key, _ in found])
-        known = [(key, record) for key, record in found if isinstance(record, Record)]
+        known = [(key, manifest) for key, manifest in found if isinstance(manifest, Manifest)]
         self._clean(known)
         there = [r for (_, r), was in zip(found, gone, strict=True) if was]
-        sizes = [r.boundaries[-1] for r in there if isinstance(r, Record)]
+        sizes = [r.boundaries[-1] for r in there if isinstance(r, Manifest)]
         self._holdings.add(-len(sizes), -sum(sizes))
         return sum(gone)
 
-    def _clean(self, found: list[tuple[bytes, Record]]) -> None:
+    def _clean(self, found: list[tuple[bytes, Manifest]]) -> None:
         names = [name for key, r in found for name, _, _ in r.names(key, self.piece)]
         if names:
             self._remove(names)
 
 
-def _job(reader: ObjectReader, record: Record | Lost | BadObject) -> _Job | None:
+def _job(reader: ObjectReader, manifest: Manifest | Lost | BadObject) -> _Job | None:
     """What is to be loaded, with its lease; None: nothing, as the reader was told."""
     held = reader.held
-    if not isinstance(record, Record):
-        reader.fail(record)
+    if not isinstance(manifest, Manifest):
+        reader.fail(manifest)
         return None
-    if held is not None and record.boundaries != held.header.boundaries:
+    if held is not None and manifest.boundaries != held.header.boundaries:
         reader.miss()  # another has taken its place, perhaps a longer one
         return None
     first = held.loaded + 1 if held is not None else 0
-    last = max(first, min(reader.read.upto, len(record.boundaries) - 1) + 1)
+    last = max(first, min(reader.read.upto, len(manifest.boundaries) - 1) + 1)
     try:
-        return _Job(reader, record, reader.lease(record.boundaries[-1]), first, last)
+        return _Job(reader, manifest, reader.lease(manifest.boundaries[-1]), first, last)
     except ArenaFull:
         reader.miss(Lost.NO_ROOM)
         return None
@@ -302,12 +302,12 @@ def _head(obj: Object | None) -> _Head | None:
     return _Head(bytes(obj.lease.view[: obj.header.header_bytes]), obj.header.boundaries)
 
 
-def _unpacked(raw: bytes | None) -> Record | Lost | BadObject:
+def _unpacked(raw: bytes | None) -> Manifest | Lost | BadObject:
     try:
-        return Lost.ABSENT if raw is None else Record.unpack(raw)
+        return Lost.ABSENT if raw is None else Manifest.unpack(raw)
     except BadObject as error:
         return error
 
 
-def _record(obj: Object) -> Record:
-    return Record(secrets.token_bytes(8), obj.header.boundaries)
+def _manifest(obj: Object) -> Manifest:
+    return Manifest(secrets.token_bytes(8), obj.header.boundaries)

@@ -17,7 +17,7 @@ import anyio
 from tierloom.stages.errors import BadObject, TierDown
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.net.address import Address
-from tierloom.stages.tiers.redis.resp import Answer, Answers, Refusal, Want, command
+from tierloom.stages.tiers.redis.resp import ErrorReply, PendingReply, Reply, ReplyParser, command
 
 _SLICE = 1 << 20
 """Bytes handed to the transport at once. What a socket does not take Python 3.11 copies, and with
@@ -25,7 +25,7 @@ every send again: of a MiB that costs less than more turns would, of 32 MiB it c
 _HIGH = 64 << 10  # bytes in the transport at which we wait
 
 
-class Login(NamedTuple):
+class Credentials(NamedTuple):
     """What a server wants to hear first."""
 
     user: str
@@ -34,14 +34,14 @@ class Login(NamedTuple):
     tls: ssl.SSLContext | None
 
     def __repr__(self) -> str:
-        return "Login(...)"  # whatever prints it, prints no password
+        return "Credentials(...)"  # whatever prints it, prints no password
 
 
-class NotLetIn(TierDown):
+class AuthError(TierDown):
     """The server does not know us: what we were configured with is wrong."""
 
 
-class Connection(asyncio.BufferedProtocol):
+class RespConnection(asyncio.BufferedProtocol):
     """One connection, whose answers come in the order of the commands."""
 
     def __init__(self, where: str, stall: float) -> None:
@@ -50,7 +50,7 @@ class Connection(asyncio.BufferedProtocol):
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self._where, self._stall, self._loop = where, stall, loop
-        self._answers = Answers()
+        self._answers = ReplyParser()
         self._transport: asyncio.Transport | None = None
         self._room: asyncio.Future[None] | None = None  # not there while we may write
         self._moved = 0.0  # when a byte last went or came
@@ -61,25 +61,25 @@ class Connection(asyncio.BufferedProtocol):
     def usable(self) -> bool:
         return self.error is None and not self._answers.due
 
-    async def call(self, commands: Sequence[bytes], *, limit: int = 64 << 10) -> list[Answer]:
+    async def call(self, commands: Sequence[bytes], *, limit: int = 64 << 10) -> list[Reply]:
         """The answers to small commands, sent at once; `limit` bytes at most."""
         if not commands:
             return []
-        want = Want(self._loop.create_future(), count=len(commands), limit=limit)
+        want = PendingReply(self._loop.create_future(), count=len(commands), limit=limit)
         await self.send([b"".join(commands)], want)
         return await want.future
 
     def fetch(
         self, asked: bytes, lease: Lease, begin: int, stop: int
-    ) -> asyncio.Future[list[Answer]]:
+    ) -> asyncio.Future[list[Reply]]:
         """Ask for a bulk string, to land at `begin` to `stop` of a lease, which is held meanwhile;
         the answer is its length, or None."""
-        want = Want(self._loop.create_future(), into=lease.view[begin:stop], lease=lease)
+        want = PendingReply(self._loop.create_future(), into=lease.view[begin:stop], lease=lease)
         self._expect(want)
         self._write(asked)
         return want.future
 
-    async def send(self, parts: Iterable[bytes | memoryview], want: Want) -> Want:
+    async def send(self, parts: Iterable[bytes | memoryview], want: PendingReply) -> PendingReply:
         """Send one or more commands, as fast as the server takes them. What is sent of a lease,
         `want` names."""
         self._expect(want)
@@ -151,7 +151,7 @@ class Connection(asyncio.BufferedProtocol):
         assert self._transport is not None
         self._transport.write(data)
 
-    def _expect(self, want: Want) -> None:
+    def _expect(self, want: PendingReply) -> None:
         if self.error is not None:
             raise self.error
         self._answers.expect(want)
@@ -171,12 +171,12 @@ class Connection(asyncio.BufferedProtocol):
             self.abort(TierDown(f"redis at {self._where}: nothing moved for {self._stall:g} s"))
 
 
-async def connect(address: Address, login: Login, stall: float) -> Connection:
-    """A connection that is let in. Raises NotLetIn, TierDown, OSError."""
+async def connect(address: Address, login: Credentials, stall: float) -> RespConnection:
+    """A connection that is let in. Raises AuthError, TierDown, OSError."""
     loop = asyncio.get_running_loop()
 
-    def make() -> Connection:
-        return Connection(str(address), stall)
+    def make() -> RespConnection:
+        return RespConnection(str(address), stall)
 
     try:
         with anyio.fail_after(stall):
@@ -197,18 +197,18 @@ async def connect(address: Address, login: Login, stall: float) -> Connection:
     return connection
 
 
-async def _log_in(connection: Connection, address: Address, login: Login) -> None:
+async def _log_in(connection: RespConnection, address: Address, login: Credentials) -> None:
     hello = []
     if login.password:
         who = [login.user] if login.user else []
         hello.append(command("AUTH", *who, login.password))
     hello.append(command("SELECT", login.db) if login.db else command("PING"))
     for answer in await connection.call(hello):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ErrorReply):
             if answer.code in ("LOADING", "MASTERDOWN"):
                 raise TierDown(f"redis at {address} is not ready: {answer.code}")
             # What it says besides may quote the password.
-            raise NotLetIn(
+            raise AuthError(
                 f"redis at {address} refuses user {login.user or 'default'!r}, database "
                 f"{login.db}: {answer.code}; check user, password and database"
             )

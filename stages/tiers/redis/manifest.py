@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tierloom.stages.errors import BadObject, Damaged, Lost, Unreadable
 from tierloom.stages.kv.object import Header, is_later
-from tierloom.stages.tiers.redis.resp import Answer, command
+from tierloom.stages.tiers.redis.resp import Reply, command
 
 GRACE = 300_000
 """Milliseconds that a piece lives without a manifest."""
@@ -148,7 +148,7 @@ def unpack_whole(
     return manifest, header
 
 
-def dropping(name: bytes, raw: Answer) -> tuple[bytes, int]:
+def dropping(name: bytes, raw: Reply) -> tuple[bytes, int]:
     """The command that forgets what has this name as long as it begins with `raw`, its first 24
     bytes, and how many bytes of objects that are: 0 where it is no manifest."""
     if not raw:  # of no bytes: it is there for everybody who asks whether it is

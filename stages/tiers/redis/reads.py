@@ -10,28 +10,28 @@ from typing import NamedTuple
 from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, Unreadable
 from tierloom.stages.kv.object import Header
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierCounts
 from tierloom.stages.tiers.net.connection_pool import ConnectionPool
-from tierloom.stages.tiers.redis.connection import Connection
+from tierloom.stages.tiers.redis.connection import RespConnection
 from tierloom.stages.tiers.redis.manifest import MANIFEST, Manifest, unpack_whole
-from tierloom.stages.tiers.redis.resp import Answer, Refusal
+from tierloom.stages.tiers.redis.resp import ErrorReply, Reply
 from tierloom.stages.tiers.redis.topology import Node
 
 _TURN = 8  # pieces after which a connection is left to another call that waits for one
 
 
-class Piece(NamedTuple):
+class PieceRead(NamedTuple):
     """Bytes `begin` to `stop` of an object, all within one piece of it."""
 
-    load: Load
+    load: PendingRead
     number: int
     begin: int
     stop: int
 
 
-class Load(ObjectReader):
+class PendingRead(ObjectReader):
     """One read, delivered when no memory is written any more. `seen` begins its manifest."""
 
     __slots__ = ("_header", "_namespace", "_open", "manifest", "pieces")
@@ -40,7 +40,7 @@ class Load(ObjectReader):
         super().__init__(read, ctx.arena, counts)
         self._namespace = ctx.namespace
         self.manifest: Manifest | None = None
-        self.pieces: list[Piece] = []
+        self.pieces: list[PieceRead] = []
         """What is to be fetched."""
         self._header: Header | None = None
         self._open = 0
@@ -60,7 +60,7 @@ class Load(ObjectReader):
         """All that was wanted is there."""
         return not self.lost and self._header is not None and not self._open
 
-    def plan(self, name: bytes, raw: Answer) -> None:
+    def plan(self, name: bytes, raw: Reply) -> None:
         """Read the manifest, take the memory, and list the pieces; or lose it."""
         held = self.held
         if raw is None:
@@ -83,16 +83,16 @@ class Load(ObjectReader):
         self.manifest, self._header = manifest, header
         # Never a byte of a frame that was loaded before: it may be in use.
         begin, end = header.boundaries[self.loaded], header.boundaries[self._upto(header)]
-        self.pieces = [Piece(self, *part) for part in manifest.parts(begin, end)]
+        self.pieces = [PieceRead(self, *part) for part in manifest.parts(begin, end)]
         self._open = len(self.pieces)
         return None
 
-    def ask(self, piece: Piece) -> tuple[bytes, Lease, int, int]:
+    def ask(self, piece: PieceRead) -> tuple[bytes, Lease, int, int]:
         """The command for a piece, and where it lands."""
         assert self.manifest is not None
         return self.manifest.ask(*piece[1:]), self.lease(0), piece.begin, piece.stop
 
-    def took(self, piece: Piece, got: Answer) -> None:
+    def took(self, piece: PieceRead, got: Reply) -> None:
         """A piece has come, or has not."""
         if got == piece.stop - piece.begin:
             self._open -= 1
@@ -117,32 +117,35 @@ class Load(ObjectReader):
         return max(self.loaded, min(self.read.upto, len(header.frames)))
 
 
-async def carry(
-    node: Node, loads: Sequence[Load], window: int, trouble: Callable[[Refusal], Exception]
+async def fetch_pieces(
+    node: Node,
+    loads: Sequence[PendingRead],
+    window: int,
+    error_of: Callable[[ErrorReply], Exception],
 ) -> None:
     """Fetch all pieces, the first of each object first, on the connections that are free.
 
-    However it ends, no byte lands afterwards. Raises what `trouble` makes of a refusal.
+    However it ends, no byte lands afterwards. Raises what `error_of` makes of a refusal.
     """
     jobs = deque(sorted((p for load in loads for p in load.pieces), key=lambda p: p.number))
 
     async def worker(_: int) -> None:
         while jobs:
             async with node.bulk.connection() as connection:
-                await _stream(node.bulk, connection, jobs, window, trouble)
+                await _stream(node.bulk, connection, jobs, window, error_of)
 
     if jobs:
         count = max(1, min(node.bulk.free, -(-len(jobs) // window)))
-        await fan(worker, range(count), count)
+        await map_concurrently(worker, range(count), count)
 
 
 async def _stream(
-    pool: ConnectionPool[Connection], connection: Connection, jobs: deque[Piece], window: int,
-    trouble: Callable[[Refusal], Exception],
+    pool: ConnectionPool[RespConnection], connection: RespConnection, jobs: deque[PieceRead],
+    window: int, error_of: Callable[[ErrorReply], Exception],
 ) -> None:  # fmt: skip
     """Fetch pieces over one connection, `window` at once, until there are none, or it is somebody
     else's turn, or the connection had to be given up for a piece that was too long."""
-    under_way: deque[tuple[Piece, asyncio.Future[list[Answer]]]] = deque()
+    under_way: deque[tuple[PieceRead, asyncio.Future[list[Reply]]]] = deque()
     taken = 0
     while True:
         mine = connection.error is None and (taken < _TURN or not pool.wanted)
@@ -161,6 +164,6 @@ async def _stream(
             piece.load.took(piece, -1)
             jobs.extendleft(reversed([other for other, _ in under_way]))
             return
-        if isinstance(got, Refusal) and got.code != "WRONGTYPE":
-            raise trouble(got)
+        if isinstance(got, ErrorReply) and got.code != "WRONGTYPE":
+            raise error_of(got)
         piece.load.took(piece, got)

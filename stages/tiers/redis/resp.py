@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from tierloom.stages.errors import BadObject, TierDown
+from tierloom.stages.errors import BadObject, TierDown, TierloomError
 from tierloom.stages.memory.arena import Lease
 
 _ROOM = 16 << 10  # bytes of the buffer while nothing larger than a few small answers is expected
@@ -20,14 +20,14 @@ _LINE = 1024  # longest line: errors are the long ones
 _DEPTH = 6  # arrays within arrays; CLUSTER SLOTS has 4
 
 
-class Refusal(NamedTuple):
+class ErrorReply(NamedTuple):
     """The server's answer to a command that it did not carry out: a value, not an exception."""
 
     code: str
     """Its first word, `OOM` or `WRONGTYPE`; never more, since servers quote what they were sent."""
 
 
-Answer: TypeAlias = "bytes | int | Refusal | list[Answer] | None"
+Reply: TypeAlias = "bytes | int | ErrorReply | list[Reply] | None"
 
 
 def command(*words: bytes | str | int) -> bytes:
@@ -37,10 +37,10 @@ def command(*words: bytes | str | int) -> bytes:
 
 
 @dataclass(slots=True)
-class Want:
-    """Answers that are due, in the order in which the commands went out."""
+class PendingReply:
+    """Replies that are due, in the order in which the commands went out."""
 
-    future: asyncio.Future[list[Answer]]
+    future: asyncio.Future[list[Reply]]
     count: int = 1
     limit: int = 16 << 10
     """Bytes that all of them together may take."""
@@ -48,7 +48,7 @@ class Want:
     """Where one bulk string goes; the answer is then its length. No longer one is taken."""
     lease: Lease | None = None
     """Whose memory is sent or received into; held until nobody does so any more."""
-    got: list[Answer] = field(default_factory=list)
+    got: list[Reply] = field(default_factory=list)
 
     def begin(self) -> None:
         if self.lease is not None:
@@ -60,17 +60,17 @@ class Want:
             lease.release()
 
 
-class _More(Exception):
+class _Incomplete(TierloomError):
     """The bytes end inside an answer."""
 
 
-class Answers:
+class ReplyParser:
     """Sorts incoming bytes into answers. `get_buffer` and `took` in turns, nothing in between."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(_ROOM)
         self._begin = self._end = 0  # what has come, and was not yet looked at
-        self._wants: deque[Want] = deque()
+        self._wants: deque[PendingReply] = deque()
         self._body: memoryview | None = None  # of the first want
         self._filled = 0
 
@@ -79,7 +79,7 @@ class Answers:
         """Something is still to come."""
         return bool(self._wants)
 
-    def expect(self, want: Want) -> None:
+    def expect(self, want: PendingReply) -> None:
         want.begin()
         self._wants.append(want)
 
@@ -113,7 +113,7 @@ class Answers:
         try:
             while self._wants:
                 self._next(self._wants[0])
-        except _More:
+        except _Incomplete:
             return
         if self._begin < self._end:
             raise TierDown("answers to what was not asked")
@@ -121,7 +121,7 @@ class Answers:
         if len(self._buffer) > _ROOM:
             self._buffer = bytearray(_ROOM)
 
-    def _next(self, want: Want) -> None:
+    def _next(self, want: PendingReply) -> None:
         if want.into is not None:
             answer = self._bulk_into(want.into)
         else:
@@ -134,7 +134,7 @@ class Answers:
             if not want.future.done():  # else its caller has gone
                 want.future.set_result(want.got)
 
-    def _bulk_into(self, into: memoryview) -> Answer:
+    def _bulk_into(self, into: memoryview) -> Reply:
         """A bulk string's length, once all of it is where it belongs; None: there is none."""
         if self._body is None:
             kind, text, at = self._line(self._begin)
@@ -154,12 +154,12 @@ class Answers:
             self._body, self._filled, self._begin = into[:length], here, at + here
         if self._filled < len(self._body):
             self._begin = self._end = 0
-            raise _More
+            raise _Incomplete
         self._begin = self._crlf(self._begin)
         length, self._body = len(self._body), None
         return length
 
-    def _parse(self, at: int, limit: int, depth: int) -> tuple[Answer, int]:
+    def _parse(self, at: int, limit: int, depth: int) -> tuple[Reply, int]:
         """The answer at `at`, and where it ends."""
         kind, text, at = self._line(at)
         if kind == b"+":
@@ -177,26 +177,26 @@ class Answers:
             raise TierDown(f"an answer of {size} parts or bytes, {limit} bytes at most were due")
         if kind == b"$":
             if self._end - at < size + 2:
-                raise _More
+                raise _Incomplete
             return bytes(self._buffer[at : at + size]), self._crlf(at + size)
-        parts: list[Answer] = []
+        parts: list[Reply] = []
         for _ in range(size):
             part, at = self._parse(at, limit, depth + 1)
             parts.append(part)
         return parts, at
 
     def _line(self, at: int) -> tuple[bytes, bytes, int]:
-        """Kind, text and end of the line at `at`."""
+        """Topology, text and end of the line at `at`."""
         end = self._buffer.find(b"\r\n", at, min(self._end, at + _LINE))
         if end < 0:
             if self._end - at >= _LINE:
                 raise TierDown(f"a line longer than {_LINE} bytes")
-            raise _More
+            raise _Incomplete
         return bytes(self._buffer[at : at + 1]), bytes(self._buffer[at + 1 : end]), end + 2
 
     def _crlf(self, at: int) -> int:
         if self._end - at < 2:
-            raise _More
+            raise _Incomplete
         if self._buffer[at : at + 2] != b"\r\n":
             raise TierDown("a bulk string longer than it said")
         return at + 2
@@ -223,6 +223,6 @@ def _number(text: bytes) -> int:
     return int(text)
 
 
-def _refusal(text: bytes) -> Refusal:
+def _refusal(text: bytes) -> ErrorReply:
     word = text.split(b" ", 1)[0][:24]
-    return Refusal(word.decode() if word.isalpha() and word.isupper() else "ERR")
+    return ErrorReply(word.decode() if word.isalpha() and word.isupper() else "ERR")

@@ -27,7 +27,7 @@ import anyio
 from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Object
 from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.tier import (
     HoldingsCount,
     Read,
@@ -37,10 +37,10 @@ from tierloom.stages.tiers.contract.tier import (
     require_sealed,
 )
 from tierloom.stages.tiers.net.tls import client_context
-from tierloom.stages.tiers.redis.connection import Connection, Login
+from tierloom.stages.tiers.redis.connection import Credentials, RespConnection
 from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, Manifest, dropping
-from tierloom.stages.tiers.redis.reads import Load, carry
-from tierloom.stages.tiers.redis.resp import Answer, Refusal, Want, command
+from tierloom.stages.tiers.redis.reads import PendingRead, fetch_pieces
+from tierloom.stages.tiers.redis.resp import ErrorReply, PendingReply, Reply, command
 from tierloom.stages.tiers.redis.topology import Cluster, Moved, Node, Sentinel, Servers
 from tierloom.stages.tiers.redis.url import parse_url, password_of
 
@@ -143,7 +143,7 @@ class Redis(Tier):
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
-        loads = [Load(read, self.ctx, self.counts) for read in reads]
+        loads = [PendingRead(read, self.ctx, self.counts) for read in reads]
         try:
             failed = await self._up.each(
                 [read.key for read in reads],
@@ -206,35 +206,35 @@ class Redis(Tier):
         url, o = self._url, self.options
         tls = client_context(o.ca_file, o.cert_file, o.key_file) if url.tls else None
 
-        def enter() -> Login:
+        def enter() -> Credentials:
             password = password_of(url, o.password_env, o.password_file)
-            return Login(url.user, password, url.db, tls)
+            return Credentials(url.user, password, url.db, tls)
 
         if url.kind == "sentinel":
-            return Sentinel(url.hosts, enter, url.service, stall=o.stall, lanes=o.connections)
+            return Sentinel(url.hosts, enter, url.service, stall=o.stall, connections=o.connections)
         kind = Cluster if url.kind == "cluster" else Servers
-        return kind(url.hosts, enter, stall=o.stall, lanes=o.connections)
+        return kind(url.hosts, enter, stall=o.stall, connections=o.connections)
 
     def _name(self, key: bytes) -> bytes:
         return b"%b{%b}" % (self._space, key.hex().encode())
 
     async def _quick(
         self, node: Node, commands: list[bytes], *, limit: int = 64 << 10
-    ) -> list[Answer]:
-        """Answers to small commands, which wait for no payload. What is refused raises, but for a
+    ) -> list[Reply]:
+        """Replies to small commands, which wait for no payload. What is refused raises, but for a
         key that holds no string."""
-        answers: list[Answer] = []
+        answers: list[Reply] = []
         if commands:
             async with node.quick.connection() as connection:
                 for at in range(0, len(commands), _BATCH):
                     some = commands[at : at + _BATCH]
                     answers += await connection.call(some, limit=max(limit, 256 * len(some)))
         for answer in answers:
-            if isinstance(answer, Refusal) and answer.code != "WRONGTYPE":
-                raise _trouble(answer)
+            if isinstance(answer, ErrorReply) and answer.code != "WRONGTYPE":
+                raise _error_of(answer)
         return answers
 
-    async def _read(self, node: Node, loads: list[Load]) -> None:
+    async def _read(self, node: Node, loads: list[PendingRead]) -> None:
         """The manifests in one round trip; then the pieces, those of the first frames first."""
         wanted = [load for load in loads if load.due]
         asked = [word for load in wanted for word in self._ask(load.read.key)]
@@ -246,7 +246,7 @@ class Redis(Tier):
             if self._ttl and isinstance(left, int) and left < self._ttl // 2:
                 renew.append(load)
             await anyio.lowlevel.checkpoint()  # a header takes 50 us
-        await carry(node, loads, self.options.window, _trouble)
+        await fetch_pieces(node, loads, self.options.window, _error_of)
         bad = [(load, load.proof) for load in loads if load.proof]
         again = [load.manifest.renew(self._ttl) for load in renew if load.whole and load.manifest]
         with suppress(OSError, TierDown):  # who may only read, reads
@@ -254,7 +254,7 @@ class Redis(Tier):
                 await self._expel(node, bad)
             await self._quick(node, again)
 
-    async def _expel(self, node: Node, bad: list[tuple[Load, Damaged]]) -> None:
+    async def _expel(self, node: Node, bad: list[tuple[PendingRead, Damaged]]) -> None:
         """Drop objects, on proof that they are damaged: those that were read, not what another has
         put there meanwhile."""
         await self._forget(node, [(self._name(load.read.key), load.seen) for load, _ in bad])
@@ -277,28 +277,28 @@ class Redis(Tier):
                     outcome[i] = await self._store(connection, objects[i], names[i])
 
         count = max(1, min(node.bulk.free, len(which)))
-        await fan(worker, range(count), count)
+        await map_concurrently(worker, range(count), count)
 
-    async def _store(self, connection: Connection, obj: Object, name: bytes) -> Lost | None:
+    async def _store(self, connection: RespConnection, obj: Object, name: bytes) -> Lost | None:
         """Pieces, a few at once, then the manifest, all in one stream."""
         header, view = obj.header, obj.lease.view
         head = header.header_bytes
         manifest = Manifest(name, secrets.token_bytes(8), header.nbytes, self.options.piece, head)
-        under_way: list[Want] = []
+        under_way: list[PendingReply] = []
         full = False
         for number, begin, stop in manifest.parts(head, header.nbytes):
             if len(under_way) == _AHEAD:
                 full = full or _is_full(await under_way.pop(0).future)
             if full:
                 break
-            want = Want(asyncio.get_running_loop().create_future(), lease=obj.lease)
+            want = PendingReply(asyncio.get_running_loop().create_future(), lease=obj.lease)
             under_way.append(await connection.send(manifest.store(number, view[begin:stop]), want))
         for want in under_way:
             full = _is_full(await want.future) or full
         if not full:
             kept = (await connection.call([manifest.commit(view[:head], self._ttl)]))[0]
-            if isinstance(kept, Refusal) and kept.code != "OOM":
-                raise _trouble(kept)
+            if isinstance(kept, ErrorReply) and kept.code != "OOM":
+                raise _error_of(kept)
             if kept == 1:
                 self.counts.puts += 1
                 self.counts.bytes_in += header.nbytes
@@ -315,7 +315,7 @@ class Redis(Tier):
         answers = await self._quick(node, asked)
         return await self._forget(node, list(zip(names, answers, strict=True)))
 
-    async def _forget(self, node: Node, there: list[tuple[bytes, Answer]]) -> int:
+    async def _forget(self, node: Node, there: list[tuple[bytes, Reply]]) -> int:
         """Drop what has these names as long as it begins so still; how many objects there were."""
         orders = [dropping(name, raw) for name, raw in there]
         dropped = 0
@@ -327,15 +327,15 @@ class Redis(Tier):
         return dropped
 
 
-def _is_full(answers: list[Answer]) -> bool:
+def _is_full(answers: list[Reply]) -> bool:
     """Whether the server had no room for a piece."""
     answer = answers[0]
-    if isinstance(answer, Refusal) and answer.code != "OOM":
-        raise _trouble(answer)
-    return isinstance(answer, Refusal)
+    if isinstance(answer, ErrorReply) and answer.code != "OOM":
+        raise _error_of(answer)
+    return isinstance(answer, ErrorReply)
 
 
-def _trouble(refusal: Refusal) -> TierDown:
+def _error_of(refusal: ErrorReply) -> TierDown:
     """What a refused command means for its server."""
     if refusal.code in ("MOVED", "ASK", "TRYAGAIN"):
         return Moved(f"redis: {refusal.code}; of a cluster the url begins with redis-cluster://")

@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.net.connection_pool import ConnectionPool
-from tierloom.stages.tiers.redis.connection import Connection, Login, NotLetIn, connect
-from tierloom.stages.tiers.redis.resp import Answer, Refusal, command
+from tierloom.stages.tiers.redis.connection import AuthError, Credentials, RespConnection, connect
+from tierloom.stages.tiers.redis.resp import ErrorReply, Reply, command
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ class Moved(TierDown):
 class Node:
     """One server: its connections, and whether it answers."""
 
-    def __init__(self, make: Callable[[], Awaitable[Connection]], lanes: int) -> None:
+    def __init__(self, make: Callable[[], Awaitable[RespConnection]], connections: int) -> None:
         self._make = make
-        self._connections: set[Connection] = set()
+        self._connections: set[RespConnection] = set()
         self.quick = ConnectionPool(self._connect, _QUICK)
-        self.bulk = ConnectionPool(self._connect, lanes)
+        self.bulk = ConnectionPool(self._connect, connections)
         self.error: Exception | None = None
         """Why its last call failed; None: it did not."""
         self.retry = 0.0
@@ -57,7 +57,7 @@ class Node:
         for connection in list(self._connections):
             await connection.gone
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> RespConnection:
         self._connections = {c for c in self._connections if not c.gone.done()}
         connection = await self._make()
         self._connections.add(connection)
@@ -71,12 +71,17 @@ class Servers:
     """Keys may move from node to node, and no node is to blame."""
 
     def __init__(
-        self, hosts: Sequence[Address], enter: Callable[[], Login], *, stall: float, lanes: int
+        self,
+        hosts: Sequence[Address],
+        enter: Callable[[], Credentials],
+        *,
+        stall: float,
+        connections: int,
     ) -> None:
-        """`enter` says how to log in, and may raise ConfigError. `lanes`: connections to each
+        """`enter` says how to log in, and may raise ConfigError. `connections`: connections to each
         server for payloads. To be made on the loop."""
-        self._hosts, self._enter, self._stall, self._lanes = hosts, enter, stall, lanes
-        self.nodes = [Node(self._make, lanes)]
+        self._hosts, self._enter, self._stall, self._limit = hosts, enter, stall, connections
+        self.nodes = [Node(self._make, connections)]
         self._opened = False
 
     async def open(self) -> None:
@@ -84,7 +89,7 @@ class Servers:
         try:
             async with self.nodes[0].quick.connection():
                 pass
-        except NotLetIn as error:
+        except AuthError as error:
             raise ConfigError(str(error)) from error
         self._opened = True
 
@@ -124,7 +129,7 @@ class Servers:
                 self._lost(node)
 
         pairs = [(node, which) for node, which in groups.items() if node is not None]
-        await fan(go, pairs, len(pairs))
+        await map_concurrently(go, pairs, len(pairs))
         errors = [node.error for node in self.nodes if node.error is not None]
         if failed and len(errors) == len(self.nodes):
             raise errors[0]
@@ -139,12 +144,12 @@ class Servers:
     async def _look_around(self) -> None:
         """Ask again where things are, where that may have changed."""
 
-    async def _make(self) -> Connection:
+    async def _make(self) -> RespConnection:
         return await self._connect(self._hosts[0])
 
     async def _ask(
         self, address: Address, *words: str, limit: int = 16 << 10, sentinel: bool = False
-    ) -> Answer:
+    ) -> Reply:
         """The answer to one command, on a connection for it alone."""
         connection = await self._connect(address, sentinel=sentinel)
         try:
@@ -152,7 +157,7 @@ class Servers:
         finally:
             connection.abort(TierDown("asked"))
 
-    async def _connect(self, address: Address, *, sentinel: bool = False) -> Connection:
+    async def _connect(self, address: Address, *, sentinel: bool = False) -> RespConnection:
         try:
             entry = self._enter()
         except ConfigError as error:
@@ -161,8 +166,8 @@ class Servers:
             raise
         if sentinel:
             try:
-                return await connect(address, Login("", "", 0, entry.tls), self._stall)
-            except NotLetIn:
+                return await connect(address, Credentials("", "", 0, entry.tls), self._stall)
+            except AuthError:
                 entry = entry._replace(db=0)
         try:
             return await connect(address, entry, self._stall)
@@ -178,10 +183,10 @@ class Sentinel(Servers):
     """The master of a service, which sentinels know; who that is may change at any time."""
 
     def __init__(
-        self, hosts: Sequence[Address], enter: Callable[[], Login], service: str, *, stall: float,
-        lanes: int,
+        self, hosts: Sequence[Address], enter: Callable[[], Credentials], service: str, *,
+        stall: float, connections: int,
     ) -> None:  # fmt: skip
-        super().__init__(hosts, enter, stall=stall, lanes=lanes)
+        super().__init__(hosts, enter, stall=stall, connections=connections)
         self._sentinels = deque(hosts)
         self._service = service
         self._master: Address | None = None
@@ -189,7 +194,7 @@ class Sentinel(Servers):
     def _lost(self, node: Node) -> None:
         self._master = None
 
-    async def _make(self) -> Connection:
+    async def _make(self) -> RespConnection:
         if self._master is None:
             self._master = await self._find()
         master = self._master
@@ -200,7 +205,7 @@ class Sentinel(Servers):
             connection.abort(TierDown("its role is not known"))
             raise
         # Who is not allowed to ask finds out by the first store.
-        if not isinstance(role, Refusal) and not (
+        if not isinstance(role, ErrorReply) and not (
             isinstance(role, list) and role[:1] == [b"master"]
         ):
             self._master = None
@@ -216,7 +221,7 @@ class Sentinel(Servers):
             self._sentinels.rotate(-1)  # who hangs is asked last next time
             try:
                 answer = await self._ask(address, *ask, sentinel=True)
-            except NotLetIn:
+            except AuthError:
                 raise
             except (OSError, TierDown) as error:
                 why = str(error)
@@ -236,9 +241,14 @@ class Cluster(Servers):
     moves = True
 
     def __init__(
-        self, hosts: Sequence[Address], enter: Callable[[], Login], *, stall: float, lanes: int
+        self,
+        hosts: Sequence[Address],
+        enter: Callable[[], Credentials],
+        *,
+        stall: float,
+        connections: int,
     ) -> None:
-        super().__init__(hosts, enter, stall=stall, lanes=lanes)
+        super().__init__(hosts, enter, stall=stall, connections=connections)
         self.nodes = []
         self._by_address: dict[Address, Node] = {}
         self._slots: list[Node | None] = [None] * SLOTS
@@ -247,7 +257,7 @@ class Cluster(Servers):
     async def open(self) -> None:
         try:
             await self._learn()
-        except NotLetIn as error:
+        except AuthError as error:
             raise ConfigError(str(error)) from error
         self._opened = True
 
@@ -296,10 +306,10 @@ class Cluster(Servers):
             node = self._by_address.get(address)
             if node is None:
 
-                async def make(address: Address = address) -> Connection:
+                async def make(address: Address = address) -> RespConnection:
                     return await self._connect(address)
 
-                node = self._by_address[address] = Node(make, self._lanes)
+                node = self._by_address[address] = Node(make, self._limit)
             used[address] = node
             slots[first : last + 1] = [node] * (last + 1 - first)
         gone = [node for address, node in self._by_address.items() if address not in used]
@@ -308,9 +318,9 @@ class Cluster(Servers):
             node.failed(TierDown("no longer in the cluster"))
 
 
-def _ranges(answer: Answer, host: str) -> list[tuple[int, int, Address]]:
+def _ranges(answer: Reply, host: str) -> list[tuple[int, int, Address]]:
     """What CLUSTER SLOTS says. `host`: whom a node means that names none. Raises TierDown."""
-    if isinstance(answer, Refusal):
+    if isinstance(answer, ErrorReply):
         raise TierDown(f"redis at {host} tells no slots: {answer.code}")
     found = []
     for entry in answer if isinstance(answer, list) else []:

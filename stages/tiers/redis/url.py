@@ -18,9 +18,9 @@ from tierloom.stages.errors import ConfigError
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.net.credentials import secret_in_env, secret_in_file
 
-Kind = Literal["single", "sentinel", "cluster"]
+Topology = Literal["single", "sentinel", "cluster"]
 
-_SCHEMES: dict[str, tuple[Kind, bool]] = {
+_SCHEMES: dict[str, tuple[Topology, bool]] = {
     "redis": ("single", False), "rediss": ("single", True), "unix": ("single", False),
     "redis-sentinel": ("sentinel", False), "rediss-sentinel": ("sentinel", True),
     "redis-cluster": ("cluster", False), "rediss-cluster": ("cluster", True),
@@ -31,7 +31,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?")
 class Url(NamedTuple):
     """A URL taken apart."""
 
-    kind: Kind
+    kind: Topology
     tls: bool
     hosts: tuple[Address, ...]
     service: str

@@ -1,4 +1,4 @@
-"""How a client of `tierloom serve` gets a line: addresses, TLS, token, the first three words."""
+"""The client of `tierloom serve`: address, TLS, token, handshake and connections."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tierloom.stages.tiers.net.connection_pool import ConnectionPool
 from tierloom.stages.tiers.net.credentials import secret_in_file
 from tierloom.stages.tiers.net.tls import client_context
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.connection import Line
-from tierloom.stages.tiers.server.shared_memory import Lender
+from tierloom.stages.tiers.server.connection import Connection
+from tierloom.stages.tiers.server.shared_memory import SharedMemory
 
 TOKEN = "TIERLOOM_TOKEN"
 """Environment variable of the token, where no file is named."""
@@ -33,7 +33,7 @@ def address_of(url: str) -> Address:
     return Address.parse(url, "tierloom", tls="tierloom+tls", unix="tierloom+unix", port=PORT)
 
 
-class Known(NamedTuple):
+class Handshake(NamedTuple):
     """What the two sides told each other."""
 
     epoch: bytes
@@ -42,7 +42,7 @@ class Known(NamedTuple):
     """The server's memory; the receiver closes it."""
 
 
-class Refused(TierDown):
+class Rejected(TierDown):
     """The server will not have us, and will not next time."""
 
 
@@ -52,84 +52,86 @@ def read_token(file: str) -> bytes:
     return token.strip().encode()
 
 
-async def connect(address: Address, context: ssl.SSLContext | None) -> Line:
-    """A connected line. Raises OSError."""
+async def connect(address: Address, context: ssl.SSLContext | None) -> Connection:
+    """A connected connection. Raises OSError."""
     if address.path:
         return await _reach(socket.AF_UNIX, address.path)
     found = await anyio.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     error: OSError = OSError(f"{address.host} has no address")
     for family, _, _, _, where in found:
         try:
-            line = await _reach(family, where)
+            connection = await _reach(family, where)
         except OSError as e:
             error = e
             continue
         if context is None:
-            return line
+            return connection
         try:
             sock = context.wrap_socket(
-                line.sock, server_hostname=address.host, do_handshake_on_connect=False
+                connection.sock, server_hostname=address.host, do_handshake_on_connect=False
             )
-            line = Line(sock)
-            await line.handshake()
+            connection = Connection(sock)
+            await connection.handshake()
         except BaseException:
-            line.close()
+            connection.close()
             raise
-        return line
+        return connection
     raise error
 
 
-async def _reach(family: int, where: object) -> Line:
-    line = Line(socket.socket(family, socket.SOCK_STREAM))
+async def _reach(family: int, where: object) -> Connection:
+    connection = Connection(socket.socket(family, socket.SOCK_STREAM))
     try:
-        code = line.sock.connect_ex(where)  # type: ignore[arg-type]
+        code = connection.sock.connect_ex(where)  # type: ignore[arg-type]
         if code == errno.EINPROGRESS:
-            await anyio.wait_writable(line.sock)
-            code = line.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            await anyio.wait_writable(connection.sock)
+            code = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     except BaseException:
-        line.close()
+        connection.close()
         raise
     if code:
-        line.close()
+        connection.close()
         raise OSError(code, os.strerror(code))
-    return line
+    return connection
 
 
-async def introduce(line: Line, token: bytes, namespace: bytes, *, memory: bool) -> Known:
+async def shake_hands(
+    connection: Connection, token: bytes, namespace: bytes, *, memory: bool
+) -> Handshake:
     """Greeting, hello, welcome. `memory`: ask for the server's. Raises TierDown, OSError."""
-    greeting = wire.greeting_of((await _said(line, wire.Kind.GREETING)).body)
+    greeting = wire.greeting_of((await _said(connection, wire.Kind.GREETING)).body)
     if not greeting.oldest <= wire.VERSION <= greeting.newest:
-        raise Refused(
+        raise Rejected(
             f"the server speaks versions {greeting.oldest} to {greeting.newest} of the protocol, "
             f"this tierloom {wire.VERSION}: let both be of one release"
         )
     if greeting.guarded and not token:
-        raise Refused(f"the server wants a token: set token_file, or {TOKEN}")
+        raise Rejected(f"the server wants a token: set token_file, or {TOKEN}")
     if token and not greeting.guarded:
-        raise Refused("the server wants no token although we have one: it may be another's")
+        raise Rejected("the server wants no token although we have one: it may be another's")
     nonce = secrets.token_bytes(wire.NONCE)
     said = (greeting.epoch, greeting.nonce, nonce, namespace)
     proof = wire.proof(token, b"client", *said)
     hello = wire.Hello(wire.VERSION, wire.MEMORY if memory else 0, namespace, nonce, proof)
-    await line.send(wire.message(wire.Kind.HELLO, 0, wire.pack_hello(hello)))
+    await connection.send(wire.message(wire.Kind.HELLO, 0, wire.pack_hello(hello)))
     fds: list[int] = []
     try:
         if memory:  # by `recvmsg`: an ordinary read would lose what comes with the bytes
-            await anyio.wait_readable(line.sock)
-            raw, fds, _, _ = socket.recv_fds(line.sock, wire.WELCOME_BYTES, 1)
-            line.push_back(raw)
-        welcome = wire.welcome_of((await _said(line, wire.Kind.WELCOME)).body)
+            await anyio.wait_readable(connection.sock)
+            raw, fds, _, _ = socket.recv_fds(connection.sock, wire.WELCOME_BYTES, 1)
+            connection.push_back(raw)
+        welcome = wire.welcome_of((await _said(connection, wire.Kind.WELCOME)).body)
         if not hmac.compare_digest(welcome.proof, wire.proof(token, b"server", *said)):
-            raise Refused("the server does not know our token")
+            raise Rejected("the server does not know our token")
         lends = welcome.flags & wire.MEMORY and fds
-        return Known(greeting.epoch, welcome, fds.pop() if lends else -1)
+        return Handshake(greeting.epoch, welcome, fds.pop() if lends else -1)
     finally:
         for fd in fds:
             os.close(fd)
 
 
-class Lines:
-    """The lines of one client: idle ones, and the one to the server's memory. On one loop."""
+class Client:
+    """The connections of one client: idle ones, and the one to the server's memory. On one loop."""
 
     def __init__(
         self, address: Address, namespace: bytes, anew: Callable[[], None], *, share: bool
@@ -140,8 +142,8 @@ class Lines:
         self.shares = share and bool(address.path)
         self.welcome = wire.Welcome(0, b"", 0, 0, 0)
         self._epoch = b""
-        self._pool: ConnectionPool[Line] | None = None
-        self._lender: Lender | None = None
+        self._pool: ConnectionPool[Connection] | None = None
+        self._shared_memory: SharedMemory | None = None
 
     def prepare(self, token_file: str, ca_file: str, connections: int) -> None:
         """Raises ConfigError."""
@@ -151,59 +153,59 @@ class Lines:
         self._meeting = anyio.Lock()
 
     def close(self) -> None:
-        if self._lender is not None:
-            self._lender.retire()
+        if self._shared_memory is not None:
+            self._shared_memory.retire()
         if self._pool is not None:
             self._pool.close()
 
-    def connection(self) -> AbstractAsyncContextManager[Line]:
+    def connection(self) -> AbstractAsyncContextManager[Connection]:
         """A connection for one question; closed unless that was answered to its end."""
         assert self._pool is not None
         return self._pool.connection()
 
-    async def lender(self) -> Lender | None:
+    async def shared_memory(self) -> SharedMemory | None:
         """The connection to the server's memory; None where it does not share that."""
         async with self._meeting:
-            if self._lender is not None:
-                if self._lender.is_there:
-                    return self._lender
-                self._lender.retire()
-            from tierloom.stages.tiers.server.shared_memory import Lender
+            if self._shared_memory is not None:
+                if self._shared_memory.is_there:
+                    return self._shared_memory
+                self._shared_memory.retire()
+            from tierloom.stages.tiers.server.shared_memory import SharedMemory
 
-            line, known = await self._dial(memory=True)
+            connection, known = await self._dial(memory=True)
             if known.fd < 0:
                 self.shares = False
-                line.close()
+                connection.close()
                 return None
             try:
-                self._lender = Lender(line, known.fd, known.welcome.memory)
+                self._shared_memory = SharedMemory(connection, known.fd, known.welcome.memory)
             except BaseException:
-                line.close()
+                connection.close()
                 raise
             finally:
                 os.close(known.fd)
-            return self._lender
+            return self._shared_memory
 
-    async def _connect(self) -> Line:
+    async def _connect(self) -> Connection:
         return (await self._dial(memory=False))[0]
 
-    async def _dial(self, *, memory: bool) -> tuple[Line, Known]:
-        line = await connect(self._address, self._context)
+    async def _dial(self, *, memory: bool) -> tuple[Connection, Handshake]:
+        connection = await connect(self._address, self._context)
         try:
-            known = await introduce(line, self._token, self._namespace, memory=memory)
+            known = await shake_hands(connection, self._token, self._namespace, memory=memory)
         except BaseException:
-            line.close()
+            connection.close()
             raise
         if self._epoch and known.epoch != self._epoch:
             self._anew()
-            if self._lender is not None:
-                self._lender.retire()
+            if self._shared_memory is not None:
+                self._shared_memory.retire()
         self._epoch, self.welcome = known.epoch, known.welcome
-        return line, known
+        return connection, known
 
 
-async def _said(line: Line, kind: wire.Kind) -> wire.Message:
-    message = await line.message(wire.FIRST)
+async def _said(connection: Connection, kind: wire.Kind) -> wire.Message:
+    message = await connection.message(wire.FIRST)
     refuse(message, kind)
     return message
 
@@ -214,6 +216,6 @@ def refuse(message: wire.Message, wanted: wire.Kind) -> None:
         return
     if message.kind is wire.Kind.ERROR:
         code, text = wire.error_of(message.body)
-        final = code in (wire.Refusal.TOKEN, wire.Refusal.VERSION)
-        raise (Refused if final else TierDown)(f"the server says: {text}")
+        final = code in (wire.ErrorCode.TOKEN, wire.ErrorCode.VERSION)
+        raise (Rejected if final else TierDown)(f"the server says: {text}")
     raise wire.BadMessage(f"{message.kind.name} came where {wanted.name} was due")

@@ -1,7 +1,7 @@
 """One connection that speaks the messages of `wire`, over TCP, TLS or a unix socket; either side's.
 
 The task that asks reads and writes the socket itself, so whoever is cancelled stops at once: no
-byte lands in memory that was given back. A line left in the middle of something is closed.
+byte lands in memory that was given back. A connection left in the middle of something is closed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SLOWEST = 1 << 20
 """Bytes per second that a peer must at least take, or send."""
 
 
-class Hangup(TierDown):
+class Disconnected(TierDown):
     """The other side closed the connection."""
 
 
-class Line:
+class Connection:
     """A connected socket, which it owns."""
 
     def __init__(self, sock: socket.socket, *, stall: float = 0.0) -> None:
@@ -71,7 +71,7 @@ class Line:
             await self._more()
 
     async def message(self, limit: int = wire.BODY) -> wire.Message:
-        """The next message. Raises BadMessage, Hangup, OSError."""
+        """The next message. Raises BadMessage, Disconnected, OSError."""
         await self.readable()
         with self._within(0):
             kind, number, length = wire.head(await self._take(wire.HEAD.size), limit)
@@ -178,7 +178,7 @@ class Line:
     async def _receive(self, view: memoryview) -> int:
         got = await self._do(partial(self.sock.recv_into, view))
         if not got:
-            raise Hangup("the other side closed the connection")
+            raise Disconnected("the other side closed the connection")
         return got
 
     async def _do(self, call: Callable[[], int | None], *, writes: bool = False) -> int:

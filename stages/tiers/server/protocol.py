@@ -68,7 +68,7 @@ class Kind(IntEnum):
     SETTLE = 26
 
 
-class Refusal(IntEnum):
+class ErrorCode(IntEnum):
     """Why a server ends a connection."""
 
     MALFORMED = 1
@@ -313,7 +313,7 @@ def kept_of(body: bytes, count: int) -> tuple[list[int], Holdings]:
     return codes_of(body[:count], count), holdings_of(body[count:])
 
 
-def pack_error(why: Refusal, text: str) -> bytes:
+def pack_error(why: ErrorCode, text: str) -> bytes:
     return _ERROR.pack(why) + text.encode()[:500]
 
 

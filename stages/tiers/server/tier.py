@@ -21,8 +21,8 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat, require_sealed
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.client import Lines, Refused, address_of, refuse
-from tierloom.stages.tiers.server.connection import Line
+from tierloom.stages.tiers.server.client import Client, Rejected, address_of, refuse
+from tierloom.stages.tiers.server.connection import Connection
 
 T = TypeVar("T")
 _Bad: TypeAlias = list[ObjectReader]
@@ -63,7 +63,7 @@ class Server(ReadingTier):
         self.options = options
         # A device reads nothing but the memory that was made known to it.
         shares = options.share and not ctx.arena.pinned
-        self._lines = Lines(address_of(options.url), ctx.namespace, self._anew, share=shares)
+        self._client = Client(address_of(options.url), ctx.namespace, self._anew, share=shares)
         self._number = 0
         self._holds = _NOTHING
         self._unsettled: list[bytes] = []
@@ -72,14 +72,16 @@ class Server(ReadingTier):
         """Connect once. Raises ConfigError where that can never work, TierDown, OSError."""
         if not self.ctx.namespace:
             raise ConfigError("server: a tier of a server needs a namespace")
-        self._lines.prepare(self.options.token_file, self.options.ca_file, self.options.connections)
+        self._client.prepare(
+            self.options.token_file, self.options.ca_file, self.options.connections
+        )
         try:
             await self._ask(wire.Kind.STAT)
-        except Refused as error:
+        except Rejected as error:
             raise ConfigError(f"{self.options.url}: {error}") from None
 
     async def close(self) -> None:
-        self._lines.close()
+        self._client.close()
 
     def order_for_eviction(self, keys: Sequence[bytes]) -> None:
         """Told to the server with the next question."""
@@ -95,7 +97,7 @@ class Server(ReadingTier):
     async def read(self, reads: Sequence[Read]) -> None:
         bad: _Bad = []
         for part in _parts(reads, wire.OBJECTS):
-            left = await self._borrow(part, bad) if self._lines.shares else part
+            left = await self._borrow(part, bad) if self._client.shares else part
             if left:
                 await self._fetch(left, bad)
         for reader in bad:
@@ -104,15 +106,15 @@ class Server(ReadingTier):
 
     async def _head(self, key: bytes, nbytes: int) -> bytes:
         asked = wire.Wanted(key, 0, 0, 0)
-        async with self._lines.connection() as line:
-            number = await self._send(line, wire.Kind.GET, wire.pack_wanted([asked]))
-            body = await self._answer(line, number, wire.Kind.ITEM)
-            item = wire.item_of(body, asked, self._lines.welcome.largest)
+        async with self._client.connection() as connection:
+            number = await self._send(connection, wire.Kind.GET, wire.pack_wanted([asked]))
+            body = await self._answer(connection, number, wire.Kind.ITEM)
+            item = wire.item_of(body, asked, self._client.welcome.largest)
             if item.code:
                 raise FileNotFoundError(key.hex())
             head = bytearray(min(nbytes, item.end))
-            await line.fill(memoryview(head))
-            await line.skip(item.end - len(head))
+            await connection.fill(memoryview(head))
+            await connection.skip(item.end - len(head))
         return bytes(head)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
@@ -122,7 +124,7 @@ class Server(ReadingTier):
         nbytes = 0
         for obj in reversed(objects):  # so that the prompt's head is the last to go
             nbytes += obj.header.nbytes
-            if part and (nbytes > self._lines.welcome.window or len(part) == wire.OBJECTS):
+            if part and (nbytes > self._client.welcome.window or len(part) == wire.OBJECTS):
                 codes += await self._offer(part)
                 part, nbytes = [], obj.header.nbytes
             part.append(obj)
@@ -153,13 +155,15 @@ class Server(ReadingTier):
         ]
         if not fresh:
             return left
-        lender = await self._lines.lender()
-        if lender is None:
+        shared_memory = await self._client.shared_memory()
+        if shared_memory is None:
             return [*left, *fresh]
-        from tierloom.stages.tiers.server.shared_memory import Lent
+        from tierloom.stages.tiers.server.shared_memory import SharedLease
 
-        loans = await lender.borrow([read.key for read in fresh])
-        leases = [None if loan.code else Lent(lender, loan) for loan in loans]  # at once, all
+        loans = await shared_memory.borrow([read.key for read in fresh])
+        leases = [
+            None if loan.code else SharedLease(shared_memory, loan) for loan in loans
+        ]  # at once, all
         for read, loan, lease in zip(fresh, loans, leases, strict=True):
             if lease is not None:
                 with ObjectReader(read, self.ctx.arena, self.counts) as reader:
@@ -179,31 +183,33 @@ class Server(ReadingTier):
             first, nbytes = (held.loaded, held.header.nbytes) if held is not None else (0, 0)
             upto = _frames(held, read.upto) if held is not None else min(read.upto, _WHOLE)
             wanted.append(wire.Wanted(read.key, first, max(upto, first), nbytes))
-        async with self._lines.connection() as line:
-            number = await self._send(line, wire.Kind.GET, wire.pack_wanted(wanted))
+        async with self._client.connection() as connection:
+            number = await self._send(connection, wire.Kind.GET, wire.pack_wanted(wanted))
             for read, asked in zip(reads, wanted, strict=True):
-                body = await self._answer(line, number, wire.Kind.ITEM)
-                item = wire.item_of(body, asked, self._lines.welcome.largest)
+                body = await self._answer(connection, number, wire.Kind.ITEM)
+                item = wire.item_of(body, asked, self._client.welcome.largest)
                 if item.code:
                     self._miss(read, item.code)
                 elif read.object is None:
-                    await self._first(line, read, item, bad)
+                    await self._first(connection, read, item, bad)
                 else:
-                    await self._further(line, read, asked, item)
+                    await self._further(connection, read, asked, item)
 
-    async def _first(self, line: Line, read: Read, item: wire.Item, bad: _Bad) -> None:
+    async def _first(self, connection: Connection, read: Read, item: wire.Item, bad: _Bad) -> None:
         """An object's header and first frames, into a new lease."""
         with ObjectReader(read, self.ctx.arena, self.counts) as reader:
             try:
                 lease = reader.lease(item.nbytes)
             except ArenaFull:
-                await line.skip(item.end)
+                await connection.skip(item.end)
                 raise
-            await line.fill(lease.view[: item.end], leases=(lease,))
+            await connection.fill(lease.view[: item.end], leases=(lease,))
             self._judge(reader, lease, item)
         bad.append(reader)
 
-    async def _further(self, line: Line, read: Read, asked: wire.Wanted, item: wire.Item) -> None:
+    async def _further(
+        self, connection: Connection, read: Read, asked: wire.Wanted, item: wire.Item
+    ) -> None:
         """More frames of an object whose first have come."""
         with ObjectReader(read, self.ctx.arena, self.counts) as reader:
             held = reader.held
@@ -211,7 +217,7 @@ class Server(ReadingTier):
             boundaries = held.header.boundaries
             if (item.begin, item.end) != (boundaries[asked.first], boundaries[asked.upto]):
                 raise wire.BadMessage("other frames came than were asked for")
-            await line.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
+            await connection.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
             reader.deliver(held.header, asked.upto)
 
     def _judge(self, reader: ObjectReader, lease: Lease, item: wire.Item | None) -> None:
@@ -235,14 +241,14 @@ class Server(ReadingTier):
     async def _offer(self, objects: Sequence[Object]) -> list[int]:
         """Offer a few objects, send those that are wanted; a code for each."""
         offers = [(obj.header.key, obj.header.nbytes) for obj in objects]
-        async with self._lines.connection() as line:
-            number = await self._send(line, wire.Kind.PUT, wire.pack_offers(offers))
-            body = await self._answer(line, number, wire.Kind.GRANT)
+        async with self._client.connection() as connection:
+            number = await self._send(connection, wire.Kind.PUT, wire.pack_offers(offers))
+            body = await self._answer(connection, number, wire.Kind.GRANT)
             wanted = wire.codes_of(body, len(objects), also=wire.SEND)
             for obj, code in zip(objects, wanted, strict=True):
                 if code == wire.SEND:
-                    await line.send(obj.lease.view[: obj.header.nbytes], leases=(obj.lease,))
-            body = await self._answer(line, number, wire.Kind.KEPT)
+                    await connection.send(obj.lease.view[: obj.header.nbytes], leases=(obj.lease,))
+            body = await self._answer(connection, number, wire.Kind.KEPT)
             codes, holds = wire.kept_of(body, len(objects))
             self._note(holds)
         for obj, asked, code in zip(objects, wanted, codes, strict=True):
@@ -268,20 +274,20 @@ class Server(ReadingTier):
         self._holds = _NOTHING
 
     async def _exchange(self, kind: wire.Kind, body: bytes, wanted: wire.Kind) -> bytes:
-        async with self._lines.connection() as line:
-            return await self._answer(line, await self._send(line, kind, body), wanted)
+        async with self._client.connection() as connection:
+            return await self._answer(connection, await self._send(connection, kind, body), wanted)
 
-    async def _send(self, line: Line, kind: wire.Kind, body: bytes) -> int:
+    async def _send(self, connection: Connection, kind: wire.Kind, body: bytes) -> int:
         self._number = (self._number + 1) & 0xFFFFFFFF
         number, hint = self._number, b""
         if self._unsettled:
             hint = wire.message(wire.Kind.SETTLE, 0, b"".join(self._unsettled))
             self._unsettled = []
-        await line.send(hint + wire.message(kind, number, body))
+        await connection.send(hint + wire.message(kind, number, body))
         return number
 
-    async def _answer(self, line: Line, number: int, wanted: wire.Kind) -> bytes:
-        message = await line.message()
+    async def _answer(self, connection: Connection, number: int, wanted: wire.Kind) -> bytes:
+        message = await connection.message()
         refuse(message, wanted)
         if message.number != number:
             raise wire.BadMessage("an answer to another question")

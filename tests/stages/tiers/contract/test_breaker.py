@@ -10,7 +10,8 @@ import pytest
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.memory.allocator import PAGE
-from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker, Cost
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.contract.read_cost import ReadCostModel
 from tierloom.stages.tiers.contract.tier import Read
 from tierloom.stages.tiers.memory.tier import Memory, MemoryOptions
 from tierloom.stages.tiers.wrappers.faults import Stuck, StuckOptions
@@ -313,7 +314,7 @@ class TestBreaker(TierBench):
 
 
 def test_cost_tells_latency_from_bandwidth():
-    cost = Cost()
+    cost = ReadCostModel()
     assert cost.of(1) is None
     assert cost.latency == cost.bandwidth == 0.0
     for i in range(60):
@@ -328,7 +329,7 @@ def test_cost_tells_latency_from_bandwidth():
 
 
 def test_cost_is_never_negative():
-    cost = Cost()
+    cost = ReadCostModel()
     cost.add(1 << 20, 1.0)
     cost.add(8 << 20, 0.1)  # a cold start, then quick: a falling line
     assert cost.of(1) >= 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tierloom.stages.errors import BadObject
-from tierloom.stages.tiers.disk.index_log import Journal
+from tierloom.stages.tiers.disk.index_log import IndexLog
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.testing import SIZE, TierBench, key_of
 
@@ -146,7 +146,7 @@ class TestCrash(TierBench):
         from tierloom.stages.tiers.disk.index_log import _framed, _pack_put
 
         dead, log = await self.write(tmp_path, ctx, [2, 3])
-        entries = {e.key: e for e in Journal(_copied(dead, tmp_path / "peek")).load()}
+        entries = {e.key: e for e in IndexLog(_copied(dead, tmp_path / "peek")).load()}
         false = entries[key_of(2)]
         links = b"".join(bytes([i]) * 32 for i in range(4))
         false.key, false.links = links[-32:], links
@@ -177,7 +177,7 @@ def _copied(folder: Path, to: Path) -> Path:
 
 def _replayed(folder: Path) -> set[bytes]:
     """The keys that the index files tell of."""
-    journal = Journal(_copied(folder, folder.parent / "replay"))
+    journal = IndexLog(_copied(folder, folder.parent / "replay"))
     try:
         return {entry.key for entry in journal.load()}
     finally:

@@ -14,7 +14,7 @@ from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.tiers.disk import default_folder as folder
 from tierloom.stages.tiers.disk.default_folder import DEFAULT
-from tierloom.stages.tiers.disk.folder_lock import Claim
+from tierloom.stages.tiers.disk.folder_lock import FolderLock
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.stages.tiers.files.tier import Files, FilesOptions
 from tierloom.stages.user_home import cache_folder, expanded
@@ -130,7 +130,7 @@ class TestFolder(TierBench):
     async def test_whose_a_folder_is_may_be_unknown(self, ctx, home) -> None:
         first = home / ".cache" / "tierloom"
         (first / "lock").mkdir(parents=True)  # nothing that can be read, nor locked
-        assert Claim.owner_of(first) == Claim.owner_of(home / "nowhere") == ""
+        assert FolderLock.owner_of(first) == FolderLock.owner_of(home / "nowhere") == ""
         tier = disk(ctx, A)
         with pytest.raises(TierDown, match="Is a directory"):
             await tier.open()

@@ -13,7 +13,7 @@ from processes import need
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.tiers.buckets.s3 import name_of
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers.nixl.agent import NixlMover
+from tierloom.stages.tiers.nixl.agent import NixlFileIO
 from tierloom.stages.tiers.nixl.tier import Nixl, NixlOptions
 from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
@@ -43,13 +43,13 @@ class TestPosixFiles(TierContract):
     async def test_the_plugin_moves_the_frames(self, ctx, tmp_path, clock, arena, monkeypatch):
         """Objects of a hundred KiB and more go by NIXL, in both directions."""
         moved = []
-        go = NixlMover._go
+        go = NixlFileIO._go
 
         def noted(self, verb, fd, view, at):
             moved.append((verb, len(view)))
             return go(self, verb, fd, view, at)
 
-        monkeypatch.setattr(NixlMover, "_go", noted)
+        monkeypatch.setattr(NixlFileIO, "_go", noted)
         async with self.opened(ctx, tmp_path, clock) as tier:
             await self.put(tier, 1, tokens=1024)
             assert await self.get(tier, 1, 1024) == self.bytes_of(arena, 1, 1024)
@@ -92,12 +92,12 @@ class TestPosixUring(TestPosixFiles):
 
     @pytest.fixture(autouse=True)
     def _allowed(self, arena):
-        mover = NixlMover("POSIX", {"use_uring": "true"}, arena)
+        file_io = NixlFileIO("POSIX", {"use_uring": "true"}, arena)
         try:
-            mover.start()
+            file_io.start()
         except ConfigError:
             pytest.skip("this kernel does not let us use io_uring")
-        mover.stop()
+        file_io.stop()
 
 
 class TestPosixSegments(TierContract):
@@ -231,9 +231,9 @@ class TestPlugins(TierBench):
 
     @pytest.mark.anyio
     async def test_a_plugin_that_does_not_start(self, arena):
-        mover = NixlMover("POSIX", {"use_aio": "true", "ios_pool_size": "many"}, arena)
+        file_io = NixlFileIO("POSIX", {"use_aio": "true", "ios_pool_size": "many"}, arena)
         with pytest.raises(ConfigError, match="POSIX does not start"):
-            mover.start()
+            file_io.start()
 
     @pytest.mark.anyio
     async def test_the_client_is_not_installed(self, ctx, tmp_path, clock, monkeypatch):
@@ -248,31 +248,31 @@ class TestPlugins(TierBench):
     @pytest.mark.anyio
     async def test_a_transfer_that_fails_is_the_tiers_failure(self, ctx, tmp_path, clock, arena):
         """Past the end of a file: told in words, and the next one goes well."""
-        mover = NixlMover("POSIX", {"use_aio": "true"}, arena)
-        mover.start()
+        file_io = NixlFileIO("POSIX", {"use_aio": "true"}, arena)
+        file_io.start()
         path = tmp_path / "short"
         path.write_bytes(bytes(256 << 10))
         lease = arena.lease(512 << 10)
-        fd = mover.open(path, os.O_RDWR)
+        fd = file_io.open(path, os.O_RDWR)
         with pytest.raises(TierDown, match="NIXL POSIX: transfer failed: nixlBackendError"):
-            mover.read(fd, lease.view, 0)
-        mover.read(fd, lease.view[: 256 << 10], 0)
-        mover.close(fd)
-        mover.stop()
+            file_io.read(fd, lease.view, 0)
+        file_io.read(fd, lease.view[: 256 << 10], 0)
+        file_io.close(fd)
+        file_io.stop()
         lease.release()
 
     @pytest.mark.anyio
     async def test_stopped_under_a_thread(self, ctx, tmp_path, clock, arena):
         """What is at a file still when the tier is closed ends as it would have."""
-        mover = NixlMover("POSIX", {"use_aio": "true"}, arena)
-        mover.start()
+        file_io = NixlFileIO("POSIX", {"use_aio": "true"}, arena)
+        file_io.start()
         lease = arena.lease(512 << 10)
-        fd = mover.open(tmp_path / "late", os.O_RDWR | os.O_CREAT)
-        transfer = mover._agent.begin("WRITE", [(0, 512 << 10, fd)], "FILE", lease.address)
-        mover.stop()
+        fd = file_io.open(tmp_path / "late", os.O_RDWR | os.O_CREAT)
+        transfer = file_io._agent.begin("WRITE", [(0, 512 << 10, fd)], "FILE", lease.address)
+        file_io.stop()
         while not transfer.done():  # noqa: ASYNC110
             await anyio.sleep(0.001)
-        mover.close(fd)
+        file_io.close(fd)
         assert (tmp_path / "late").read_bytes() == lease.view
         lease.release()
 

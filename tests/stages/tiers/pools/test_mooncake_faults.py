@@ -54,7 +54,7 @@ class TestFaults(TierBench):
         return made
 
     def freeze_under_a_fetch(self, tier, monkeypatch):
-        """Let the owner freeze when the next read has found its record."""
+        """Let the owner freeze when the next read has found its manifest."""
         fetch = tier._fetch
 
         def freezing(pieces):

@@ -127,7 +127,7 @@ def test_a_request_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
                 assert len(exactly(sock, SIZE)) == SIZE
                 if i < 5:
                     time.sleep(0.05)
-            assert wire.error_of(receive(sock).body)[0] == wire.Refusal.DRAINING
+            assert wire.error_of(receive(sock).body)[0] == wire.ErrorCode.DRAINING
         assert server.stop() == 0
     arena.close()
 
@@ -381,7 +381,7 @@ def test_pings_and_an_empty_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tierloom.service", "docker-compose.yaml"])
 def test_what_is_deployed_can_be_said(name: str) -> None:
-    """Each option of the command lines in configs/deploy is one of `tierloom serve`."""
+    """Each option of the command connections in configs/deploy is one of `tierloom serve`."""
     text = (ROOT / "configs" / "deploy" / name).read_text()
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     known = {option for param in command.params for option in param.opts}
@@ -390,8 +390,8 @@ def test_what_is_deployed_can_be_said(name: str) -> None:
         words = service["command"]
         assert service["build"]["dockerfile_inline"].startswith("FROM ")
     else:
-        (line,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
-        words = line.split()
+        (connection,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
+        words = connection.split()
     said = {word.split("=")[0] for word in words if word.startswith("--")}
     assert {"--config", "--listen", "--token-file"} <= said <= known
     assert "serve" in words

@@ -39,8 +39,8 @@ def within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Within]:
     monkeypatch.setattr(serve, "_HELLO", 0.5)
     made = Within(tmp_path / "socket")
     yield made
-    depot = made.serving.depot
-    eventually(lambda: depot.arena.flight == 0 and depot.arena._reserved == 0)
+    store = made.serving.store
+    eventually(lambda: store.arena.flight == 0 and store.arena._reserved == 0)
     eventually(lambda: made.serving._lending.nbytes == 0)
     eventually(lambda: not made.serving.sessions)
     made.stop()
@@ -92,7 +92,7 @@ def test_a_bad_message_ends_the_connection(url: str, raw: bytes) -> None:
         sock.sendall(raw)
         kind, _, body = receive(sock)
         assert kind is Kind.ERROR
-        assert wire.error_of(body)[0] == wire.Refusal.MALFORMED
+        assert wire.error_of(body)[0] == wire.ErrorCode.MALFORMED
         assert is_closed(sock)
     unharmed(url)
 
@@ -153,13 +153,13 @@ def test_half_an_object_is_never_seen(
     assert offer(sock, (key_of(1), SIZE)) == [wire.SEND]
     sock.sendall(whole[: int(part * SIZE)])
     unharmed(url)
-    assert within.serving.depot.arena.flight == SIZE
+    assert within.serving.store.arena.flight == SIZE
     if ending == "dies":
         reset(sock)
     else:
         assert is_closed(sock)
         sock.close()
-    eventually(lambda: within.serving.depot.arena.flight == 0)
+    eventually(lambda: within.serving.store.arena.flight == 0)
     unharmed(url)
 
 
@@ -386,7 +386,11 @@ class TestAgainstServers(TierBench):
     async def test_answers_that_are_noise(self, ctx: TierContext, seed: int) -> None:
         """Mutated answers to every question: TierDown or data, never another error."""
         rng = random.Random(seed)
-        kinds = {Kind.HAS: Kind.HAD, Kind.GET: Kind.ITEM, Kind.PUT: Kind.GRANT}
+        kinds = {
+            Kind.HAS: Kind.HAD,
+            Kind.GET: Kind.ITEM,
+            Kind.PUT: Kind.GRANT,
+        }
 
         def answer(sock: socket.socket, message: wire.Message) -> None:
             body = {
@@ -523,7 +527,7 @@ def test_a_wrong_token_is_refused_and_never_told(tmp_path: Path, caplog: Any) ->
         with connected(url) as sock:
             refusal = greet(sock, token=b"wrong")
             assert refusal.kind is Kind.ERROR
-            assert wire.error_of(refusal.body) == (wire.Refusal.TOKEN, "wrong token")
+            assert wire.error_of(refusal.body) == (wire.ErrorCode.TOKEN, "wrong token")
             assert is_closed(sock)
         with connected(url) as sock:
             assert greet(sock).kind is Kind.ERROR

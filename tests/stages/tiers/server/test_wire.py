@@ -11,7 +11,7 @@ import pytest
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.connection import Line
+from tierloom.stages.tiers.server.connection import Connection
 from tierloom.stages.tiers.server.protocol import BadMessage, Kind
 from tierloom.testing import ALL, SIZE, key_of, mutations
 
@@ -46,7 +46,7 @@ CASES = {
         bytes([0, 5]) + wire.pack_holdings(HOLDINGS), lambda b: wire.kept_of(b, 2),
         ([0, 5], HOLDINGS),
     ),
-    "error": (wire.pack_error(wire.Refusal.TOKEN, "no"), wire.error_of, (3, "no")),
+    "error": (wire.pack_error(wire.ErrorCode.TOKEN, "no"), wire.error_of, (3, "no")),
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ async def test_a_line_is_a_stream(anyio_backend: str) -> None:
 
     rng = random.Random(2)
     a, b = socket.socketpair()
-    one, two = Line(a), Line(b)
+    one, two = Connection(a), Connection(b)
     bulk = rng.randbytes(3 << 20)
     raw = b"".join(wire.message(Kind.HAS, n, b"k" * (32 * n)) for n in range(200)) + bulk
     last = wire.message(Kind.HAS, 9, b"k" * (32 * 4096))
