@@ -159,11 +159,11 @@ class Session:
         """Who is there, and does it know the token?"""
         nonce, token = secrets.token_bytes(wire.NONCE), self._terms.token
         greeting = wire.Greeting(wire.VERSION, wire.VERSION, bool(token), self._terms.epoch, nonce)
-        await self._connection.send(wire.message(Kind.GREETING, 0, wire.pack_greeting(greeting)))
+        await self._connection.send(wire.message(Kind.GREETING, 0, wire.pack(greeting)))
         message = await self._connection.message(wire.FIRST)
         if message.kind is not Kind.HELLO:
             raise wire.BadMessage(f"{message.kind.name} came where HELLO was due")
-        hello = wire.hello_of(message.body)
+        hello = wire.unpack(wire.Hello, message.body)
         if hello.version != wire.VERSION:
             raise _Refuse(ErrorCode.VERSION, f"this server speaks version {wire.VERSION} only")
         said = (self._terms.epoch, nonce, hello.nonce, hello.namespace)
@@ -178,7 +178,7 @@ class Session:
             self._terms.window, self._store.largest,
             self._store.arena.total if self._shares else 0,
         )  # fmt: skip
-        words = wire.message(Kind.WELCOME, message.number, wire.pack_welcome(welcome))
+        words = wire.message(Kind.WELCOME, message.number, wire.pack(welcome))
         if self._shares:  # fits into an empty buffer: it does not block
             socket.send_fds(self._connection.sock, [words], [fd])
         else:
@@ -201,9 +201,9 @@ class Session:
             codes = bytes([wire.DONE if there else Lost.ABSENT for there in found])
             await self._connection.send(wire.message(Kind.HAD, number, codes))
         elif kind is Kind.GET:
-            await self._get(number, wire.wanted_of(body))
+            await self._get(number, wire.unpack_all(wire.Wanted, body, wire.OBJECTS))
         elif kind is Kind.PUT:
-            await self._put(number, wire.offers_of(body))
+            await self._put(number, wire.unpack_all(wire.Offer, body, wire.OBJECTS))
         elif kind is Kind.BORROW:
             await self._lend(number, wire.keys_of(body, wire.OBJECTS))
         elif kind is Kind.SETTLE:
@@ -229,7 +229,7 @@ class Session:
 
     def _holdings(self, count: int) -> bytes:
         stat = self._store.stat(self._space)
-        return wire.pack_holdings(wire.Holdings(count, *stat, self._store.evicted))
+        return wire.pack(wire.Holdings(count, *stat, self._store.evicted))
 
     async def _get(self, number: int, wanted: list[wire.Wanted]) -> None:
         """Read a few objects at once, send them one after another."""
@@ -242,11 +242,11 @@ class Session:
                 objects = await map_concurrently(read, keys, _AHEAD)
                 for asked, obj in zip(part, objects, strict=True):
                     item, data = _cut(asked, obj)
-                    head = wire.message(Kind.ITEM, number, wire.pack_item(item))
+                    head = wire.message(Kind.ITEM, number, wire.pack(item))
                     leases = () if isinstance(obj, Lost) else (obj.lease,)
                     await self._connection.send(head, data, leases=leases)
 
-    async def _put(self, number: int, offers: list[tuple[bytes, int]]) -> None:
+    async def _put(self, number: int, offers: list[wire.Offer]) -> None:
         """Say which objects are wanted, receive them, and keep each when it is whole."""
         there = await self._store.exists(self._space, [key for key, _ in offers])
         with MemoryReservation(self._store.arena) as reservation:
@@ -262,7 +262,7 @@ class Session:
         )
 
     async def _make_room(
-        self, offers: list[tuple[bytes, int]], there: list[bool], reservation: MemoryReservation
+        self, offers: list[wire.Offer], there: list[bool], reservation: MemoryReservation
     ) -> tuple[list[int], list[Lease | None]]:
         """A code for each, and a lease for those that are to be sent."""
         codes, leases, total = [], [], 0
@@ -314,7 +314,7 @@ class Session:
                 room = await self._store.make_room(self._space, reservation, [key])
                 obj = await self._store.read(self._space, reservation, key, room=room)
                 loans.append(self._loan(obj))
-        await self._connection.send(wire.message(Kind.LENT, number, wire.pack_loans(loans)))
+        await self._connection.send(wire.message(Kind.LENT, number, wire.pack(*loans)))
 
     def _loan(self, obj: Object | Lost) -> wire.Loan:
         if isinstance(obj, Lost):

@@ -99,7 +99,7 @@ async def shake_hands(
     connection: Connection, token: bytes, namespace: bytes, *, memory: bool
 ) -> Handshake:
     """Greeting, hello, welcome. `memory`: ask for the server's. Raises TierDown, OSError."""
-    greeting = wire.greeting_of((await _said(connection, wire.Kind.GREETING)).body)
+    greeting = wire.unpack(wire.Greeting, (await _said(connection, wire.Kind.GREETING)).body)
     if not greeting.oldest <= wire.VERSION <= greeting.newest:
         raise Rejected(
             f"the server speaks versions {greeting.oldest} to {greeting.newest} of the protocol, "
@@ -113,14 +113,14 @@ async def shake_hands(
     said = (greeting.epoch, greeting.nonce, nonce, namespace)
     proof = wire.proof(token, b"client", *said)
     hello = wire.Hello(wire.VERSION, wire.MEMORY if memory else 0, namespace, nonce, proof)
-    await connection.send(wire.message(wire.Kind.HELLO, 0, wire.pack_hello(hello)))
+    await connection.send(wire.message(wire.Kind.HELLO, 0, wire.pack(hello)))
     fds: list[int] = []
     try:
         if memory:  # by `recvmsg`: an ordinary read would lose what comes with the bytes
             await anyio.wait_readable(connection.sock)
             raw, fds, _, _ = socket.recv_fds(connection.sock, wire.WELCOME_BYTES, 1)
             connection.push_back(raw)
-        welcome = wire.welcome_of((await _said(connection, wire.Kind.WELCOME)).body)
+        welcome = wire.unpack(wire.Welcome, (await _said(connection, wire.Kind.WELCOME)).body)
         if not hmac.compare_digest(welcome.proof, wire.proof(token, b"server", *said)):
             raise Rejected("the server does not know our token")
         lends = welcome.flags & wire.MEMORY and fds

@@ -107,7 +107,7 @@ class Server(ReadingTier):
     async def _head(self, key: bytes, nbytes: int) -> bytes:
         asked = wire.Wanted(key, 0, 0, 0)
         async with self._client.connection() as connection:
-            number = await self._send(connection, wire.Kind.GET, wire.pack_wanted([asked]))
+            number = await self._send(connection, wire.Kind.GET, wire.pack(asked))
             body = await self._answer(connection, number, wire.Kind.ITEM)
             item = wire.item_of(body, asked, self._client.welcome.largest)
             if item.code:
@@ -184,7 +184,7 @@ class Server(ReadingTier):
             upto = _frames(held, read.upto) if held is not None else min(read.upto, _WHOLE)
             wanted.append(wire.Wanted(read.key, first, max(upto, first), nbytes))
         async with self._client.connection() as connection:
-            number = await self._send(connection, wire.Kind.GET, wire.pack_wanted(wanted))
+            number = await self._send(connection, wire.Kind.GET, wire.pack(*wanted))
             for read, asked in zip(reads, wanted, strict=True):
                 body = await self._answer(connection, number, wire.Kind.ITEM)
                 item = wire.item_of(body, asked, self._client.welcome.largest)
@@ -240,9 +240,9 @@ class Server(ReadingTier):
 
     async def _offer(self, objects: Sequence[Object]) -> list[int]:
         """Offer a few objects, send those that are wanted; a code for each."""
-        offers = [(obj.header.key, obj.header.nbytes) for obj in objects]
+        offers = [wire.Offer(obj.header.key, obj.header.nbytes) for obj in objects]
         async with self._client.connection() as connection:
-            number = await self._send(connection, wire.Kind.PUT, wire.pack_offers(offers))
+            number = await self._send(connection, wire.Kind.PUT, wire.pack(*offers))
             body = await self._answer(connection, number, wire.Kind.GRANT)
             wanted = wire.codes_of(body, len(objects), also=wire.SEND)
             for obj, code in zip(objects, wanted, strict=True):
@@ -259,7 +259,7 @@ class Server(ReadingTier):
 
     async def _ask(self, kind: wire.Kind, body: bytes = b"") -> int:
         """A question that is answered by what the server holds; how many were meant."""
-        holds = wire.holdings_of(await self._exchange(kind, body, wire.Kind.HOLDS))
+        holds = wire.unpack(wire.Holdings, await self._exchange(kind, body, wire.Kind.HOLDS))
         self._note(holds)
         return holds.done
 

@@ -115,7 +115,7 @@ def test_a_request_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
         fill(server.url, arena, *range(8))
         wanted = [wire.Wanted(key_of(seed % 8), 0, 3, 0) for seed in range(256)]
         with welcomed(server.url) as idle, welcomed(server.url) as sock:
-            sock.sendall(wire.message(Kind.GET, 1, wire.pack_wanted(wanted)))
+            sock.sendall(wire.message(Kind.GET, 1, wire.pack(*wanted)))
             assert receive(sock).kind is Kind.ITEM
             server.child.send_signal(signal.SIGTERM)
             assert receive(idle).kind is Kind.ERROR
@@ -144,7 +144,7 @@ def test_the_end_is_bounded(tmp_path: Path) -> None:
         wanted = [wire.Wanted(key_of(seed % 8), 0, 3, 0) for seed in range(256)]
         with welcomed(server.url) as sock:
             for _ in range(8):
-                sock.sendall(wire.message(Kind.GET, 1, wire.pack_wanted(wanted)))
+                sock.sendall(wire.message(Kind.GET, 1, wire.pack(*wanted)))
             assert receive(sock).kind is Kind.ITEM
             assert server.stop(patience=8) == 0, server.log.read_text()
     arena.close()

@@ -129,7 +129,7 @@ def test_half_a_message_and_then_death(url: str, cut: int) -> None:
 
 
 def offer(sock: socket.socket, *offers: tuple[bytes, int]) -> list[int]:
-    sock.sendall(question(Kind.PUT, wire.pack_offers(offers)))
+    sock.sendall(question(Kind.PUT, wire.pack(*[wire.Offer(*each) for each in offers])))
     return list(receive(sock).body)
 
 
@@ -210,7 +210,7 @@ def test_who_does_not_read_is_sent_away(within: Within, url: str) -> None:
         sock.settimeout(0.2)
         with contextlib.suppress(TimeoutError, ConnectionError):
             for _ in range(20):
-                sock.sendall(question(Kind.GET, wire.pack_wanted(wanted)))
+                sock.sendall(question(Kind.GET, wire.pack(*wanted)))
     unharmed(url)
     eventually(lambda: not within.serving.sessions)
     for sock in greedy:
@@ -278,8 +278,8 @@ def test_mutated_messages_over_a_socket(url: str, within: Within) -> None:
     """Some thousands; the one client that behaves is served all the while."""
     messages = [
         question(Kind.HAS, key_of(1) * 3),
-        question(Kind.GET, wire.pack_wanted([wire.Wanted(key_of(1), 0, 3, 0)])),
-        question(Kind.PUT, wire.pack_offers([(key_of(1), SIZE)])),
+        question(Kind.GET, wire.pack(wire.Wanted(key_of(1), 0, 3, 0))),
+        question(Kind.PUT, wire.pack(wire.Offer(key_of(1), SIZE))),
         question(Kind.DROP, key_of(1)), question(Kind.STAT), question(Kind.PING),
         question(Kind.RETURN, wire.pack_ids([1, 2])), question(Kind.BORROW, key_of(1)),
     ]  # fmt: skip
@@ -351,14 +351,14 @@ class TestAgainstServers(TierBench):
         def answer(sock: socket.socket, message: wire.Message) -> None:
             if message.kind is Kind.DROP:
                 dropped.append(message.body)
-                holds = wire.pack_holdings(wire.Holdings(1, 0, 0, 0, 0))
+                holds = wire.pack(wire.Holdings(1, 0, 0, 0, 0))
                 sock.sendall(wire.message(Kind.HOLDS, message.number, holds))
                 return
-            upto = min(3, wire.wanted_of(message.body)[0].upto)
+            upto = min(3, wire.unpack_all(wire.Wanted, message.body, wire.OBJECTS)[0].upto)
             end = SIZE if upto else 4096
             bad = bytearray(whole[:end])
             bad[at] ^= 1
-            item = wire.pack_item(wire.Item(0, upto, SIZE, 0, end))
+            item = wire.pack(wire.Item(0, upto, SIZE, 0, end))
             sock.sendall(wire.message(Kind.ITEM, message.number, item) + bad)
 
         with self.false(answer) as server:
@@ -371,7 +371,7 @@ class TestAgainstServers(TierBench):
     @pytest.mark.parametrize("item", LIES.values(), ids=LIES)
     async def test_lengths_that_cannot_be(self, ctx: TierContext, item: wire.Item) -> None:
         def answer(sock: socket.socket, message: wire.Message) -> None:
-            sock.sendall(wire.message(Kind.ITEM, message.number, wire.pack_item(item)))
+            sock.sendall(wire.message(Kind.ITEM, message.number, wire.pack(item)))
             sock.sendall(bytes(SIZE))
 
         with self.false(answer) as server:
@@ -395,8 +395,8 @@ class TestAgainstServers(TierBench):
         def answer(sock: socket.socket, message: wire.Message) -> None:
             body = {
                 Kind.HAS: bytes(2), Kind.PUT: bytes([wire.SEND]),
-                Kind.GET: wire.pack_item(wire.Item(0, 3, SIZE, 0, SIZE)) + bytes(SIZE),
-            }.get(message.kind, wire.pack_holdings(wire.Holdings(1, 1, 1, 1, 1)))  # fmt: skip
+                Kind.GET: wire.pack(wire.Item(0, 3, SIZE, 0, SIZE)) + bytes(SIZE),
+            }.get(message.kind, wire.pack(wire.Holdings(1, 1, 1, 1, 1)))  # fmt: skip
             kind = kinds.get(message.kind, Kind.HOLDS)
             raw = wire.message(kind, message.number, body)
             sock.sendall(next(mutations(raw[:100], 1, rng.randrange(1 << 30))) + raw[100:])
@@ -424,7 +424,7 @@ class TestAgainstServers(TierBench):
         token = anyio.lowlevel.current_token()
 
         def answer(sock: socket.socket, message: wire.Message) -> None:
-            item = wire.pack_item(wire.Item(0, 3, SIZE, 0, SIZE))
+            item = wire.pack(wire.Item(0, 3, SIZE, 0, SIZE))
             sock.sendall(wire.message(Kind.ITEM, message.number, item) + whole[: SIZE // 2])
             anyio.from_thread.run_sync(half.set, token=token)
             time.sleep(0.2)
@@ -505,16 +505,16 @@ listener.listen()
 print("ready", flush=True)
 def serve(sock):
     nonce, epoch = bytes(32), bytes(16)
-    greeting = wire.pack_greeting(wire.Greeting(1, 1, False, epoch, nonce))
+    greeting = wire.pack(wire.Greeting(1, 1, False, epoch, nonce))
     sock.sendall(wire.message(Kind.GREETING, 0, greeting))
-    hello = wire.hello_of(sock.recv(4096)[16:])
+    hello = wire.unpack(wire.Hello, sock.recv(4096)[16:])
     proof = wire.proof(b"", b"server", epoch, nonce, hello.nonce, hello.namespace)
     flags = hello.flags & wire.MEMORY
-    welcome = wire.pack_welcome(wire.Welcome(flags, proof, 1 << 20, 1 << 20, 1 << 20))
+    welcome = wire.pack(wire.Welcome(flags, proof, 1 << 20, 1 << 20, 1 << 20))
     words = wire.message(Kind.WELCOME, 0, welcome)
     socket.send_fds(sock, [words], [fd] if flags else [])
     while sock.recv(4096):
-        holds = wire.pack_holdings(wire.Holdings(0, 0, 0, 0, 0))
+        holds = wire.pack(wire.Holdings(0, 0, 0, 0, 0))
         sock.sendall(wire.message(Kind.HOLDS, 1, holds))
 while True:
     threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
