@@ -26,7 +26,8 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.contract.tier import TierContext
 from tierloom.stages.tiers.disk.direct_io import FileIO
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 
 log = logging.getLogger(__name__)
 

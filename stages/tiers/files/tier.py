@@ -13,11 +13,9 @@ import errno
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +23,9 @@ from tierloom.stages.errors import ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import (
-    HoldingsCount,
     Read,
     Tier,
     TierContext,
@@ -38,34 +34,10 @@ from tierloom.stages.tiers.contract.tier import (
 )
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
 from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, FileIO, begins_with, want_direct
+from tierloom.stages.tiers.files.space import FilesOptions, FolderSpace
 from tierloom.stages.user_home import expanded
 
 _STALE = 3600.0  # seconds after which a file half written belongs to nobody
-_SPARE = 16  # pruning frees a sixteenth more than is needed, so that scans of the folder are rare
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FilesOptions:
-    """Where, and how much."""
-
-    path: str
-    """A folder, shared or not; `~` is the home folder."""
-    capacity: Size = 0
-    """Bytes at which this host prunes what was used longest ago; 0: never, somebody else does."""
-    ttl: Seconds = 0.0
-    """How long an object lives after its last use; 0: until it is pruned."""
-    fsync: bool = False
-    """Make each object durable before it gets its name."""
-    depth: int = 8
-    """Objects of one call that are read or written at once."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path is empty")
-        if self.capacity < 0 or self.ttl < 0:
-            raise ValueError("capacity and ttl must not be negative")
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
 
 
 class Files(Tier):
@@ -85,9 +57,7 @@ class Files(Tier):
         name = ctx.namespace.hex()[:32] or "any"
         self._folder = expanded(options.path) / name
         self._writer = f"{socket.gethostname()}-{os.getpid()}"
-        self._changing = threading.RLock()
-        self._unseen = 0  # bytes of files that have no name yet
-        self._holdings = HoldingsCount(options.capacity)  # as last seen, and what we did since
+        self._space = FolderSpace(self._folder, options, self.counts, clock)
 
     async def open(self) -> None:
         await self.ctx.pool(self._open, leases=())
@@ -111,7 +81,7 @@ class Files(Tier):
 
     def stat(self) -> TierStat:
         """What this host knows: exact where it is alone, and `capacity` is set."""
-        return self._holdings.stat
+        return self._space.holdings.stat
 
     async def _read(self, read: Read) -> None:
         path = self._path(read.key)
@@ -153,7 +123,7 @@ class Files(Tier):
                 raise ConfigError(cause) from error
         self._flags = os.O_DIRECT if want_direct(self._folder, self._direct) else 0
         if self.options.capacity or self.options.ttl:
-            self._prune(0)
+            self._space.prune(0)
 
     def _has(self, keys: list[bytes]) -> list[bool]:
         return [self._size(self._path(key)) > 0 for key in keys]
@@ -164,10 +134,7 @@ class Files(Tier):
             stat = path.stat()
         except FileNotFoundError:
             return 0
-        return 0 if self._is_over(stat) else max(stat.st_size, PAGE)
-
-    def _is_over(self, stat: os.stat_result) -> bool:
-        return bool(self.options.ttl) and stat.st_mtime + self.options.ttl <= self._clock()
+        return 0 if self._space.is_over(stat) else max(stat.st_size, PAGE)
 
     def _load(self, path: Path, key: bytes, lease: Lease, loaded: int, upto: int) -> Header:
         """Frames `loaded` to `upto` into the lease; the header too, while no frame is loaded.
@@ -227,20 +194,19 @@ class Files(Tier):
         if self._size(path):
             return 0
         self._drop([path])  # one whose time is over
-        if not self._reserve(nbytes):
+        if not self._space.reserve(nbytes):
             return Lost.NO_ROOM
         try:
             self._write(path, obj.lease.view[:nbytes])
         except OSError as error:
-            self._holdings.add(-1, -nbytes)
+            self._space.holdings.add(-1, -nbytes)
             if error.errno in NO_SPACE:
                 return Lost.NO_ROOM
             raise
         else:
             return nbytes
         finally:
-            with self._changing:
-                self._unseen -= nbytes
+            self._space.named(nbytes)
 
     def _write(self, path: Path, view: memoryview) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -266,46 +232,13 @@ class Files(Tier):
         finally:
             self._file_io.close(fd)
 
-    def _reserve(self, nbytes: int) -> bool:
-        with self._changing:
-            capacity = self.options.capacity
-            if capacity and self._holdings.stat.nbytes + nbytes > capacity:
-                if nbytes > capacity:
-                    return False
-                self._prune(nbytes)
-            self._unseen += nbytes
-            self._holdings.add(1, nbytes)
-            return True
-
-    def _prune(self, nbytes: int) -> None:
-        """Look at every file; unlink what is too old, and the oldest until `nbytes` have room."""
-        found = []
-        with self._changing:
-            for path in self._folder.glob("*/*.tlm"):
-                with suppress(FileNotFoundError):
-                    found.append((path.stat(), path))
-            found.sort(key=lambda each: each[0].st_mtime)
-            total = self._unseen + sum(stat.st_size for stat, _ in found)
-            count, limit = len(found), self.options.capacity - nbytes
-            if total > limit:
-                limit -= self.options.capacity // _SPARE
-            for stat, path in found:
-                full = bool(self.options.capacity) and total > limit
-                if not full and not self._is_over(stat):
-                    break
-                with suppress(OSError):  # another user's, perhaps
-                    path.unlink(missing_ok=True)
-                    total, count = total - stat.st_size, count - 1
-                    self.counts.evicted += full
-            self._holdings.reset(count, total)
-
     def _drop(self, paths: list[Path]) -> int:
         dropped = 0
         for path in paths:
             with suppress(FileNotFoundError):
                 nbytes = path.stat().st_size
                 path.unlink()
-                self._holdings.add(-1, -nbytes)
+                self._space.holdings.add(-1, -nbytes)
                 dropped += 1
         return dropped
 

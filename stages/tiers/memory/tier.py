@@ -1,6 +1,8 @@
-"""memory: objects stay where they were gathered, read or received: in the arena. Nothing is copied.
+"""memory: objects stay where they were gathered, read or received: in the arena.
 
-hot: {use: memory, capacity: 64 GiB, evict: s3-fifo}
+    hot: {use: memory, capacity: 64 GiB, evict: s3-fifo}
+
+Nothing is copied.
 """
 
 from __future__ import annotations

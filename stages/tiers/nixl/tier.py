@@ -22,7 +22,8 @@ from tierloom.stages.tiers.buckets.s3 import S3Options
 from tierloom.stages.tiers.contract.tier import Tier, TierContext
 from tierloom.stages.tiers.contract.wrapper import WrapperTier
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 from tierloom.stages.tiers.nixl.agent import NixlFileIO
 from tierloom.stages.tiers.nixl.objects import NixlObjects
 

@@ -9,14 +9,12 @@ evicts pieces one by one: an object that lacks one is a miss, and is deleted.
 
 from __future__ import annotations
 
-import secrets
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, TierDown
+from tierloom.stages.errors import BadObject, Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
@@ -30,29 +28,8 @@ from tierloom.stages.tiers.contract.tier import (
     require_sealed,
 )
 from tierloom.stages.tiers.pools.bounded_calls import BoundedCalls
+from tierloom.stages.tiers.pools.jobs import Head, Job, head_of, job_of, manifest_for, unpacked
 from tierloom.stages.tiers.pools.manifest import Manifest, Piece
-
-
-class _Job(NamedTuple):
-    """An object to load: parts `first` to `last` of what `manifest` says, into `lease`."""
-
-    reader: ObjectReader
-    manifest: Manifest
-    lease: Lease
-    first: int
-    last: int
-
-    @property
-    def key(self) -> bytes:
-        return self.reader.read.key
-
-
-class _Head(NamedTuple):
-    """What is at hand of an object of which more is wanted."""
-
-    page: bytes
-    """Its header."""
-    boundaries: tuple[int, ...]
 
 
 class Pooled(Tier):
@@ -109,14 +86,16 @@ class Pooled(Tier):
     async def read(self, reads: Sequence[Read]) -> None:
         if not reads:
             return
-        heads = [_head(read.object) for read in reads]
+        heads = [head_of(read.object) for read in reads]
         known = await self._calls(self._known, [read.key for read in reads], heads, leases=())
         with ExitStack() as stack:
             readers = [ObjectReader(read, self.ctx.arena, self.counts) for read in reads]
             for reader in readers:
                 stack.callback(reader.close)
             both = zip(readers, known, strict=True)
-            jobs = [job for reader, manifest in both if (job := _job(reader, manifest)) is not None]
+            jobs = [
+                job for reader, manifest in both if (job := job_of(reader, manifest)) is not None
+            ]
             if jobs:
                 leases = [job.lease for job in jobs]
                 loaded = await self._calls(self._load, jobs, leases=leases)
@@ -153,12 +132,12 @@ class Pooled(Tier):
     # What follows runs in the pool's threads.
 
     def _known(
-        self, keys: list[bytes], heads: list[_Head | None]
+        self, keys: list[bytes], heads: list[Head | None]
     ) -> list[Manifest | Lost | BadObject]:
         """The manifest of each; ABSENT, too, where it is no longer that of the object at hand, by
         which bytes would land beside their place, or beyond the lease."""
         raws = self._peek([key.hex() for key in keys])
-        found = [_unpacked(raw) for raw in raws]
+        found = [unpacked(raw) for raw in raws]
         rows = zip(keys, raws, found, strict=True)
         self._expel([(key, raw, proof) for key, raw, proof in rows if isinstance(proof, Damaged)])
         names: dict[int, str] = {}
@@ -174,7 +153,7 @@ class Pooled(Tier):
                 found[i] = Lost.ABSENT
         return found
 
-    def _load(self, jobs: list[_Job]) -> list[Header | Lost | BadObject]:
+    def _load(self, jobs: list[Job]) -> list[Header | Lost | BadObject]:
         pieces, owners = [], []
         for i, job in enumerate(jobs):
             for name, at, size in job.manifest.names(job.key, self.piece, job.first, job.last):
@@ -196,7 +175,7 @@ class Pooled(Tier):
             raise TierDown("no piece could be read")
         return [self._checked(job, lost.get(i)) for i, job in enumerate(jobs)]
 
-    def _checked(self, job: _Job, lost: Lost | None) -> Header | Lost | BadObject:
+    def _checked(self, job: Job, lost: Lost | None) -> Header | Lost | BadObject:
         """The header of what was loaded. What is damaged or lacks a piece is forgotten."""
         proof = Damaged("a piece of it was evicted, or is of another length")
         if lost is None:
@@ -220,7 +199,7 @@ class Pooled(Tier):
         if bad:
             now = self._peek([key.hex() for key, _, _ in bad])
             same = [(key, raw) for (key, raw, _), one in zip(bad, now, strict=True) if one == raw]
-            self._forget([(key, _unpacked(raw)) for key, raw in same])
+            self._forget([(key, unpacked(raw)) for key, raw in same])
 
     def _save(self, objects: list[Object]) -> list[int | Lost]:
         """Bytes written of each: 0 when it is there already."""
@@ -228,7 +207,7 @@ class Pooled(Tier):
         keys = [obj.header.key for obj in objects]
         there = self._exists([key.hex() for key in keys])
         fresh = {key: i for i, key in enumerate(keys) if not there[i]}
-        manifests = {key: _manifest(objects[i]) for key, i in fresh.items()}
+        manifests = {key: manifest_for(objects[i]) for key, i in fresh.items()}
         pieces, owners = [], []
         for key, i in fresh.items():
             for name, at, size in manifests[key].names(key, self.piece):
@@ -260,7 +239,7 @@ class Pooled(Tier):
 
     def _drop(self, keys: list[bytes]) -> int:
         raws = self._peek([key.hex() for key in keys])
-        return self._forget([(k, _unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
+        return self._forget([(k, unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
 
     def _forget(self, found: Sequence[tuple[bytes, object]]) -> int:
         """Take manifests away, then their pieces; how many manifests there were."""
@@ -276,38 +255,3 @@ class Pooled(Tier):
         names = [name for key, r in found for name, _, _ in r.names(key, self.piece)]
         if names:
             self._remove(names)
-
-
-def _job(reader: ObjectReader, manifest: Manifest | Lost | BadObject) -> _Job | None:
-    """What is to be loaded, with its lease; None: nothing, as the reader was told."""
-    held = reader.held
-    if not isinstance(manifest, Manifest):
-        reader.fail(manifest)
-        return None
-    if held is not None and manifest.boundaries != held.header.boundaries:
-        reader.miss()  # another has taken its place, perhaps a longer one
-        return None
-    first = held.loaded + 1 if held is not None else 0
-    last = max(first, min(reader.read.upto, len(manifest.boundaries) - 1) + 1)
-    try:
-        return _Job(reader, manifest, reader.lease(manifest.boundaries[-1]), first, last)
-    except ArenaFull:
-        reader.miss(Lost.NO_ROOM)
-        return None
-
-
-def _head(obj: Object | None) -> _Head | None:
-    if obj is None:
-        return None
-    return _Head(bytes(obj.lease.view[: obj.header.header_bytes]), obj.header.boundaries)
-
-
-def _unpacked(raw: bytes | None) -> Manifest | Lost | BadObject:
-    try:
-        return Lost.ABSENT if raw is None else Manifest.unpack(raw)
-    except BadObject as error:
-        return error
-
-
-def _manifest(obj: Object) -> Manifest:
-    return Manifest(secrets.token_bytes(8), obj.header.boundaries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, Unreadable
@@ -17,7 +17,7 @@ from tierloom.stages.tiers.net.connection_pool import ConnectionPool
 from tierloom.stages.tiers.redis.connection import RespConnection
 from tierloom.stages.tiers.redis.manifest import MANIFEST, Manifest, unpack_whole
 from tierloom.stages.tiers.redis.resp import ErrorReply, Reply
-from tierloom.stages.tiers.redis.topology import Node
+from tierloom.stages.tiers.redis.topology import Node, error_of
 
 _TURN = 8  # pieces after which a connection is left to another call that waits for one
 
@@ -121,18 +121,17 @@ async def fetch_pieces(
     node: Node,
     loads: Sequence[PendingRead],
     window: int,
-    error_of: Callable[[ErrorReply], Exception],
 ) -> None:
     """Fetch all pieces, the first of each object first, on the connections that are free.
 
-    However it ends, no byte lands afterwards. Raises what `error_of` makes of a refusal.
+    However it ends, no byte lands afterwards. Raises TierDown.
     """
     jobs = deque(sorted((p for load in loads for p in load.pieces), key=lambda p: p.number))
 
     async def worker(_: int) -> None:
         while jobs:
             async with node.bulk.connection() as connection:
-                await _stream(node.bulk, connection, jobs, window, error_of)
+                await _stream(node.bulk, connection, jobs, window)
 
     if jobs:
         count = max(1, min(node.bulk.free, -(-len(jobs) // window)))
@@ -141,7 +140,7 @@ async def fetch_pieces(
 
 async def _stream(
     pool: ConnectionPool[RespConnection], connection: RespConnection, jobs: deque[PieceRead],
-    window: int, error_of: Callable[[ErrorReply], Exception],
+    window: int,
 ) -> None:  # fmt: skip
     """Fetch pieces over one connection, `window` at once, until there are none, or it is somebody
     else's turn, or the connection had to be given up for a piece that was too long."""

@@ -14,9 +14,7 @@ closed before its memory is anybody else's (`redis_wire.py`).
 
 from __future__ import annotations
 
-import asyncio
 import re
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,16 +35,16 @@ from tierloom.stages.tiers.contract.tier import (
     require_sealed,
 )
 from tierloom.stages.tiers.net.tls import client_context
+from tierloom.stages.tiers.redis.cluster import Cluster
 from tierloom.stages.tiers.redis.connection import Credentials, RespConnection
-from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, Manifest, dropping
+from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, dropping
 from tierloom.stages.tiers.redis.reads import PendingRead, fetch_pieces
-from tierloom.stages.tiers.redis.resp import ErrorReply, PendingReply, Reply, command
-from tierloom.stages.tiers.redis.topology import Cluster, Moved, Node, Sentinel, Servers
+from tierloom.stages.tiers.redis.resp import Reply, command
+from tierloom.stages.tiers.redis.topology import Node, Sentinel, Servers
 from tierloom.stages.tiers.redis.url import parse_url, password_of
+from tierloom.stages.tiers.redis.writes import Written, write
 
 _ABSENT = -2  # what PTTL says of a key that is not there
-_BATCH = 256  # small commands sent at once
-_AHEAD = 4  # pieces stored before the first of them was acknowledged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +134,7 @@ class Redis(Tier):
 
         async def ask(node: Node, which: list[int]) -> None:
             asked = [command("EXISTS", self._name(keys[i])) for i in which]
-            for i, there in zip(which, await self._quick(node, asked), strict=True):
+            for i, there in zip(which, await node.ask(asked), strict=True):
                 found[i] = there == 1
 
         await self._up.each(keys, ask)
@@ -183,13 +181,13 @@ class Redis(Tier):
             cursor = 0
             while True:
                 scan = command("SCAN", cursor, "MATCH", self._space + b"*", "COUNT", 1000)
-                match (await self._quick(node, [scan], limit=8 << 20))[0]:
+                match (await node.ask([scan], limit=8 << 20))[0]:
                     case [bytes(text), list(names)] if text.isdigit():
                         cursor = int(text)
                     case _:
                         raise TierDown("SCAN was answered with what is no page of keys")
                 mine = [n for n in names if isinstance(n, bytes) and n.startswith(self._space)]
-                gone = await self._quick(node, [command("UNLINK", name) for name in mine])
+                gone = await node.ask([command("UNLINK", name) for name in mine])
                 cleared += sum(n.endswith(b"}") and g == 1 for n, g in zip(mine, gone, strict=True))
                 if not cursor:
                     break
@@ -218,27 +216,11 @@ class Redis(Tier):
     def _name(self, key: bytes) -> bytes:
         return b"%b{%b}" % (self._space, key.hex().encode())
 
-    async def _quick(
-        self, node: Node, commands: list[bytes], *, limit: int = 64 << 10
-    ) -> list[Reply]:
-        """Replies to small commands, which wait for no payload. What is refused raises, but for a
-        key that holds no string."""
-        answers: list[Reply] = []
-        if commands:
-            async with node.quick.connection() as connection:
-                for at in range(0, len(commands), _BATCH):
-                    some = commands[at : at + _BATCH]
-                    answers += await connection.call(some, limit=max(limit, 256 * len(some)))
-        for answer in answers:
-            if isinstance(answer, ErrorReply) and answer.code != "WRONGTYPE":
-                raise _error_of(answer)
-        return answers
-
     async def _read(self, node: Node, loads: list[PendingRead]) -> None:
         """The manifests in one round trip; then the pieces, those of the first frames first."""
         wanted = [load for load in loads if load.due]
         asked = [word for load in wanted for word in self._ask(load.read.key)]
-        answers = iter(await self._quick(node, asked, limit=len(wanted) * (LARGEST + 64)))
+        answers = iter(await node.ask(asked, limit=len(wanted) * (LARGEST + 64)))
         renew = []
         for load in wanted:
             left, raw = next(answers), next(answers)
@@ -246,13 +228,13 @@ class Redis(Tier):
             if self._ttl and isinstance(left, int) and left < self._ttl // 2:
                 renew.append(load)
             await anyio.lowlevel.checkpoint()  # a header takes 50 us
-        await fetch_pieces(node, loads, self.options.window, _error_of)
+        await fetch_pieces(node, loads, self.options.window)
         bad = [(load, load.proof) for load in loads if load.proof]
         again = [load.manifest.renew(self._ttl) for load in renew if load.whole and load.manifest]
         with suppress(OSError, TierDown):  # who may only read, reads
             if bad:
                 await self._expel(node, bad)
-            await self._quick(node, again)
+            await node.ask(again)
 
     async def _expel(self, node: Node, bad: list[tuple[PendingRead, Damaged]]) -> None:
         """Drop objects, on proof that they are damaged: those that were read, not what another has
@@ -268,77 +250,41 @@ class Redis(Tier):
         self, objects: Sequence[Object], outcome: list[Lost | None], node: Node, which: list[int]
     ) -> None:
         names = {i: self._name(objects[i].header.key) for i in which}
-        there = await self._quick(node, [command("EXISTS", names[i]) for i in which])
+        there = await node.ask([command("EXISTS", names[i]) for i in which])
         fresh = iter([i for i, kept in zip(which, there, strict=True) if kept != 1])
 
         async def worker(_: int) -> None:
             for i in fresh:
                 async with node.bulk.connection() as connection:
-                    outcome[i] = await self._store(connection, objects[i], names[i])
+                    outcome[i] = await self._write(connection, objects[i], names[i])
 
         count = max(1, min(node.bulk.free, len(which)))
         await map_concurrently(worker, range(count), count)
 
-    async def _store(self, connection: RespConnection, obj: Object, name: bytes) -> Lost | None:
-        """Pieces, a few at once, then the manifest, all in one stream."""
-        header, view = obj.header, obj.lease.view
-        head = header.header_bytes
-        manifest = Manifest(name, secrets.token_bytes(8), header.nbytes, self.options.piece, head)
-        under_way: list[PendingReply] = []
-        full = False
-        for number, begin, stop in manifest.parts(head, header.nbytes):
-            if len(under_way) == _AHEAD:
-                full = full or _is_full(await under_way.pop(0).future)
-            if full:
-                break
-            want = PendingReply(asyncio.get_running_loop().create_future(), lease=obj.lease)
-            under_way.append(await connection.send(manifest.store(number, view[begin:stop]), want))
-        for want in under_way:
-            full = _is_full(await want.future) or full
-        if not full:
-            kept = (await connection.call([manifest.commit(view[:head], self._ttl)]))[0]
-            if isinstance(kept, ErrorReply) and kept.code != "OOM":
-                raise _error_of(kept)
-            if kept == 1:
-                self.counts.puts += 1
-                self.counts.bytes_in += header.nbytes
-                self._holdings.add(1, header.nbytes)
-            if kept in (1, 2):  # 2: somebody else was quicker
-                return None
-        await connection.call([command("UNLINK", each) for each in manifest.names()[1:]])
-        self.counts.refused += 1
-        return Lost.NO_ROOM
+    async def _write(self, connection: RespConnection, obj: Object, name: bytes) -> Lost | None:
+        written = await write(connection, obj, name, piece=self.options.piece, ttl=self._ttl)
+        if written is Written.NO_ROOM:
+            self.counts.refused += 1
+            return Lost.NO_ROOM
+        if written is Written.KEPT:
+            self.counts.puts += 1
+            self.counts.bytes_in += obj.header.nbytes
+            self._holdings.add(1, obj.header.nbytes)
+        return None
 
     async def _drop(self, node: Node, keys: Sequence[bytes]) -> int:
         names = [self._name(key) for key in keys]
         asked = [command("GETRANGE", name, 0, MANIFEST - 1) for name in names]
-        answers = await self._quick(node, asked)
+        answers = await node.ask(asked)
         return await self._forget(node, list(zip(names, answers, strict=True)))
 
     async def _forget(self, node: Node, there: list[tuple[bytes, Reply]]) -> int:
         """Drop what has these names as long as it begins so still; how many objects there were."""
         orders = [dropping(name, raw) for name, raw in there]
         dropped = 0
-        answers = await self._quick(node, [order for order, _ in orders])
+        answers = await node.ask([order for order, _ in orders])
         for (_, nbytes), gone in zip(orders, answers, strict=True):
             if gone == 1:
                 dropped += 1
                 self._holdings.add(-1, -nbytes)
         return dropped
-
-
-def _is_full(answers: list[Reply]) -> bool:
-    """Whether the server had no room for a piece."""
-    answer = answers[0]
-    if isinstance(answer, ErrorReply) and answer.code != "OOM":
-        raise _error_of(answer)
-    return isinstance(answer, ErrorReply)
-
-
-def _error_of(refusal: ErrorReply) -> TierDown:
-    """What a refused command means for its server."""
-    if refusal.code in ("MOVED", "ASK", "TRYAGAIN"):
-        return Moved(f"redis: {refusal.code}; of a cluster the url begins with redis-cluster://")
-    if refusal.code == "NOPERM":
-        return TierDown("redis: NOPERM; the user needs GET, SET, EVAL and SCAN on our keys")
-    return TierDown(f"redis refused a command: {refusal.code}")

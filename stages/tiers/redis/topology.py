@@ -1,4 +1,5 @@
-"""Which Redis server has what: one server, a master that sentinels name, or a cluster's nodes.
+"""Which Redis server has what: one server, or the master that sentinels name; for a cluster see
+`cluster.py`.
 
 A node of a cluster that fails is left alone for a second at a time while the others go on; of a
 single server the tier's breaker does that. Where everything is, is asked again after a failure.
@@ -8,10 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from binascii import crc_hqx
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 
 from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
@@ -22,13 +21,22 @@ from tierloom.stages.tiers.redis.resp import ErrorReply, Reply, command
 
 log = logging.getLogger(__name__)
 
-SLOTS = 16384
-_REST = 1.0  # seconds for which a failing node of a cluster is left alone
+REST = 1.0  # seconds for which a failing node of a cluster is left alone
+_BATCH = 256  # small commands sent at once
 _QUICK = 4  # connections for small commands, which must not wait behind payloads
 
 
 class Moved(TierDown):
     """A cluster keeps a key elsewhere by now."""
+
+
+def error_of(reply: ErrorReply) -> TierDown:
+    """What a refused command means for its server."""
+    if reply.code in ("MOVED", "ASK", "TRYAGAIN"):
+        return Moved(f"redis: {reply.code}; the url of a cluster begins with redis-cluster://")
+    if reply.code == "NOPERM":
+        return TierDown("redis: NOPERM; the user needs GET, SET, EVAL and SCAN on our keys")
+    return TierDown(f"redis refused a command: {reply.code}")
 
 
 class Node:
@@ -44,9 +52,23 @@ class Node:
         self.retry = 0.0
 
     def failed(self, error: Exception) -> None:
-        self.error, self.retry = error, time.monotonic() + _REST
+        self.error, self.retry = error, time.monotonic() + REST
         self.quick.forget()
         self.bulk.forget()
+
+    async def ask(self, commands: list[bytes], *, limit: int = 64 << 10) -> list[Reply]:
+        """Replies to small commands, which wait for no payload. What is refused raises, but for a
+        key that does not hold a string."""
+        replies: list[Reply] = []
+        if commands:
+            async with self.quick.connection() as connection:
+                for at in range(0, len(commands), _BATCH):
+                    some = commands[at : at + _BATCH]
+                    replies += await connection.call(some, limit=max(limit, 256 * len(some)))
+        for reply in replies:
+            if isinstance(reply, ErrorReply) and reply.code != "WRONGTYPE":
+                raise error_of(reply)
+        return replies
 
     async def close(self) -> None:
         """Close everything, and wait until the sockets are closed."""
@@ -233,105 +255,3 @@ class Sentinel(Servers):
                     return Address(host.decode("utf-8", "replace"), int(port))
             why = f"the sentinel at {address} knows no service {self._service!r}"
         raise TierDown(f"no sentinel names a master of {self._service!r}: {why}")
-
-
-class Cluster(Servers):
-    """Nodes that share 16,384 slots; all of an object lies in one."""
-
-    moves = True
-
-    def __init__(
-        self,
-        hosts: Sequence[Address],
-        enter: Callable[[], Credentials],
-        *,
-        stall: float,
-        connections: int,
-    ) -> None:
-        super().__init__(hosts, enter, stall=stall, connections=connections)
-        self.nodes = []
-        self._by_address: dict[Address, Node] = {}
-        self._slots: list[Node | None] = [None] * SLOTS
-        self._ask_again, self._asked = True, 0.0
-
-    async def open(self) -> None:
-        try:
-            await self._learn()
-        except AuthError as error:
-            raise ConfigError(str(error)) from error
-        self._opened = True
-
-    def node_of(self, key: bytes) -> Node | None:
-        return self._slots[crc_hqx(key.hex().encode(), 0) % SLOTS]
-
-    def _may_try(self, node: Node) -> bool:
-        now = time.monotonic()
-        if node.error is not None:
-            if now < node.retry:
-                return False
-            node.retry = now + _REST  # one call finds out; the others go on without
-        return True
-
-    def _lost(self, node: Node) -> None:
-        self._ask_again = True
-
-    async def _look_around(self) -> None:
-        if self._ask_again and time.monotonic() >= self._asked + _REST:
-            self._asked = time.monotonic()
-            with suppress(OSError, TierDown):  # then what we know has to do
-                await self._learn()
-
-    async def _learn(self) -> None:
-        """Ask any node which slots lie where. Raises what the last one asked did."""
-        known = sorted(self._by_address, key=lambda a: self._by_address[a].error is not None)
-        why: Exception = TierDown("no node of the cluster knows all slots")
-        for address in dict.fromkeys([*known, *self._hosts]):
-            node = self._by_address.get(address)
-            if node is not None and node.error is not None and time.monotonic() < node.retry:
-                continue
-            try:
-                answer = await self._ask(address, "CLUSTER", "SLOTS", limit=1 << 20)
-                self._take(_ranges(answer, address.host))
-            except (OSError, TierDown) as error:
-                why = error
-            else:
-                self._ask_again = False
-                return
-        raise why
-
-    def _take(self, ranges: list[tuple[int, int, Address]]) -> None:
-        slots: list[Node | None] = [None] * SLOTS
-        used = {}
-        for first, last, address in ranges:
-            node = self._by_address.get(address)
-            if node is None:
-
-                async def make(address: Address = address) -> RespConnection:
-                    return await self._connect(address)
-
-                node = self._by_address[address] = Node(make, self._limit)
-            used[address] = node
-            slots[first : last + 1] = [node] * (last + 1 - first)
-        gone = [node for address, node in self._by_address.items() if address not in used]
-        self._by_address, self._slots, self.nodes = used, slots, list(used.values())
-        for node in gone:
-            node.failed(TierDown("no longer in the cluster"))
-
-
-def _ranges(answer: Reply, host: str) -> list[tuple[int, int, Address]]:
-    """What CLUSTER SLOTS says. `host`: whom a node means that names none. Raises TierDown."""
-    if isinstance(answer, ErrorReply):
-        raise TierDown(f"redis at {host} tells no slots: {answer.code}")
-    found = []
-    for entry in answer if isinstance(answer, list) else []:
-        match entry:
-            case [int(first), int(last), [name, int(port), *_], *_] if (
-                0 <= first <= last < SLOTS and isinstance(name, bytes | None)
-            ):
-                where = name.decode("utf-8", "replace") if name else host
-                found.append((first, last, Address(where, port)))
-            case _:
-                raise TierDown("CLUSTER SLOTS was answered with what is no table of slots")
-    if not found:
-        raise TierDown("it is no cluster, or has no slots")
-    return found

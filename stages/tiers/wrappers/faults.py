@@ -1,6 +1,8 @@
-"""Tiers that fail on purpose, for tests of pipelines: a memory tier each, with one fault.
+"""Tiers that fail on purpose, for tests of pipelines.
 
-warm: {use: slow, capacity: 1 GiB, delay: 20 ms}
+    warm: {use: slow, capacity: 1 GiB, delay: 20 ms}
+
+Each is a memory tier with one fault.
 """
 
 from __future__ import annotations

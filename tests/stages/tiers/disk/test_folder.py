@@ -16,7 +16,8 @@ from tierloom.stages.tiers.disk import default_folder as folder
 from tierloom.stages.tiers.disk.default_folder import DEFAULT
 from tierloom.stages.tiers.disk.folder_lock import FolderLock
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 from tierloom.stages.user_home import cache_folder, expanded
 from tierloom.testing import SIZE, TierBench, key_of
 

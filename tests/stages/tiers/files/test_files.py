@@ -10,7 +10,8 @@ import pytest
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.tiers.contract.tier import Read, TierContext
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of
 
 

@@ -12,8 +12,8 @@ import servers
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.redis.cluster import _ranges
 from tierloom.stages.tiers.redis.tier import Redis, RedisOptions
-from tierloom.stages.tiers.redis.topology import _ranges
 from tierloom.testing import SIZE, key_of
 
 from .test_redis import RedisBench

@@ -13,7 +13,8 @@ from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.contract.tier import Inner, Read
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 from tierloom.stages.tiers.wrappers.audit import Audit, AuditOptions
 from tierloom.stages.tiers.wrappers.blackhole import Blackhole, BlackholeOptions
 from tierloom.stages.tiers.wrappers.mock import Mock, MockOptions
