@@ -1,9 +1,9 @@
 """ObjectStore: the tiers of a file without its graphs: whole objects in, whole objects out.
 
-What `tierloom serve` keeps for many engines. Objects of all namespaces lie side by side, each under
-a name made of its namespace and key, so that nobody can reach another's by the key alone. The first
-tier of the file is asked first; what a colder one delivers is promoted to it, where it is memory,
-and what it took is written to the others behind the caller's back.
+What `tierloom serve` keeps for many engines. Objects of all namespaces are stored together, each
+under a name made of its namespace and key, so that nobody can reach another's by the key alone. The
+first tier of the file is asked first; what a colder one delivers is promoted to it, where it is
+memory, and what it took is written to the others in the background.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ log = logging.getLogger("tierloom.serve")
 _AT_ONCE = 8
 _WHOLE = 1 << 30
 _LIKELY = 64 << 20
-"""Bytes of an object of which nothing is known, at most."""
+"""Most bytes assumed for an object of which nothing is known."""
 _PATIENCE = 2.0
-"""Seconds that are waited for room, before there is none."""
+"""Seconds to wait for room."""
 
 
 class ObjectDirectory:
-    """Which objects of which namespace the tiers with an index keep; from any thread."""
+    """Which objects of which namespace are in tiers with an index; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,7 +76,7 @@ class ObjectDirectory:
 
 
 class MemoryReservation:
-    """Memory that one exchange with a client holds, given back all at once."""
+    """Memory that one exchange with a client holds, released all at once."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -84,8 +84,8 @@ class MemoryReservation:
         self._leases: list[Lease] = []
 
     async def promise(self, nbytes: int) -> bool:
-        """Wait a moment until so much may be leased. Once for all that is needed: who holds a part
-        and waits for the rest may wait for somebody who does the same."""
+        """Wait a moment until `nbytes` may be leased; False: no room. Call it once for all that is
+        needed: two that each hold a part would wait for each other."""
         try:
             with anyio.fail_after(_PATIENCE):
                 await self._arena.reserve(nbytes)
@@ -121,16 +121,16 @@ class ObjectStore:
         self.arena = Arena(spec.budget.arena, kept, shared=shared)
         self.kept_in_memory = kept
         self.largest = self.arena.working // 2
-        """Bytes of an object that is taken, at most."""
+        """Most bytes of an object."""
         self.tiers: list[CircuitBreaker] = []
         self.dropped = 0
-        """Objects that a colder tier was too slow for."""
+        """Objects not written to a colder tier because it was too slow."""
         self._directory = ObjectDirectory()
         self._io = Pool(spec.budget.threads, "io")
         self._behind: dict[str, deque[Object]] = {}
         self._awake: dict[str, anyio.Event] = {}
         self._writing = 0
-        """Bytes that wait for colder tiers. They cannot be evicted meanwhile, so they are few."""
+        """Bytes that wait for colder tiers; limited, as they cannot be evicted until then."""
         first = next(iter(spec.tiers.values()))
         memory = first.options.capacity if first.cls.in_arena else self.arena.working
         self._waits = min(self.arena.working // 2, memory // 4)
@@ -157,18 +157,18 @@ class ObjectStore:
             tasks.start_soon(self._write_behind, tier)
 
     async def settled(self) -> None:
-        """Wait until the colder tiers have what they were given."""
+        """Wait until all pending writes to colder tiers are done."""
         while self._writing:  # noqa: ASYNC110 - once, at the end
             await anyio.sleep(0.01)
 
     async def close(self) -> None:
         await self._home.aclose()
         self._io.close()
-        if not self.arena.leases:  # else somebody still reads it: it must stay
+        if not self.arena.leases:  # otherwise somebody still reads it
             self.arena.close()
 
     async def exists(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
-        """Which are kept anywhere. Those that are were wanted: they are evicted later."""
+        """Which exist in any tier. Those that do count as used."""
         names = [name_of(space, key) for key in keys]
         found = [False] * len(names)
         for tier in self.tiers:
@@ -250,15 +250,15 @@ class ObjectStore:
             await in_slices(tier.order_for_eviction, names)
 
     async def delete(self, space: bytes, keys: Iterable[bytes]) -> int:
-        """Forget objects; how many were there."""
+        """Delete objects; returns how many existed."""
         return await self._drop([name_of(space, key) for key in keys])
 
     async def clear(self, space: bytes) -> int:
-        """Forget what the tiers with an index keep of a namespace."""
+        """Delete all objects of a namespace in tiers with an index."""
         return await self._drop(self._directory.names(space))
 
     def stat(self, space: bytes) -> TierStat:
-        """What is kept of a namespace, in tiers with an index."""
+        """What is stored of a namespace, in tiers with an index."""
         capacities = [t.stat().capacity for t in self.tiers]
         return TierStat(*self._directory.count(space), 0 if 0 in capacities else max(capacities))
 
@@ -277,7 +277,7 @@ class ObjectStore:
         waiting = self._behind[tier.name]
         if self._writing and self._writing + obj.lease.nbytes > self._waits:
             if not self.dropped:
-                log.warning("tier %s is slow: not everything is written to it", tier.name)
+                log.warning("tier %s is too slow: some objects are not written to it", tier.name)
             self.dropped += 1
             return
         obj.lease.retain()
@@ -286,7 +286,7 @@ class ObjectStore:
         self._awake[tier.name].set()
 
     async def _write_behind(self, tier: CircuitBreaker) -> None:
-        """Put what comes, a few at a time."""
+        """Write pending objects to a tier, a few at a time."""
         waiting = self._behind[tier.name]
         while True:
             if not waiting:

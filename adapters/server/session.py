@@ -68,12 +68,8 @@ class Session:
     def __init__(
         self, connection: Connection, store: ObjectStore, terms: Terms, lending: Lending
     ) -> None:
-        self._connection, self._store, self._terms, self._lending = (
-            connection,
-            store,
-            terms,
-            lending,
-        )
+        self._connection, self._store = connection, store
+        self._terms, self._lending = terms, lending
         self._space = b""
         self._shares = False
         self._loans: dict[int, Lease] = {}

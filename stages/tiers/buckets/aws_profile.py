@@ -47,7 +47,7 @@ class AwsProfile:
             }
         except KeyError:
             raise ConfigError(
-                f"the AWS profile {self.name!r} is not there, or has no keys of its own: "
+                f"the AWS profile {self.name!r} does not exist, or has no keys of its own: run "
                 f"aws configure export-credentials --profile {self.name} --format env"
             ) from None
 
@@ -79,5 +79,5 @@ def _read(path: Path, section: str) -> dict[str, str]:
     try:
         parser.read(path)
     except (configparser.Error, OSError, UnicodeDecodeError):
-        raise ConfigError(f"{path}: cannot be read as a file of AWS profiles") from None
+        raise ConfigError(f"{path}: not a valid file of AWS profiles") from None
     return dict(parser[section]) if section in parser else {}

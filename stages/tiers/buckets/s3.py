@@ -2,10 +2,10 @@
 
     cold: {use: s3, url: s3://bucket/prefix, endpoint: "http://minio:9000", timeout: 5 s}
 
-There is no index: whether an object is there, the bucket says, and how long it stays, its lifecycle
-rules. An object is put whole or not at all, and only where none is. Reads are ranged and parallel;
-each part is copied once, from the client's buffer into the lease that it is served from. A call
-that is given up ends its requests, so nothing here waits longer than the tier's `timeout`.
+There is no index: the bucket says whether an object exists, its lifecycle rules how long. An object
+is put whole or not at all, and never over another. Reads are ranged and parallel; each part is
+copied once, from the client's buffer into the lease that it is served from. Cancelling a call ends
+its requests, so nothing here waits longer than the tier's `timeout`.
 """
 
 from __future__ import annotations
@@ -46,49 +46,50 @@ _LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class S3Options:
-    """Which bucket, and how to ask. Credentials are none of these: see `configs/s3.yaml`."""
+    """Options of a bucket. Credentials are not among them: see `configs/s3.yaml`."""
 
     url: str
     """`s3://bucket/prefix`, `gs://...`, `az://container/prefix`, `file:///folder`."""
     endpoint: str = ""
-    """Another server than the cloud's own, as in `http://127.0.0.1:9000` (s3, az)."""
+    """Server to use instead of the cloud's, as in `http://127.0.0.1:9000` (s3, az)."""
     region: str = ""
-    """Of the bucket; else from the environment or the profile."""
+    """The bucket's region. Default: from the environment or the profile."""
     profile: str = ""
-    """A profile of `~/.aws`; else the environment, the profile `default`, the machine's role."""
+    """A profile of `~/.aws`. Default: environment, profile `default`, the machine's role."""
     path_style: bool = True
-    """`endpoint/bucket/key`; false: `bucket.endpoint/key`, and `endpoint` names the bucket, too."""
+    """`endpoint/bucket/key`; false: `bucket.endpoint/key`, and `endpoint` includes the bucket."""
     unsigned: bool | Literal["auto"] = "auto"
     """Send objects without hashing them for the signature (0.2 instead of 0.8 s of CPU per GB);
-    auto: over TLS. Checksums of our own are in every object, either way."""
+    auto: over TLS. Every object carries its own checksums either way."""
     if_absent: bool = True
-    """Let the bucket refuse what it has; false: ask first, for servers without If-None-Match."""
+    """Let the bucket refuse objects that exist; false: ask first, for servers without
+    If-None-Match."""
     retries: int = 2
-    """Times a request is tried again, within `timeout`."""
+    """Retries of a request, within `timeout`."""
     part: Size = 4 << 20
     """Bytes of one ranged read."""
     ranges: int = 4
-    """Parts of one object that are read at once."""
+    """Most parts of one object that are read at once."""
     depth: int = 4
-    """Objects of one call that are read or written at once."""
+    """Most objects of one call that are read or written at once."""
     requests: int = 8
-    """Parts that are read at once in all; each takes memory besides the arena meanwhile."""
+    """Most parts that are read at once in all; each needs memory outside the arena."""
 
     def __post_init__(self) -> None:
         try:
             parts, base = urlsplit(self.url), urlsplit(self.endpoint)
         except ValueError:
-            raise ValueError("url or endpoint cannot be read") from None
+            raise ValueError("url or endpoint is not a valid URL") from None
         if parts.scheme not in SCHEMES:
-            raise ValueError(f"url begins with none of {', '.join(s + '://' for s in SCHEMES)}")
+            raise ValueError(f"url must begin with one of {', '.join(s + '://' for s in SCHEMES)}")
         if any("@" in each.netloc or each.query for each in (parts, base)):
-            raise ValueError("url and endpoint carry neither credentials nor a query")
+            raise ValueError("url and endpoint must not contain credentials or a query")
         if parts.scheme in ("s3", "gs", "az") and not parts.netloc:
             raise ValueError("url names no bucket: write s3://bucket/prefix")
         if self.endpoint and (base.scheme not in ("http", "https") or not base.netloc):
-            raise ValueError("endpoint begins with http:// or https://")
+            raise ValueError("endpoint must begin with http:// or https://")
         if self.endpoint and parts.scheme not in ("s3", "az"):
-            raise ValueError(f"endpoint means nothing to {parts.scheme}://")
+            raise ValueError(f"endpoint is not supported for {parts.scheme}://")
         if self.unsigned not in (True, False, "auto"):
             raise ValueError(f"unsigned is {self.unsigned!r}; known: true, false, auto")
         if self.part < _LEAST or self.part % PAGE:
@@ -98,7 +99,7 @@ class S3Options:
 
 
 class S3(ReadingTier):
-    """Knows whole chunks only: inner links are found in local tiers. For asyncio."""
+    """Whole chunks only: inner links are found in local tiers. For asyncio."""
 
     Options = S3Options
 
@@ -124,7 +125,9 @@ class S3(ReadingTier):
 
     async def close(self) -> None:
         if not await self._bucket.transfers.idle(_PATIENCE):  # the arena stays, therefore
-            log.error("transfers left under way", extra={"transfers": len(self._bucket.transfers)})
+            log.error(
+                "transfers still in progress", extra={"transfers": len(self._bucket.transfers)}
+            )
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = await map_concurrently(self._bucket.size, [name_of(key) for key in keys], _WIDE)
@@ -143,7 +146,7 @@ class S3(ReadingTier):
         return sum(await map_concurrently(self._drop, await self._bucket.list(), _WIDE))
 
     def stat(self) -> TierStat:
-        """What this process has put and not dropped; the bucket's rest is not known."""
+        """What this process put and did not delete; other objects of the bucket are not known."""
         return self._holdings.stat
 
     async def _read(self, read: Read) -> None:
@@ -161,7 +164,7 @@ class S3(ReadingTier):
             await map_concurrently(part, range(begin, end, self.options.part), self.options.ranges)
             reader.deliver(header, max(n for n, stop in enumerate(boundaries) if stop <= end))
         if reader.proof is not None:
-            with suppress(TierDown):  # ours to read, perhaps not ours to delete
+            with suppress(TierDown):  # readable, but perhaps not ours to delete
                 await self.expel(read.key, reader.proof, reader.seen)
 
     async def _head(self, key: bytes, nbytes: int) -> bytes:
@@ -187,7 +190,7 @@ class S3(ReadingTier):
         """What `size` bytes that begin like this say of themselves. Raises BadObject."""
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
-            raise Damaged(f"{size} bytes are kept, but the object has {header.nbytes}")
+            raise Damaged(f"{size} bytes are stored, but the object has {header.nbytes}")
         return header
 
     async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:

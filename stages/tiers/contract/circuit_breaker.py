@@ -1,10 +1,10 @@
-"""CircuitBreaker: a tier whose failures are data, and which is left alone while it fails.
+"""CircuitBreaker: a tier whose failures are data, and which is not called while it fails.
 
 Wraps every tier. Each call has a time limit; `fails` failures in a row open the breaker, and from
-then on nothing waits for the tier, but for one call every `probe` seconds. The first that succeeds
-closes it. But who still answers whether an object is there may be unable to give it: after a read
-or a put that failed, only a read or a put makes good. Reads are timed as they pass, so that a plan
-can say what a load will cost.
+then on nothing waits for the tier, except one call every `probe` seconds. The first success closes
+it. A tier may still answer `exists` while it cannot deliver objects, so after a failed read or put
+only a successful read or put closes the breaker. Reads are timed, so that a plan can estimate what
+a load will cost.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_IN_VAIN = 4
-"""A call that its caller gives up counts as failed behind this part of the limit of a call."""
+_CANCEL_FRACTION = 4
+"""A call that is cancelled after 1/4 of the call's time limit counts as failed."""
 _STALE = 60.0
-"""Seconds after which what reads have cost may be so no more."""
-_PATIENCE = 10  # opening and closing may take so many times the limit of a call
+"""Seconds after which a measured read cost expires."""
+_PATIENCE = 10  # opening and closing may take this many times the limit of a call
 
 
 class Limits(Protocol):
-    """When a tier is given up."""
+    """When a tier counts as down."""
 
     @property
     def timeout(self) -> float:
@@ -51,11 +51,11 @@ class Limits(Protocol):
 
     @property
     def probe(self) -> float:
-        """Seconds an open breaker waits before it lets one call through."""
+        """Seconds before an open breaker lets one call through."""
 
 
 class CircuitBreaker(WrapperTier):
-    """Never raises but ConfigError at the first `open`; a caller's cancellation passes through."""
+    """Raises only ConfigError at the first `open`; cancellation passes through."""
 
     def __init__(
         self,
@@ -65,19 +65,19 @@ class CircuitBreaker(WrapperTier):
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`name` is what the log calls it. `clock` must not go back."""
+        """`name`: for the log. `clock`: monotonic."""
         super().__init__(tier)
         self.name = name
         self.reads = ReadCostModel()
         self._limits, self._clock = limits, clock
-        self._opened = self._probing = self._puzzled = False
-        self._cargo = False  # a call that carries objects failed, and none has succeeded since
+        self._opened = self._probing = self._logged_unexpected = False
+        self._data_failed = False  # a read or put failed, and none has succeeded since
         self._failures = 0
         self._retry = self._read_at = 0.0
         self.share = 1.0
-        """Bytes read of objects per byte of their KV; progressive ones: of what is read first."""
+        """Encoded bytes read per byte of plain KV; of progressive objects: of the first scan."""
         self.unread = UnreadableObjects(name, self.counts, clock)
-        """Objects that are there, but not for this reader."""
+        """Objects that exist, but cannot be read here."""
 
     @property
     def available(self) -> bool:
@@ -87,8 +87,8 @@ class CircuitBreaker(WrapperTier):
         return not self._probing and self._clock() >= self._retry
 
     def cost(self, nbytes: int) -> float | None:
-        """Seconds that reading so many bytes of plain KV should take, encoded as this tier has it;
-        None before the first read, and when the last is long ago: it was slow, perhaps."""
+        """Seconds that reading `nbytes` of plain KV should take, encoded as this tier has it; None
+        before the first read, and if the last one is too long ago."""
         if self._clock() - self._read_at > _STALE:
             return None
         return self.reads.of(round(nbytes * self.share))
@@ -159,23 +159,23 @@ class CircuitBreaker(WrapperTier):
         return lost
 
     async def refused(self, key: bytes, error: BadObject, read: Header) -> None:
-        """What a read brought turned out to be of no use: drop it if it is damaged, else keep it.
-        The one way by which whoever reads drops an object of a tier. `read`: its header."""
+        """An object that was read turned out to be unusable: delete it if it is damaged, else keep
+        it. Readers delete objects of a tier in no other way. `read`: its header."""
         if isinstance(error, Damaged):
             await self.expel(key, error, read)
         else:
             self.unread.note(key, error.lost, error)
 
     async def expel(self, key: bytes, proof: Damaged, read: Header) -> None:
-        """Drop an object on proof of damage, unless another is in its place by now: then frames of
-        that one may have been read after the header of this one."""
+        """Delete an object on proof of damage, unless another has replaced it: then frames of that
+        one may have been read after the header of this one."""
         self.counts.corrupt += 1
         if await self._call(lambda: is_still(self.tier, key, read)) is True:
             self._say(key, proof)
             await self.delete([key])
 
     def _say(self, key: bytes, proof: Damaged) -> None:
-        log.warning("tier %s dropped object %s: %s", self.name, key.hex()[:16], proof)
+        log.warning("tier %s deletes damaged object %s: %s", self.name, key.hex()[:16], proof)
 
     async def delete(self, keys: Sequence[bytes]) -> int:
         self.unread.forget(keys)
@@ -183,11 +183,11 @@ class CircuitBreaker(WrapperTier):
         return 0 if isinstance(dropped, Lost) else dropped
 
     async def clear(self) -> int | Lost:
-        """How many objects there were, or why it could not be done."""
+        """How many objects were deleted, or why it failed."""
         return await self._call(self.tier.clear)
 
     async def _call(self, work: Callable[[], Awaitable[T]], *, cargo: bool = False) -> T | Lost:
-        """The tier's answer; LATE or TIER_DOWN when it has none. `cargo`: objects are carried."""
+        """The tier's answer, else LATE or TIER_DOWN. `cargo`: the call transfers objects."""
         if not self.available:
             return Lost.TIER_DOWN
         probing = self._failures >= self._limits.fails
@@ -202,14 +202,16 @@ class CircuitBreaker(WrapperTier):
             return Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
         except anyio.get_cancelled_exc_class():
             waited = self._clock() - began
-            if waited >= self._limits.timeout / _IN_VAIN:  # a request's deadline is often sooner
-                self._failed(TimeoutError(f"given up after {waited:.3g} s"), cargo)
+            if (
+                waited >= self._limits.timeout / _CANCEL_FRACTION
+            ):  # a request's deadline is often shorter
+                self._failed(TimeoutError(f"cancelled after {waited:.3g} s"), cargo)
             raise
         else:
-            if cargo or not self._cargo:
+            if cargo or not self._data_failed:
                 if probing:
                     log.info("tier is back", extra={"tier": self.name})
-                self._failures, self._cargo = 0, False
+                self._failures, self._data_failed = 0, False
             return result
         finally:
             if probing:
@@ -225,11 +227,11 @@ class CircuitBreaker(WrapperTier):
 
     def _failed(self, error: Exception, cargo: bool = False) -> None:
         self._failures += 1
-        self._cargo = self._cargo or cargo
-        if not isinstance(error, (OSError, TierDown)) and not self._puzzled:
-            self._puzzled = True
+        self._data_failed = self._data_failed or cargo
+        if not isinstance(error, (OSError, TierDown)) and not self._logged_unexpected:
+            self._logged_unexpected = True
             trace = masked("".join(format_exception(error)))
-            log.error("tier raised what it should not\n%s", trace, extra={"tier": self.name})
+            log.error("tier raised an unexpected error\n%s", trace, extra={"tier": self.name})
         if self._failures >= self._limits.fails:
             if self._failures == self._limits.fails:
                 log.warning("tier is down", extra={"tier": self.name, "cause": _cause(error)})
@@ -241,12 +243,12 @@ class CircuitBreaker(WrapperTier):
 
 
 def _cause(error: Exception) -> str:
-    """For the log: a client's error may name its URL, password and all."""
+    """For the log: a client's error may contain its URL with the password."""
     return masked(repr(error))
 
 
 def _share(object: Object) -> float:
-    """Bytes that have come, per byte of the KV that they stand for."""
+    """Encoded bytes that have come, per byte of plain KV."""
     header = object.header
     groups = min(object.loaded, header.groups)
     return object.arrived / sum(f.raw for f in header.frames[:groups])

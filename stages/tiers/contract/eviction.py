@@ -1,4 +1,4 @@
-"""Which object goes first when room is needed: six policies, exact by bytes, no I/O.
+"""Which object is evicted first when room is needed: six policies, exact by bytes, no I/O.
 
 A policy sees keys and sizes only. For each new object the index calls `expect`, then `victim`
 until there is room, then `add`. A victim is forgotten (perhaps remembered as a ghost) as it is
@@ -74,7 +74,7 @@ class EvictionPolicy(ABC):
         """A key was wanted again. Unknown keys are passed over."""
 
     def order_for_eviction(self, key: bytes) -> None:  # noqa: B027 (a policy of uses alone does not mind)
-        """A key that just came is to go later than those settled before it. Not a use."""
+        """A new key is evicted later than those ordered before it. Not a use."""
 
     @abstractmethod
     def remove(self, key: bytes) -> None:
@@ -96,7 +96,7 @@ class Fifo(EvictionPolicy):
         self._queue.push(key, nbytes)
 
     def touch(self, key: bytes) -> None:
-        """Being wanted changes nothing."""
+        """A use changes nothing."""
 
     def order_for_eviction(self, key: bytes) -> None:
         if key in self._queue:
@@ -123,7 +123,7 @@ class Lru(Fifo):
 
 
 class Mru(Lru):
-    """Most recently used: for endless scans, where the newest is wanted last."""
+    """Most recently used: for endless scans, where the newest is needed last."""
 
     def touch(self, key: bytes) -> None:
         super().order_for_eviction(key)

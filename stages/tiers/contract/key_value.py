@@ -1,8 +1,8 @@
-"""A tier over anything that keeps bytes under a name: a subclass says how, in five coroutines.
+"""A tier over any key-value store: a subclass supplies five coroutines.
 
-For stores whose client takes and gives whole values. Objects are copied on the way in and out, in
-threads, so a lease never reaches foreign code: what a subclass is given is its own to keep. A tier
-that must not copy subclasses `Tier` itself.
+For stores whose client puts and gets whole values. Objects are copied on the way in and out, in
+threads, so a lease never reaches foreign code: a subclass owns what it is given. A tier that must
+not copy subclasses `Tier` itself.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlobsOptions:
-    """Enough for a tier that a URL describes."""
+    """Options of a tier that a URL describes."""
 
     url: str
-    """Where it is."""
+    """URL of the store."""
 
 
 class Blobs(ReadingTier):
@@ -51,7 +51,7 @@ class Blobs(ReadingTier):
         "remove": "delete_value",
     }
     width: int = 8
-    """Objects of one call that are under way at once."""
+    """Most objects of one call in progress at once."""
 
     def __init__(self, options: Any, ctx: TierContext) -> None:
         super().__init__(ctx)
@@ -62,23 +62,23 @@ class Blobs(ReadingTier):
 
     @abstractmethod
     async def size(self, name: str) -> int:
-        """Bytes kept under a name; 0: nothing is."""
+        """Bytes stored under a name; 0: none."""
 
     @abstractmethod
     async def get_value(self, name: str) -> Bytes | None:
-        """All that is kept under a name; None: nothing is."""
+        """The value under a name; None if there is none."""
 
     @abstractmethod
     async def put_value(self, name: str, data: bytearray) -> bool:
-        """Keep it, all or nothing also when cancelled. False: there is no room."""
+        """Store a value, all or nothing, even if cancelled. False: no room."""
 
     @abstractmethod
     async def delete_value(self, name: str) -> None:
-        """Forget a name, if it is there."""
+        """Delete a name, if it exists."""
 
     @abstractmethod
     async def names(self, prefix: str) -> Iterable[str]:
-        """Every name kept that begins so."""
+        """All stored names with this prefix."""
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return [
@@ -101,7 +101,7 @@ class Blobs(ReadingTier):
         )
 
     def stat(self) -> TierStat:
-        """What this process put and has not dropped; what else is there it does not know."""
+        """What this process put and did not delete; it does not know of other objects."""
         return self._holdings.stat
 
     def _named(self, keys: Sequence[bytes]) -> list[str]:
@@ -129,10 +129,10 @@ class Blobs(ReadingTier):
         return bytes(data[:nbytes])
 
     def _header(self, key: bytes, data: memoryview) -> Header:
-        """Raises BadObject: these bytes are not the object that they should be."""
+        """Raises BadObject if these bytes are not the expected object."""
         header = Header.unpack(data, key=key, namespace=self.ctx.namespace)
         if header.nbytes != data.nbytes:
-            raise Damaged(f"{data.nbytes} bytes are kept, but the object has {header.nbytes}")
+            raise Damaged(f"{data.nbytes} bytes are stored, but the object has {header.nbytes}")
         return header
 
     async def _put(self, obj: Object) -> Lost | None:

@@ -24,7 +24,7 @@ SERIES = 64
 
 
 def is_default(path: str) -> bool:
-    """Nobody chose this folder."""
+    """No user chose this folder."""
     return path == DEFAULT or path.startswith((f"{DEFAULT}-", f"{DEFAULT}/"))
 
 
@@ -44,7 +44,7 @@ def lock_folder(path: str, *, segment: int, owner: bytes) -> FolderLock:
                 made = FolderLock(folder, segment=segment)
                 made.own(owner)
                 if folder != first:
-                    log.info("disk tier in %s: other engines have what is before it", folder)
+                    log.info("disk tier uses %s: other engines use the folders before it", folder)
                 return made
         raise ConfigError(f"{first} and the {SERIES - 1} beside it are in use by other processes")
 

@@ -26,7 +26,7 @@ SegmentPiece = tuple[int, int]
 log = logging.getLogger(__name__)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors that say that a disk, a quota or a file has come to its end."""
+"""Errors of a full disk, quota or file."""
 _MINIMUM = 1 << 20  # smaller growth is not worth a call
 
 
@@ -47,7 +47,7 @@ def write_all(fd: int, view: memoryview, at: int) -> None:
 
 
 class FileIO:
-    """How bytes go between files and memory; here by system calls. Blocks and frees the GIL."""
+    """Moves bytes between files and memory; here by system calls. Blocks and frees the GIL."""
 
     def open(self, path: Path, flags: int, mode: int = 0o666) -> int:
         """A file descriptor, to be given back to `close`. Raises OSError."""
@@ -101,7 +101,7 @@ def want_direct(folder: Path, direct: bool | Literal["auto"]) -> bool:
     able = direct is not False and can_direct(folder)
     if direct is True and not able:
         raise ConfigError(
-            f"{folder}: its file system refuses O_DIRECT; say direct: auto, or choose another path"
+            f"{folder}: no O_DIRECT on this file system; set direct: auto, or choose another path"
         )
     return able
 

@@ -21,7 +21,7 @@ _FORMAT: dict[str, Any] = {"format": "tierloom disk tier", "version": 1}
 
 
 class FolderInUse(ConfigError):
-    """Another process has the folder."""
+    """Another process uses the folder."""
 
 
 class FolderLock:
@@ -41,18 +41,20 @@ class FolderLock:
         except BlockingIOError:
             self.release()
             raise FolderInUse(
-                f"{folder}: in use by another disk tier; each process wants a folder of its own: "
+                f"{folder}: in use by another disk tier; each process needs a folder of its own: "
                 "set TIERLOOM_DIR, or the tier's `path`, to another for one of them"
             ) from None
         except OSError as error:
             self.release()
-            raise ConfigError(f"{folder}: {error.strerror}; choose one we may write") from error
+            raise ConfigError(
+                f"{folder}: {error.strerror}; choose a folder with write permission"
+            ) from error
         except ConfigError:
             self.release()
             raise
 
     def release(self) -> None:
-        """Let go of the lock; twice does no harm."""
+        """Release the lock. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -65,7 +67,7 @@ class FolderLock:
 
     @staticmethod
     def owner_of(folder: Path) -> str:
-        """Who had the folder last, in hex; empty: nobody that we know of."""
+        """Who used the folder last, in hex; empty: unknown."""
         try:
             return (folder / _LOCK).read_text()
         except (OSError, ValueError):
@@ -84,7 +86,7 @@ class FolderLock:
         """The folder's segment size; begins it anew where it cannot be used. Raises OSError."""
         folder = marker.parent
         if wrong := [path for path in ours(folder) if not path.is_file()]:
-            set_aside(folder, wrong, "strays", f"{wrong[0].name} is no file")
+            set_aside(folder, wrong, "strays", f"{wrong[0].name} is not a file")
         found, label, why = _read(marker) if marker.exists() else _guess(folder, segment)
         if found:
             return found

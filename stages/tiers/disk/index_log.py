@@ -49,7 +49,7 @@ class Extent:
     readers: int = 0
     """Reads under way."""
     gone: bool = False
-    """Forgotten while read: the last reader gives the pieces back."""
+    """Deleted while read: the last reader frees the pieces."""
 
 
 class IndexLog:
@@ -73,7 +73,7 @@ class IndexLog:
         for stale in numbers(self._folder, "index", "tmp"):
             (self._folder / f"index-{stale:08}.tmp").unlink()
         entries, last = read_index(self._folder)
-        self._begin(last + 1)  # nothing is written behind a tail that may be torn
+        self._begin(last + 1)  # nothing is appended to a tail that may be torn
         return entries
 
     def put(self, entry: Entry[Extent]) -> None:
@@ -111,7 +111,7 @@ class IndexLog:
                     (self._folder / f"index-{old:08}.{suffix}").unlink()
 
     def close(self) -> None:
-        """Write what waits, and close; twice does no harm."""
+        """Write what is pending, and close. Idempotent."""
         if self._fd >= 0:
             self._flush()
             os.close(self._fd)
@@ -141,7 +141,7 @@ class IndexLog:
             if written != len(record):  # what follows half a record would be lost
                 os.ftruncate(self._fd, self._nbytes)
         if written != len(record):
-            raise OSError(f"the log took {written} of {len(record)} bytes")
+            raise OSError(f"only {written} of {len(record)} bytes were written to the index log")
         self._nbytes += len(record)
 
 

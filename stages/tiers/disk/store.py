@@ -76,7 +76,7 @@ class SegmentStore:
     def open(self) -> None:
         """Lock a folder and read the index back. Raises ConfigError, TierDown, OSError.
 
-        A second call finds the work of a first one that nobody waited for.
+        Idempotent: a first call whose caller was cancelled may have done it.
         """
         with self._changing:
             if self._open:
@@ -97,7 +97,7 @@ class SegmentStore:
             self._open = True
 
     def close(self) -> None:
-        """Make everything durable and let go of the folder. Waits a while for calls under way."""
+        """Make everything durable and release the folder. Waits a while for calls in progress."""
         with self._resting:
             was_open, self._open = self._open, False
             if not self._resting.wait_for(lambda: not self._working, _PATIENCE):
@@ -169,7 +169,7 @@ class SegmentStore:
         self._segments.read(entry.place.pieces, view, start, end)
         header = Header.unpack(view[: boundaries[0]], key=entry.key, namespace=self._namespace)
         if header.boundaries != boundaries:
-            raise Damaged("its frames lie elsewhere than the index says")
+            raise Damaged("its frames are not where the index says")
         return header
 
     def _restore(self, entries: list[Entry[Extent]]) -> None:
@@ -235,7 +235,7 @@ class SegmentStore:
         return True
 
     def _forget(self, entries: list[Entry[Extent]]) -> int:
-        """Drop entries, those that are still there; how many were."""
+        """Delete those entries that still exist; how many did."""
         gone = [entry for entry in entries if self.index.remove(entry)]
         if gone:
             self._index_log.delete([entry.key for entry in gone])
@@ -244,12 +244,12 @@ class SegmentStore:
         return len(gone)
 
     def _expel(self, entry: Entry[Extent], proof: Damaged) -> None:
-        """Drop an entry, on proof that what it stands for is damaged."""
+        """Delete an entry on proof that its object is damaged."""
         with self._changing:
             self._forget([entry])
 
     def _show(self, header: Header, extent: Extent) -> bool:
-        """Log and add what has been written; False when another has put it meanwhile."""
+        """Log and show what was written; False if another call has put it meanwhile."""
         entry = Entry(header.key, header.links, header.nbytes, extent, self.index.expiry())
         with self._changing:
             if entry.key in self.index:
@@ -259,7 +259,7 @@ class SegmentStore:
         return True
 
     def _give(self, extent: Extent) -> None:
-        """Space that no record claims any more; with the last reader if there are any."""
+        """Free the space of a deleted object, once its last reader is done."""
         with self.index.lock:
             extent.gone = True
             if not extent.readers:
@@ -298,7 +298,7 @@ class SegmentStore:
 
     @contextmanager
     def _work(self) -> Iterator[None]:
-        """Closing waits for what happens inside."""
+        """Closing waits for the work inside."""
         with self._resting:
             if not self._open:
                 raise TierDown(f"disk tier at {self._folder} is not open")

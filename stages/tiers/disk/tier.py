@@ -2,8 +2,8 @@
 
     warm: {use: disk, path: /data/kv, capacity: 1 TiB}
 
-`disk_store.py` does the work in threads of the pool; here stands what is awaited. An object is read
-into the lease that it is served from.
+`store.py` does the work in threads of the pool. An object is read into the lease that it is served
+from.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from tierloom.stages.tiers.disk.store import SegmentStore
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiskOptions(IndexOptions):
-    """Where, how much, and what goes first. `capacity` bounds the segment files, too."""
+    """Options of a disk tier. `capacity` also bounds the segment files."""
 
     path: str
-    """A folder of this process's own; `~` is the home folder. Where another process has one of
+    """A folder for this process alone; `~` is the home folder. If another process uses one of
     ~/.cache/tierloom*, the next is taken: NAME-2, and so on."""
     segment: Size = 1 << 30
-    """Bytes of a segment file; a folder keeps the size that it was begun with."""
+    """Bytes of a segment file; a folder keeps the size that it was created with."""
     direct: bool | Literal["auto"] = "auto"
-    """Go round the page cache (O_DIRECT): true, false, or auto: where the file system can."""
+    """Bypass the page cache (O_DIRECT): true, false, or auto: if the file system supports it."""
     keep_free: Size = 1 << 30
-    """Bytes of the file system that are left to others."""
+    """Bytes of the file system to leave free."""
     depth: int = 4
-    """Objects of one call that are read or written at once."""
+    """Most objects of one call that are read or written at once."""
 
     def __post_init__(self) -> None:
         super(DiskOptions, self).__post_init__()
@@ -58,7 +58,7 @@ class DiskOptions(IndexOptions):
 
 
 class Disk(IndexedTier[Extent]):
-    """One process per folder; everything survives a restart but which was used last."""
+    """One process per folder; everything survives a restart except the order of use."""
 
     Options = DiskOptions
 

@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GdsOptions(FilesOptions):
-    """Where, how much, and by how many threads."""
+    """Options of a gds tier."""
 
     threads: int = 4
-    """Threads of kvikio's, which this process's tiers share."""
+    """Threads of kvikio, shared by the tiers of this process."""
     task: Size = 4 << 20
-    """Bytes that one of them moves at a time."""
+    """Bytes that a thread moves at a time."""
 
     def __post_init__(self) -> None:
         super(GdsOptions, self).__post_init__()
@@ -72,7 +72,7 @@ class KvikioFileIO(FileIO):
         self._files: dict[int, Any] = {}
 
     def start(self) -> None:
-        """Raises ConfigError: no client, or no driver that it can use. Once is enough."""
+        """Raises ConfigError if the client or a usable driver is missing. Idempotent."""
         if self._api is not None:
             return
         try:
@@ -89,14 +89,14 @@ class KvikioFileIO(FileIO):
                 "the gds tier's client is not installed: pip install 'tierloom[gds]'"
             ) from None
         except Exception as error:
-            raise ConfigError(f"kvikio does not start: {_first_line(error)}") from None
+            raise ConfigError(f"kvikio cannot start: {_first_line(error)}") from None
         self._api = kvikio
         try:
             self._probe()
         except (OSError, TierDown) as error:
             self._api = None
             raise ConfigError(
-                f"kvikio moves nothing here ({error}): it needs NVIDIA's driver, libcuda.so.1"
+                f"kvikio cannot move data here ({error}): it needs NVIDIA's driver, libcuda.so.1"
             ) from None
         log.info("gds tier moves bytes by POSIX I/O", extra={"cufile": there})
 
@@ -124,7 +124,7 @@ class KvikioFileIO(FileIO):
     def write(self, fd: int, view: memoryview, at: int) -> None:
         os.posix_fallocate(fd, at, len(view))  # kvikio would not tell that a disk is full
         if self._go("pwrite", fd, view, at) != len(view):
-            raise TierDown("kvikio: wrote less than was asked")
+            raise TierDown("kvikio: wrote fewer bytes than requested")
 
     def _go(self, verb: str, fd: int, view: memoryview, at: int) -> int:
         """Bytes moved. kvikio would cut `view` into tasks by itself, but older releases tell of one
@@ -158,7 +158,7 @@ class KvikioFileIO(FileIO):
             finally:
                 self.close(fd)
         if page != back:
-            raise TierDown("kvikio: other bytes came back than were written")
+            raise TierDown("kvikio: read back other bytes than were written")
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,18 +17,18 @@ _SPARE = 16  # pruning frees a sixteenth more than is needed, so that scans of t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilesOptions:
-    """Where, and how much."""
+    """Options of a files tier."""
 
     path: str
     """A folder, shared or not; `~` is the home folder."""
     capacity: Size = 0
-    """Bytes at which this host prunes what was used longest ago; 0: never, somebody else does."""
+    """Bytes above which this host deletes the least recently used files; 0: never."""
     ttl: Seconds = 0.0
     """How long an object lives after its last use; 0: until it is pruned."""
     fsync: bool = False
-    """Make each object durable before it gets its name."""
+    """Sync each file to disk before it gets its name."""
     depth: int = 8
-    """Objects of one call that are read or written at once."""
+    """Most objects of one call that are read or written at once."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -53,7 +53,7 @@ class FolderSpace:
         """As last seen, and what we did since."""
 
     def is_over(self, stat: os.stat_result) -> bool:
-        """The object's time is over."""
+        """The object has expired."""
         return bool(self._ttl) and stat.st_mtime + self._ttl <= self._clock()
 
     def reserve(self, nbytes: int) -> bool:
@@ -68,7 +68,7 @@ class FolderSpace:
             return True
 
     def named(self, nbytes: int) -> None:
-        """A file that was reserved for has its name now, or was given up."""
+        """A reserved file has its name now, or was not written."""
         with self._changing:
             self._unnamed -= nbytes
 

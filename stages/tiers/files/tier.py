@@ -2,8 +2,8 @@
 
     cold: {use: files, path: /mnt/kv, capacity: 10 TiB}
 
-There is no index to trust: whether an object is there, the file system says. A file gets its name
-when its last byte is written, so two writers of one key do no harm. Its modification time is its
+There is no index: the file system says whether an object exists. A file gets its name when its last
+byte is written, so two writers of one key do not conflict. Its modification time is its
 last use; `ttl` and pruning go by that.
 """
 
@@ -41,7 +41,7 @@ _STALE = 3600.0  # seconds after which a file half written belongs to nobody
 
 
 class Files(Tier):
-    """Knows whole chunks only: inner links are found in local tiers."""
+    """Whole chunks only: inner links are found in local tiers."""
 
     Options = FilesOptions
 
@@ -49,7 +49,7 @@ class Files(Tier):
         self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
         file_io: FileIO = SYSTEM, direct: bool | Literal["auto"] = False,
     ) -> None:  # fmt: skip
-        """`direct`: go round the page cache; for movers that gain by it."""
+        """`direct`: bypass the page cache, for a FileIO that gains by it."""
         super().__init__(ctx)
         self.options = options
         self._file_io, self._direct, self._flags = file_io, direct, 0
@@ -80,7 +80,7 @@ class Files(Tier):
         return int(await self.ctx.pool(self._clear, leases=()))
 
     def stat(self) -> TierStat:
-        """What this host knows: exact where it is alone, and `capacity` is set."""
+        """What this host knows: exact if it is the only writer, and `capacity` is set."""
         return self._space.holdings.stat
 
     async def _read(self, read: Read) -> None:
@@ -118,7 +118,7 @@ class Files(Tier):
                     if path.stat().st_mtime < time.time() - _STALE:
                         path.unlink()
         except OSError as error:
-            cause = f"{self._folder}: {error.strerror}; choose a folder we may write"
+            cause = f"{self._folder}: {error.strerror}; choose a folder with write permission"
             with defaults_only_down(self.options.path):
                 raise ConfigError(cause) from error
         self._flags = os.O_DIRECT if want_direct(self._folder, self._direct) else 0
@@ -150,7 +150,7 @@ class Files(Tier):
                     _expel(fd, path, proof)
                     raise
             now = self._clock()
-            with suppress(OSError):  # ours to read, perhaps not ours to touch
+            with suppress(OSError):  # readable, but perhaps not writable for us
                 os.utime(path, (now, now))
         except OSError as error:
             if error.errno == errno.ESTALE:
@@ -166,7 +166,7 @@ class Files(Tier):
         if not size or size % PAGE:
             with open(f"/proc/self/fd/{fd}", "rb") as plain:  # not O_DIRECT: of any length
                 Header.length(plain.read(PAGE))  # as objects of a later format may be
-            raise Damaged(f"no object is {size} bytes long")
+            raise Damaged(f"an object cannot be {size} bytes long")
         if size != lease.nbytes:
             raise FileNotFoundError(key.hex())
         if loaded and not begins_with(self._file_io, fd, view[: Header.length(view[:PAGE])]):
@@ -248,6 +248,6 @@ class Files(Tier):
 
 def _expel(fd: int, path: Path, proof: Damaged) -> None:
     """Unlink the file that `fd` is, on proof that it is damaged, unless another has its name."""
-    with suppress(OSError):  # ours to read, perhaps not ours to unlink
+    with suppress(OSError):  # readable, but perhaps not ours to unlink
         if os.path.samestat(os.fstat(fd), path.stat()):
             path.unlink()

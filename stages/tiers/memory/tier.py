@@ -24,11 +24,11 @@ _TURN = 8  # changes between two turns of the loop: some 10 us each
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryOptions(IndexOptions):
-    """The arena grows by `capacity`."""
+    """Options of a memory tier: the arena grows by `capacity`."""
 
 
 class Memory(IndexedTier[Object]):
-    """Keeps leases. Objects that a reader still holds are not evicted: that would free nothing."""
+    """Keeps leases. Objects that a reader holds are not evicted: that would free no memory."""
 
     Options = MemoryOptions
     in_arena = True
@@ -99,7 +99,7 @@ class Memory(IndexedTier[Object]):
     async def _drop(self, entries: list[Entry[Object]]) -> int:
         dropped = 0
         for count, entry in enumerate(entries, 1):
-            dropped += self._let_go(entry)
+            dropped += self._release(entry)
             if count % _TURN == 0:
                 await checkpoint()
         return dropped
@@ -136,14 +136,14 @@ class Memory(IndexedTier[Object]):
         return True
 
     def _reclaim(self) -> bool:
-        """Give up one object, as the arena has no hole long enough. From any thread."""
+        """Evict one object, as the arena has no hole long enough. From any thread."""
         return self._evict()
 
     def _expire(self) -> None:
         for entry in self._index.expired():
-            self._let_go(entry)
+            self._release(entry)
 
-    def _let_go(self, entry: Entry[Object]) -> bool:
+    def _release(self, entry: Entry[Object]) -> bool:
         if not self._index.remove(entry):
             return False
         self.ctx.arena.unkeep(entry.place.lease)

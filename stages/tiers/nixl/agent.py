@@ -30,7 +30,7 @@ _ALL = 1 << 48  # no file is longer
 
 
 class Agent:
-    """Opened once. Not thread-safe without `shared`."""
+    """Thread-safe only with `shared`."""
 
     def __init__(
         self, backend: str, params: Mapping[str, str], arena: Arena, *, shared: bool
@@ -50,8 +50,8 @@ class Agent:
             self._agent.create_backend(backend, dict(params))
         except Exception as error:
             raise ConfigError(
-                f"NIXL's plugin {backend} does not start ({_cause(error)}): "
-                f"what it needs of this machine is not there, or its options are wrong"
+                f"NIXL's plugin {backend} cannot start ({_cause(error)}): "
+                f"this machine lacks something it needs, or its options are wrong"
             ) from None
         self._arena = self.register([(arena.address, arena.total, 0, "")], "DRAM")
 
@@ -95,7 +95,7 @@ class Agent:
         known = self._agent.get_plugin_list()
         if self.backend not in known:
             raise ConfigError(
-                f"NIXL has no plugin {self.backend} here; it has {', '.join(sorted(known))}: "
+                f"NIXL does not find plugin {self.backend}; it has {', '.join(sorted(known))}: "
                 "build it, and name its folder in NIXL_PLUGIN_DIR"
             )
         if not self._agent.get_plugin_mem_types(self.backend):
@@ -213,9 +213,9 @@ def _why_not(backend: str) -> str:
             try:
                 ctypes.CDLL(str(plugin))
             except OSError as error:
-                return f"{error}; install what it belongs to"
-            return "it loads, but tells no kind of memory"
-    return "its file was not found"
+                return f"{error}; install the package of that library"
+            return "it loads, but supports no kind of memory"
+    return "its file is missing"
 
 
 def _plugin_folders() -> list[Path]:

@@ -84,7 +84,7 @@ class NixlObjects(S3):
         if size < PAGE or size % PAGE:
             reader.seen = bytes((await self._bucket.get(name, PAGE))[0])
             Header.length(reader.seen)  # a later format's may be
-            raise Damaged(f"no object is {size} bytes long")
+            raise Damaged(f"an object cannot be {size} bytes long")
         lease, first = reader.lease(size), min(size, _FIRST)
         await self._load(name, lease, 0, first)
         reader.seen = bytes(lease.view[:PAGE])
@@ -123,7 +123,7 @@ class NixlObjects(S3):
 
 
 def _through(transfer: Transfer, over: Callable[[], None]) -> bool:
-    """Whether a transfer is, however it ended; then its object is registered no more."""
+    """Whether a transfer is over, however it ended; if so, its object is deregistered."""
     try:
         if not transfer.done():
             return False

@@ -34,7 +34,7 @@ _OBJECTS = {"OBJ": "s3://", "AZURE_BLOB": "az://"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NixlOptions:
-    """By which plugin, and where to."""
+    """Options of a NIXL tier."""
 
     backend: Backend = "POSIX"
     """NIXL's plugin: POSIX, GDS, GDS_MT and HF3FS keep files, OBJ and AZURE_BLOB objects."""
@@ -43,27 +43,27 @@ class NixlOptions:
     url: str = ""
     """`s3://bucket/prefix` for OBJ, `az://container/prefix` for AZURE_BLOB."""
     endpoint: str = ""
-    """Another server than the cloud's own, as in `http://127.0.0.1:9000`."""
+    """Server to use instead of the cloud's, as in `http://127.0.0.1:9000`."""
     region: str = ""
-    """Of the bucket; else from the environment or the profile."""
+    """The bucket's region. Default: from the environment or the profile."""
     profile: str = ""
-    """A profile of `~/.aws`; else as the `s3` tier finds its credentials."""
+    """A profile of `~/.aws`. Default: as the `s3` tier finds its credentials."""
     unsigned: bool | Literal["auto"] = "auto"
     """Put objects without hashing them for the signature; auto: over TLS."""
     pool: Literal["dynamic", "static"] = "dynamic"
     """dynamic: a file per object; static: preallocated segments, one process per folder."""
     io: Literal["aio", "uring", "posix_aio"] = "aio"
-    """How POSIX asks the kernel."""
+    """Kernel interface of the POSIX plugin."""
     capacity: Size = 0
-    """Bytes kept in files; 0: never pruned, somebody else does. A static pool needs it."""
+    """Most bytes in files; 0: never pruned by us. Required by a static pool."""
     direct: bool | Literal["auto"] = "auto"
-    """Go round the page cache (O_DIRECT): true, false, or auto: where the file system can."""
+    """Bypass the page cache (O_DIRECT): true, false, or auto: if the file system supports it."""
     ttl: Seconds = 0.0
     """How long an object in a file lives; 0: until it is evicted."""
     threads: int = 4
-    """Threads of the plugin's own (GDS_MT, OBJ)."""
+    """Threads of the plugin (GDS_MT, OBJ)."""
     depth: int = 4
-    """Objects of one call that are moved at once."""
+    """Most objects of one call that are moved at once."""
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(Backend):
@@ -71,12 +71,14 @@ class NixlOptions:
         scheme = _OBJECTS.get(self.backend)
         if scheme:
             if not self.url.startswith(scheme) or self.path:
-                raise ValueError(f"{self.backend} wants a url of {scheme}, and no path")
+                raise ValueError(f"{self.backend} needs a url with {scheme}, and no path")
             if self.capacity or self.ttl or self.pool == "static":
-                raise ValueError("capacity, ttl and pool are the bucket's own affair")
+                raise ValueError(
+                    "capacity, ttl and pool are not supported for a bucket: set its lifecycle rules"
+                )
             S3Options(url=self.url, endpoint=self.endpoint, unsigned=self.unsigned)
         elif not self.path or self.url or self.endpoint:
-            raise ValueError(f"{self.backend} wants a path, and neither url nor endpoint")
+            raise ValueError(f"{self.backend} needs a path, and neither url nor endpoint")
         if self.pool not in ("dynamic", "static") or self.io not in ("aio", "uring", "posix_aio"):
             raise ValueError("pool is dynamic or static; io is aio, uring or posix_aio")
         if self.direct not in (True, False, "auto"):

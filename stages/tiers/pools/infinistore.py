@@ -32,16 +32,16 @@ _NAME = 16  # hex digits under which all that is ours is kept until `clear`
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InfinistoreOptions:
-    """Which server, and how it is asked."""
+    """Options of an InfiniStore tier."""
 
     url: str
-    """The server, as in `infinistore://host:port`; what follows a `?` is not used."""
+    """The server, as in `infinistore://host:port`; a query is ignored."""
     piece: Size = 1 << 20
-    """Bytes of a value at most; larger ones are slower."""
+    """Most bytes of a value; larger ones are slower."""
     deadline: Seconds = 2.0
-    """Longest one call may take, its thread included; the connection is closed then."""
+    """Most time of one call, its thread included; the connection is closed after that."""
     threads: int = 2
-    """Calls that may run at once, each over a connection of its own."""
+    """Most concurrent calls, each on a connection of its own."""
 
     def __post_init__(self) -> None:
         Address.parse(self.url, "infinistore")
@@ -52,7 +52,7 @@ class InfinistoreOptions:
 
 
 class Infinistore(Pooled):
-    """Speaks the protocol itself (`infinistore_wire.py` says why). TCP only: no RDMA yet."""
+    """Speaks the protocol itself (`infinistore_protocol.py` says why). TCP only: no RDMA yet."""
 
     Options = InfinistoreOptions
 
@@ -136,7 +136,7 @@ class Infinistore(Pooled):
             if raw is not None and len(raw) == _NAME and raw.isalnum():
                 return raw.decode()
             self._rename(link)
-        raise OSError(f"infinistore: {self._root} cannot be kept")
+        raise OSError(f"infinistore: {self._root} cannot be stored: the server has no room")
 
     def _rename(self, link: InfinistoreConnection) -> None:
         link.remove(self._root)  # a value that is only replaced goes when the old one is evicted

@@ -1,12 +1,12 @@
 """InfiniStore's protocol over TCP: one connection, one request at a time, each with an end.
 
-The library that comes with InfiniStore is not used. Asked for a key that is not there it waits for
-ever (an error is four bytes long, and it waits for eight); it takes over the process's handlers of
-SIGSEGV and SIGABRT; it cannot read into memory of ours. A request is
+The library that comes with InfiniStore is not used. Asked for an absent key it waits forever (an
+error is four bytes long, and it waits for eight); it takes over the process's handlers of SIGSEGV
+and SIGABRT; it cannot read into memory of ours. A request is
 
     magic u32, operation u8, bytes of the body u32, body [, value]
 
-where the body is a key, or a FlatBuffer of one table. The answer is a code i32, behind 200 followed
+where the body is a key, or a FlatBuffer of one table. The answer is a code i32, after 200 followed
 by an i32, which for a read is the length of the value that comes next. Little-endian.
 """
 
@@ -29,7 +29,7 @@ _KEYS = struct.pack("<IHHHHiIII", 12, 0, 6, 8, 4, 6, 4, 1, 4)
 
 
 class InfinistoreConnection:
-    """A connection. Whatever it raises, it is of no more use then. Raises TierDown, OSError."""
+    """A connection, useless after any error. Raises TierDown, OSError."""
 
     def __init__(self, address: Address, deadline: float) -> None:
         self._end = time.monotonic() + deadline

@@ -1,4 +1,4 @@
-"""How an object is cut into pieces, and the manifest that says which pieces it has."""
+"""How an object is split into pieces, and the manifest that lists them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """Which pieces an object has."""
+    """The pieces of an object."""
 
     writer: bytes
     """Eight bytes, drawn for each put."""
@@ -39,7 +39,7 @@ class Manifest(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes) -> Manifest:
-        """Raises Damaged on any doubt, Unreadable where it is one of a later format."""
+        """Raises Damaged, or Unreadable if it is of a later format."""
         if is_later(raw[:4], _MAGIC):
             if xxhash.xxh3_64_digest(_MAGIC + raw[4:-8]) == raw[-8:]:
                 raise Damaged("a manifest's format was turned: it was written as ours")

@@ -1,4 +1,4 @@
-"""What the tiers have in common that keep objects in somebody's pool of memory, piece by piece.
+"""Common part of tiers that keep objects in a shared memory pool, piece by piece.
 
 An object is split into *pieces* that never cross the end of a header or frame, each under a name of
 its own. When the last of them is there its *manifest* is put: a few bytes that list the pieces. An
@@ -33,10 +33,10 @@ from tierloom.stages.tiers.pools.manifest import Manifest, Piece
 
 
 class Pooled(Tier):
-    """Knows whole chunks only: inner links are found in local tiers.
+    """Whole chunks only: inner links are found in local tiers.
 
-    Subclasses say how values are kept. What they say blocks, frees the GIL, and may be called from
-    several threads. All of it raises TierDown or OSError.
+    Subclasses say how values are stored. Their methods block, free the GIL, may be called from
+    several threads, and raise TierDown or OSError.
     """
 
     def __init__(self, ctx: TierContext, *, threads: int, piece: int) -> None:
@@ -52,11 +52,11 @@ class Pooled(Tier):
 
     @abstractmethod
     def _peek(self, names: Sequence[str]) -> list[bytes | None]:
-        """Small values; None for each that is not there, empty for what is not small."""
+        """Small values; None for each that is absent, empty for one that is not small."""
 
     @abstractmethod
     def _fetch(self, pieces: Sequence[Piece]) -> list[Lost | None]:
-        """Read into memory; None for each that came, as long as it should be."""
+        """Read into memory; None for each that came with the expected length."""
 
     @abstractmethod
     def _store(self, pieces: Sequence[Piece]) -> list[Lost | None]: ...
@@ -74,7 +74,7 @@ class Pooled(Tier):
         """Forget all of the namespace; how many manifests there were."""
 
     def _uncertain(self, leases: Sequence[Lease]) -> None:
-        """Transfers into or out of these failed: keep them while the client may still be there."""
+        """Transfers into or out of these failed: hold them while the client may still use them."""
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         if not keys:
@@ -126,7 +126,7 @@ class Pooled(Tier):
         return cleared
 
     def stat(self) -> TierStat:
-        """What this process put and has not seen dropped; what the pool evicted it cannot know."""
+        """What this process put and did not delete; it does not know what the pool evicted."""
         return self._holdings.stat
 
     # What follows runs in the pool's threads.
@@ -194,8 +194,8 @@ class Pooled(Tier):
         return proof if lost in (None, Lost.CORRUPT) else lost
 
     def _expel(self, bad: Sequence[tuple[bytes, bytes | None, Damaged]]) -> None:
-        """Forget objects on proof of damage, unless they have another manifest by now than the one
-        that was read."""
+        """Delete objects on proof of damage, unless their manifest is no longer the one that was
+        read."""
         if bad:
             now = self._peek([key.hex() for key, _, _ in bad])
             same = [(key, raw) for (key, raw, _), one in zip(bad, now, strict=True) if one == raw]
@@ -225,7 +225,7 @@ class Pooled(Tier):
             if lost is not None:
                 done[fresh[key]] = lost
         whole = [key for key, i in fresh.items() if done[i] == 0]
-        with self._committing:  # who comes second takes his pieces away, and replaces nothing
+        with self._committing:  # the second writer deletes its pieces, and replaces nothing
             late = self._exists([key.hex() for key in whole]) if whole else []
             mine = [key for key, there in zip(whole, late, strict=True) if not there]
             packed = {key.hex(): manifests[key].pack() for key in mine}
@@ -242,7 +242,7 @@ class Pooled(Tier):
         return self._forget([(k, unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
 
     def _forget(self, found: Sequence[tuple[bytes, object]]) -> int:
-        """Take manifests away, then their pieces; how many manifests there were."""
+        """Delete manifests, then their pieces; how many manifests there were."""
         gone = self._remove([key.hex() for key, _ in found])
         known = [(key, manifest) for key, manifest in found if isinstance(manifest, Manifest)]
         self._clean(known)

@@ -17,7 +17,7 @@ SLOTS = 16384
 
 
 class Cluster(Servers):
-    """Nodes that share 16,384 slots; all of an object lies in one."""
+    """Nodes that share 16,384 slots."""
 
     moves = True
 
@@ -96,11 +96,11 @@ class Cluster(Servers):
         gone = [node for address, node in self._by_address.items() if address not in used]
         self._by_address, self._slots, self.nodes = used, slots, list(used.values())
         for node in gone:
-            node.failed(TierDown("no longer in the cluster"))
+            node.failed(TierDown("left the cluster"))
 
 
 def _ranges(answer: Reply, host: str) -> list[tuple[int, int, Address]]:
-    """What CLUSTER SLOTS says. `host`: whom a node means that names none. Raises TierDown."""
+    """The reply to CLUSTER SLOTS. `host`: stands in for an empty host name. Raises TierDown."""
     if isinstance(answer, ErrorReply):
         raise TierDown(f"redis at {host} tells no slots: {answer.code}")
     found = []
@@ -112,7 +112,7 @@ def _ranges(answer: Reply, host: str) -> list[tuple[int, int, Address]]:
                 where = name.decode("utf-8", "replace") if name else host
                 found.append((first, last, Address(where, port)))
             case _:
-                raise TierDown("CLUSTER SLOTS was answered with what is no table of slots")
+                raise TierDown("redis: unexpected reply to CLUSTER SLOTS")
     if not found:
-        raise TierDown("it is no cluster, or has no slots")
+        raise TierDown("redis: the server is not a cluster, or has no slots; use redis://")
     return found

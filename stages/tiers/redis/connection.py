@@ -1,8 +1,8 @@
-"""Connections to Redis servers on asyncio, on which nothing waits longer than it may.
+"""Connections to Redis servers on asyncio, each wait of which has a limit.
 
 A connection belongs to one call at a time. When that call ends before its answers are all there,
-the connection is closed on the spot: from then on no byte of it reaches memory, whoever that
-memory belongs to by then, and nothing unread is left for the next call.
+the connection is closed at once: from then on no byte of it reaches memory, whoever that memory
+belongs to by then, and nothing unread is left for the next call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HIGH = 64 << 10  # bytes in the transport at which we wait
 
 
 class Credentials(NamedTuple):
-    """What a server wants to hear first."""
+    """What to log in with."""
 
     user: str
     password: str
@@ -38,7 +38,7 @@ class Credentials(NamedTuple):
 
 
 class AuthError(TierDown):
-    """The server does not know us: what we were configured with is wrong."""
+    """Authentication failed: the configured user, password or database is wrong."""
 
 
 class RespConnection(asyncio.BufferedProtocol):
@@ -46,7 +46,7 @@ class RespConnection(asyncio.BufferedProtocol):
 
     def __init__(self, where: str, stall: float) -> None:
         self.error: Exception | None = None
-        """Why it is of no further use."""
+        """Why it was closed."""
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self._where, self._stall, self._loop = where, stall, loop
@@ -95,7 +95,7 @@ class RespConnection(asyncio.BufferedProtocol):
         self.abort(TierDown("the connection was closed"))
 
     def abort(self, error: Exception) -> None:
-        """Close at once. Whoever waits for an answer gets `error`; twice does no harm."""
+        """Close at once. Callers that wait for a reply get `error`. Idempotent."""
         if self.error is not None:
             return
         self.error = error
@@ -111,7 +111,9 @@ class RespConnection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=_HIGH)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.abort(TierDown(f"redis at {self._where} closed the connection: {exc or 'at its end'}"))
+        self.abort(
+            TierDown(f"redis at {self._where} closed the connection{f': {exc}' if exc else ''}")
+        )
         if not self.gone.done():
             self.gone.set_result(None)
 
@@ -160,7 +162,7 @@ class RespConnection(asyncio.BufferedProtocol):
             self._watch = self._loop.call_later(self._stall, self._look)
 
     def _look(self) -> None:
-        """Give the connection up when something is due and nothing moves."""
+        """Close the connection if a reply is due and nothing moves."""
         self._watch = None
         if not self._answers.due:
             return
@@ -168,11 +170,11 @@ class RespConnection(asyncio.BufferedProtocol):
         if left > 0:
             self._watch = self._loop.call_later(left, self._look)
         else:
-            self.abort(TierDown(f"redis at {self._where}: nothing moved for {self._stall:g} s"))
+            self.abort(TierDown(f"redis at {self._where}: no traffic for {self._stall:g} s"))
 
 
 async def connect(address: Address, login: Credentials, stall: float) -> RespConnection:
-    """A connection that is let in. Raises AuthError, TierDown, OSError."""
+    """A connection that is logged in. Raises AuthError, TierDown, OSError."""
     loop = asyncio.get_running_loop()
 
     def make() -> RespConnection:
@@ -188,11 +190,13 @@ async def connect(address: Address, login: Credentials, stall: float) -> RespCon
                     make, address.host, address.port, ssl=login.tls, server_hostname=name
                 )
     except TimeoutError as error:
-        raise TierDown(f"redis at {address} took no connection in {stall:g} s") from error
+        raise TierDown(
+            f"redis at {address} did not accept a connection within {stall:g} s"
+        ) from error
     try:
         await _log_in(connection, address, login)
     except BaseException:
-        connection.abort(TierDown("not let in"))
+        connection.abort(TierDown("login failed"))
         raise
     return connection
 
@@ -209,6 +213,6 @@ async def _log_in(connection: RespConnection, address: Address, login: Credentia
                 raise TierDown(f"redis at {address} is not ready: {answer.code}")
             # What it says besides may quote the password.
             raise AuthError(
-                f"redis at {address} refuses user {login.user or 'default'!r}, database "
+                f"redis at {address} rejects user {login.user or 'default'!r}, database "
                 f"{login.db}: {answer.code}; check user, password and database"
             )

@@ -1,4 +1,4 @@
-"""Reads from Redis under way: what each still needs, and where it lands."""
+"""Reads from Redis in progress: what each still needs, and where it lands."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class PendingRead(ObjectReader):
             self.refuse(Damaged("a piece of it is of another length"))
 
     def server_failed(self) -> None:
-        """Its server failed; what had come whole stays."""
+        """Its server failed; what has come whole stays."""
         if self.due and not self.whole and not self.lost:
             self.miss(Lost.TIER_DOWN)
 
@@ -142,8 +142,8 @@ async def _stream(
     pool: ConnectionPool[RespConnection], connection: RespConnection, jobs: deque[PieceRead],
     window: int,
 ) -> None:  # fmt: skip
-    """Fetch pieces over one connection, `window` at once, until there are none, or it is somebody
-    else's turn, or the connection had to be given up for a piece that was too long."""
+    """Fetch pieces over one connection, `window` at once, until there are none, or it is another
+    call's turn, or the connection was closed for a piece that was too long."""
     under_way: deque[tuple[PieceRead, asyncio.Future[list[Reply]]]] = deque()
     taken = 0
     while True:

@@ -1,8 +1,8 @@
-"""RESP2, what Redis and Valkey speak: commands as bytes, answers out of bytes. No I/O.
+"""RESP2, the protocol of Redis and Valkey: commands to bytes, bytes to replies. No I/O.
 
-Payloads go straight into the memory that was named for them; everything else is small and bounded
-before it is held. What cannot be an answer to what was asked raises, and the connection that it
-came over is of no further use. Specification: redis.io/docs/latest/develop/reference/protocol-spec.
+Payloads go straight into the memory that was named for them; everything else is small and bounded.
+What cannot be a reply to what was asked raises, and its connection must then be closed.
+Specification: redis.io/docs/latest/develop/reference/protocol-spec.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class PendingReply:
     future: asyncio.Future[list[Reply]]
     count: int = 1
     limit: int = 16 << 10
-    """Bytes that all of them together may take."""
+    """Most bytes of all of them together."""
     into: memoryview | None = None
-    """Where one bulk string goes; the answer is then its length. No longer one is taken."""
+    """Where one bulk string goes; the reply is then its length. A longer one is refused."""
     lease: Lease | None = None
-    """Whose memory is sent or received into; held until nobody does so any more."""
+    """Whose memory is sent from or received into; held until that is over."""
     got: list[Reply] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -61,11 +61,11 @@ class PendingReply:
 
 
 class _Incomplete(TierloomError):
-    """The bytes end inside an answer."""
+    """The bytes end inside a reply."""
 
 
 class ReplyParser:
-    """Sorts incoming bytes into answers. `get_buffer` and `took` in turns, nothing in between."""
+    """Turns incoming bytes into replies. Call `get_buffer` and `took` alternately."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(_ROOM)
@@ -84,7 +84,7 @@ class ReplyParser:
         self._wants.append(want)
 
     def fail(self, error: Exception) -> None:
-        """Nothing comes any more: the first want gets `error`, the others that they are too late.
+        """The connection ended: the first want gets `error`, the others TierDown.
 
         No memory that was named is touched again.
         """
@@ -93,8 +93,8 @@ class ReplyParser:
             want.end()
             if not want.future.done():
                 first = not n or not isinstance(error, BadObject)
-                want.future.set_exception(error if first else TierDown("connection given up"))
-                want.future.exception()  # it need not be asked for
+                want.future.set_exception(error if first else TierDown("the connection was closed"))
+                want.future.exception()  # it need not be awaited
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go; never empty. Raises TierDown when there is no room for them."""
@@ -105,7 +105,7 @@ class ReplyParser:
         return memoryview(self._buffer)[self._end :]
 
     def took(self, nbytes: int) -> None:
-        """So many bytes are in the buffer. Raises TierDown or BadObject; then call `fail`."""
+        """`nbytes` have come into the buffer. Raises TierDown or BadObject; then call `fail`."""
         if self._body is not None and self._filled < len(self._body):
             self._filled += nbytes
         else:
@@ -116,7 +116,7 @@ class ReplyParser:
         except _Incomplete:
             return
         if self._begin < self._end:
-            raise TierDown("answers to what was not asked")
+            raise TierDown("a reply that was not requested")
         self._begin = self._end = 0
         if len(self._buffer) > _ROOM:
             self._buffer = bytearray(_ROOM)
@@ -135,20 +135,20 @@ class ReplyParser:
                 want.future.set_result(want.got)
 
     def _bulk_into(self, into: memoryview) -> Reply:
-        """A bulk string's length, once all of it is where it belongs; None: there is none."""
+        """A bulk string's length, once all of it has been placed; None for a null one."""
         if self._body is None:
             kind, text, at = self._line(self._begin)
             if kind == b"-":
                 self._begin = at
                 return _refusal(text)
             if kind != b"$":
-                raise TierDown(f"a bulk string was due, not {kind!r}")
+                raise TierDown(f"expected a bulk string, got {kind!r}")
             length = _number(text)
             if length == -1:
                 self._begin = at
                 return None
             if not 0 <= length <= len(into):
-                raise BadObject(f"{length} bytes where {len(into)} were due")
+                raise BadObject(f"{length} bytes came, at most {len(into)} were expected")
             here = min(self._end - at, length)
             into[:here] = memoryview(self._buffer)[at : at + here]
             self._body, self._filled, self._begin = into[:length], here, at + here
@@ -169,12 +169,12 @@ class ReplyParser:
         if kind == b":":
             return _number(text), at
         if kind not in (b"$", b"*"):
-            raise TierDown(f"no answer begins with {kind!r}")
+            raise TierDown(f"a reply cannot begin with {kind!r}")
         size = _number(text)
         if size == -1:
             return None, at
         if not 0 <= size <= limit // (3 if kind == b"*" else 1) or depth == _DEPTH:
-            raise TierDown(f"an answer of {size} parts or bytes, {limit} bytes at most were due")
+            raise TierDown(f"a reply of {size} parts or bytes is longer than {limit} bytes")
         if kind == b"$":
             if self._end - at < size + 2:
                 raise _Incomplete
@@ -198,7 +198,7 @@ class ReplyParser:
         if self._end - at < 2:
             raise _Incomplete
         if self._buffer[at : at + 2] != b"\r\n":
-            raise TierDown("a bulk string longer than it said")
+            raise TierDown("bulk string not terminated by CRLF")
         return at + 2
 
     def _make_room(self) -> None:
@@ -206,7 +206,7 @@ class ReplyParser:
         if kept == len(self._buffer):
             limit = self._wants[0].limit + 2 * _LINE if self._wants else 0
             if kept >= limit:
-                raise TierDown("an answer longer than what was due")
+                raise TierDown("a reply longer than expected")
             # A new one: whoever asked for the last buffer may still hold a view of it.
             larger = bytearray(min(2 * kept, limit))
             larger[:kept] = self._buffer
@@ -219,7 +219,7 @@ class ReplyParser:
 def _number(text: bytes) -> int:
     digits = text[1:] if text[:1] == b"-" else text
     if not digits.isdigit() or len(digits) > 19:
-        raise TierDown(f"{text[:24]!r} is no number")
+        raise TierDown(f"{text[:24]!r} is not a number")
     return int(text)
 
 

@@ -5,11 +5,11 @@
     cold: {use: redis, url: "redis-sentinel://h1,h2,h3/mymaster"}
     cold: {use: redis, url: "redis-cluster://h1:7000,h2:7000"}
 
-There is no index here: whether an object is there, the server says, for a whole prompt in one round
-trip. How objects lie there is told in `redis_pieces.py`. The server evicts as it was set up to
+There is no local index: the server is asked which objects exist, for a whole prompt in one round
+trip. How objects lie there is told in `manifest.py`. The server evicts as it was set up to
 (`maxmemory-policy allkeys-lru` is meant for it); an object of which it evicted anything is a miss.
 Needs no client library. Payloads land in the arena, and a connection whose call was given up is
-closed before its memory is anybody else's (`redis_wire.py`).
+closed before its memory is anybody else's (`connection.py`).
 """
 
 from __future__ import annotations
@@ -49,61 +49,60 @@ _ABSENT = -2  # what PTTL says of a key that is not there
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RedisOptions:
-    """Where, as whom, and how."""
+    """Options of a Redis tier."""
 
     url: str = field(repr=False)
     """`redis://`, `rediss://` (TLS), `unix://`, `redis-sentinel://h1,h2/service` or
     `redis-cluster://h1,h2`, with `user:password@`, port and `/db` where needed."""
     ttl: Seconds = 86400.0
-    """How long an object lives after it was stored or read, at least half of it; 0: until it is
+    """How long an object lives after it was stored or read (at least half of it); 0: until it is
     evicted."""
     password_env: str = ""
-    """Environment variable that holds the password, where the url does not."""
+    """Environment variable with the password, if the url has none."""
     password_file: str = ""
-    """File that holds the password; read again at each connect, so it may change."""
+    """File with the password; read at each connect, so it may change."""
     ca_file: str = ""
-    """Whom to trust as issuer of the server's certificate; else whom this system trusts."""
+    """PEM file of the certificate authorities to trust. Default: the system's."""
     cert_file: str = ""
-    """Our own certificate, for servers that ask for one."""
+    """PEM file of the client certificate, for servers that require one."""
     key_file: str = ""
-    """Its key, where `cert_file` does not hold it."""
+    """PEM file of its key, if `cert_file` does not contain it."""
     prefix: str = "tierloom"
-    """What every key begins with."""
+    """Prefix of every key."""
     connections: int = 2
-    """Connections to each server for payloads."""
+    """Most connections to each server for payloads."""
     window: int = 1
-    """Pieces asked for at once on each of them. The server buffers what it has not sent, so more
-    costs both sides CPU time; it helps where a round trip takes longer than a piece."""
+    """Pieces requested at once on each of them. The server buffers what it has not sent, so more
+    costs CPU time on both sides; it helps if a round trip takes longer than a piece."""
     piece: Size = 1020 << 10
-    """Bytes of a piece, of objects stored from now on. A little below a power of two: Redis'
-    allocator makes 1.25 MiB of a value of 1 MiB, for which its own few bytes leave no room."""
+    """Bytes of a piece, for objects stored from now on. A little below a power of two: Redis'
+    allocator uses 1.25 MiB for a value of 1 MiB and its header."""
     stall: Seconds = 1.0
-    """A connection on which nothing moves for so long is closed; of a cluster, its node is then
-    left alone for a second. To be shorter than `timeout`."""
+    """A connection without any traffic for this long is closed; a cluster then avoids its node for
+    a second. Must be shorter than `timeout`."""
 
     def __post_init__(self) -> None:
         url = parse_url(self.url)
         if self.password_env and self.password_file:
-            raise ValueError("password_env and password_file are both given")
+            raise ValueError("give either password_env or password_file, not both")
         if (self.password_env or self.password_file) and url.password:
-            raise ValueError("the url has a password, and so has another option")
+            raise ValueError("give the password either in the url or in an option, not both")
         if (self.ca_file or self.cert_file) and not url.tls:
             raise ValueError("ca_file and cert_file need TLS: rediss://")
         if self.key_file and not self.cert_file:
             raise ValueError("key_file needs cert_file")
         if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", self.prefix):
-            raise ValueError("prefix may have letters, digits and _.:- only")
+            raise ValueError("prefix may contain letters, digits and _.:- only")
         if not 1 <= self.connections <= 64 or not 1 <= self.window <= 64:
-            raise ValueError("connections and window must lie in 1..64")
+            raise ValueError("connections and window must be between 1 and 64")
         if not 64 << 10 <= self.piece <= 64 << 20:
-            raise ValueError("piece must lie between 64 KiB and 64 MiB")
+            raise ValueError("piece must be between 64 KiB and 64 MiB")
         if self.stall <= 0 or self.ttl < 0:
-            raise ValueError("stall must be longer than nothing, and ttl not negative")
+            raise ValueError("stall must be greater than 0, and ttl not negative")
 
 
 class Redis(Tier):
-    """Knows whole chunks only: inner links are found in local tiers. asyncio alone, as the
-    pipeline's own loop is."""
+    """Whole chunks only: inner links are found in local tiers. For asyncio only."""
 
     Options = RedisOptions
 
@@ -126,7 +125,7 @@ class Redis(Tier):
             await self._servers.close()
 
     def stat(self) -> TierStat:
-        """What this process put there and knows of; the server may have evicted it since."""
+        """What this process put and did not delete; the server may have evicted it since."""
         return self._holdings.stat
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
@@ -175,7 +174,7 @@ class Redis(Tier):
         return dropped
 
     async def clear(self) -> int:
-        """Looks at all the keys of the server, so on a large one it may not end in time."""
+        """Scans all keys of the server, so on a large one it may time out."""
         cleared = 0
         for node in list(self._up.nodes):
             cursor = 0
@@ -185,7 +184,7 @@ class Redis(Tier):
                     case [bytes(text), list(names)] if text.isdigit():
                         cursor = int(text)
                     case _:
-                        raise TierDown("SCAN was answered with what is no page of keys")
+                        raise TierDown("redis: unexpected reply to SCAN")
                 mine = [n for n in names if isinstance(n, bytes) and n.startswith(self._space)]
                 gone = await node.ask([command("UNLINK", name) for name in mine])
                 cleared += sum(n.endswith(b"}") and g == 1 for n, g in zip(mine, gone, strict=True))
@@ -231,18 +230,18 @@ class Redis(Tier):
         await fetch_pieces(node, loads, self.options.window)
         bad = [(load, load.proof) for load in loads if load.proof]
         again = [load.manifest.renew(self._ttl) for load in renew if load.whole and load.manifest]
-        with suppress(OSError, TierDown):  # who may only read, reads
+        with suppress(OSError, TierDown):  # a user who may only read can still read
             if bad:
                 await self._expel(node, bad)
             await node.ask(again)
 
     async def _expel(self, node: Node, bad: list[tuple[PendingRead, Damaged]]) -> None:
-        """Drop objects, on proof that they are damaged: those that were read, not what another has
-        put there meanwhile."""
+        """Delete objects on proof of damage: those that were read, not what another has put there
+        since."""
         await self._forget(node, [(self._name(load.read.key), load.seen) for load, _ in bad])
 
     def _ask(self, key: bytes) -> list[bytes]:
-        """No more than a manifest may have: one that somebody made longer is just a bad one."""
+        """Reads no more than a manifest may have: a longer one is just a bad one."""
         name = self._name(key)
         return [command("PTTL", name), command("GETRANGE", name, 0, LARGEST)]
 
@@ -279,7 +278,7 @@ class Redis(Tier):
         return await self._forget(node, list(zip(names, answers, strict=True)))
 
     async def _forget(self, node: Node, there: list[tuple[bytes, Reply]]) -> int:
-        """Drop what has these names as long as it begins so still; how many objects there were."""
+        """Delete these names if they still begin so; how many objects there were."""
         orders = [dropping(name, raw) for name, raw in there]
         dropped = 0
         answers = await node.ask([order for order, _ in orders])

@@ -1,8 +1,8 @@
 """Which Redis server has what: one server, or the master that sentinels name; for a cluster see
 `cluster.py`.
 
-A node of a cluster that fails is left alone for a second at a time while the others go on; of a
-single server the tier's breaker does that. Where everything is, is asked again after a failure.
+A node of a cluster that fails is avoided for a second at a time while the others go on; for a
+single server the tier's breaker does that. After a failure the topology is asked for again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _QUICK = 4  # connections for small commands, which must not wait behind payload
 
 
 class Moved(TierDown):
-    """A cluster keeps a key elsewhere by now."""
+    """The cluster has moved a key to another node."""
 
 
 def error_of(reply: ErrorReply) -> TierDown:
@@ -48,7 +48,7 @@ class Node:
         self.quick = ConnectionPool(self._connect, _QUICK)
         self.bulk = ConnectionPool(self._connect, connections)
         self.error: Exception | None = None
-        """Why its last call failed; None: it did not."""
+        """Why its last call failed, if it did."""
         self.retry = 0.0
 
     def failed(self, error: Exception) -> None:
@@ -90,7 +90,7 @@ class Servers:
     """One server."""
 
     moves = False
-    """Keys may move from node to node, and no node is to blame."""
+    """Keys may move from node to node: that is not a failure of a node."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Servers:
         self._opened = False
 
     async def open(self) -> None:
-        """Raises ConfigError when we are not let in, TierDown or OSError when nobody is there."""
+        """Raises ConfigError (authentication failed), TierDown or OSError (the server is down)."""
         try:
             async with self.nodes[0].quick.connection():
                 pass
@@ -120,7 +120,7 @@ class Servers:
             await node.close()
 
     def node_of(self, key: bytes) -> Node | None:
-        """Who has what is kept under a chunk's key; None: nobody."""
+        """The node that has a chunk's key; None if no node has its slot."""
         return self.nodes[0]
 
     async def each(
@@ -161,10 +161,10 @@ class Servers:
         return True
 
     def _lost(self, node: Node) -> None:
-        """It failed: what we know of where things are may be wrong."""
+        """It failed: what is known of the topology may be wrong."""
 
     async def _look_around(self) -> None:
-        """Ask again where things are, where that may have changed."""
+        """Ask for the topology again, if it may have changed."""
 
     async def _make(self) -> RespConnection:
         return await self._connect(self._hosts[0])
@@ -172,7 +172,7 @@ class Servers:
     async def _ask(
         self, address: Address, *words: str, limit: int = 16 << 10, sentinel: bool = False
     ) -> Reply:
-        """The answer to one command, on a connection for it alone."""
+        """The reply to one command, on a connection of its own."""
         connection = await self._connect(address, sentinel=sentinel)
         try:
             return (await connection.call([command(*words)], limit=limit))[0]
@@ -202,7 +202,7 @@ class Servers:
 
 
 class Sentinel(Servers):
-    """The master of a service, which sentinels know; who that is may change at any time."""
+    """The master of a service, as sentinels name it; it may change at any time."""
 
     def __init__(
         self, hosts: Sequence[Address], enter: Callable[[], Credentials], service: str, *,
@@ -232,7 +232,7 @@ class Sentinel(Servers):
         ):
             self._master = None
             connection.abort(TierDown("a replica"))
-            raise TierDown(f"redis at {master} is not the master of {self._service} any more")
+            raise TierDown(f"redis at {master} is no longer the master of {self._service}")
         return connection
 
     async def _find(self) -> Address:
@@ -254,4 +254,4 @@ class Sentinel(Servers):
                     self._sentinels.rotate(1)
                     return Address(host.decode("utf-8", "replace"), int(port))
             why = f"the sentinel at {address} knows no service {self._service!r}"
-        raise TierDown(f"no sentinel names a master of {self._service!r}: {why}")
+        raise TierDown(f"no sentinel knows a master of {self._service!r}: {why}")

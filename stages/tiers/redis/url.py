@@ -29,20 +29,20 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?")
 
 
 class Url(NamedTuple):
-    """A URL taken apart."""
+    """The parts of a URL."""
 
     kind: Topology
     tls: bool
     hosts: tuple[Address, ...]
     service: str
-    """What the sentinels call it."""
+    """The service's name at the sentinels."""
     db: int
     user: str
     password: str
 
 
 def parse_url(text: str) -> Url:
-    """Raises ValueError, whose words never quote what may be a password."""
+    """Raises ValueError, which never quotes what may be a password."""
     scheme, mark, rest = text.partition("://")
     scheme = scheme.lower()
     if not mark or scheme not in _SCHEMES:
@@ -63,7 +63,7 @@ def parse_url(text: str) -> Url:
         port = 26379 if kind == "sentinel" else 6379
         hosts = [_host(name, port) for name in names.split(",")]
     if query:
-        raise ValueError("url has a query that means nothing here; options stand beside the url")
+        raise ValueError("url has a query, which is not supported: give options beside the url")
     service = ""
     if kind == "sentinel":
         service, _, path = path.partition("/")
@@ -72,11 +72,9 @@ def parse_url(text: str) -> Url:
                 "url needs the service's name, as in redis-sentinel://h1,h2,h3/mymaster"
             )
     if len(hosts) > 1 and kind == "single":
-        raise ValueError(
-            "url names several hosts: for that there are redis-sentinel, redis-cluster"
-        )
+        raise ValueError("url names several hosts: use redis-sentinel:// or redis-cluster://")
     if path and not (path.isdigit() and len(path) < 6):
-        raise ValueError("url names a database that is no number")
+        raise ValueError("database in url must be a number")
     if path.strip("0") and kind == "cluster":
         raise ValueError("url names a database, but a cluster has only database 0")
     return Url(
@@ -87,7 +85,7 @@ def parse_url(text: str) -> Url:
 def _host(text: str, port: int) -> Address:
     found = _HOST.fullmatch(text)
     if found is None or int(found[2] or 1) not in range(1, 65536):
-        raise ValueError("url has a host that is none; write host or host:port")
+        raise ValueError("invalid host in url; write host or host:port")
     return Address(found[1].strip("[]"), int(found[2] or port))
 
 

@@ -34,7 +34,7 @@ def address_of(url: str) -> Address:
 
 
 class Handshake(NamedTuple):
-    """What the two sides told each other."""
+    """What the two sides agreed on."""
 
     epoch: bytes
     welcome: wire.Welcome
@@ -43,7 +43,7 @@ class Handshake(NamedTuple):
 
 
 class Rejected(TierDown):
-    """The server will not have us, and will not next time."""
+    """Permanent rejection by the server; retrying will not help."""
 
 
 def read_token(file: str) -> bytes:
@@ -57,7 +57,7 @@ async def connect(address: Address, context: ssl.SSLContext | None) -> Connectio
     if address.path:
         return await _reach(socket.AF_UNIX, address.path)
     found = await anyio.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    error: OSError = OSError(f"{address.host} has no address")
+    error: OSError = OSError(f"host {address.host} has no address")
     for family, _, _, _, where in found:
         try:
             connection = await _reach(family, where)
@@ -102,13 +102,16 @@ async def shake_hands(
     greeting = wire.unpack(wire.Greeting, (await _said(connection, wire.Kind.GREETING)).body)
     if not greeting.oldest <= wire.VERSION <= greeting.newest:
         raise Rejected(
-            f"the server speaks versions {greeting.oldest} to {greeting.newest} of the protocol, "
-            f"this tierloom {wire.VERSION}: let both be of one release"
+            f"the server speaks protocol versions {greeting.oldest} to {greeting.newest}, "
+            f"this tierloom {wire.VERSION}: use the same release on both sides"
         )
     if greeting.guarded and not token:
-        raise Rejected(f"the server wants a token: set token_file, or {TOKEN}")
+        raise Rejected(f"the server requires a token: set token_file, or {TOKEN}")
     if token and not greeting.guarded:
-        raise Rejected("the server wants no token although we have one: it may be another's")
+        raise Rejected(
+            "the server requires no token although one is configured: it may be another's; "
+            "remove the token or fix the url"
+        )
     nonce = secrets.token_bytes(wire.NONCE)
     said = (greeting.epoch, greeting.nonce, nonce, namespace)
     proof = wire.proof(token, b"client", *said)
@@ -122,7 +125,9 @@ async def shake_hands(
             connection.push_back(raw)
         welcome = wire.unpack(wire.Welcome, (await _said(connection, wire.Kind.WELCOME)).body)
         if not hmac.compare_digest(welcome.proof, wire.proof(token, b"server", *said)):
-            raise Rejected("the server does not know our token")
+            raise Rejected(
+                "the server could not prove that it knows our token: it may be another server"
+            )
         lends = welcome.flags & wire.MEMORY and fds
         return Handshake(greeting.epoch, welcome, fds.pop() if lends else -1)
     finally:
@@ -131,13 +136,13 @@ async def shake_hands(
 
 
 class Client:
-    """The connections of one client: idle ones, and the one to the server's memory. On one loop."""
+    """The connections of one tier, and the one to the server's memory. On one loop."""
 
     def __init__(
         self, address: Address, namespace: bytes, anew: Callable[[], None], *, share: bool
     ) -> None:
-        """`anew`: called when it turns out that the server was started again. `share`: map its
-        memory, where it has a path and lets us."""
+        """`anew`: called when the server turns out to have been restarted. `share`: map its memory,
+        where it is on this host and allows it."""
         self._address, self._namespace, self._anew = address, namespace, anew
         self.shares = share and bool(address.path)
         self.welcome = wire.Welcome(0, b"", 0, 0, 0)
@@ -164,7 +169,7 @@ class Client:
         return self._pool.connection()
 
     async def shared_memory(self) -> SharedMemory | None:
-        """The connection to the server's memory; None where it does not share that."""
+        """The connection to the server's memory; None if it is not shared."""
         async with self._meeting:
             if self._shared_memory is not None:
                 if self._shared_memory.is_there:
@@ -211,11 +216,11 @@ async def _said(connection: Connection, kind: wire.Kind) -> wire.Message:
 
 
 def refuse(message: wire.Message, wanted: wire.Kind) -> None:
-    """Raise unless this is the kind of message that is wanted."""
+    """Raise unless the message is of the wanted kind."""
     if message.kind is wanted:
         return
     if message.kind is wire.Kind.ERROR:
         code, text = wire.error_of(message.body)
         final = code in (wire.ErrorCode.TOKEN, wire.ErrorCode.VERSION)
         raise (Rejected if final else TierDown)(f"the server says: {text}")
-    raise wire.BadMessage(f"{message.kind.name} came where {wanted.name} was due")
+    raise wire.BadMessage(f"unexpected {message.kind.name}, expected {wanted.name}")

@@ -25,25 +25,25 @@ HEAD = struct.Struct("<2sBBIII")
 BODY = 256 << 10
 """Bytes of the longest body."""
 FIRST = 1024
-"""Bytes of the longest body before the welcome."""
+"""Bytes of the longest body before the WELCOME."""
 KEYS = 4096
-"""Keys of one question at most."""
+"""Most keys of one request."""
 OBJECTS = 256
-"""Objects of one GET, PUT or BORROW at most."""
+"""Most objects of one GET, PUT or BORROW."""
 
 DONE, SEND, BYTES = 0, 255, 254
-"""Codes of one object besides those of `Lost`: it is done; send its bytes; ask for its bytes."""
+"""Codes of one object besides those of `Lost`: done; send its bytes; ask for its bytes."""
 MEMORY = 1
-"""Flag of HELLO: I could map your memory. Of WELCOME: here it is."""
+"""Flag of HELLO: the client can map memory. Of WELCOME: the server shares it."""
 NONCE = 32
 
 
 class BadMessage(TierDown):
-    """The other side does not speak this protocol; the connection is of no use any more."""
+    """The other side does not speak this protocol; the connection must be closed."""
 
 
 class Kind(IntEnum):
-    """What a message is. Those of a server are odd."""
+    """Kinds of message; a server's are odd."""
 
     GREETING = 1
     HELLO = 2
@@ -81,25 +81,25 @@ class ErrorCode(IntEnum):
 class Message(NamedTuple):
     kind: Kind
     number: int
-    """The question's, in every answer to it."""
+    """The number of the request, repeated in every reply to it."""
     body: bytes = b""
 
 
 class Greeting(NamedTuple):
-    """First word of a server."""
+    """The first message, from the server."""
 
     oldest: int
     newest: int
     """Versions that it speaks."""
     guarded: bool
-    """It wants a token."""
+    """It requires a token."""
     epoch: bytes
-    """16 bytes, others after each start."""
+    """16 bytes, new at each start of the server."""
     nonce: bytes
 
 
 class Hello(NamedTuple):
-    """Answer of a client."""
+    """The client's reply to the greeting."""
 
     version: int
     flags: int
@@ -126,7 +126,7 @@ class Wanted(NamedTuple):
     first: int
     upto: int
     nbytes: int
-    """What it should be long; 0: not known."""
+    """Its expected length; 0: unknown."""
 
 
 class Item(NamedTuple):
@@ -140,7 +140,7 @@ class Item(NamedTuple):
 
 
 class Loan(NamedTuple):
-    """An object of a BORROW: where it lies in the memory that is shared."""
+    """An object of a BORROW: where it is in the shared memory."""
 
     code: int
     id: int
@@ -149,11 +149,11 @@ class Loan(NamedTuple):
 
 
 class Holdings(NamedTuple):
-    """What is kept of the asker's namespace, in how much room; and how many objects were evicted
-    of the whole store since it began."""
+    """What is kept of the client's namespace, the capacity, and how many objects of the whole
+    store were evicted since it started."""
 
     done: int
-    """Objects that were dropped, where that was asked."""
+    """Objects that were deleted, in reply to a DROP or CLEAR."""
     objects: int
     nbytes: int
     capacity: int
@@ -211,9 +211,9 @@ def head(raw: bytes | memoryview, limit: int = BODY) -> tuple[Kind, int, int]:
     """Kind, number and length of the body, from the first 16 bytes. Raises BadMessage."""
     magic, version, kind, number, length, zero = HEAD.unpack(raw)
     if magic != MAGIC or zero:
-        raise BadMessage("what came is no message of tierloom's")
+        raise BadMessage("not a tierloom message (bad magic)")
     if version != VERSION:
-        raise BadMessage(f"message of version {version}, not {VERSION}")
+        raise BadMessage(f"message of protocol version {version}, expected {VERSION}")
     if length > limit:
         raise BadMessage(f"message of {length} bytes; at most {limit} are allowed")
     try:
@@ -223,7 +223,7 @@ def head(raw: bytes | memoryview, limit: int = BODY) -> tuple[Kind, int, int]:
 
 
 def proof(token: bytes, side: bytes, *said: bytes) -> bytes:
-    """That `side` knows the token, bound to what both have said; the token itself never travels."""
+    """Proves that `side` knows the token, for this handshake only; the token is never sent."""
     return hmac.digest(token, b"tierloom 1 " + side + b"".join(said), "sha256")
 
 
@@ -232,10 +232,10 @@ def keys_of(body: bytes, most: int = KEYS) -> list[bytes]:
 
 
 def item_of(body: bytes, asked: Wanted, largest: int) -> Item:
-    """What comes of an object, which must be what was asked for. Raises BadMessage."""
+    """The announcement of an object's bytes, checked against the request. Raises BadMessage."""
     item = unpack(Item, body)
     if item.code not in _CODES:
-        raise BadMessage(f"object with the unknown code {item.code}")
+        raise BadMessage(f"object with unknown code {item.code}")
     if item.code:
         return item
     whole = PAGE <= item.nbytes <= largest and not item.nbytes % PAGE
@@ -243,7 +243,7 @@ def item_of(body: bytes, asked: Wanted, largest: int) -> Item:
     if not whole or not ordered or not asked.first <= item.loaded <= asked.upto:
         raise BadMessage("lengths of an object contradict each other")
     if not asked.first and item.begin:
-        raise BadMessage("an object without its header")
+        raise BadMessage("an object came without its header")
     return item
 
 
@@ -259,10 +259,10 @@ def loans_of(body: bytes, count: int, memory: int) -> list[Loan]:
     loans = unpack_all(Loan, body, count, least=count)
     for loan in loans:
         if loan.code not in _CODES and loan.code != BYTES:
-            raise BadMessage(f"loan with the unknown code {loan.code}")
+            raise BadMessage(f"loan with unknown code {loan.code}")
         inside = PAGE <= loan.nbytes <= memory and loan.offset <= memory - loan.nbytes
         if not loan.code and (not inside or loan.offset % PAGE or loan.nbytes % PAGE):
-            raise BadMessage("a loan that lies outside of the memory shared")
+            raise BadMessage("a loan outside the shared memory")
     return loans
 
 
@@ -276,7 +276,7 @@ def ids_of(body: bytes) -> list[int]:
 
 
 def kept_of(body: bytes, count: int) -> tuple[list[int], Holdings]:
-    """Answer to a PUT: codes, then holdings."""
+    """Reply to a PUT: codes, then holdings."""
     return codes_of(body[:count], count), unpack(Holdings, body[count:])
 
 
@@ -286,7 +286,7 @@ def pack_error(why: ErrorCode, text: str) -> bytes:
 
 def error_of(body: bytes) -> tuple[int, str]:
     if len(body) < _ERROR.size:
-        raise BadMessage("an error that says nothing")
+        raise BadMessage("an ERROR without a code")
     text = body[_ERROR.size : FIRST].decode(errors="replace")
     return _ERROR.unpack_from(body)[0], "".join(c if c.isprintable() else "?" for c in text)
 

@@ -1,8 +1,8 @@
 """A server's memory, mapped into this process: a read is then a lease of it, and nothing is copied.
 
-What is lent stays as it is until it is given back, or this process closes the connection or ends.
-So the connection outlives its last loan, whatever became of the server, and what a dead server
-lent stays readable: nobody writes into it any more.
+What is lent does not change until it is returned, or this process closes the connection or ends. So
+the connection outlives its last loan, whatever happens to the server, and what a dead server lent
+stays readable: nobody writes into it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Connection
 
 _TOGETHER = 16
-"""Loans that are given back in one message, at most."""
+"""Most loans that are returned in one message."""
 
 
 class SharedLease(Lease):
-    """A lease of another process's memory; whoever reads it verifies it, as ever."""
+    """A lease of another process's memory; readers verify it as they do all objects."""
 
     __slots__ = ("id",)
 
@@ -38,14 +38,15 @@ class SharedLease(Lease):
 
 
 class SharedMemory(Slab):
-    """The memory, and the connection by which it is borrowed. Leases may be released anywhere."""
+    """The mapped memory, and the connection by which it is borrowed. Leases may be released on any
+    thread."""
 
     def __init__(self, connection: Connection, fd: int, nbytes: int) -> None:
-        """Maps `nbytes` of `fd`, which stays the caller's. Raises TierDown when the file could be
-        cut short under us."""
+        """Maps `nbytes` of `fd`, which the caller closes. Raises TierDown if the file could be
+        truncated while mapped."""
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size < nbytes:
-            raise TierDown("the server's memory is not as long as it says")
+            raise TierDown("the server's memory is shorter than announced")
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise TierDown("the server's memory is not sealed")
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -76,18 +77,20 @@ class SharedMemory(Slab):
                     self._post(b"")
                 answer = await self._connection.message(wire.OBJECTS * 32)
                 if answer[:2] != (wire.Kind.LENT, self._number):
-                    raise wire.BadMessage(f"{answer.kind.name} is no answer to BORROW")
+                    raise wire.BadMessage(f"unexpected {answer.kind.name} in reply to BORROW")
                 loans = wire.loans_of(answer.body, len(keys), self.nbytes)
                 whole = True
             finally:
-                if not whole:  # what may have been lent by now is given back with the connection
+                if (
+                    not whole
+                ):  # what may have been lent by now is returned by closing the connection
                     self.retire()
         with self.lock:
             self._out += sum(not loan.code for loan in loans)
         return loans
 
     def retire(self) -> None:
-        """Borrow no more; the connection is closed with the last loan."""
+        """Stop borrowing; the connection is closed with the last loan."""
         with self.lock:
             self.usable = False
             last = not self._out
@@ -96,7 +99,7 @@ class SharedMemory(Slab):
 
     @property
     def is_there(self) -> bool:
-        """It can be asked for loans, as far as can be seen."""
+        """It seems usable for loans."""
         return self.usable and (self._turn.locked() or self._connection.usable)
 
     def _release(self, lease: Lease) -> None:
@@ -122,8 +125,8 @@ class SharedMemory(Slab):
                 self._post(wire.message(wire.Kind.RETURN, 0, wire.pack_ids(ids)))
 
     def _post(self, message: bytes) -> None:
-        """Send, as far as it goes without waiting; from any thread. The rest goes first next time:
-        there is little, as every loan is given back once."""
+        """Send without blocking; from any thread. What remains is sent first the next time: it is
+        little, as every loan is returned once."""
         with self._sending:
             self._unsent += message
             with contextlib.suppress(BlockingIOError):

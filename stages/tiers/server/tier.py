@@ -2,10 +2,10 @@
 
     cold: {use: server, url: "tierloom://cache.local:7654", timeout: 250 ms}
 
-`tierloom+tls://HOST:PORT` is the same behind TLS, `tierloom+unix:///PATH` a server on this host,
-whose memory is mapped: a read is then a lease of it, and nothing is copied. What goes over the wire
-is said in docs/protocol.md. Each connection carries one question at a time, and one that was cut
-short is closed; so a cancelled read leaves nothing behind that could still write.
+`tierloom+tls://HOST:PORT` is the same over TLS, `tierloom+unix:///PATH` a server on this host,
+whose memory is mapped: a read is then a lease of it, and nothing is copied. docs/protocol.md
+describes the protocol. Each connection carries one request at a time, and one that was interrupted
+is closed, so nothing writes into memory after a read was cancelled.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _NOTHING = wire.Holdings(0, 0, 0, 0, 0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerOptions:
-    """Which server, and how to reach it."""
+    """Options of a tier on a tierloom server."""
 
     url: str
     """`tierloom://HOST:PORT`, `tierloom+tls://HOST:PORT` or `tierloom+unix:///PATH`."""
     token_file: str = ""
-    """File that holds the server's token; else it is read from TIERLOOM_TOKEN, if there is one."""
+    """File with the server's token. Default: the environment variable TIERLOOM_TOKEN, if set."""
     ca_file: str = ""
-    """PEM file of the authorities that may vouch for the server; else the system's."""
+    """PEM file of the certificate authorities to trust. Default: the system's."""
     connections: int = 8
-    """Questions under way at once, each on a connection of its own."""
+    """Most concurrent requests, each on a connection of its own."""
     share: bool = True
-    """Map the memory of a server on this host, where it lets us, instead of copying out of it."""
+    """Map the memory of a server on this host, if it allows that, instead of copying."""
 
     def __post_init__(self) -> None:
         address_of(self.url)
@@ -53,15 +53,15 @@ class ServerOptions:
 
 
 class Server(ReadingTier):
-    """Knows whole chunks only. The namespace goes with the connection: others' objects under the
-    same keys are never seen."""
+    """Whole chunks only. The namespace belongs to the connection: objects of other namespaces under
+    the same keys are never seen."""
 
     Options = ServerOptions
 
     def __init__(self, options: ServerOptions, ctx: TierContext) -> None:
         super().__init__(ctx)
         self.options = options
-        # A device reads nothing but the memory that was made known to it.
+        # A device reads only the memory that was registered with it.
         shares = options.share and not ctx.arena.pinned
         self._client = Client(address_of(options.url), ctx.namespace, self._anew, share=shares)
         self._number = 0
@@ -69,9 +69,9 @@ class Server(ReadingTier):
         self._unsettled: list[bytes] = []
 
     async def open(self) -> None:
-        """Connect once. Raises ConfigError where that can never work, TierDown, OSError."""
+        """Connect once. Raises ConfigError if it can never work, TierDown, OSError."""
         if not self.ctx.namespace:
-            raise ConfigError("server: a tier of a server needs a namespace")
+            raise ConfigError("server: this tier needs a namespace")
         self._client.prepare(
             self.options.token_file, self.options.ca_file, self.options.connections
         )
@@ -84,7 +84,7 @@ class Server(ReadingTier):
         self._client.close()
 
     def order_for_eviction(self, keys: Sequence[bytes]) -> None:
-        """Told to the server with the next question."""
+        """Sent to the server with the next request."""
         self._unsettled = [*keys, *self._unsettled][: wire.KEYS]
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
@@ -144,11 +144,11 @@ class Server(ReadingTier):
         return await self._ask(wire.Kind.CLEAR)
 
     def stat(self) -> TierStat:
-        """As of the last change of ours that the server told: others change it, too."""
+        """As of the last reply of the server; others change it too."""
         return TierStat(self._holds.objects, self._holds.nbytes, self._holds.capacity)
 
     async def _borrow(self, reads: Sequence[Read], bad: _Bad) -> list[Read]:
-        """Lease what the server lends; returns the reads that are to go by bytes."""
+        """Lease what the server lends; returns the reads whose bytes must be fetched."""
         fresh = [read for read in reads if read.object is None]
         left = [
             r for r in reads if r.object is not None and r.object.loaded < _frames(r.object, r.upto)
@@ -216,7 +216,7 @@ class Server(ReadingTier):
             assert held is not None
             boundaries = held.header.boundaries
             if (item.begin, item.end) != (boundaries[asked.first], boundaries[asked.upto]):
-                raise wire.BadMessage("other frames came than were asked for")
+                raise wire.BadMessage("other frames came than were requested")
             await connection.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
             reader.deliver(held.header, asked.upto)
 
@@ -231,7 +231,7 @@ class Server(ReadingTier):
             loaded = min(reader.read.upto, loaded)
         wrong = item is not None and item.end != header.boundaries[loaded]
         if header.nbytes != lease.nbytes or wrong:
-            raise Damaged("its length and its header contradict each other")
+            raise Damaged("its length contradicts its header")
         reader.deliver(header, loaded)
 
     def _miss(self, read: Read, code: int) -> None:
@@ -239,7 +239,7 @@ class Server(ReadingTier):
         ObjectReader(read, self.ctx.arena, self.counts).miss(Lost(code))
 
     async def _offer(self, objects: Sequence[Object]) -> list[int]:
-        """Offer a few objects, send those that are wanted; a code for each."""
+        """Offer objects, send those that the server wants; a code for each."""
         offers = [wire.Offer(obj.header.key, obj.header.nbytes) for obj in objects]
         async with self._client.connection() as connection:
             number = await self._send(connection, wire.Kind.PUT, wire.pack(*offers))
@@ -258,7 +258,7 @@ class Server(ReadingTier):
         return codes
 
     async def _ask(self, kind: wire.Kind, body: bytes = b"") -> int:
-        """A question that is answered by what the server holds; how many were meant."""
+        """Send a request that is answered by HOLDS; how many objects were affected."""
         holds = wire.unpack(wire.Holdings, await self._exchange(kind, body, wire.Kind.HOLDS))
         self._note(holds)
         return holds.done
@@ -269,7 +269,7 @@ class Server(ReadingTier):
         self._holds = holds
 
     def _anew(self) -> None:
-        """The server was started again: what it held, nobody knows."""
+        """The server was restarted: what it holds is unknown."""
         self.counts.extra["restarts"] = self.counts.extra.get("restarts", 0) + 1
         self._holds = _NOTHING
 
@@ -290,7 +290,7 @@ class Server(ReadingTier):
         message = await connection.message()
         refuse(message, wanted)
         if message.number != number:
-            raise wire.BadMessage("an answer to another question")
+            raise wire.BadMessage("a reply to another request")
         return message.body
 
 

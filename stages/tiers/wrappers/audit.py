@@ -2,10 +2,10 @@
 
     cold: {use: audit, of: {use: files, path: /mnt/kv}}
 
-For finding out which store, network or disk is not to be trusted. What differs from its checksums
-goes no further: on its way in it is not kept, on its way out it is a miss. Differences are counted
-as `differ_in` and `differ_out` in the tier's figures. Answers like a remote tier, by whole chunks,
-whatever it wraps.
+Finds out which store, network or disk is faulty. What differs from its checksums is stopped: on its
+way in it is not stored, on its way out it is a miss. Differences are counted as `differ_in` and
+`differ_out` in the tier's figures. It answers like a remote tier, by whole chunks, whatever it
+wraps.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditOptions:
-    """What to watch."""
+    """Options of an audit tier."""
 
     of: Inner
     """The tier, written as any tier is."""
 
     def __post_init__(self) -> None:
         if self.of.cls.in_arena:
-            cause = "keeps objects where they are: there is no way in or out to watch"
+            cause = "keeps objects in place, so there are no transfers to check"
             raise ValueError(f"{self.of.use!r} {cause}")
 
 
@@ -150,19 +150,19 @@ class Audit(WrapperTier):
 
 
 def _difference(obj: Object, begin: int, key: bytes) -> BadObject | None:
-    """What of an object, from frame `begin` on, is not as its checksums say; None: nothing is."""
+    """The first difference between an object and its checksums, from frame `begin` on, if any."""
     try:
         view = obj.lease.view
         if not begin:
             found, said = Header.unpack(view, key=key), obj.header
             # Where many namespaces are kept, an object goes by another name than its key.
             if found._replace(key=said.key, links=said.links) != said:
-                return Damaged("it has another header")
+                return Damaged("its header differs")
         for i in range(begin, obj.loaded):
             frame = obj.header.frames[i]
             stored = view[frame.offset : frame.offset + frame.stored]
             if xxhash.xxh3_64_intdigest(stored) != frame.checksum:
-                return Damaged(f"frame {i} has another checksum")
+                return Damaged(f"the checksum of frame {i} differs")
     except BadObject as error:
         return error
     return None

@@ -1,9 +1,9 @@
-"""blackhole: takes everything, keeps nothing.
+"""blackhole: accepts everything, stores nothing.
 
     cold: {use: blackhole}
 
-Says what storing costs up to a tier: hashing, gathering, encoding and the copies are done, and
-nothing else is. Puts succeed (`full` refuses them), and nothing is ever found, at no cost in time.
+Measures what storing costs before a tier: hashing, gathering, encoding and copies are done, nothing
+else. Puts succeed (`full` refuses them), and nothing is ever found, at no cost in time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tierloom.stages.tiers.contract.tier import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlackholeOptions:
-    """None."""
+    """No options."""
 
 
 class Blackhole(Tier):

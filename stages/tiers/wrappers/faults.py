@@ -25,16 +25,16 @@ Point = Literal["open", "has", "read", "put", "first_byte"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlowOptions(MemoryOptions):
-    """How slow."""
+    """Options of a slow tier."""
 
     delay: Seconds = 0.05
-    """Before each call."""
+    """Delay of each call."""
     bandwidth: Size = 0
     """Bytes per second of reads and puts; 0: no limit."""
 
 
 class Slow(Memory):
-    """Answers late."""
+    """Answers slowly."""
 
     Options = SlowOptions
     options: SlowOptions
@@ -61,19 +61,19 @@ class Slow(Memory):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlakyOptions(MemoryOptions):
-    """How often, and how."""
+    """Options of a flaky tier."""
 
     rate: float = 0.1
-    """Part of the calls that fail, 0 to 1."""
+    """Fraction of calls that fail, 0 to 1."""
     seed: int = 0
-    """The same seed, the same failures."""
+    """Seed of the random failures."""
     corrupt: bool = False
-    """Deliver objects with one bit turned instead of raising."""
+    """Deliver objects with one flipped bit instead of raising."""
 
     def __post_init__(self) -> None:
         super(FlakyOptions, self).__post_init__()
         if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate must lie in 0..1, got {self.rate}")
+            raise ValueError(f"rate must be between 0 and 1, got {self.rate}")
 
 
 class Flaky(Memory):
@@ -122,7 +122,7 @@ class Flaky(Memory):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StuckOptions(MemoryOptions):
-    """Where it hangs."""
+    """Options of a stuck tier."""
 
     at: Point = "read"
     """The call that never returns; `first_byte`: a read, once its memory is leased."""
@@ -134,7 +134,7 @@ class StuckOptions(MemoryOptions):
 
 
 class Stuck(Memory):
-    """Hangs for ever, until it is cancelled."""
+    """Never returns, until it is cancelled."""
 
     Options = StuckOptions
     options: StuckOptions
@@ -169,7 +169,7 @@ class Stuck(Memory):
 
 
 class Full(Memory):
-    """Takes nothing."""
+    """Refuses every object."""
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         self.counts.refused += len(objects)

@@ -21,28 +21,28 @@ from tierloom.stages.tiers.contract.tier import TierContext, TierStat
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MockOptions:
-    """How far away, and how unreliable."""
+    """Options of a mock tier."""
 
     capacity: Size = 1 << 30
-    """Bytes kept at most; what came first goes first."""
+    """Most bytes to store; the oldest are evicted first."""
     latency: Seconds = 0.001
-    """Before each answer; objects of one call wait at the same time."""
+    """Delay of each answer; objects of one call wait at the same time."""
     bandwidth: Size = 0
-    """Bytes per second that the line to it carries, both ways together; 0: no limit."""
+    """Bytes per second of its connection, both ways together; 0: no limit."""
     loss: float = 0.0
-    """Part of the objects that turn out to be gone when they are fetched, 0 to 1."""
+    """Fraction of objects that turn out to be lost when they are read, 0 to 1."""
     seed: int = 0
-    """The same seed, the same losses."""
+    """Seed of the random losses."""
 
     def __post_init__(self) -> None:
         if self.capacity <= 0 or min(self.latency, self.bandwidth) < 0:
             raise ValueError("capacity must be positive, latency and bandwidth not negative")
         if not 0 <= self.loss <= 1:
-            raise ValueError(f"loss must lie in 0..1, got {self.loss}")
+            raise ValueError(f"loss must be between 0 and 1, got {self.loss}")
 
 
 class Mock(Blobs):
-    """Forgets everything with its process."""
+    """Loses everything when the process ends."""
 
     Options = MockOptions
     options: MockOptions

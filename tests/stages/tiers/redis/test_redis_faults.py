@@ -15,7 +15,7 @@ from servers import ask, redis
 from tierloom.stages.errors import Lost, TierDown
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext
-from tierloom.stages.tiers.redis import tier as module
+from tierloom.stages.tiers.redis import writes as module
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object, verify
 
 from .test_redis import RedisBench, server, url_of  # noqa: F401 (a fixture)
