@@ -2,7 +2,7 @@
 
 The client's own messages are not passed on: they repeat what a server answered, which may carry an
 account's id or a signed address. Every request belongs to the call that awaits it and ends with it;
-memory that a request still sends stays leased until the client has let go of it (`transfers`).
+memory that a request still sends stays leased until the client has released it (`transfers`).
 """
 
 from __future__ import annotations

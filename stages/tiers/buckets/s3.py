@@ -39,7 +39,7 @@ from tierloom.stages.tiers.contract.tier import (
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0  # seconds that closing waits for transfers whose callers have gone
+_PATIENCE = 5.0  # seconds that closing waits for transfers whose callers were cancelled
 _WIDE = 16  # requests of one call at once that carry no data
 _LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
 
@@ -131,7 +131,7 @@ class S3(ReadingTier):
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = await map_concurrently(self._bucket.size, [name_of(key) for key in keys], _WIDE)
-        return [size is not None for size in found]  # an empty one, too: who reads it drops it
+        return [size is not None for size in found]  # an empty one too: the first reader deletes it
 
     async def read(self, reads: Sequence[Read]) -> None:
         await map_concurrently(self._read, reads, self.options.depth)

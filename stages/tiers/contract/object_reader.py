@@ -6,8 +6,8 @@
         reader.deliver(header, upto)
 
 Inside, FileNotFoundError means that the object is absent, ArenaFull that there is no room for it,
-and BadObject that it is of no use; each is told to whoever asked and counted. All else is about the
-tier, and is raised. A new lease that was not delivered is released, however it ended.
+and BadObject that it is unusable; each is reported in the read, and counted. Other errors are about
+the tier, and are raised. A new lease that was not delivered is released, however it ended.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ObjectReader:
         self._counts.corrupt += cause is Lost.CORRUPT
 
     def refuse(self, error: BadObject) -> None:
-        """What is kept is of no use here. Damaged: the tier is to delete it, else it stays."""
+        """The stored object is unusable. Damaged: the tier must delete it, otherwise it stays."""
         self.read.refuse(error)
         if isinstance(error, Damaged):
             self.proof = error
@@ -110,8 +110,7 @@ class ObjectReader:
 
 
 class ReadingTier(Tier):
-    """A tier that finds damage when it reads, and has no other way to know an object again than by
-    its first bytes."""
+    """A tier that finds damage when it reads, and recognizes an object by its first bytes only."""
 
     @abstractmethod
     async def _head(self, key: bytes, nbytes: int) -> bytes:

@@ -147,7 +147,7 @@ class Segments:
             if not self._told:  # once: from now on it lives with the room that it has
                 self._told = True
                 log.warning(
-                    "disk tier at %s grows no more: %d bytes are free, of which keep_free is %d",
+                    "disk tier at %s stops growing: %d bytes are free, keep_free is %d",
                     *(self._folder, stat.f_bavail * stat.f_frsize, keep_free),
                 )
             return None

@@ -102,7 +102,7 @@ class FolderLock:
 
 
 def _read(marker: Path) -> tuple[int, str, str]:
-    """Bytes of a segment; 0: it is of no use here, with a label and a reason."""
+    """Bytes of a segment; 0: unusable here, with a label and a reason."""
     try:
         found = json.loads(marker.read_text())
         version = int(found.get("version", 0))

@@ -35,7 +35,7 @@ from tierloom.stages.user_home import expanded
 log = logging.getLogger(__name__)
 
 _PIECES = 4  # holes an object may be spread over
-_PATIENCE = 10.0  # seconds that closing waits for calls whose callers have gone
+_PATIENCE = 10.0  # seconds that closing waits for calls whose callers were cancelled
 
 
 class SegmentStore:

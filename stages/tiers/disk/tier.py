@@ -109,8 +109,8 @@ class Disk(IndexedTier[Extent]):
     async def _read(self, read: Read) -> None:
         entry, held = self._index.get(read.key), read.object
         with ObjectReader(read, self.ctx.arena, self.counts) as reader:
-            # Between two reads of one object it may have been evicted, and even been put again: by
-            # who encrypts, with other bytes.
+            # Between two reads of one object it may have been evicted, and even been put again,
+            # with other bytes if it is encrypted.
             if entry is None or (held is not None and held.source is not entry):
                 reader.miss()
                 return

@@ -170,7 +170,7 @@ class Files(Tier):
         if size != lease.nbytes:
             raise FileNotFoundError(key.hex())
         if loaded and not begins_with(self._file_io, fd, view[: Header.length(view[:PAGE])]):
-            # As long as before: who encrypts an object again writes other bytes.
+            # Of the same length: encrypting an object again gives other bytes.
             raise FileNotFoundError(key.hex())
         if not loaded:
             self._file_io.read(fd, view[:PAGE], 0)

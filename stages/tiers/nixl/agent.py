@@ -148,7 +148,7 @@ class NixlFileIO(FileIO):
             self._agent = Agent(self._backend, self._params, self._arena, shared=True)
 
     def stop(self) -> None:
-        """A thread whose caller has gone may still be at a file: then the agent goes with it."""
+        """A thread whose caller was cancelled may still use a file: then the agent stays open."""
         agent, self._agent = self._agent, None
         if agent is not None and not self._files:
             agent.close()

@@ -1,7 +1,7 @@
 """Objects in a bucket that NIXL reads straight into their leases; the rest is the `s3` tier's.
 
-Transfers run on threads of the plugin's, and are looked at from the loop. One whose reader has gone
-cannot be ended: it keeps its lease until it is through.
+Transfers run on threads of the plugin's, and are polled from the loop. One whose reader was
+cancelled cannot be ended: it keeps its lease until it is through.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.tier import TierCounts
 
 _TURN = 0.02  # seconds between two looks at calls that nobody waits for
-_PATIENCE = 0.25  # seconds after which a call that was left behind counts as one that hangs
+_PATIENCE = 0.25  # seconds after which an abandoned call counts as hanging
 
 
 @dataclass(eq=False, slots=True)

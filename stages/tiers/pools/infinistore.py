@@ -2,8 +2,8 @@
 
     cold: {use: infinistore, url: "infinistore://10.0.0.1:12345"}
 
-The server shows a value before its last byte has come, and does not survive being asked for it
-then; nor does it survive a reader who hangs up in the middle. So pieces are small, bear names that
+The server shows a value before its last byte has come, and crashes if it is asked for then; it also
+crashes if a reader disconnects in the middle. So pieces are small, have names that
 nobody else writes, and are read to their end even when nobody waits any more. It cannot list what
 it holds: `clear` gives the namespace a new name there, and what is old falls out in time.
 """

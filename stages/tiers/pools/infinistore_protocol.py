@@ -124,7 +124,7 @@ class InfinistoreConnection:
             view = view[count:]
 
     def _skip(self, size: int) -> None:
-        """Read a value away: the server does not survive a reader who hangs up in the middle."""
+        """Read and discard a value: the server crashes if a reader disconnects in the middle."""
         waste = memoryview(bytearray(min(size, _WASTE)))
         while size:
             part = waste[: min(size, _WASTE)]

@@ -102,7 +102,7 @@ class Cluster(Servers):
 def _ranges(answer: Reply, host: str) -> list[tuple[int, int, Address]]:
     """The reply to CLUSTER SLOTS. `host`: stands in for an empty host name. Raises TierDown."""
     if isinstance(answer, ErrorReply):
-        raise TierDown(f"redis at {host} tells no slots: {answer.code}")
+        raise TierDown(f"redis at {host} does not report its slots: {answer.code}")
     found = []
     for entry in answer if isinstance(answer, list) else []:
         match entry:

@@ -151,7 +151,7 @@ def unpack_whole(
 def dropping(name: bytes, raw: Reply) -> tuple[bytes, int]:
     """The command that forgets what has this name as long as it begins with `raw`, its first 24
     bytes, and how many bytes of objects that are: 0 where it is not a manifest."""
-    if not raw:  # of no bytes: it is there for everybody who asks whether it is
+    if not raw:  # an empty value: it exists for whoever asks
         return command("EVAL", _DROP_EMPTY, 1, name), 0
     if not isinstance(raw, bytes):
         return command("UNLINK", name), 0

@@ -131,7 +131,7 @@ class ReplyParser:
         want.got.append(answer)
         if len(want.got) == want.count:
             self._wants.popleft().end()
-            if not want.future.done():  # else its caller has gone
+            if not want.future.done():  # otherwise its caller was cancelled
                 want.future.set_result(want.got)
 
     def _bulk_into(self, into: memoryview) -> Reply:

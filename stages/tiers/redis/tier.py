@@ -8,7 +8,7 @@
 There is no local index: the server is asked which objects exist, for a whole prompt in one round
 trip. How objects lie there is told in `manifest.py`. The server evicts as it was set up to
 (`maxmemory-policy allkeys-lru` is meant for it); an object of which it evicted anything is a miss.
-Needs no client library. Payloads land in the arena, and a connection whose call was given up is
+Needs no client library. Payloads land in the arena, and a connection whose call was cancelled is
 closed before its memory is anybody else's (`connection.py`).
 """
 

@@ -21,7 +21,7 @@ from tierloom.stages.tiers.redis.resp import ErrorReply, Reply, command
 
 log = logging.getLogger(__name__)
 
-REST = 1.0  # seconds for which a failing node of a cluster is left alone
+REST = 1.0  # seconds for which a failing node of a cluster is avoided
 _BATCH = 256  # small commands sent at once
 _QUICK = 4  # connections for small commands, which must not wait behind payloads
 
@@ -226,7 +226,7 @@ class Sentinel(Servers):
         except BaseException:
             connection.abort(TierDown("its role is not known"))
             raise
-        # Who is not allowed to ask finds out by the first store.
+        # A user without the right to ask finds out by the first put.
         if not isinstance(role, ErrorReply) and not (
             isinstance(role, list) and role[:1] == [b"master"]
         ):
@@ -240,7 +240,7 @@ class Sentinel(Servers):
         why = ""
         for _ in range(len(self._sentinels)):
             address = self._sentinels[0]
-            self._sentinels.rotate(-1)  # who hangs is asked last next time
+            self._sentinels.rotate(-1)  # one that hangs is asked last the next time
             try:
                 answer = await self._ask(address, *ask, sentinel=True)
             except AuthError:

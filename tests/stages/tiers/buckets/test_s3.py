@@ -258,7 +258,7 @@ class TestLocalBucket(S3Contract):
     @pytest.mark.anyio
     async def test_no_bucket(self, ctx, tmp_path, clock):
         tier = self.make(ctx, tmp_path, clock, url="s3://nobody/kv")
-        with pytest.raises(ConfigError, match="there is no such bucket"):
+        with pytest.raises(ConfigError, match="the bucket does not exist"):
             await tier.open()
 
     @pytest.mark.anyio
@@ -416,7 +416,7 @@ class TestSecrets:
             with pytest.raises(ConfigError, match=f"--profile {name} --format env"):
                 await self.tier(ctx, strict, profile=name).open()
         keys.write_text(f"{SECRET}\n[kv")
-        with pytest.raises(ConfigError, match="cannot be read as a file of AWS profiles") as caught:
+        with pytest.raises(ConfigError, match="not a valid file of AWS profiles") as caught:
             await self.tier(ctx, strict, profile="kv").open()
         assert SECRET not in str(caught.value)
 

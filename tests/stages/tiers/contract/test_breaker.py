@@ -210,7 +210,7 @@ class TestBreaker(TierBench):
             for _ in range(3):
                 assert await self.put(tier, 1) == [Lost.TIER_DOWN]
         (record,) = caplog.records
-        assert record.message.startswith("tier raised what it should not\nTraceback")
+        assert record.message.startswith("tier raised an unexpected error\nTraceback")
         assert caplog.records[0].tier == "hot"
         assert not tier.available
 

@@ -61,8 +61,8 @@ class TestFolder(TierBench):
             assert (where(a), where(b)) == ("tierloom", "tierloom-2")
             await self.put(a, 1)
             await self.put(b, 2)
-        assert [r.getMessage() for r in caplog.records if "disk tier in" in r.getMessage()] == [
-            f"disk tier in {home}/.cache/tierloom-2: other engines have what is before it"
+        assert [r.getMessage() for r in caplog.records if "disk tier uses" in r.getMessage()] == [
+            f"disk tier uses {home}/.cache/tierloom-2: other engines use the folders before it"
         ]
         async with self.engine(ctx, B) as b, self.engine(ctx, A) as a:
             assert (where(a), where(b)) == ("tierloom", "tierloom-2")
@@ -122,7 +122,7 @@ class TestFolder(TierBench):
         monkeypatch.setenv("HOME", NOWHERE)
         for path, error in ((f"{DEFAULT}-x", TierDown), (f"{NOWHERE}/kv", ConfigError)):
             made = disk(ctx, A, path) if kind == "disk" else Files(FilesOptions(path=path), ctx)
-            with pytest.raises(error, match=f"{NOWHERE}/.*we may write") as caught:
+            with pytest.raises(error, match=f"{NOWHERE}/.*write permission") as caught:
                 await made.open()
             assert ("set TIERLOOM_DIR" in str(caught.value)) == (error is TierDown)
             await made.close()

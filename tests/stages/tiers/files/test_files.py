@@ -130,7 +130,7 @@ class TestFiles(TierContract):
     @pytest.mark.anyio
     async def test_a_folder_we_may_not_write(self, ctx, tmp_path, clock):
         (tmp_path / "kv").write_text("a file")
-        with pytest.raises(ConfigError, match="choose a folder we may write"):
+        with pytest.raises(ConfigError, match="choose a folder with write permission"):
             await self.make(ctx, tmp_path, clock).open()
 
 

@@ -232,7 +232,7 @@ class TestPlugins(TierBench):
     @pytest.mark.anyio
     async def test_a_plugin_that_does_not_start(self, arena):
         file_io = NixlFileIO("POSIX", {"use_aio": "true", "ios_pool_size": "many"}, arena)
-        with pytest.raises(ConfigError, match="POSIX does not start"):
+        with pytest.raises(ConfigError, match="POSIX cannot start"):
             file_io.start()
 
     @pytest.mark.anyio

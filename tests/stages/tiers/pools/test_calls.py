@@ -80,7 +80,7 @@ async def test_calls_left_behind_keep_their_places(hanging, monkeypatch):
     assert await made(lambda: 7) == 7, "one place is free"
     await given_up(made, hanging)
     assert counts.extra == {"abandoned": 2}
-    with pytest.raises(TierDown, match="2 calls of its client hang"):
+    with pytest.raises(TierDown, match="2 calls of its client do not return"):
         await made(lambda: 7)
     assert not await made.idle(0.05)
     hanging.go.set()

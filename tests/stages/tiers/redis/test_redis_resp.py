@@ -138,7 +138,7 @@ def test_lies_about_a_payload(loop, lie) -> None:
 
 def test_what_nobody_asked_for(loop) -> None:
     feed = Feed(loop)
-    with pytest.raises(TierDown, match="not asked"):
+    with pytest.raises(TierDown, match="not requested"):
         feed.give(RIGHT + b"+OK\r\n", always(1 << 20))
 
 

@@ -235,7 +235,7 @@ class TestProcess(TierBench):
             assert await self.put(good, 1) == [None]
             await good.close()
             for bad, says in (
-                ({"token_file": str(wrong)}, "wrong token"), ({}, "wants a token"),
+                ({"token_file": str(wrong)}, "wrong token"), ({}, "requires a token"),
             ):  # fmt: skip
                 tier = self.tier_of(ctx, server.url, **bad)
                 with pytest.raises(ConfigError, match=says):
