@@ -292,13 +292,13 @@ class TestPlugins(TierBench):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "POSIX wants a path"),
+        ({}, "POSIX needs a path"),
         ({"backend": "posix"}, "known: POSIX, GDS"),
         ({"path": "/x", "url": "s3://x"}, "neither url"),
-        ({"backend": "OBJ", "url": "az://x"}, "wants a url of s3"),
-        ({"backend": "OBJ", "url": "s3://x", "capacity": 5}, "bucket's own affair"),
-        ({"backend": "OBJ", "url": "s3://a:secret@x"}, "carry neither credentials"),
-        ({"backend": "AZURE_BLOB", "path": "/x"}, "wants a url of az"),
+        ({"backend": "OBJ", "url": "az://x"}, "needs a url with s3"),
+        ({"backend": "OBJ", "url": "s3://x", "capacity": 5}, "not supported for a bucket"),
+        ({"backend": "OBJ", "url": "s3://a:secret@x"}, "must not contain credentials"),
+        ({"backend": "AZURE_BLOB", "path": "/x"}, "needs a url with az"),
         ({"path": "/x", "pool": "static"}, "wants a capacity|needs a capacity"),
         ({"path": "/x", "pool": "some"}, "dynamic or static"),
         ({"path": "/x", "io": "sync"}, "aio, uring or posix_aio"),

@@ -162,7 +162,7 @@ class TestDifferences(TierBench):
         assert (tier.counts.extra["differ_out"], tier.counts.corrupt) == (1, 1)
         (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
         frame = (at - 4096) // 16384
-        assert record.message.endswith(f"on its way out: frame {frame} has another checksum")
+        assert record.message.endswith(f"on its way out: the checksum of frame {frame} differs")
 
     @pytest.mark.anyio
     async def test_in(self, tier, arena):
@@ -243,7 +243,7 @@ def test_the_inner_tier_is_written_like_any(audited):
         ("fiel:///x", "4:26", "no tier has URLs that begin with fiel://"),
         ("files", "4:26", "wants a tier, got 'files'"),
         ("{use: memory, capacity: 1 MiB}", "4:3",
-         "'memory' keeps objects where they are: there is no way in or out to watch"),
+         "'memory' keeps objects in place, so there are no transfers to check"),
     ],
 )  # fmt: skip
 def test_problems_of_the_inner_tier_have_their_place(audited, of, place, message):
