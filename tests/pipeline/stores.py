@@ -176,7 +176,7 @@ class Disk(Store):
 
     def values(self, pipe: Pipeline) -> list[Any]:
         tier: Any = pipe.tiers["cold"].tier
-        entries = getattr(tier, "kept", tier)._index._entries.values()
+        entries = getattr(tier, "tier", tier)._index._entries.values()
         return [e.place.pieces[0] for e in entries if len(e.place.pieces) == 1]
 
     def get(self, pipe: Pipeline, name: Any) -> bytes:
