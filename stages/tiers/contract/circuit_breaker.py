@@ -58,12 +58,7 @@ class CircuitBreaker(WrapperTier):
     """Raises only ConfigError at the first `open`; cancellation passes through."""
 
     def __init__(
-        self,
-        tier: Tier,
-        name: str,
-        limits: Limits,
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        self, tier: Tier, name: str, limits: Limits, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`name`: for the log. `clock`: monotonic."""
         super().__init__(tier)

@@ -25,13 +25,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
-from tierloom.stages.tiers.contract.tier import (
-    Read,
-    Tier,
-    TierContext,
-    TierStat,
-    require_sealed,
-)
+from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat, require_sealed
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
 from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, FileIO, begins_with, want_direct
 from tierloom.stages.tiers.files.space import FilesOptions, FolderSpace

@@ -117,11 +117,7 @@ class PendingRead(ObjectReader):
         return max(self.loaded, min(self.read.upto, len(header.frames)))
 
 
-async def fetch_pieces(
-    node: Node,
-    loads: Sequence[PendingRead],
-    window: int,
-) -> None:
+async def fetch_pieces(node: Node, loads: Sequence[PendingRead], window: int) -> None:
     """Fetch all pieces, the first of each object first, on the connections that are free.
 
     However it ends, no byte lands afterwards. Raises TierDown.

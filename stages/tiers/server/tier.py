@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from tierloom.stages.errors import ArenaFull, ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
@@ -25,7 +25,6 @@ from tierloom.stages.tiers.server.client import Client, Rejected, address_of, re
 from tierloom.stages.tiers.server.connection import Connection
 
 T = TypeVar("T")
-_Bad: TypeAlias = list[ObjectReader]
 
 _WHOLE = 0xFFFFFFFF
 _NOTHING = wire.Holdings(0, 0, 0, 0, 0)
@@ -95,12 +94,12 @@ class Server(ReadingTier):
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
-        bad: _Bad = []
+        readers: list[ObjectReader] = []
         for part in _parts(reads, wire.OBJECTS):
-            left = await self._borrow(part, bad) if self._client.shares else part
+            left = await self._borrow(part, readers) if self._client.shares else part
             if left:
-                await self._fetch(left, bad)
-        for reader in bad:
+                await self._fetch(left, readers)
+        for reader in readers:
             if reader.proof is not None:
                 await self.expel(reader.read.key, reader.proof, reader.seen)
 
@@ -147,7 +146,7 @@ class Server(ReadingTier):
         """As of the last reply of the server; others change it too."""
         return TierStat(self._holds.objects, self._holds.nbytes, self._holds.capacity)
 
-    async def _borrow(self, reads: Sequence[Read], bad: _Bad) -> list[Read]:
+    async def _borrow(self, reads: Sequence[Read], readers: list[ObjectReader]) -> list[Read]:
         """Lease what the server lends; returns the reads whose bytes must be fetched."""
         fresh = [read for read in reads if read.object is None]
         left = [
@@ -168,14 +167,14 @@ class Server(ReadingTier):
             if lease is not None:
                 with ObjectReader(read, self.ctx.arena, self.counts) as reader:
                     self._judge(reader, reader.own(lease), None)
-                bad.append(reader)
+                readers.append(reader)
             elif loan.code == wire.BYTES:
                 left.append(read)
             else:
                 self._miss(read, loan.code)
         return left
 
-    async def _fetch(self, reads: Sequence[Read], bad: _Bad) -> None:
+    async def _fetch(self, reads: Sequence[Read], readers: list[ObjectReader]) -> None:
         """Receive each object's wanted bytes into its lease."""
         wanted = []
         for read in reads:
@@ -191,11 +190,13 @@ class Server(ReadingTier):
                 if item.code:
                     self._miss(read, item.code)
                 elif read.object is None:
-                    await self._first(connection, read, item, bad)
+                    await self._first(connection, read, item, readers)
                 else:
                     await self._further(connection, read, asked, item)
 
-    async def _first(self, connection: Connection, read: Read, item: wire.Item, bad: _Bad) -> None:
+    async def _first(
+        self, connection: Connection, read: Read, item: wire.Item, readers: list[ObjectReader]
+    ) -> None:
         """An object's header and first frames, into a new lease."""
         with ObjectReader(read, self.ctx.arena, self.counts) as reader:
             try:
@@ -205,7 +206,7 @@ class Server(ReadingTier):
                 raise
             await connection.fill(lease.view[: item.end], leases=(lease,))
             self._judge(reader, lease, item)
-        bad.append(reader)
+        readers.append(reader)
 
     async def _further(
         self, connection: Connection, read: Read, asked: wire.Wanted, item: wire.Item
