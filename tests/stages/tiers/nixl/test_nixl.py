@@ -222,7 +222,7 @@ class TestPlugins(TierBench):
         [
             ("GDS", r"GDS cannot be loaded: libcu\w+\.so"),
             ("GDS_MT", r"GDS_MT cannot be loaded: libcu\w+\.so"),
-            ("HF3FS", r"no plugin HF3FS here; it has .*POSIX.*NIXL_PLUGIN_DIR"),
+            ("HF3FS", r"does not find plugin HF3FS; it has .*POSIX.*NIXL_PLUGIN_DIR"),
         ],
     )
     async def test_a_plugin_that_is_missing(self, ctx, tmp_path, clock, backend, cause):
