@@ -1,9 +1,9 @@
-"""Depot: the tiers of a file without its graphs: whole objects in, whole objects out.
+"""ObjectStore: the tiers of a file without its graphs: whole objects in, whole objects out.
 
-What `tierloom serve` keeps for many engines. Objects of all namespaces lie side by side, each under
-a name made of its namespace and key, so that nobody can reach another's by the key alone. The first
-tier of the file is asked first; what a colder one delivers is promoted to it, where it is memory,
-and what it took is written to the others behind the caller's back.
+What `tierloom serve` keeps for many engines. Objects of all namespaces are stored together, each
+under a name made of its namespace and key, so that nobody can reach another's by the key alone. The
+first tier of the file is asked first; what a colder one delivers is promoted to it, where it is
+memory, and what it took is written to the others in the background.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of
 from tierloom.stages.memory.arena import Arena, Lease
 from tierloom.stages.ops.in_turns import mark_in_turns
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
 
 log = logging.getLogger("tierloom.serve")
@@ -33,13 +33,13 @@ log = logging.getLogger("tierloom.serve")
 _AT_ONCE = 8
 _WHOLE = 1 << 30
 _LIKELY = 64 << 20
-"""Bytes of an object of which nothing is known, at most."""
+"""Most bytes assumed for an object of which nothing is known."""
 _PATIENCE = 2.0
-"""Seconds that are waited for room, before there is none."""
+"""Seconds to wait for room."""
 
 
-class Catalog:
-    """Which objects of which namespace the tiers with an index keep; from any thread."""
+class ObjectDirectory:
+    """Which objects of which namespace are in tiers with an index; thread-safe."""
 
     def __init__(self, tiers: Sequence[str]) -> None:
         self._lock = threading.Lock()
@@ -66,8 +66,8 @@ class Catalog:
             return len(objects), objects.nbytes
 
 
-class Grip:
-    """Memory that one exchange with a client holds, given back all at once."""
+class MemoryReservation:
+    """Memory that one exchange with a client holds, released all at once."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -75,8 +75,8 @@ class Grip:
         self._leases: list[Lease] = []
 
     async def promise(self, nbytes: int) -> bool:
-        """Wait a moment until so much may be leased. Once for all that is needed: who holds a part
-        and waits for the rest may wait for somebody who does the same."""
+        """Wait a moment until `nbytes` may be leased; False: no room. Call it once for all that is
+        needed: two that each hold a part would wait for each other."""
         try:
             with anyio.fail_after(_PATIENCE):
                 await self._arena.reserve(nbytes)
@@ -95,14 +95,14 @@ class Grip:
         self._arena.unreserve(self._promised)
         self._promised = 0
 
-    def __enter__(self) -> Grip:
+    def __enter__(self) -> MemoryReservation:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Depot:
+class ObjectStore:
     """Everything runs on the loop that opened it."""
 
     def __init__(self, spec: PipelineSpec, *, shared: bool = False) -> None:
@@ -112,16 +112,16 @@ class Depot:
         self.arena = Arena(spec.budget.arena, kept, shared=shared)
         self.kept_in_memory = kept
         self.largest = self.arena.working // 2
-        """Bytes of an object that is taken, at most."""
-        self.tiers: list[Guarded] = []
+        """Most bytes of an object."""
+        self.tiers: list[CircuitBreaker] = []
         self.dropped = 0
-        """Objects that a colder tier was too slow for."""
-        self._catalog = Catalog(list(spec.tiers))
+        """Objects not written to a colder tier because it was too slow."""
+        self._directory = ObjectDirectory(list(spec.tiers))
         self._io = Pool(spec.budget.threads, "io")
         self._behind: dict[str, deque[Object]] = {}
         self._awake: dict[str, anyio.Event] = {}
         self._writing = 0
-        """Bytes that wait for colder tiers. They cannot be evicted meanwhile, so they are few."""
+        """Bytes that wait for colder tiers; limited, as they cannot be evicted until then."""
         first = next(iter(spec.tiers.values()))
         memory = first.options.capacity if first.cls.in_arena else self.arena.working
         self._waits = min(self.arena.working // 2, memory // 4)
@@ -131,10 +131,10 @@ class Depot:
         """Open the tiers. Raises ConfigError."""
         for name, t in self.spec.tiers.items():
             make: Any = t.cls  # every tier takes (options, context)
-            sizes: list[Guarded] = []
-            watch = partial(self._catalog.note, name, partial(_size, sizes))
+            sizes: list[CircuitBreaker] = []
+            watch = partial(self._directory.note, name, partial(_size, sizes))
             ctx = TierContext(self.arena, b"", self._io, watch)
-            tier = Guarded(make(t.options, ctx), name, t.breaker)
+            tier = CircuitBreaker(make(t.options, ctx), name, t.breaker)
             sizes.append(tier)
             self._home.push_async_callback(tier.close)
             await tier.open()
@@ -148,18 +148,18 @@ class Depot:
             tasks.start_soon(self._write_behind, tier)
 
     async def settled(self) -> None:
-        """Wait until the colder tiers have what they were given."""
+        """Wait until all pending writes to colder tiers are done."""
         while self._writing:  # noqa: ASYNC110 - once, at the end
             await anyio.sleep(0.01)
 
     async def close(self) -> None:
         await self._home.aclose()
         self._io.close()
-        if not self.arena.leases:  # else somebody still reads it: it must stay
+        if not self.arena.leases:  # otherwise somebody still reads it
             self.arena.close()
 
-    async def has(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
-        """Which are kept anywhere. Those that are were wanted: they are evicted later."""
+    async def exists(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
+        """Which exist in any tier. Those that do count as used."""
         names = [name_of(space, key) for key in keys]
         found = [False] * len(names)
         for tier in self.tiers:
@@ -171,15 +171,17 @@ class Depot:
                     found[i] = tier.find(names[i]) is not None
                 await mark_in_turns(tier.touch, [names[i] for i in missing if found[i]])
             else:
-                asked = await tier.has([names[i] for i in missing])
+                asked = await tier.exists([names[i] for i in missing])
                 for i, there in zip(missing, asked, strict=True):
                     found[i] = there
         return found
 
-    async def make_room(self, space: bytes, grip: Grip, keys: Iterable[bytes]) -> bool:
-        """Promise the grip what reading these may take; False: only memory is to be read."""
+    async def make_room(
+        self, space: bytes, reservation: MemoryReservation, keys: Iterable[bytes]
+    ) -> bool:
+        """Promise the reservation what reading these may take; False: only memory is to be read."""
         need = sum(self._room(name_of(space, key)) for key in keys)
-        return await grip.promise(min(need, self.arena.working))
+        return await reservation.promise(min(need, self.arena.working))
 
     def _room(self, name: bytes) -> int:
         """Bytes to be leased for an object: 0 where it is in memory, or nowhere."""
@@ -191,8 +193,11 @@ class Depot:
                 return 0 if tier.in_arena else found.nbytes
         return 0
 
-    async def read(self, space: bytes, grip: Grip, key: bytes, *, room: bool) -> Object | Lost:
-        """The whole object, whose lease is the grip's. `room`: see `make_room`. Never raises."""
+    async def read(
+        self, space: bytes, reservation: MemoryReservation, key: bytes, *, room: bool
+    ) -> Object | Lost:
+        """The whole object, whose lease the reservation releases. `room`: what `make_room` said.
+        Never raises."""
         name, lost = name_of(space, key), Lost.ABSENT
         for tier in self.tiers:
             if not tier.available or (tier.local and tier.find(name) is None):
@@ -205,7 +210,7 @@ class Depot:
                 await tier.read([read])
             finally:
                 if read.object is not None:
-                    grip.take(read.object.lease)
+                    reservation.take(read.object.lease)
             obj = read.object
             if obj is None:
                 lost = read.lost if read.lost not in (None, Lost.ABSENT) else lost
@@ -229,24 +234,24 @@ class Depot:
                 return None
         return lost
 
-    async def settle(self, space: bytes, keys: Iterable[bytes]) -> None:
+    async def order_for_eviction(self, space: bytes, keys: Iterable[bytes]) -> None:
         """These, head of the prompt first, came together: the tail is evicted first."""
         names = [name_of(space, key) for key in keys]
         for tier in self.tiers:
-            await mark_in_turns(tier.settle, names)
+            await mark_in_turns(tier.order_for_eviction, names)
 
-    async def drop(self, space: bytes, keys: Iterable[bytes]) -> int:
-        """Forget objects; how many were there."""
+    async def delete(self, space: bytes, keys: Iterable[bytes]) -> int:
+        """Delete objects; returns how many existed."""
         return await self._drop([name_of(space, key) for key in keys])
 
     async def clear(self, space: bytes) -> int:
-        """Forget what the tiers with an index keep of a namespace."""
-        return await self._drop(self._catalog.names(space))
+        """Delete all objects of a namespace in tiers with an index."""
+        return await self._drop(self._directory.names(space))
 
     def stat(self, space: bytes) -> TierStat:
-        """What is kept of a namespace, in tiers with an index."""
+        """What is stored of a namespace, in tiers with an index."""
         capacities = [t.stat().capacity for t in self.tiers]
-        return TierStat(*self._catalog.count(space), 0 if 0 in capacities else max(capacities))
+        return TierStat(*self._directory.count(space), 0 if 0 in capacities else max(capacities))
 
     @property
     def evicted(self) -> int:
@@ -256,14 +261,14 @@ class Depot:
         dropped = 0
         for begin in range(0, len(names), 256):
             part = names[begin : begin + 256]
-            dropped += max([await tier.drop(part) for tier in self.tiers], default=0)
+            dropped += max([await tier.delete(part) for tier in self.tiers], default=0)
         return dropped
 
-    def _pass_on(self, tier: Guarded, obj: Object) -> None:
+    def _pass_on(self, tier: CircuitBreaker, obj: Object) -> None:
         waiting = self._behind[tier.name]
         if self._writing and self._writing + obj.lease.nbytes > self._waits:
             if not self.dropped:
-                log.warning("tier %s is slow: not everything is written to it", tier.name)
+                log.warning("tier %s is too slow: some objects are not written to it", tier.name)
             self.dropped += 1
             return
         obj.lease.retain()
@@ -271,8 +276,8 @@ class Depot:
         waiting.append(obj)
         self._awake[tier.name].set()
 
-    async def _write_behind(self, tier: Guarded) -> None:
-        """Put what comes, a few at a time."""
+    async def _write_behind(self, tier: CircuitBreaker) -> None:
+        """Write pending objects to a tier, a few at a time."""
         waiting = self._behind[tier.name]
         while True:
             if not waiting:
@@ -295,7 +300,7 @@ def _named(obj: Object, space: bytes, name: bytes) -> Object:
     return Object(header, obj.lease, loaded=obj.loaded, sealed=True)
 
 
-def _size(tier: list[Guarded], name: bytes) -> int:
+def _size(tier: list[CircuitBreaker], name: bytes) -> int:
     """Bytes of an object that a tier with an index keeps."""
     found = tier[0].find(name)
     return found.nbytes if found is not None else 0

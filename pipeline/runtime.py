@@ -24,7 +24,7 @@ from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.paged_copy import warm_up
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import TierContext
 
 
@@ -61,7 +61,7 @@ class Worker:
                 self.arena.close()
                 raise
         warm_up(device)
-        self.tiers: dict[str, Guarded] = {}
+        self.tiers: dict[str, CircuitBreaker] = {}
         self.runners: dict[str, GraphRunner] = {}
         # Two pools: a disk that hangs must not take the threads that copy. One core stays the
         # engine's: copies are bound by memory, and a second thread on two cores adds half to the
@@ -103,7 +103,7 @@ class Worker:
                 make: Any = t.cls  # every tier takes (options, context)
                 watch = partial(self._note, name) if self._watch else None
                 ctx = TierContext(self.arena, self._names.digest, self._io, watch)
-                tier = Guarded(make(t.options, ctx), name, t.breaker)
+                tier = CircuitBreaker(make(t.options, ctx), name, t.breaker)
                 tier.unread.watch = watch if tier.local else None
                 home.push_async_callback(tier.close)
                 await tier.open()

@@ -31,7 +31,7 @@ def test_who_found_something_bad_drops_it_on_proof_only() -> None:
             if "BadObject" in caught or "Unreadable" in caught:
                 found += 1
                 assert not called(node) & (DROPS - {"expel"}), (path, node.lineno)
-    assert found >= 10, "this test reads nothing"
+    assert found >= 7, "this test reads nothing"
 
 
 def test_what_drops_for_damage_takes_the_proof() -> None:
@@ -45,10 +45,10 @@ def test_what_drops_for_damage_takes_the_proof() -> None:
             if name == "expel":
                 found += 1
                 types = [ast.unparse(a.annotation) for a in node.args.args if a.annotation]
-                assert any("Damaged" in t or t == "_Bad" for t in types), (path, node.lineno)
+                assert any("Damaged" in t for t in types), (path, node.lineno)
             elif name in PLAIN and path.name != "index_log.py":
                 assert not called(node) & (DROPS - {"expel"}), (path, node.lineno)
-    assert found >= 8, "this test reads nothing"
+    assert found >= 7, "this test reads nothing"
 
 
 def test_codecs_have_no_proof() -> None:

@@ -16,7 +16,7 @@ from tierloom.stages.codecs.contract.decoding import describe, name_of
 from tierloom.stages.errors import BadObject, ConfigError, Unreadable
 from tierloom.stages.kv.object import LINK, Header
 from tierloom.stages.memory.allocator import PAGE
-from tierloom.stages.tiers.disk.folder_lock import Claim
+from tierloom.stages.tiers.disk.folder_lock import FolderLock
 from tierloom.stages.tiers.disk.index_log import read_index
 
 _MAGIC = b"TLM"  # what follows is the format
@@ -51,7 +51,7 @@ def inspect_object(where: str) -> int:
 
 def _kept(folder: Path) -> Table:
     """What a disk tier keeps, oldest first."""
-    Claim.segment_of(folder)
+    FolderLock.segment_of(folder)
     table = Table("key", "bytes", "grains", "pinned", title=str(folder), title_justify="left")
     for e in read_index(folder)[0]:
         grains = len(e.links) // LINK
@@ -61,7 +61,7 @@ def _kept(folder: Path) -> Table:
 
 def _from_disk(folder: Path, key: str) -> bytes:
     """An object's bytes out of a disk tier's segments."""
-    segment = Claim.segment_of(folder)
+    segment = FolderLock.segment_of(folder)
     found = [e for e in read_index(folder)[0] if e.key.hex().startswith(key.lower())]
     if len(found) != 1:
         raise ConfigError(f"{folder}: {len(found)} objects have a key that begins with {key}")

@@ -17,17 +17,17 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.lowlevel
 
 from tierloom.adapters.server.session import Lending, Session, Terms
 from tierloom.pipeline.config.spec import PipelineSpec
-from tierloom.pipeline.object_store import Depot
+from tierloom.pipeline.object_store import ObjectStore
 from tierloom.stages.errors import ConfigError
+from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server.client import PORT, TOKEN, read_token
-from tierloom.stages.tiers.server.connection import Line
+from tierloom.stages.tiers.server.connection import Connection
 
 log = logging.getLogger("tierloom.serve")
 
@@ -49,14 +49,10 @@ class Listen(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> Listen:
         """`tcp://HOST:PORT`, `tls://HOST:PORT` or `unix:///PATH`. Raises ConfigError."""
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(url)
-            if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
-                return cls(path=parts.path)
-            if parts.scheme in ("tcp", "tls") and parts.hostname and not parts.path.strip("/"):
-                port = PORT if parts.port is None else parts.port
-                return cls(parts.hostname, port, tls=parts.scheme == "tls")
-        raise ConfigError(f"--listen {url}: write tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH")
+        try:
+            return cls(*Address.parse(url, "tcp", tls="tls", unix="unix", port=PORT))
+        except ValueError as error:
+            raise ConfigError(f"--listen: {error}") from None
 
     @property
     def is_local(self) -> bool:
@@ -122,9 +118,9 @@ class Serving:
             raise ConfigError("tls:// needs a certificate: pass --cert and --key")
         self._listens, self._context = listens, context
         self._clients, self._drain = clients, drain
-        self.depot = Depot(spec, shared=any(listen.path for listen in listens))
-        lends = self.depot.kept_in_memory // 4
-        window = min(_WINDOW, self.depot.largest)
+        self.store = ObjectStore(spec, shared=any(listen.path for listen in listens))
+        lends = self.store.kept_in_memory // 4
+        window = min(_WINDOW, self.store.largest)
         self._terms = Terms(token, secrets.token_bytes(16), window, lends)
         self._lending = Lending(2 * lends)
         self.sessions: set[Session] = set()
@@ -134,9 +130,9 @@ class Serving:
         with contextlib.ExitStack() as home:
             socks = [home.enter_context(_bound(listen)) for listen in self._listens]
             try:
-                await self.depot.open()
+                await self.store.open()
                 async with anyio.create_task_group() as tasks:
-                    self.depot.start(tasks)
+                    self.store.start(tasks)
                     async with anyio.create_task_group() as doors:
                         for listen, sock in zip(self._listens, socks, strict=True):
                             doors.start_soon(self._accept, sock, listen.tls, tasks)
@@ -148,7 +144,7 @@ class Serving:
                     tasks.cancel_scope.cancel()
             finally:
                 with anyio.CancelScope(shield=True):
-                    await self.depot.close()
+                    await self.store.close()
 
     async def _finish(self) -> None:
         """Let every client's question, and what waits for colder tiers, come to its end."""
@@ -157,7 +153,7 @@ class Serving:
         with anyio.move_on_after(self._drain):
             while any(not s.gone for s in self.sessions):  # noqa: ASYNC110 - once, at the end
                 await anyio.sleep(0.01)
-            await self.depot.settled()
+            await self.store.settled()
 
     async def _accept(self, listener: socket.socket, tls: bool, tasks: anyio.abc.TaskGroup) -> None:
         listener.setblocking(False)
@@ -189,11 +185,11 @@ class Serving:
                 sock = self._context.wrap_socket(
                     sock, server_side=True, do_handshake_on_connect=False
                 )
-            line = Line(sock, stall=_STALL)
+            connection = Connection(sock, stall=_STALL)
         except OSError:
             sock.close()
             return None
-        return Session(line, self.depot, self._terms, self._lending)
+        return Session(connection, self.store, self._terms, self._lending)
 
     async def _serve(self, session: Session) -> None:
         try:

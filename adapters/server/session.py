@@ -19,16 +19,15 @@ from typing import NamedTuple
 import anyio
 import anyio.lowlevel
 
-from tierloom.pipeline.object_store import Depot, Grip
+from tierloom.pipeline.object_store import MemoryReservation, ObjectStore
 from tierloom.stages.errors import ArenaFull, BadObject, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.disk.store import cuts_of
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.connection import Line
-from tierloom.stages.tiers.server.protocol import Kind, Refusal
+from tierloom.stages.tiers.server.connection import Connection
+from tierloom.stages.tiers.server.protocol import ErrorCode, Kind
 
 log = logging.getLogger("tierloom.serve")
 
@@ -50,7 +49,7 @@ class Terms(NamedTuple):
 class _Refuse(Exception):
     """The client is told why, and the connection is closed."""
 
-    def __init__(self, why: Refusal, text: str) -> None:
+    def __init__(self, why: ErrorCode, text: str) -> None:
         super().__init__(text)
         self.why = why
 
@@ -64,10 +63,13 @@ class Lending:
 
 
 class Session:
-    """Owns the line until `serve` returns."""
+    """Owns the connection until `serve` returns."""
 
-    def __init__(self, line: Line, depot: Depot, terms: Terms, lending: Lending) -> None:
-        self._line, self._depot, self._terms, self._lending = line, depot, terms, lending
+    def __init__(
+        self, connection: Connection, store: ObjectStore, terms: Terms, lending: Lending
+    ) -> None:
+        self._connection, self._store = connection, store
+        self._terms, self._lending = terms, lending
         self._space = b""
         self._shares = False
         self._loans: dict[int, Lease] = {}
@@ -89,39 +91,41 @@ class Session:
         number = 0
         try:
             with anyio.fail_after(hello):
-                await self._line.handshake()
+                await self._connection.handshake()
                 await self._welcome()
             while not self._ending:
                 with anyio.CancelScope() as resting:
                     self._resting = resting
-                    await self._line.readable()
+                    await self._connection.readable()
                 self._resting = None
                 if resting.cancelled_caught:
                     break
-                message = await self._line.message()
+                message = await self._connection.message()
                 number = message.number
                 await self._answer(message)
                 await anyio.lowlevel.checkpoint()  # the next question may be here: others first
             if self.welcomed:
-                await self._refuse(number, Refusal.DRAINING, "the server is going")
+                await self._refuse(number, ErrorCode.DRAINING, "the server is going")
         except wire.BadMessage as error:
-            await self._refuse(number, Refusal.MALFORMED, str(error))
+            await self._refuse(number, ErrorCode.MALFORMED, str(error))
         except _Refuse as error:
             await self._refuse(number, error.why, str(error))
         except (OSError, TimeoutError, TierDown) as error:
             log.debug("client gone: %r", error)
         except Exception:
             log.exception("a client's message broke the session")
-            await self._refuse(number, Refusal.BROKEN, "the server failed; its log says how")
+            await self._refuse(number, ErrorCode.BROKEN, "the server failed; its log says how")
         finally:
             await self._leave()
 
-    async def _refuse(self, number: int, why: Refusal, text: str) -> None:
+    async def _refuse(self, number: int, why: ErrorCode, text: str) -> None:
         """Say why, if the client still listens."""
-        if why is not Refusal.DRAINING:
+        if why is not ErrorCode.DRAINING:
             log.warning("client refused: %s", text)
         with contextlib.suppress(OSError, TimeoutError), anyio.move_on_after(1):
-            await self._line.send(wire.message(Kind.ERROR, number, wire.pack_error(why, text)))
+            await self._connection.send(
+                wire.message(Kind.ERROR, number, wire.pack_error(why, text))
+            )
 
     async def _leave(self) -> None:
         """Close; with loans out, first wait until the client has: it may be reading them."""
@@ -129,57 +133,57 @@ class Session:
         try:
             if self._loans:
                 with contextlib.suppress(OSError):
-                    self._line.sock.shutdown(socket.SHUT_WR)
+                    self._connection.sock.shutdown(socket.SHUT_WR)
                 await self._gone()
                 for lease in self._loans.values():
                     lease.release()
                 self._lending.nbytes -= self._lent
                 self._loans.clear()
         finally:
-            self._line.close()
+            self._connection.close()
 
     async def _gone(self) -> None:
         """Until the client has closed its end: by will, or because it died."""
         waste = bytearray(4096)
         with contextlib.suppress(OSError):
             while True:
-                await anyio.wait_readable(self._line.sock)
-                if not self._line.sock.recv_into(waste):
+                await anyio.wait_readable(self._connection.sock)
+                if not self._connection.sock.recv_into(waste):
                     return
 
     async def _welcome(self) -> None:
         """Who is there, and does it know the token?"""
         nonce, token = secrets.token_bytes(wire.NONCE), self._terms.token
         greeting = wire.Greeting(wire.VERSION, wire.VERSION, bool(token), self._terms.epoch, nonce)
-        await self._line.send(wire.message(Kind.GREETING, 0, wire.pack_greeting(greeting)))
-        message = await self._line.message(wire.FIRST)
+        await self._connection.send(wire.message(Kind.GREETING, 0, wire.pack(greeting)))
+        message = await self._connection.message(wire.FIRST)
         if message.kind is not Kind.HELLO:
             raise wire.BadMessage(f"{message.kind.name} came where HELLO was due")
-        hello = wire.hello_of(message.body)
+        hello = wire.unpack(wire.Hello, message.body)
         if hello.version != wire.VERSION:
-            raise _Refuse(Refusal.VERSION, f"this server speaks version {wire.VERSION} only")
+            raise _Refuse(ErrorCode.VERSION, f"this server speaks version {wire.VERSION} only")
         said = (self._terms.epoch, nonce, hello.nonce, hello.namespace)
         if token and not hmac.compare_digest(hello.proof, wire.proof(token, b"client", *said)):
-            raise _Refuse(Refusal.TOKEN, "wrong token")
+            raise _Refuse(ErrorCode.TOKEN, "wrong token")
         self._space = hello.namespace
-        fd = self._depot.arena.fd
-        shares = hello.flags & wire.MEMORY and fd >= 0 and self._depot.kept_in_memory
+        fd = self._store.arena.fd
+        shares = hello.flags & wire.MEMORY and fd >= 0 and self._store.kept_in_memory
         self._shares = bool(shares) and self._is_ours()
         welcome = wire.Welcome(
             wire.MEMORY if self._shares else 0, wire.proof(token, b"server", *said),
-            self._terms.window, self._depot.largest,
-            self._depot.arena.total if self._shares else 0,
+            self._terms.window, self._store.largest,
+            self._store.arena.total if self._shares else 0,
         )  # fmt: skip
-        words = wire.message(Kind.WELCOME, message.number, wire.pack_welcome(welcome))
+        words = wire.message(Kind.WELCOME, message.number, wire.pack(welcome))
         if self._shares:  # fits into an empty buffer: it does not block
-            socket.send_fds(self._line.sock, [words], [fd])
+            socket.send_fds(self._connection.sock, [words], [fd])
         else:
-            await self._line.send(words)
+            await self._connection.send(words)
         self.welcomed = True
 
     def _is_ours(self) -> bool:
         """The other end is a process of our own user: it could read this memory anyway."""
-        sock = self._line.sock
+        sock = self._connection.sock
         if sock.family != socket.AF_UNIX:
             return False
         record = struct.Struct("3i")
@@ -189,70 +193,72 @@ class Session:
     async def _answer(self, message: wire.Message) -> None:
         kind, number, body = message
         if kind is Kind.HAS:
-            found = await self._depot.has(self._space, wire.keys_of(body))
+            found = await self._store.exists(self._space, wire.keys_of(body))
             codes = bytes([wire.DONE if there else Lost.ABSENT for there in found])
-            await self._line.send(wire.message(Kind.HAD, number, codes))
+            await self._connection.send(wire.message(Kind.HAD, number, codes))
         elif kind is Kind.GET:
-            await self._get(number, wire.wanted_of(body))
+            await self._get(number, wire.unpack_all(wire.Wanted, body, wire.OBJECTS))
         elif kind is Kind.PUT:
-            await self._put(number, wire.offers_of(body))
+            await self._put(number, wire.unpack_all(wire.Offer, body, wire.OBJECTS))
         elif kind is Kind.BORROW:
             await self._lend(number, wire.keys_of(body, wire.OBJECTS))
         elif kind is Kind.SETTLE:
-            await self._depot.settle(self._space, wire.keys_of(body))
+            await self._store.order_for_eviction(self._space, wire.keys_of(body))
         elif kind is Kind.RETURN:
             self._take_back(wire.ids_of(body))
         elif kind is Kind.DROP:
-            await self._holds(number, await self._depot.drop(self._space, wire.keys_of(body)))
+            await self._holds(number, await self._store.delete(self._space, wire.keys_of(body)))
         elif kind in (Kind.CLEAR, Kind.STAT, Kind.PING):
             if body:
                 raise wire.BadMessage(f"{kind.name} has no body")
             if kind is Kind.PING:
-                await self._line.send(wire.message(Kind.PONG, number))
+                await self._connection.send(wire.message(Kind.PONG, number))
             else:
                 clears = kind is Kind.CLEAR
-                count = await self._depot.clear(self._space) if clears else 0
+                count = await self._store.clear(self._space) if clears else 0
                 await self._holds(number, count)
         else:
             raise wire.BadMessage(f"{kind.name} is no question")
 
     async def _holds(self, number: int, count: int) -> None:
-        await self._line.send(wire.message(Kind.HOLDS, number, self._holdings(count)))
+        await self._connection.send(wire.message(Kind.HOLDS, number, self._holdings(count)))
 
     def _holdings(self, count: int) -> bytes:
-        stat = self._depot.stat(self._space)
-        return wire.pack_holdings(wire.Holdings(count, *stat, self._depot.evicted))
+        stat = self._store.stat(self._space)
+        return wire.pack(wire.Holdings(count, *stat, self._store.evicted))
 
     async def _get(self, number: int, wanted: list[wire.Wanted]) -> None:
         """Read a few objects at once, send them one after another."""
         for begin in range(0, len(wanted), _AHEAD):
             part = wanted[begin : begin + _AHEAD]
-            with Grip(self._depot.arena) as grip:
+            with MemoryReservation(self._store.arena) as reservation:
                 keys = [asked.key for asked in part]
-                room = await self._depot.make_room(self._space, grip, keys)
-                read = partial(self._depot.read, self._space, grip, room=room)
-                objects = await fan(read, keys, _AHEAD)
+                room = await self._store.make_room(self._space, reservation, keys)
+                read = partial(self._store.read, self._space, reservation, room=room)
+                objects = await map_concurrently(read, keys, _AHEAD)
                 for asked, obj in zip(part, objects, strict=True):
                     item, data = _cut(asked, obj)
-                    head = wire.message(Kind.ITEM, number, wire.pack_item(item))
+                    head = wire.message(Kind.ITEM, number, wire.pack(item))
                     leases = () if isinstance(obj, Lost) else (obj.lease,)
-                    await self._line.send(head, data, leases=leases)
+                    await self._connection.send(head, data, leases=leases)
 
-    async def _put(self, number: int, offers: list[tuple[bytes, int]]) -> None:
+    async def _put(self, number: int, offers: list[wire.Offer]) -> None:
         """Say which objects are wanted, receive them, and keep each when it is whole."""
-        there = await self._depot.has(self._space, [key for key, _ in offers])
-        with Grip(self._depot.arena) as grip:
-            codes, leases = await self._make_room(offers, there, grip)
-            await self._line.send(wire.message(Kind.GRANT, number, bytes(codes)))
+        there = await self._store.exists(self._space, [key for key, _ in offers])
+        with MemoryReservation(self._store.arena) as reservation:
+            codes, leases = await self._make_room(offers, there, reservation)
+            await self._connection.send(wire.message(Kind.GRANT, number, bytes(codes)))
             for i, lease in enumerate(leases):
                 if lease is not None:
                     key, nbytes = offers[i]
-                    await self._line.fill(lease.view[:nbytes], leases=(lease,))
+                    await self._connection.fill(lease.view[:nbytes], leases=(lease,))
                     codes[i] = await self._keep(key, nbytes, lease)
-        await self._line.send(wire.message(Kind.KEPT, number, bytes(codes) + self._holdings(0)))
+        await self._connection.send(
+            wire.message(Kind.KEPT, number, bytes(codes) + self._holdings(0))
+        )
 
     async def _make_room(
-        self, offers: list[tuple[bytes, int]], there: list[bool], grip: Grip
+        self, offers: list[wire.Offer], there: list[bool], reservation: MemoryReservation
     ) -> tuple[list[int], list[Lease | None]]:
         """A code for each, and a lease for those that are to be sent."""
         codes, leases, total = [], [], 0
@@ -262,20 +268,20 @@ class Session:
                 code = wire.DONE
             elif nbytes % PAGE or nbytes < PAGE:
                 code = Lost.CORRUPT
-            elif nbytes > self._depot.largest or (total and total + nbytes > self._terms.window):
+            elif nbytes > self._store.largest or (total and total + nbytes > self._terms.window):
                 code = Lost.NO_ROOM
             total += nbytes if code == wire.SEND else 0
             codes.append(code)
-        room = await grip.promise(total)
+        room = await reservation.promise(total)
         for i, (_, nbytes) in enumerate(offers):
             lease = None
             if codes[i] == wire.SEND:
                 try:
-                    lease = self._depot.arena.lease(nbytes) if room else None
+                    lease = self._store.arena.lease(nbytes) if room else None
                 except ArenaFull:
                     lease = None
                 if lease is not None:
-                    grip.take(lease)
+                    reservation.take(lease)
                 else:
                     codes[i] = Lost.NO_ROOM
             leases.append(lease)
@@ -292,7 +298,7 @@ class Session:
             log.warning("bad object refused: %d bytes, not %d", nbytes, header.nbytes)
             return Lost.CORRUPT
         obj = Object(header, lease, loaded=len(header.frames), sealed=True)
-        return await self._depot.put(self._space, obj) or wire.DONE
+        return await self._store.put(self._space, obj) or wire.DONE
 
     async def _lend(self, number: int, keys: list[bytes]) -> None:
         """Lease objects to the client, where they are; what cannot be lent it gets by GET."""
@@ -300,11 +306,11 @@ class Session:
             raise wire.BadMessage("BORROW without shared memory")
         loans = []
         for key in keys:
-            with Grip(self._depot.arena) as grip:
-                room = await self._depot.make_room(self._space, grip, [key])
-                obj = await self._depot.read(self._space, grip, key, room=room)
+            with MemoryReservation(self._store.arena) as reservation:
+                room = await self._store.make_room(self._space, reservation, [key])
+                obj = await self._store.read(self._space, reservation, key, room=room)
                 loans.append(self._loan(obj))
-        await self._line.send(wire.message(Kind.LENT, number, wire.pack_loans(loans)))
+        await self._connection.send(wire.message(Kind.LENT, number, wire.pack(*loans)))
 
     def _loan(self, obj: Object | Lost) -> wire.Loan:
         if isinstance(obj, Lost):
@@ -334,9 +340,9 @@ def _cut(asked: wire.Wanted, obj: Object | Lost) -> tuple[wire.Item, memoryview]
     nothing = memoryview(b"")
     if isinstance(obj, Lost):
         return wire.Item(obj, 0, 0, 0, 0), nothing
-    cuts, nbytes = cuts_of(obj.header), obj.header.nbytes
-    upto = min(asked.upto, len(cuts) - 1)
+    boundaries, nbytes = obj.header.boundaries, obj.header.nbytes
+    upto = min(asked.upto, len(boundaries) - 1)
     if asked.first > upto or (asked.nbytes and asked.nbytes != nbytes):
         return wire.Item(Lost.ABSENT, 0, 0, 0, 0), nothing
-    begin, end = cuts[asked.first] if asked.first else 0, cuts[upto]
+    begin, end = boundaries[asked.first] if asked.first else 0, boundaries[upto]
     return wire.Item(wire.DONE, upto, nbytes, begin, end), obj.lease.view[begin:end]

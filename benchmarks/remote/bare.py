@@ -88,7 +88,7 @@ async def turns(tier: Tier, bare: Bare, arena: Arena, rounds: int) -> dict[str, 
             assert read.object is not None, read.lost
             assert np.array_equal(words(read.object), words(obj)), "other bytes came back"
             read.object.lease.release()
-        assert await tier.drop([obj.header.key for obj in kept]) == COUNT
+        assert await tier.delete([obj.header.key for obj in kept]) == COUNT
         await bare.drop(named)
         if not turn:
             took.clear()  # the first touch of memory and files

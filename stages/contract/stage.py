@@ -23,7 +23,7 @@ from tierloom.stages.contract.request import Request
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.memory.arena import Arena
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 
 class PortType(NamedTuple):
@@ -106,7 +106,7 @@ class Context:
     trusted: frozenset[str]
     """Tiers whose frames need no check: none, unless `verify: remote` trusts the arena."""
     arena: Arena
-    tiers: Mapping[str, Guarded]
+    tiers: Mapping[str, CircuitBreaker]
     pool: Callable[..., Awaitable[Any]]
     """Runs a blocking call; see TierContext.pool."""
 

@@ -94,6 +94,11 @@ class Header(NamedTuple):
         return last.offset + aligned(last.stored)
 
     @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Bytes from the object's start to the end of its header, of frame 0, of frame 1, ..."""
+        return (self.header_bytes, *(f.offset + aligned(f.stored) for f in self.frames))
+
+    @property
     def header_bytes(self) -> int:
         return header_size(len(self.frames), len(self.links) // LINK)
 

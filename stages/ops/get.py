@@ -31,7 +31,7 @@ from tierloom.stages.ops.hedge import race
 from tierloom.stages.ops.promote import settle
 from tierloom.stages.ops.scan_budget import ScanBudget
 from tierloom.stages.options import parse_seconds
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read
 
 
@@ -182,7 +182,7 @@ class Get(BatchStage):
                     batch.lose(chunk, code or Lost.LATE)
         return came
 
-    def _budget(self, batch: Batch, group: list[Chunk], tier: Guarded) -> ScanBudget:
+    def _budget(self, batch: Batch, group: list[Chunk], tier: CircuitBreaker) -> ScanBudget:
         """What is known of a group of chunks before they are read."""
         request = batch.request
         here = sum(c.wanted for c in group)
@@ -204,7 +204,7 @@ class Get(BatchStage):
         return budget._replace(time_left=min(left, compute + lead), compute=compute, lead=lead)
 
     def _compute_instead(
-        self, batch: Batch, group: list[Chunk], budget: ScanBudget, tier: Guarded
+        self, batch: Batch, group: list[Chunk], budget: ScanBudget, tier: CircuitBreaker
     ) -> bool:
         """Lose what is quicker to compute by now, and so all after it; whether nothing is left."""
         g, request = self.ctx.geometry, batch.request
@@ -217,7 +217,7 @@ class Get(BatchStage):
         return len(late) == len(group)
 
     async def _finer(
-        self, tier: Guarded, chunks: list[Chunk], budget: ScanBudget, seconds: float
+        self, tier: CircuitBreaker, chunks: list[Chunk], budget: ScanBudget, seconds: float
     ) -> None:
         """Progressive objects, whose coarsest scans took `seconds`: read one scan more of each, and
         one more, while there is time."""

@@ -21,7 +21,7 @@ from tierloom.stages.contract.stage import Context, RequestStage
 from tierloom.stages.errors import Lost
 from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.ops.load_or_recompute import worth_loading
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 _SLICE = 16
 """Chunks looked up between two turns of the loop."""
@@ -69,13 +69,13 @@ class Lookup(RequestStage):
         request.chunks = list(self._longest_prefix(request, tiers, {}))
 
     async def _ask_remote(
-        self, tiers: dict[str, Guarded], chunks: list[Chunk]
+        self, tiers: dict[str, CircuitBreaker], chunks: list[Chunk]
     ) -> dict[str, list[bool]]:
         keys = [c.key for c in chunks]
         known: dict[str, list[bool]] = {}
 
-        async def ask(name: str, tier: Guarded) -> None:
-            known[name] = await tier.has(keys)
+        async def ask(name: str, tier: CircuitBreaker) -> None:
+            known[name] = await tier.exists(keys)
 
         remote = {n: t for n, t in tiers.items() if not t.local}
         if remote and keys:
@@ -85,7 +85,7 @@ class Lookup(RequestStage):
         return known
 
     async def _absent(
-        self, request: Request, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
     ) -> None:
         if not tiers and not self.ctx.replica:
             request.tally(Lost.TIER_DOWN, len(request.chunks))
@@ -109,7 +109,7 @@ class Lookup(RequestStage):
         request.chunks = missing
 
     async def _prefix(
-        self, request: Request, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
     ) -> None:
         plan = []
         for chunk in self._longest_prefix(request, tiers, known):
@@ -123,7 +123,7 @@ class Lookup(RequestStage):
                 await mark_in_turns(tier.touch, keys)
 
     def _longest_prefix(
-        self, request: Request, tiers: dict[str, Guarded], known: dict[str, list[bool]]
+        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
     ) -> Iterator[Chunk]:
         """The chunks that are kept from the first one on, each with its source; the last one may be
         kept in part."""
@@ -138,7 +138,7 @@ class Lookup(RequestStage):
         self,
         request: Request,
         chunk: Chunk,
-        tiers: dict[str, Guarded],
+        tiers: dict[str, CircuitBreaker],
         known: dict[str, list[bool]],
     ) -> Source | None:
         """What serves most of a chunk, first tier first."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.arena import Arena
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 
 async def settle(
-    chunks: list[Chunk], tiers: Mapping[str, Guarded], promote_to: str | None, arena: Arena
+    chunks: list[Chunk], tiers: Mapping[str, CircuitBreaker], promote_to: str | None, arena: Arena
 ) -> None:
     """Tell each tier which of its objects could not be used, and put those that a colder tier
     delivered into the memory tier `promote_to`, in place: the lease that was read into is kept."""
@@ -21,7 +21,7 @@ async def settle(
             continue
         tier = next(iter(chunk.took))
         if chunk.refused is not None:
-            await tiers[tier].refused(chunk.source.key, chunk.refused)
+            await tiers[tier].refused(chunk.source.key, chunk.refused, chunk.object.header)
         elif tier != promote_to and _may_be_kept(chunk, chunk.object, arena):
             chunk.object.sealed = True
             promoted.append(chunk.object)

@@ -67,7 +67,7 @@ class Put(BatchStage):
         mine = [c for c in batch.request.chunks if name in c.missing_in]
         if all(name in c.put for c in mine):  # that was the last of the request
             await mark_in_turns(
-                self.ctx.tiers[name].settle, [c.key for c in mine if name in c.took]
+                self.ctx.tiers[name].order_for_eviction, [c.key for c in mine if name in c.took]
             )
 
     async def _object(self, batch: Batch, chunk: Chunk) -> Object:

@@ -176,7 +176,7 @@ class Disk(Store):
 
     def values(self, pipe: Pipeline) -> list[Any]:
         tier: Any = pipe.tiers["cold"].tier
-        entries = getattr(tier, "kept", tier)._index._entries.values()
+        entries = getattr(tier, "tier", tier)._index._entries.values()
         return [e.place.pieces[0] for e in entries if len(e.place.pieces) == 1]
 
     def get(self, pipe: Pipeline, name: Any) -> bytes:
@@ -290,11 +290,11 @@ class Lent(Store):
         self.tier = {"use": "server", "url": self._server.urls[1]}
 
     def ready(self) -> None:
-        (memory,) = self._server.serving.depot.tiers
+        (memory,) = self._server.serving.store.tiers
         self._server.call(memory.clear)
 
     def values(self, pipe: Pipeline) -> list[Any]:
-        (memory,) = self._server.serving.depot.tiers
+        (memory,) = self._server.serving.store.tiers
         return [e.place.lease for e in memory.tier._index._entries.values()]  # type: ignore[attr-defined]
 
     def get(self, pipe: Pipeline, name: Any) -> bytes:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tierloom.stages.errors import BadObject, Lost
+from tierloom.stages.errors import BadObject, Damaged, Lost
 from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.contract.object_reader import ReadingTier
 from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext
 from tierloom.testing.bench import (
     ALL,
@@ -22,11 +24,18 @@ from tierloom.testing.bench import (
     Clock,
     Pool,
     TierBench,
+    encrypted_anew,
     key_of,
     links_of,
     make_object,
     verify,
 )
+
+
+class _Limits(NamedTuple):
+    timeout: float = 10.0
+    fails: int = 3
+    probe: float = 1.0
 
 
 class TierContract(TierBench):
@@ -51,16 +60,16 @@ class TierContract(TierBench):
     @pytest.mark.anyio
     async def test_absent_is_data(self, tier: Tier) -> None:
         assert await self.get(tier, 1) is Lost.ABSENT
-        assert await tier.has([key_of(1)]) == [False]
-        assert await tier.drop([key_of(1)]) == 0
+        assert await tier.exists([key_of(1)]) == [False]
+        assert await tier.delete([key_of(1)]) == 0
         assert tier.counts.misses == 1
 
     @pytest.mark.anyio
     async def test_empty_batches(self, tier: Tier) -> None:
-        assert await tier.has([]) == []
+        assert await tier.exists([]) == []
         assert await tier.put([]) == []
         await tier.read([])
-        assert await tier.drop([]) == 0
+        assert await tier.delete([]) == 0
 
     @pytest.mark.anyio
     async def test_one_bad_read_spoils_no_other(self, tier: Tier, arena: Arena) -> None:
@@ -75,7 +84,7 @@ class TierContract(TierBench):
                 assert read.object is not None
                 assert verify(read.object, read.key) == self.bytes_of(arena, seed)
                 read.object.lease.release()
-        assert await tier.has([r.key for r in reads]) == [seed % 2 == 0 for seed in range(20)]
+        assert await tier.exists([r.key for r in reads]) == [seed % 2 == 0 for seed in range(20)]
 
     @pytest.mark.anyio
     async def test_layer_by_layer(self, tier: Tier, arena: Arena) -> None:
@@ -102,12 +111,43 @@ class TierContract(TierBench):
         await tier.read([read])
         held = read.object
         assert held is not None
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         again = Read(key_of(1), ALL, held)
         await tier.read([again])
         assert again.lost is Lost.ABSENT or held.loaded == FRAMES
         verify(held, read.key)
         held.lease.release()
+
+    @pytest.mark.anyio
+    async def test_another_in_its_place_is_not_to_blame(
+        self, ctx: TierContext, tmp_path: Path, clock: Clock
+    ) -> None:
+        """A header was read, and then frames of an object that has replaced it: their checksums
+        fail, but what is kept now is whole, and stays."""
+        tier = self.make(ctx, tmp_path, clock)
+        breaker = CircuitBreaker(tier, "tier", _Limits())
+        await breaker.open()
+        other = encrypted_anew(ctx.arena, 1)
+        try:
+            await self.put(breaker, 1)
+            read = Read(key_of(1), 1)
+            await breaker.read([read])
+            held = read.object
+            assert held is not None
+            await breaker.delete([key_of(1)])
+            assert await breaker.put([other]) == [None]
+            await breaker.read([Read(key_of(1), ALL, held)])
+            proof = Damaged("a frame's checksum does not match")
+            await breaker.refused(key_of(1), proof, held.header)
+            held.lease.release()
+            if isinstance(tier, ReadingTier):
+                await tier.expel(key_of(1), proof, b"TLM1, of another")
+            assert await breaker.exists([key_of(1)]) == [True]
+            await breaker.refused(key_of(1), proof, other.header)
+            assert await breaker.exists([key_of(1)]) == [False]
+        finally:
+            other.lease.release()
+            await breaker.close()
 
     @pytest.mark.anyio
     async def test_put_twice_keeps_one(self, tier: Tier, arena: Arena) -> None:
@@ -127,8 +167,8 @@ class TierContract(TierBench):
     @pytest.mark.anyio
     async def test_drop_and_clear(self, tier: Tier) -> None:
         await self.put(tier, 1, 2, 3, 4)
-        assert await tier.drop([key_of(1), key_of(9), key_of(2)]) == 2
-        assert await tier.has([key_of(s) for s in (1, 2, 3, 4)]) == [False, False, True, True]
+        assert await tier.delete([key_of(1), key_of(9), key_of(2)]) == 2
+        assert await tier.exists([key_of(s) for s in (1, 2, 3, 4)]) == [False, False, True, True]
         assert await tier.clear() == 2
         assert await tier.clear() == 0
         assert tier.stat()[:2] == (0, 0)
@@ -149,9 +189,9 @@ class TierContract(TierBench):
         async with self.opened(ctx, tmp_path, clock, ttl=60.0) as tier:
             await self.put(tier, 1)
             clock.now += 59
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
             clock.now += 2
-            assert await tier.has([key_of(1)]) == [False]
+            assert await tier.exists([key_of(1)]) == [False]
             assert await self.get(tier, 1) is Lost.ABSENT
             if tier.local:
                 assert tier.find(links_of(1)) is None
@@ -167,7 +207,7 @@ class TierContract(TierBench):
             for seed in range(12):
                 assert await self.put(tier, seed) == [None]
                 assert tier.stat().nbytes <= 5 * SIZE
-                kept = await tier.has([key_of(s) for s in range(12)])
+                kept = await tier.exists([key_of(s) for s in range(12)])
                 assert sum(kept) * SIZE == tier.stat().nbytes
                 if tier.local:
                     assert sum(kept) == min(seed + 1, 5)
@@ -193,10 +233,10 @@ class TierContract(TierBench):
             await self.put(tier, 1, 2)
             assert tier.pin([key_of(1), key_of(2), key_of(9)]) == 2
             await self.put(tier, *range(10, 20))
-            assert await tier.has([key_of(1), key_of(2)]) == [True, True]
+            assert await tier.exists([key_of(1), key_of(2)]) == [True, True]
             assert tier.pin([key_of(1)], pinned=False) == 1
             await self.put(tier, *range(20, 30))
-            assert await tier.has([key_of(1), key_of(2)]) == [False, True]
+            assert await tier.exists([key_of(1), key_of(2)]) == [False, True]
             assert tier.pin([key_of(s) for s in range(20, 30)]) == 3
             assert await self.put(tier, 40) == [Lost.NO_ROOM]
 
@@ -214,7 +254,7 @@ class TierContract(TierBench):
         await self.put(tier, 1, tokens=32)  # a shorter one of its own is preferred
         assert tier.find(other) == (key_of(1, 32), 2, 4096 + FRAMES * 8192)
         assert tier.find(links_of(2)) is None
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         assert tier.find(links) == (key_of(1, 32), 2, 4096 + FRAMES * 8192)
 
     @pytest.mark.anyio
@@ -266,7 +306,7 @@ class TierContract(TierBench):
                 elif what < 0.9:
                     assert (await self.put(tier, seed))[0] in (None, Lost.NO_ROOM)
                 else:
-                    await tier.drop([key_of(seed)])
+                    await tier.delete([key_of(seed)])
 
         bound = {"capacity": 6 * SIZE} if self.bounded else {}
         async with self.opened(ctx, tmp_path, clock, **bound) as tier:
@@ -303,7 +343,7 @@ class TierContract(TierBench):
             # The padding of a header is under its checksum; a frame here fills its pages.
             assert await self.get(tier, 1) in (Lost.CORRUPT, Lost.ABSENT, right)
         except BadObject:
-            await tier.drop([key_of(1)])  # what a reader does
+            await tier.delete([key_of(1)])  # what a reader does
         assert await self.get(tier, 1) in (Lost.ABSENT, right)
         await tier.clear()
 
@@ -319,7 +359,7 @@ class TierContract(TierBench):
                 assert await self.get(tier, 1) is Lost.NEWER
             except BadObject:
                 assert tier.in_arena  # whoever reads memory checks its header himself
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
             assert await self.put(tier, 1) == [None]
         assert tier.counts.corrupt == 0
         self.damage(tier, key_of(1), lambda raw: raw.__setitem__(4, 1))

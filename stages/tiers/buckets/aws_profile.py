@@ -26,7 +26,7 @@ _ELSEWHERE = (
 _FRESH = timedelta(minutes=5)
 
 
-class Profile:
+class AwsProfile:
     """One profile's keys; called by the client whenever it needs them."""
 
     def __init__(self, name: str) -> None:
@@ -47,23 +47,23 @@ class Profile:
             }
         except KeyError:
             raise ConfigError(
-                f"the AWS profile {self.name!r} is not there, or has no keys of its own: "
+                f"the AWS profile {self.name!r} does not exist, or has no keys of its own: run "
                 f"aws configure export-credentials --profile {self.name} --format env"
             ) from None
 
     def __repr__(self) -> str:
-        return f"Profile({self.name!r})"
+        return f"AwsProfile({self.name!r})"
 
 
-def find_profile(name: str) -> Profile | None:
+def find_profile(name: str) -> AwsProfile | None:
     """The profile called `name`; without a name, the one in force, if any. Raises ConfigError."""
     if name:
-        return Profile(name)
+        return AwsProfile(name)
     if any(os.environ.get(each) for each in _ELSEWHERE):
         return None
     if chosen := os.environ.get("AWS_PROFILE"):
-        return Profile(chosen)
-    return Profile("default") if "aws_access_key_id" in _section("default") else None
+        return AwsProfile(chosen)
+    return AwsProfile("default") if "aws_access_key_id" in _section("default") else None
 
 
 def _section(name: str) -> dict[str, str]:
@@ -79,5 +79,5 @@ def _read(path: Path, section: str) -> dict[str, str]:
     try:
         parser.read(path)
     except (configparser.Error, OSError, UnicodeDecodeError):
-        raise ConfigError(f"{path}: cannot be read as a file of AWS profiles") from None
+        raise ConfigError(f"{path}: not a valid file of AWS profiles") from None
     return dict(parser[section]) if section in parser else {}

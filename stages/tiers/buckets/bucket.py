@@ -1,8 +1,8 @@
-"""A bucket by obstore: names, sizes and bytes; what went wrong told without a secret.
+"""A bucket by obstore: names, sizes and bytes; errors without secrets.
 
 The client's own messages are not passed on: they repeat what a server answered, which may carry an
 account's id or a signed address. Every request belongs to the call that awaits it and ends with it;
-memory that a request still sends stays leased until the client has let go of it (`transfers`).
+memory that a request still sends stays leased until the client has released it (`transfers`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _IDLE = "15s"  # how long a connection is kept unused; those to a host that is g
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist")
 _ANSWER = re.compile(r"(?<=status code: )\d{3} [A-Za-z ]+|(?<=<Code>)\w+|(?<=HTTP error: )[\w ]+")
 _NEEDS = {
-    "s3": "set AWS_ACCESS_KEY_ID and its like, or a profile",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and its key",
-    "file": "choose a folder that we may write",
+    "file": "choose a folder with write permission",
 }
 
 
@@ -45,7 +45,7 @@ class Bucket:
         self._path_style, self._unsigned = path_style, unsigned
         self._if_absent, self._retries = if_absent, retries
         self.transfers = Transfers()
-        """What the client still sends for callers who have gone."""
+        """What the client still sends for callers that were cancelled."""
         self._obs: Any = None
         self._store: Any = None
 
@@ -62,7 +62,7 @@ class Bucket:
         except obstore.exceptions.BaseError as error:
             cure = _NEEDS[self._url.partition(":")[0]]
             raise ConfigError(
-                f"{self._url}: the client refuses it ({_answer(error)}); {cure}"
+                f"{self._url}: the client rejects it ({_answer(error)}); {cure}"
             ) from None
         await self._look()
 
@@ -88,7 +88,7 @@ class Bucket:
         except Exception as error:
             raise await self._judged(name, 0, error) from None
         if len(view) != min(stop, size):
-            raise TierDown(f"{self._url}: {len(view)} bytes came for {stop} of {size}")
+            raise TierDown(f"{self._url}: {len(view)} bytes came, expected {stop} of {size}")
         return view, size
 
     async def get_range(self, name: str, start: int, stop: int) -> memoryview:
@@ -198,14 +198,14 @@ class Bucket:
             await self._obs.get_async(self._store, self._path("-"))
         except FileNotFoundError as error:
             if _NO_BUCKET.search(str(error)):
-                raise ConfigError(f"{self._url}: there is no such bucket; create it") from None
+                raise ConfigError(f"{self._url}: the bucket does not exist; create it") from None
         except (
             self._obs.exceptions.PermissionDeniedError,
             self._obs.exceptions.UnauthenticatedError,
         ) as error:
             raise ConfigError(
-                f"{self._url}: refused ({_answer(error)}): credentials must allow to list, get, "
-                "put and delete; configs/s3.yaml says where they are looked for"
+                f"{self._url}: refused ({_answer(error)}): the credentials must allow list, get, "
+                "put and delete; configs/s3.yaml says where they are searched"
             ) from None
         except Exception as error:
             raise self._down("GET", error) from None

@@ -2,10 +2,10 @@
 
     cold: {use: s3, url: s3://bucket/prefix, endpoint: "http://minio:9000", timeout: 5 s}
 
-There is no index: whether an object is there, the bucket says, and how long it stays, its lifecycle
-rules. An object is put whole or not at all, and only where none is. Reads are ranged and parallel;
-each part is copied once, from the client's buffer into the lease that it is served from. A call
-that is given up ends its requests, so nothing here waits longer than the tier's `timeout`.
+There is no index: the bucket says whether an object exists, its lifecycle rules how long. An object
+is put whole or not at all, and never over another. Reads are ranged and parallel; each part is
+copied once, from the client's buffer into the lease that it is served from. Cancelling a call ends
+its requests, so nothing here waits longer than the tier's `timeout`.
 """
 
 from __future__ import annotations
@@ -21,68 +21,75 @@ from urllib.parse import urlsplit
 import anyio
 import numpy as np
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, TierDown
+from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.buckets.bucket import SCHEMES, Bucket
-from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.disk.store import cuts_of
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0  # seconds that closing waits for transfers whose callers have gone
+_PATIENCE = 5.0  # seconds that closing waits for transfers whose callers were cancelled
 _WIDE = 16  # requests of one call at once that carry no data
 _LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class S3Options:
-    """Which bucket, and how to ask. Credentials are none of these: see `configs/s3.yaml`."""
+    """Options of a bucket. Credentials are not among them: see `configs/s3.yaml`."""
 
     url: str
     """`s3://bucket/prefix`, `gs://...`, `az://container/prefix`, `file:///folder`."""
     endpoint: str = ""
-    """Another server than the cloud's own, as in `http://127.0.0.1:9000` (s3, az)."""
+    """Server to use instead of the cloud's, as in `http://127.0.0.1:9000` (s3, az)."""
     region: str = ""
-    """Of the bucket; else from the environment or the profile."""
+    """The bucket's region. Default: from the environment or the profile."""
     profile: str = ""
-    """A profile of `~/.aws`; else the environment, the profile `default`, the machine's role."""
+    """A profile of `~/.aws`. Default: environment, profile `default`, the machine's role."""
     path_style: bool = True
-    """`endpoint/bucket/key`; false: `bucket.endpoint/key`, and `endpoint` names the bucket, too."""
+    """`endpoint/bucket/key`; false: `bucket.endpoint/key`, and `endpoint` includes the bucket."""
     unsigned: bool | Literal["auto"] = "auto"
     """Send objects without hashing them for the signature (0.2 instead of 0.8 s of CPU per GB);
-    auto: over TLS. Checksums of our own are in every object, either way."""
+    auto: over TLS. Every object carries its own checksums either way."""
     if_absent: bool = True
-    """Let the bucket refuse what it has; false: ask first, for servers without If-None-Match."""
+    """Let the bucket refuse objects that exist; false: ask first, for servers without
+    If-None-Match."""
     retries: int = 2
-    """Times a request is tried again, within `timeout`."""
+    """Retries of a request, within `timeout`."""
     part: Size = 4 << 20
     """Bytes of one ranged read."""
     ranges: int = 4
-    """Parts of one object that are read at once."""
+    """Most parts of one object that are read at once."""
     depth: int = 4
-    """Objects of one call that are read or written at once."""
+    """Most objects of one call that are read or written at once."""
     requests: int = 8
-    """Parts that are read at once in all; each takes memory besides the arena meanwhile."""
+    """Most parts that are read at once in all; each needs memory outside the arena."""
 
     def __post_init__(self) -> None:
         try:
             parts, base = urlsplit(self.url), urlsplit(self.endpoint)
         except ValueError:
-            raise ValueError("url or endpoint cannot be read") from None
+            raise ValueError("url or endpoint is not a valid URL") from None
         if parts.scheme not in SCHEMES:
-            raise ValueError(f"url begins with none of {', '.join(s + '://' for s in SCHEMES)}")
+            raise ValueError(f"url must begin with one of {', '.join(s + '://' for s in SCHEMES)}")
         if any("@" in each.netloc or each.query for each in (parts, base)):
-            raise ValueError("url and endpoint carry neither credentials nor a query")
+            raise ValueError("url and endpoint must not contain credentials or a query")
         if parts.scheme in ("s3", "gs", "az") and not parts.netloc:
             raise ValueError("url names no bucket: write s3://bucket/prefix")
         if self.endpoint and (base.scheme not in ("http", "https") or not base.netloc):
-            raise ValueError("endpoint begins with http:// or https://")
+            raise ValueError("endpoint must begin with http:// or https://")
         if self.endpoint and parts.scheme not in ("s3", "az"):
-            raise ValueError(f"endpoint means nothing to {parts.scheme}://")
+            raise ValueError(f"endpoint is not supported for {parts.scheme}://")
         if self.unsigned not in (True, False, "auto"):
             raise ValueError(f"unsigned is {self.unsigned!r}; known: true, false, auto")
         if self.part < _LEAST or self.part % PAGE:
@@ -91,8 +98,8 @@ class S3Options:
             raise ValueError("ranges, depth and requests must be at least 1, retries at least 0")
 
 
-class S3(Tier):
-    """Knows whole chunks only: inner links are found in local tiers. For asyncio."""
+class S3(ReadingTier):
+    """Whole chunks only: inner links are found in local tiers. For asyncio."""
 
     Options = S3Options
 
@@ -111,101 +118,80 @@ class S3(Tier):
             retries=options.retries,
         )
         self._parts = anyio.Semaphore(options.requests)
-        self._objects = self._nbytes = 0  # what this process has put, less what it dropped
+        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         await self._bucket.open()
 
     async def close(self) -> None:
         if not await self._bucket.transfers.idle(_PATIENCE):  # the arena stays, therefore
-            log.error("transfers left under way", extra={"transfers": len(self._bucket.transfers)})
+            log.error(
+                "transfers still in progress", extra={"transfers": len(self._bucket.transfers)}
+            )
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await fan(self._bucket.size, [name_of(key) for key in keys], _WIDE)
-        return [size is not None for size in found]  # an empty one, too: who reads it drops it
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        found = await map_concurrently(self._bucket.size, [name_of(key) for key in keys], _WIDE)
+        return [size is not None for size in found]  # an empty one too: the first reader deletes it
 
     async def read(self, reads: Sequence[Read]) -> None:
-        await fan(self._read, reads, self.options.depth)
+        await map_concurrently(self._read, reads, self.options.depth)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await fan(self._put, objects, self.options.depth)
+        return await map_concurrently(self._put, objects, self.options.depth)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return sum(await fan(self._drop, [name_of(key) for key in keys], _WIDE))
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return sum(await map_concurrently(self._drop, [name_of(key) for key in keys], _WIDE))
 
     async def clear(self) -> int:
-        return sum(await fan(self._drop, await self._bucket.list(), _WIDE))
+        return sum(await map_concurrently(self._drop, await self._bucket.list(), _WIDE))
 
     def stat(self) -> TierStat:
-        """What this process has put and not dropped; the bucket's rest is not known."""
-        return TierStat(self._objects, self._nbytes, 0)
+        """What this process put and did not delete; other objects of the bucket are not known."""
+        return self._holdings.stat
 
     async def _read(self, read: Read) -> None:
         held = read.object
-        try:
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
             if held is None:
-                await self._begin(read)
+                header, begin = await self._first(reader)
             elif read.upto > held.loaded and not held.sealed:
-                await self._frames(read.key, held, read.upto, cuts_of(held.header)[held.loaded])
-        except ArenaFull:
-            read.lost = Lost.NO_ROOM
-        except FileNotFoundError:  # or another one has taken its name
-            read.lost = Lost.ABSENT
-            self.counts.misses += 1
-        except BadObject as error:
-            read.refuse(error)
-            if isinstance(error, Damaged):
-                await self._expel(read.key, error)
+                header, begin = held.header, held.header.boundaries[held.loaded]
+            else:
+                return
+            lease, boundaries = reader.lease(0), header.boundaries
+            end = max(begin, boundaries[min(read.upto, len(header.frames))])
+            part = partial(self._part, name_of(read.key), lease, end)
+            await map_concurrently(part, range(begin, end, self.options.part), self.options.ranges)
+            reader.deliver(header, max(n for n, stop in enumerate(boundaries) if stop <= end))
+        if reader.proof is not None:
+            with suppress(TierDown):  # readable, but perhaps not ours to delete
+                await self.expel(read.key, reader.proof, reader.seen)
 
-    async def _expel(self, key: bytes, proof: Damaged) -> None:
-        """Drop an object, on proof that it is damaged."""
-        self.counts.corrupt += 1
-        with suppress(TierDown):  # ours to read, perhaps not ours to delete
-            await self._drop(name_of(key))
-
-    async def _begin(self, read: Read) -> None:
-        """The header and what comes with it, then the frames that are wanted."""
-        made, loaded = await self._first(read.key)
-        lease, header = made.lease, made.header
+    async def _head(self, key: bytes, nbytes: int) -> bytes:
         try:
-            await self._frames(read.key, made, read.upto, loaded)
-        except BaseException:
-            lease.release()
-            raise
-        self.counts.hits += 1
-        self.counts.bytes_out += cuts_of(header)[0]
-        read.object = made
+            view, _ = await self._bucket.get(name_of(key), max(1, nbytes))
+        except Damaged:  # it is empty
+            return b""
+        return bytes(view)
 
-    async def _first(self, key: bytes) -> tuple[Object, int]:
-        """An object with its first part in a new lease, and how many bytes these are."""
+    async def _first(self, reader: ObjectReader) -> tuple[Header, int]:
+        """Load the first part of an object into a new lease; its header, and how many bytes these
+        are."""
+        key = reader.read.key
         async with self._parts:
             view, size = await self._bucket.get(name_of(key), PAGE + self.options.part)
+            reader.seen = bytes(view[:PAGE])
             header = self._header(view, key, size)
-            lease = self.ctx.arena.lease(size)
-            try:
-                await self.ctx.pool(_copy, lease, 0, view, leases=(lease,))
-            except BaseException:
-                lease.release()
-                raise
-            return Object(header, lease), len(view)
+            lease = reader.lease(size)
+            await self.ctx.pool(_copy, lease, 0, view, leases=(lease,))
+            return header, len(view)
 
     def _header(self, view: memoryview, key: bytes, size: int) -> Header:
         """What `size` bytes that begin like this say of themselves. Raises BadObject."""
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
-            raise Damaged(f"{size} bytes are kept, but the object has {header.nbytes}")
+            raise Damaged(f"{size} bytes are stored, but the object has {header.nbytes}")
         return header
-
-    async def _frames(self, key: bytes, held: Object, upto: int, begin: int) -> None:
-        """Load frames up to `upto`, of which all bytes before `begin` are there."""
-        cuts = cuts_of(held.header)
-        loaded = held.loaded
-        end = max(begin, cuts[min(upto, len(cuts) - 1)])
-        part = partial(self._part, name_of(key), held.lease, end)
-        await fan(part, range(begin, end, self.options.part), self.options.ranges)
-        held.loaded = max(n for n, cut in enumerate(cuts) if cut <= end)
-        held.sealed = held.loaded == len(cuts) - 1
-        self.counts.bytes_out += cuts[held.loaded] - cuts[loaded]
 
     async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:
         stop = min(end, start + self.options.part)
@@ -214,14 +200,12 @@ class S3(Tier):
             await self.ctx.pool(_copy, lease, start, view, leases=(lease,))
 
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         nbytes = obj.header.nbytes
         if await self._bucket.put(name_of(obj.header.key), obj.lease, nbytes):
             self.counts.puts += 1
             self.counts.bytes_in += nbytes
-            self._objects += 1
-            self._nbytes += nbytes
+            self._holdings.add(1, nbytes)
         return None
 
     async def _drop(self, name: str) -> bool:
@@ -229,8 +213,7 @@ class S3(Tier):
         if size is None:
             return False
         await self._bucket.delete(name)
-        self._objects = max(0, self._objects - 1)
-        self._nbytes = max(0, self._nbytes - size)
+        self._holdings.add(-1, -size)
         return True
 
 

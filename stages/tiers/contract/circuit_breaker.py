@@ -1,10 +1,10 @@
-"""Guarded: a tier whose failures are data, and which is left alone while it fails.
+"""CircuitBreaker: a tier whose failures are data, and which is not called while it fails.
 
 Wraps every tier. Each call has a time limit; `fails` failures in a row open the breaker, and from
-then on nothing waits for the tier, but for one call every `probe` seconds. The first that succeeds
-closes it. But who still answers whether an object is there may be unable to give it: after a read
-or a put that failed, only a read or a put makes good. Reads are timed as they pass, so that a plan
-can say what a load will cost.
+then on nothing waits for the tier, except one call every `probe` seconds. The first success closes
+it. A tier may still answer `exists` while it cannot deliver objects, so after a failed read or put
+only a successful read or put closes the breaker. Reads are timed, so that a plan can estimate what
+a load will cost.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from typing import Protocol, TypeVar
 import anyio
 
 from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost, TierDown
-from tierloom.stages.kv.object import Object
+from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.options import masked
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierStat
-from tierloom.stages.tiers.contract.unreadable import Unread
+from tierloom.stages.tiers.contract.object_reader import is_still
+from tierloom.stages.tiers.contract.read_cost import ReadCostModel
+from tierloom.stages.tiers.contract.tier import Read, Tier
+from tierloom.stages.tiers.contract.unreadable import UnreadableObjects
+from tierloom.stages.tiers.contract.wrapper import WrapperTier
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_IN_VAIN = 4
-"""A call that its caller gives up counts as failed behind this part of the limit of a call."""
+_CANCEL_FRACTION = 4
+"""A call that is cancelled after 1/4 of the call's time limit counts as failed."""
 _STALE = 60.0
-"""Seconds after which what reads have cost may be so no more."""
-_PATIENCE = 10  # opening and closing may take so many times the limit of a call
+"""Seconds after which a measured read cost expires."""
+_PATIENCE = 10  # opening and closing may take this many times the limit of a call
 
 
 class Limits(Protocol):
-    """When a tier is given up."""
+    """When a tier counts as down."""
 
     @property
     def timeout(self) -> float:
@@ -48,87 +51,28 @@ class Limits(Protocol):
 
     @property
     def probe(self) -> float:
-        """Seconds an open breaker waits before it lets one call through."""
+        """Seconds before an open breaker lets one call through."""
 
 
-class Cost:
-    """Seconds of a read as latency + bytes / bandwidth, fitted to what was seen of late.
-
-    Least squares over exponentially weighted means; a plain ratio while all reads are of one size.
-    """
-
-    __slots__ = ("_n", "_nn", "_nt", "_t", "reads")
-
-    def __init__(self) -> None:
-        self.reads = 0
-        self._n = self._t = self._nn = self._nt = 0.0
-
-    def add(self, nbytes: int, seconds: float) -> None:
-        self.reads += 1
-        weight = max(0.1, 1 / self.reads)
-        self._n += weight * (nbytes - self._n)
-        self._t += weight * (seconds - self._t)
-        self._nn += weight * (nbytes * nbytes - self._nn)
-        self._nt += weight * (nbytes * seconds - self._nt)
-
-    @property
-    def _line(self) -> tuple[float, float]:
-        """(seconds of an empty read, seconds per byte), neither negative."""
-        spread = self._nn - self._n * self._n
-        slope = (self._nt - self._n * self._t) / spread if spread > 0.01 * self._nn else -1.0
-        if slope <= 0 or slope * self._n > self._t:
-            return 0.0, self._t / self._n
-        return self._t - slope * self._n, slope
-
-    @property
-    def latency(self) -> float:
-        """Seconds before the first byte; 0 when not known."""
-        return self._line[0] if self.reads else 0.0
-
-    @property
-    def per_byte(self) -> float:
-        """Seconds for each byte behind that; 0 when not known."""
-        return self._line[1] if self.reads else 0.0
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second; 0 when not known."""
-        return 1 / self.per_byte if self.per_byte else 0.0
-
-    def of(self, nbytes: int) -> float | None:
-        """Seconds that a read of so many bytes should take; None when nothing was read yet."""
-        if not self.reads:
-            return None
-        latency, slope = self._line
-        return latency + nbytes * slope
-
-
-class Guarded(Tier):
-    """Never raises but ConfigError at the first `open`; a caller's cancellation passes through."""
+class CircuitBreaker(WrapperTier):
+    """Raises only ConfigError at the first `open`; cancellation passes through."""
 
     def __init__(
-        self,
-        tier: Tier,
-        name: str,
-        limits: Limits,
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        self, tier: Tier, name: str, limits: Limits, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`name` is what the log calls it. `clock` must not go back."""
-        super().__init__(tier.ctx)
-        self.tier, self.name = tier, name
-        self.counts = tier.counts
-        self.local, self.in_arena = tier.local, tier.in_arena
-        self.reads = Cost()
+        """`name`: for the log. `clock`: monotonic."""
+        super().__init__(tier)
+        self.name = name
+        self.reads = ReadCostModel()
         self._limits, self._clock = limits, clock
-        self._opened = self._probing = self._puzzled = False
-        self._cargo = False  # a call that carries objects failed, and none has succeeded since
+        self._opened = self._probing = self._logged_unexpected = False
+        self._data_failed = False  # a read or put failed, and none has succeeded since
         self._failures = 0
         self._retry = self._read_at = 0.0
         self.share = 1.0
-        """Bytes read of objects per byte of their KV; progressive ones: of what is read first."""
-        self.unread = Unread(name, self.counts, clock)
-        """Objects that are there, but not for this reader."""
+        """Encoded bytes read per byte of plain KV; of progressive objects: of the first scan."""
+        self.unread = UnreadableObjects(name, self.counts, clock)
+        """Objects that exist, but cannot be read here."""
 
     @property
     def available(self) -> bool:
@@ -138,8 +82,8 @@ class Guarded(Tier):
         return not self._probing and self._clock() >= self._retry
 
     def cost(self, nbytes: int) -> float | None:
-        """Seconds that reading so many bytes of plain KV should take, encoded as this tier has it;
-        None before the first read, and when the last is long ago: it was slow, perhaps."""
+        """Seconds that reading `nbytes` of plain KV should take, encoded as this tier has it; None
+        before the first read, and if the last one is too long ago."""
         if self._clock() - self._read_at > _STALE:
             return None
         return self.reads.of(round(nbytes * self.share))
@@ -172,23 +116,8 @@ class Guarded(Tier):
         except Exception as error:
             log.warning("tier did not close", extra={"tier": self.name, "cause": _cause(error)})
 
-    def find(self, links: bytes) -> Found | None:
-        return self.tier.find(links)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self.tier.touch(keys)
-
-    def stat(self) -> TierStat:
-        return self.tier.stat()
-
-    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
-        return self.tier.pin(keys, pinned=pinned)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self.tier.settle(keys)
-
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await self._call(lambda: self.tier.has(keys))
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        found = await self._call(lambda: self.tier.exists(keys))
         return [False] * len(keys) if isinstance(found, Lost) else found
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -224,34 +153,36 @@ class Guarded(Tier):
         self.unread.forget([obj.header.key for obj in objects])
         return lost
 
-    async def refused(self, key: bytes, error: BadObject) -> None:
-        """What a read brought turned out to be of no use: drop it if it is damaged, else let it be.
-        The one way by which whoever reads drops an object of a tier."""
+    async def refused(self, key: bytes, error: BadObject, read: Header) -> None:
+        """An object that was read turned out to be unusable: delete it if it is damaged, else keep
+        it. Readers delete objects of a tier in no other way. `read`: its header."""
         if isinstance(error, Damaged):
-            await self.expel(key, error)
+            await self.expel(key, error, read)
         else:
             self.unread.note(key, error.lost, error)
 
-    async def expel(self, key: bytes, proof: Damaged) -> None:
-        """Drop an object, on proof that it is damaged."""
+    async def expel(self, key: bytes, proof: Damaged, read: Header) -> None:
+        """Delete an object on proof of damage, unless another has replaced it: then frames of that
+        one may have been read after the header of this one."""
         self.counts.corrupt += 1
-        self._say(key, proof)
-        await self.drop([key])
+        if await self._call(lambda: is_still(self.tier, key, read)) is True:
+            self._say(key, proof)
+            await self.delete([key])
 
     def _say(self, key: bytes, proof: Damaged) -> None:
-        log.warning("tier %s dropped object %s: %s", self.name, key.hex()[:16], proof)
+        log.warning("tier %s deletes damaged object %s: %s", self.name, key.hex()[:16], proof)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         self.unread.forget(keys)
-        dropped = await self._call(lambda: self.tier.drop(keys))
+        dropped = await self._call(lambda: self.tier.delete(keys))
         return 0 if isinstance(dropped, Lost) else dropped
 
     async def clear(self) -> int | Lost:
-        """How many objects there were, or why it could not be done."""
+        """How many objects were deleted, or why it failed."""
         return await self._call(self.tier.clear)
 
     async def _call(self, work: Callable[[], Awaitable[T]], *, cargo: bool = False) -> T | Lost:
-        """The tier's answer; LATE or TIER_DOWN when it has none. `cargo`: objects are carried."""
+        """The tier's answer, else LATE or TIER_DOWN. `cargo`: the call transfers objects."""
         if not self.available:
             return Lost.TIER_DOWN
         probing = self._failures >= self._limits.fails
@@ -266,14 +197,16 @@ class Guarded(Tier):
             return Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
         except anyio.get_cancelled_exc_class():
             waited = self._clock() - began
-            if waited >= self._limits.timeout / _IN_VAIN:  # a request's deadline is often sooner
-                self._failed(TimeoutError(f"given up after {waited:.3g} s"), cargo)
+            if (
+                waited >= self._limits.timeout / _CANCEL_FRACTION
+            ):  # a request's deadline is often shorter
+                self._failed(TimeoutError(f"cancelled after {waited:.3g} s"), cargo)
             raise
         else:
-            if cargo or not self._cargo:
+            if cargo or not self._data_failed:
                 if probing:
                     log.info("tier is back", extra={"tier": self.name})
-                self._failures, self._cargo = 0, False
+                self._failures, self._data_failed = 0, False
             return result
         finally:
             if probing:
@@ -289,11 +222,11 @@ class Guarded(Tier):
 
     def _failed(self, error: Exception, cargo: bool = False) -> None:
         self._failures += 1
-        self._cargo = self._cargo or cargo
-        if not isinstance(error, (OSError, TierDown)) and not self._puzzled:
-            self._puzzled = True
+        self._data_failed = self._data_failed or cargo
+        if not isinstance(error, (OSError, TierDown)) and not self._logged_unexpected:
+            self._logged_unexpected = True
             trace = masked("".join(format_exception(error)))
-            log.error("tier raised what it should not\n%s", trace, extra={"tier": self.name})
+            log.error("tier raised an unexpected error\n%s", trace, extra={"tier": self.name})
         if self._failures >= self._limits.fails:
             if self._failures == self._limits.fails:
                 log.warning("tier is down", extra={"tier": self.name, "cause": _cause(error)})
@@ -305,12 +238,12 @@ class Guarded(Tier):
 
 
 def _cause(error: Exception) -> str:
-    """For the log: a client's error may name its URL, password and all."""
+    """For the log: a client's error may contain its URL with the password."""
     return masked(repr(error))
 
 
 def _share(object: Object) -> float:
-    """Bytes that have come, per byte of the KV that they stand for."""
+    """Encoded bytes that have come, per byte of plain KV."""
     header = object.header
     groups = min(object.loaded, header.groups)
     return object.arrived / sum(f.raw for f in header.frames[:groups])

@@ -11,7 +11,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-async def fan(work: Callable[[T], Awaitable[R]], items: Sequence[T], width: int) -> list[R]:
+async def map_concurrently(
+    work: Callable[[T], Awaitable[R]], items: Sequence[T], width: int
+) -> list[R]:
     """`[await work(item) for item in items]`, begun in order, at most `width` at once.
 
     The first exception ends the rest and is raised as it is, not in a group.

@@ -1,4 +1,4 @@
-"""Which object goes first when room is needed: six policies, exact by bytes, no I/O.
+"""Which object is evicted first when room is needed: six policies, exact by bytes, no I/O.
 
 A policy sees keys and sizes only. For each new object the index calls `expect`, then `victim`
 until there is room, then `add`. A victim is forgotten (perhaps remembered as a ghost) as it is
@@ -17,7 +17,7 @@ from typing import Literal, get_args
 Skip = Callable[[bytes], bool]
 
 
-Policy = Literal["lru", "lfu", "fifo", "mru", "s3-fifo", "arc"]
+PolicyName = Literal["lru", "lfu", "fifo", "mru", "s3-fifo", "arc"]
 
 
 class _Queue:
@@ -56,7 +56,7 @@ def _first(keys: Iterable[bytes], skip: Skip) -> bytes | None:
     return next((key for key in keys if not skip(key)), None)
 
 
-class Evict(ABC):
+class EvictionPolicy(ABC):
     """What every policy does. `capacity` is in bytes."""
 
     def __init__(self, capacity: int) -> None:
@@ -73,8 +73,8 @@ class Evict(ABC):
     def touch(self, key: bytes) -> None:
         """A key was wanted again. Unknown keys are passed over."""
 
-    def settle(self, key: bytes) -> None:  # noqa: B027 (a policy of uses alone does not mind)
-        """A key that just came is to go later than those settled before it. Not a use."""
+    def order_for_eviction(self, key: bytes) -> None:  # noqa: B027 (a policy of uses alone does not mind)
+        """A new key is evicted later than those ordered before it. Not a use."""
 
     @abstractmethod
     def remove(self, key: bytes) -> None:
@@ -85,7 +85,7 @@ class Evict(ABC):
         """The next key to go, already forgotten; None when all are skipped."""
 
 
-class Fifo(Evict):
+class Fifo(EvictionPolicy):
     """First in, first out."""
 
     def __init__(self, capacity: int) -> None:
@@ -96,9 +96,9 @@ class Fifo(Evict):
         self._queue.push(key, nbytes)
 
     def touch(self, key: bytes) -> None:
-        """Being wanted changes nothing."""
+        """A use changes nothing."""
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         if key in self._queue:
             self._queue.sizes.move_to_end(key)
 
@@ -119,23 +119,23 @@ class Lru(Fifo):
     """Least recently used."""
 
     def touch(self, key: bytes) -> None:
-        self.settle(key)
+        self.order_for_eviction(key)
 
 
 class Mru(Lru):
-    """Most recently used: for endless scans, where the newest is wanted last."""
+    """Most recently used: for endless scans, where the newest is needed last."""
 
     def touch(self, key: bytes) -> None:
-        super().settle(key)
+        super().order_for_eviction(key)
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         """The newest goes first, whatever came beside it."""
 
     def _choose(self, skip: Skip) -> bytes | None:
         return _first(reversed(self._queue.sizes), skip)
 
 
-class Lfu(Evict):
+class Lfu(EvictionPolicy):
     """Least frequently used; among equals the least recently used."""
 
     def __init__(self, capacity: int) -> None:
@@ -180,7 +180,7 @@ class Lfu(Evict):
         return uses
 
 
-class S3Fifo(Evict):
+class S3Fifo(EvictionPolicy):
     """S3-FIFO (Yang et al., SOSP 2023): a small queue filters what is wanted once only.
 
     The small queue takes a tenth of the bytes; what leaves it unwanted becomes a ghost (as many
@@ -203,7 +203,7 @@ class S3Fifo(Evict):
         if uses is not None and uses < 3:
             self._uses[key] = uses + 1
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         if key in self._small:
             self._small.sizes.move_to_end(key)
 
@@ -232,7 +232,7 @@ class S3Fifo(Evict):
             self._main.push(key, nbytes)
 
 
-class Arc(Evict):
+class Arc(EvictionPolicy):
     """ARC (Megiddo and Modha, FAST 2003): recency and frequency, balanced by their ghosts' hits.
 
     T1 holds what was wanted once, T2 what was wanted again; B1 and B2 are their ghosts. All lengths
@@ -264,7 +264,7 @@ class Arc(Evict):
         elif key in self._t1:
             self._t2.push(key, self._t1.pop(key))
 
-    def settle(self, key: bytes) -> None:
+    def order_for_eviction(self, key: bytes) -> None:
         if key in self._t1:
             self._t1.sizes.move_to_end(key)
 
@@ -283,7 +283,7 @@ class Arc(Evict):
         return None
 
 
-POLICIES: dict[Policy, type[Evict]] = {
+POLICIES: dict[PolicyName, type[EvictionPolicy]] = {
     "lru": Lru, "lfu": Lfu, "fifo": Fifo, "mru": Mru, "s3-fifo": S3Fifo, "arc": Arc,
 }  # fmt: skip
-assert set(POLICIES) == set(get_args(Policy))
+assert set(POLICIES) == set(get_args(PolicyName))

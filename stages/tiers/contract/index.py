@@ -1,4 +1,4 @@
-"""The index of a local tier: what is kept, where, and what goes first.
+"""The index of a local tier: what is stored, where, and what is evicted first.
 
 Every inner grain link of an object is an alias of it, so that a prompt which leaves the object's
 text half way still finds the part they share. One lock guards changes; `find` takes none.
@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.contract.eviction import POLICIES, Policy
+from tierloom.stages.tiers.contract.eviction import POLICIES, PolicyName
 from tierloom.stages.tiers.contract.tier import Found, Watch
 
 P = TypeVar("P")
@@ -24,12 +24,12 @@ FOREVER = float("inf")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexOptions:
-    """What every tier with an index is told: how much is kept, and what goes first."""
+    """Options of every tier with an index."""
 
     capacity: Size
-    """Bytes kept at most."""
-    evict: Policy = "lru"
-    """What goes first when room is needed."""
+    """Most bytes to store."""
+    evict: PolicyName = "lru"
+    """Eviction policy: which objects are evicted first when room is needed."""
     ttl: Seconds = 0.0
     """How long an object lives, also across a restart; 0: until it is evicted."""
 
@@ -51,7 +51,7 @@ class Entry(Generic[P]):
     """Its grain links, 32 bytes each; the last is the key."""
     nbytes: int
     place: P
-    """Where the tier keeps it."""
+    """Where it is in the tier."""
     expires: float
     """In the clock of the index; see `Index.expiry`."""
     pinned: bool = False
@@ -66,7 +66,7 @@ class Index(Generic[P]):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: PolicyName,
         capacity: int,
         *,
         ttl: float,
@@ -74,7 +74,7 @@ class Index(Generic[P]):
         in_use: Callable[[P], bool],
         watch: Watch | None = None,
     ) -> None:
-        """`ttl`: seconds an entry lives, 0 for ever. `in_use`: must not be evicted just now.
+        """`ttl`: seconds an entry lives, 0: no limit. `in_use`: must not be evicted now.
         `watch`: told of each entry that comes or goes."""
         self.lock = threading.RLock()
         """Held by every change; take it to make several of them one."""
@@ -133,7 +133,7 @@ class Index(Generic[P]):
                 self._watch(True, entry.links)
 
     def remove(self, entry: Entry[P]) -> bool:
-        """Forget an entry; False when it (not only its key) was gone before."""
+        """Remove an entry; False if it (not only its key) was gone before."""
         with self.lock:
             if self._entries.get(entry.key) is not entry:
                 return False
@@ -142,7 +142,7 @@ class Index(Generic[P]):
             return True
 
     def evict(self, incoming: bytes = b"") -> Entry[P] | None:
-        """Forget the entry that should go first; None when all are pinned or in use."""
+        """Remove the entry that should go first; None if all are pinned or in use."""
         with self.lock:
             key = self._policy.victim(self._skip, incoming)
             if key is None:
@@ -158,19 +158,19 @@ class Index(Generic[P]):
             return list(takewhile(lambda entry: entry.expires <= now, self))
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        """Wanted again, head of the prompt first: the tail is marked first, so it goes first."""
+        """Used again, head of the prompt first: the tail is marked and evicted first."""
         with self.lock:
             for key in reversed(keys):
                 self._policy.touch(key)
 
-    def settle(self, keys: Sequence[bytes]) -> None:
-        """Came together, head of the prompt first: without its head the tail is of no use."""
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:
+        """Put together, head of the prompt first: without its head the tail is useless."""
         with self.lock:
             for key in reversed(keys):
-                self._policy.settle(key)
+                self._policy.order_for_eviction(key)
 
     def pin(self, key: bytes, *, pinned: bool) -> bool:
-        """Keep an entry from eviction, or let it go, as if it were new; False when absent."""
+        """Protect an entry from eviction, or make it evictable, as if new; False if absent."""
         with self.lock:
             entry = self.get(key)
             if entry is None:

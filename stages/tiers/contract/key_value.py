@@ -1,136 +1,142 @@
-"""A tier over anything that keeps bytes under a name: a subclass says how, in five coroutines.
+"""A tier over any key-value store: a subclass supplies five coroutines.
 
-For stores whose client takes and gives whole values. Objects are copied on the way in and out, in
-threads, so a lease never reaches foreign code: what a subclass is given is its own to keep. A tier
-that must not copy subclasses `Tier` itself.
+For stores whose client puts and gets whole values. Objects are copied on the way in and out, in
+threads, so a lease never reaches foreign code: a subclass owns what it is given. A tier that must
+not copy subclasses `Tier` itself.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
+from tierloom.stages.errors import Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlobsOptions:
-    """Enough for a tier that a URL describes."""
+    """Options of a tier that a URL describes."""
 
     url: str
-    """Where it is."""
+    """URL of the store."""
 
 
-class Blobs(Tier):
+class Blobs(ReadingTier):
     """Names are text: this pipeline's namespace, a slash, the key. A value is a whole object."""
 
     Options: Any = BlobsOptions
+    renamed: ClassVar[Mapping[str, str]] = {
+        **Tier.renamed,
+        "fetch": "get_value",
+        "store": "put_value",
+        "remove": "delete_value",
+    }
     width: int = 8
-    """Objects of one call that are under way at once."""
+    """Most objects of one call in progress at once."""
 
     def __init__(self, options: Any, ctx: TierContext) -> None:
         super().__init__(ctx)
         self.options = options
         self._prefix = f"{ctx.namespace.hex()[:32] or 'any'}/"
         self._storing: set[str] = set()
-        self._objects = self._nbytes = 0
+        self._holdings = HoldingsCount()
 
     @abstractmethod
     async def size(self, name: str) -> int:
-        """Bytes kept under a name; 0: nothing is."""
+        """Bytes stored under a name; 0: none."""
 
     @abstractmethod
-    async def fetch(self, name: str) -> Bytes | None:
-        """All that is kept under a name; None: nothing is."""
+    async def get_value(self, name: str) -> Bytes | None:
+        """The value under a name; None if there is none."""
 
     @abstractmethod
-    async def store(self, name: str, data: bytearray) -> bool:
-        """Keep it, all or nothing also when cancelled. False: there is no room."""
+    async def put_value(self, name: str, data: bytearray) -> bool:
+        """Store a value, all or nothing, even if cancelled. False: no room."""
 
     @abstractmethod
-    async def remove(self, name: str) -> None:
-        """Forget a name, if it is there."""
+    async def delete_value(self, name: str) -> None:
+        """Delete a name, if it exists."""
 
     @abstractmethod
     async def names(self, prefix: str) -> Iterable[str]:
-        """Every name kept that begins so."""
+        """All stored names with this prefix."""
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        return [size > 0 for size in await fan(self.size, self._named(keys), self.width)]
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        return [
+            size > 0 for size in await map_concurrently(self.size, self._named(keys), self.width)
+        ]
 
     async def read(self, reads: Sequence[Read]) -> None:
         fresh = [read for read in reads if read.object is None]  # others came whole the first time
-        await fan(self._read, fresh, self.width)
+        await map_concurrently(self._read, fresh, self.width)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await fan(self._put, objects, self.width)
+        return await map_concurrently(self._put, objects, self.width)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return sum(await fan(self._drop, self._named(keys), self.width))
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return sum(await map_concurrently(self._drop, self._named(keys), self.width))
 
     async def clear(self) -> int:
-        return sum(await fan(self._drop, list(await self.names(self._prefix)), self.width))
+        return sum(
+            await map_concurrently(self._drop, list(await self.names(self._prefix)), self.width)
+        )
 
     def stat(self) -> TierStat:
-        """What this process put and has not dropped; what else is there it does not know."""
-        return TierStat(self._objects, self._nbytes, 0)
+        """What this process put and did not delete; it does not know of other objects."""
+        return self._holdings.stat
 
     def _named(self, keys: Sequence[bytes]) -> list[str]:
         return [self._prefix + key.hex() for key in keys]
 
     async def _read(self, read: Read) -> None:
         (name,) = self._named([read.key])
-        data = await self.fetch(name)
-        if data is None:
-            read.lost = Lost.ABSENT
-            self.counts.misses += 1
-            return
-        try:
+        data = await self.get_value(name)
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            if data is None:
+                reader.miss()
+                return
+            reader.seen = bytes(data[:PAGE])
             header = self._header(read.key, memoryview(data))
-        except BadObject as error:
-            read.refuse(error)
-            if isinstance(error, Damaged):
-                await self._expel(name, error)
-            return
-        try:
-            lease = self.ctx.arena.lease(len(data))
-        except ArenaFull:
-            read.lost = Lost.NO_ROOM
-            return
-        try:
+            lease = reader.lease(len(data))
             await self.ctx.pool(_fill, lease, data, leases=(lease,))
-        except BaseException:
-            lease.release()
-            raise
-        read.object = Object(header, lease, loaded=len(header.frames), sealed=True)
-        self.counts.hits += 1
-        self.counts.bytes_out += header.nbytes
+            reader.deliver(header, len(header.frames))
+        if reader.proof is not None:
+            await self.expel(read.key, reader.proof, reader.seen)
+
+    async def _head(self, key: bytes, nbytes: int) -> bytes:
+        data = await self.get_value(*self._named([key]))
+        if data is None:
+            raise FileNotFoundError(key.hex())
+        return bytes(data[:nbytes])
 
     def _header(self, key: bytes, data: memoryview) -> Header:
-        """Raises BadObject: these bytes are not the object that they should be."""
+        """Raises BadObject if these bytes are not the expected object."""
         header = Header.unpack(data, key=key, namespace=self.ctx.namespace)
         if header.nbytes != data.nbytes:
-            raise Damaged(f"{data.nbytes} bytes are kept, but the object has {header.nbytes}")
+            raise Damaged(f"{data.nbytes} bytes are stored, but the object has {header.nbytes}")
         return header
 
-    async def _expel(self, name: str, proof: Damaged) -> None:
-        """Drop an object, on proof that it is damaged."""
-        self.counts.corrupt += 1
-        await self.remove(name)
-
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         (name,) = self._named([obj.header.key])
         if name in self._storing or await self.size(name):
             return None
@@ -138,27 +144,23 @@ class Blobs(Tier):
         try:
             nbytes, lease = obj.header.nbytes, obj.lease
             data: bytearray = await self.ctx.pool(_copy, lease, nbytes, leases=(lease,))
-            kept = await self.store(name, data)
+            kept = await self.put_value(name, data)
         finally:
             self._storing.discard(name)
         if not kept:
             self.counts.refused += 1
             return Lost.NO_ROOM
-        self._count(1, obj.header.nbytes)
+        self._holdings.add(1, obj.header.nbytes)
         self.counts.puts += 1
         self.counts.bytes_in += obj.header.nbytes
         return None
 
     async def _drop(self, name: str) -> int:
         nbytes = await self.size(name)
+        await self.delete_value(name)  # also one that is empty
         if nbytes:
-            await self.remove(name)
-            self._count(-1, -nbytes)
+            self._holdings.add(-1, -nbytes)
         return int(nbytes > 0)
-
-    def _count(self, objects: int, nbytes: int) -> None:
-        self._objects = max(0, self._objects + objects)
-        self._nbytes = max(0, self._nbytes + nbytes)
 
 
 def _copy(lease: Lease, nbytes: int) -> bytearray:

@@ -1,22 +1,24 @@
 """What a tier is: a place where whole objects are kept.
 
 Batch forms only. A tier never shows an object before its last byte is there, never returns bytes
-whose header does not name the key that was asked for, and never raises for a single bad object:
-that is a `Lost`. It drops an object that it read on proof of damage alone (`Damaged`): what this
-reader cannot read, others may. What it raises (TierDown, OSError, a timeout) is about the tier, and
-opens its breaker. `tierloom.testing` turns each of these promises into a test.
+whose header does not name the requested key, and never raises for a single bad object: that is a
+`Lost`. It deletes an object that it read on proof of damage only (`Damaged`): what this reader
+cannot read, others may. What it raises (TierDown, OSError, a timeout) is about the tier, and opens
+its breaker. `tierloom.testing` turns each of these promises into a test.
 """
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.arena import Arena
+from tierloom.stages.renamed import bridge_renamed
 
 Watch = Callable[[bool, bytes], None]
 
@@ -31,7 +33,7 @@ class Found(NamedTuple):
 
 @dataclass(slots=True)
 class Read:
-    """One object wanted, and how much of it. Filled in by the tier.
+    """A request for an object, or for its first frames. Filled in by the tier.
 
     Frames are wanted from the first not yet loaded up to `upto`. The first read of an object makes
     `object` (its lease then belongs to the reader, who releases it, also when the call raised);
@@ -44,10 +46,10 @@ class Read:
     object: Object | None = None
     lost: Lost | None = None
     why: BadObject | None = None
-    """What is wrong with what is there, where the tier can say."""
+    """What is wrong with the stored object, if the tier can say."""
 
     def refuse(self, error: BadObject) -> None:
-        """What is there is of no use. Damaged: the tier has dropped it; else it stays."""
+        """The stored object is unusable. Damaged: the tier deletes it; otherwise it stays."""
         self.lost, self.why = error.lost, error
 
 
@@ -70,7 +72,33 @@ class TierStat(NamedTuple):
     objects: int
     nbytes: int
     capacity: int
-    """0: unbounded, or not known."""
+    """0: unbounded, or unknown."""
+
+
+class HoldingsCount:
+    """What this process has put into a store that others use too, less what it deleted."""
+
+    def __init__(self, capacity: int = 0) -> None:
+        self._lock = threading.Lock()
+        self.stat = TierStat(0, 0, capacity)
+
+    def add(self, objects: int, nbytes: int) -> None:
+        """From any thread; negative numbers for what was deleted."""
+        with self._lock:
+            was = self.stat
+            objects, nbytes = max(0, was.objects + objects), max(0, was.nbytes + nbytes)
+            self.stat = TierStat(objects, nbytes, was.capacity)
+
+    def reset(self, objects: int = 0, nbytes: int = 0) -> None:
+        """Replace the counts by what was found."""
+        with self._lock:
+            self.stat = TierStat(objects, nbytes, self.stat.capacity)
+
+
+def require_sealed(*objects: Object) -> None:
+    """Raise ValueError where one is not whole: it must not be put."""
+    if not all(obj.sealed for obj in objects):
+        raise ValueError("an object must be sealed before it is put")
 
 
 class TierContext(NamedTuple):
@@ -80,15 +108,15 @@ class TierContext(NamedTuple):
     namespace: bytes
     """The digest every object of this pipeline must carry; empty: any (tools that inspect)."""
     pool: Callable[..., Awaitable[Any]]
-    """`await pool(fn, *args, leases=...)` runs a blocking call that frees the GIL. A caller that is
-    cancelled leaves it behind: `leases` are all whose memory it touches, and are held meanwhile."""
+    """`await pool(fn, *args, leases=...)` runs a blocking call that frees the GIL. A
+    cancelled caller does not end it: `leases` are all whose memory it touches, held until then."""
     watch: Watch | None = None
-    """Told (True: kept, False: gone, and its grain links) of each object of a local tier."""
+    """Called with (True: stored, False: gone; its grain links) for each object of a local tier."""
 
 
 @dataclass(slots=True)
 class TierCounts:
-    """What happened, for `stats()`; plain attributes, added to on the loop."""
+    """Counters for `stats()`; changed on the loop."""
 
     hits: int = 0
     misses: int = 0
@@ -105,9 +133,20 @@ class Tier(ABC):
     """Subclasses are built from their options and a context, then opened once."""
 
     local: bool = False
-    """Has an index in this process, so that `find` answers at once and knows inner links."""
+    """It has an index in this process, so `find` answers at once and knows inner links."""
     in_arena: bool = False
     """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "has": "exists",
+        "drop": "delete",
+        "settle": "order_for_eviction",
+    }
+    """New method names by old ones, which still work in this release."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        bridge_renamed(cls, cls.renamed)
 
     def __init__(self, ctx: TierContext) -> None:
         self.ctx = ctx
@@ -117,7 +156,7 @@ class Tier(ABC):
         """Connect, or read the index. Raises ConfigError or TierDown."""
 
     async def close(self) -> None:  # noqa: B027
-        """Give everything back. Called once, also after a failed `open`."""
+        """Release everything. Called once, also after a failed `open`."""
 
     def find(self, links: bytes) -> Found | None:
         """The object that serves most of a chunk whose grain links these are (local tiers only).
@@ -127,36 +166,36 @@ class Tier(ABC):
         raise NotImplementedError(f"{type(self).__name__} keeps no index in this process")
 
     def touch(self, keys: Sequence[bytes]) -> None:  # noqa: B027
-        """These objects, head of the prompt first, were wanted: the tail is to go first."""
+        """These objects, head of the prompt first, were used: the tail is evicted first."""
 
-    def settle(self, keys: Sequence[bytes]) -> None:  # noqa: B027
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:  # noqa: B027
         """These objects, head of the prompt first, were put for one request, in several calls: the
-        tail is to be evicted first. Not a use of them."""
+        tail is evicted first. Does not count as a use."""
 
     @abstractmethod
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which whole objects are kept under exactly these keys."""
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of these keys have a whole object."""
 
     @abstractmethod
     async def read(self, reads: Sequence[Read]) -> None:
-        """Load what is asked, in order of (frame, object). Sets `object` or `lost` on each."""
+        """Load what is requested, in order of (frame, object). Sets `object` or `lost` on each."""
 
     @abstractmethod
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        """Keep sealed objects; None for each that is kept (or was already). Takes its own
-        reference of a lease it wants to hold on to."""
+        """Store sealed objects; None for each that is stored (or was already). A tier that keeps a
+        lease retains it."""
 
     @abstractmethod
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        """Forget objects; how many were there."""
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        """Delete objects; returns how many existed."""
 
     @abstractmethod
     async def clear(self) -> int:
-        """Forget everything of this pipeline's tier; how many objects there were."""
+        """Delete all objects of this pipeline's namespace; returns how many existed."""
 
     @abstractmethod
     def stat(self) -> TierStat: ...
 
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
-        """Keep objects from eviction, or let them go; how many were found (local tiers only)."""
+        """Protect objects from eviction, or stop that; how many were found (local tiers only)."""
         raise NotImplementedError(f"{type(self).__name__} cannot pin")

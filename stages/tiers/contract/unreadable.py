@@ -1,9 +1,9 @@
-"""Which objects of a tier are there, but not for this reader.
+"""Objects of a tier that exist, but cannot be read here.
 
-It lacks their key, their calibration or their codec, or is older than who wrote them. Such an
-object is a miss, which is counted by cause; the log has each cause once. It stays where it is, is
-told to whoever stores as kept, so that nothing is put in its place, and is not planned again for
-some minutes: its owner may have taken it away by then.
+The reader lacks their key, calibration or codec, or is older than their writer. Such an object is a
+miss, which is counted by cause; each cause is logged once. It stays where it is, counts as stored
+for writers, so that nothing is put in its place, and is not planned again for some minutes: its
+owner may have deleted it by then.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _FORGET = 600.0
 """Seconds after which an object is tried again."""
 
 
-class Unread:
-    """Of one tier. On the loop, but for `in`."""
+class UnreadableObjects:
+    """Of one tier. On the loop, except for `in`."""
 
     def __init__(self, tier: str, counts: TierCounts, clock: Callable[[], float]) -> None:
         """`tier`: its name. Counts are kept in `counts.extra`, by cause."""
         self._tier, self._counts, self._clock = tier, counts, clock
         self._until: dict[bytes, float] = {}
         self.watch: Watch | None = None
-        """Told of each that it is gone: an index elsewhere must not plan it."""
+        """Told that each is gone: an index elsewhere must not plan it."""
 
     def __contains__(self, key: bytes) -> bool:
-        """It was found so of late: no use to ask for it."""
+        """It was unreadable recently: do not request it."""
         until = self._until.get(key)
         return until is not None and self._clock() < until
 
     def note(self, key: bytes, cause: Lost, why: BadObject | None = None) -> None:
-        """An object was found so. `cause`: one that is `unreadable`."""
+        """An object was found unreadable. `cause`: an `unreadable` one."""
         extra, name = self._counts.extra, cause.name.lower()
         if not extra.get(name):
             log.warning(
-                "tier %s keeps objects that cannot be read here, and leaves them: %s, %s; %s",
+                "tier %s has objects that cannot be read here, and keeps them: %s, %s; %s",
                 *(self._tier, cause.name, why or f"object {key.hex()[:16]}", cause.cure),
             )
         extra[name] = extra.get(name, 0) + 1
@@ -53,7 +53,7 @@ class Unread:
         self._until[key] = self._clock() + _FORGET
 
     def forget(self, keys: Iterable[bytes]) -> None:
-        """Others are in their place now, or none."""
+        """These keys were put again or deleted."""
         if self._until:
             for key in keys:
                 self._until.pop(key, None)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.tiers.disk.folder_lock import Claim, Taken
+from tierloom.stages.tiers.disk.folder_lock import FolderInUse, FolderLock
 from tierloom.stages.user_home import expanded
 
 log = logging.getLogger(__name__)
@@ -24,11 +24,11 @@ SERIES = 64
 
 
 def is_default(path: str) -> bool:
-    """Nobody chose this folder."""
+    """No user chose this folder."""
     return path == DEFAULT or path.startswith((f"{DEFAULT}-", f"{DEFAULT}/"))
 
 
-def claim(path: str, *, segment: int, owner: bytes) -> Claim:
+def lock_folder(path: str, *, segment: int, owner: bytes) -> FolderLock:
     """A folder that is ours until released: `path`, or where that is a default one and another
     process has it, one beside it. Among free ones, that which `owner` had last comes first, so that
     each engine finds its own again whichever starts first.
@@ -38,13 +38,13 @@ def claim(path: str, *, segment: int, owner: bytes) -> Claim:
     first = expanded(path)
     with defaults_only_down(path):
         if not is_default(path):
-            return Claim(first, segment=segment)
-        for folder in sorted(_series(first), key=lambda f: Claim.owner_of(f) != owner.hex()):
-            with suppress(Taken):
-                made = Claim(folder, segment=segment)
+            return FolderLock(first, segment=segment)
+        for folder in sorted(_series(first), key=lambda f: FolderLock.owner_of(f) != owner.hex()):
+            with suppress(FolderInUse):
+                made = FolderLock(folder, segment=segment)
                 made.own(owner)
                 if folder != first:
-                    log.info("disk tier in %s: other engines have what is before it", folder)
+                    log.info("disk tier uses %s: other engines use the folders before it", folder)
                 return made
         raise ConfigError(f"{first} and the {SERIES - 1} beside it are in use by other processes")
 

@@ -20,13 +20,13 @@ from tierloom.stages.errors import ConfigError, Damaged
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.tiers.disk.set_aside import numbers
 
-Piece = tuple[int, int]
+SegmentPiece = tuple[int, int]
 
 
 log = logging.getLogger(__name__)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors that say that a disk, a quota or a file has come to its end."""
+"""Errors of a full disk, quota or file."""
 _MINIMUM = 1 << 20  # smaller growth is not worth a call
 
 
@@ -46,8 +46,8 @@ def write_all(fd: int, view: memoryview, at: int) -> None:
         view, at = view[count:], at + count
 
 
-class Mover:
-    """How bytes go between files and memory; here by system calls. Blocks and frees the GIL."""
+class FileIO:
+    """Moves bytes between files and memory; here by system calls. Blocks and frees the GIL."""
 
     def open(self, path: Path, flags: int, mode: int = 0o666) -> int:
         """A file descriptor, to be given back to `close`. Raises OSError."""
@@ -65,13 +65,13 @@ class Mover:
         write_all(fd, view, at)
 
 
-SYSTEM = Mover()
+SYSTEM = FileIO()
 
 
-def begins_with(mover: Mover, fd: int, head: memoryview) -> bool:
-    """Whether a file begins with these pages. Raises what `Mover.read` does."""
+def begins_with(file_io: FileIO, fd: int, head: memoryview) -> bool:
+    """Whether a file begins with these pages. Raises what `FileIO.read` does."""
     with mmap.mmap(-1, len(head)) as pages, memoryview(pages) as there:  # aligned, for O_DIRECT
-        mover.read(fd, there, 0)
+        file_io.read(fd, there, 0)
         return there == head
 
 
@@ -101,7 +101,7 @@ def want_direct(folder: Path, direct: bool | Literal["auto"]) -> bool:
     able = direct is not False and can_direct(folder)
     if direct is True and not able:
         raise ConfigError(
-            f"{folder}: its file system refuses O_DIRECT; say direct: auto, or choose another path"
+            f"{folder}: no O_DIRECT on this file system; set direct: auto, or choose another path"
         )
     return able
 
@@ -110,11 +110,11 @@ class Segments:
     """The files `segment-00000.slab` and so on, `segment` bytes each, `capacity` in all."""
 
     def __init__(
-        self, folder: Path, segment: int, capacity: int, *, direct: bool, mover: Mover = SYSTEM
+        self, folder: Path, segment: int, capacity: int, *, direct: bool, file_io: FileIO = SYSTEM
     ) -> None:
         """Open what is there; what lies beyond `capacity` is cut off. Raises OSError."""
         self._folder, self._segment, self._capacity = folder, segment, capacity
-        self._direct, self._mover = direct, mover
+        self._direct, self._file_io = direct, file_io
         self.sizes = [0] * -(-capacity // segment)
         """Bytes there are of each segment."""
         self._fds: dict[int, int] = {}
@@ -147,7 +147,7 @@ class Segments:
             if not self._told:  # once: from now on it lives with the room that it has
                 self._told = True
                 log.warning(
-                    "disk tier at %s grows no more: %d bytes are free, of which keep_free is %d",
+                    "disk tier at %s stops growing: %d bytes are free, keep_free is %d",
                     *(self._folder, stat.f_bavail * stat.f_frsize, keep_free),
                 )
             return None
@@ -171,15 +171,15 @@ class Segments:
             if size < self._wanted(number)
         ]
 
-    def read(self, pieces: Sequence[Piece], view: memoryview, start: int, end: int) -> None:
+    def read(self, pieces: Sequence[SegmentPiece], view: memoryview, start: int, end: int) -> None:
         """Bytes `start` to `end` of the object in `pieces`, to the same place in `view`."""
         for fd, at, begin, stop in self._parts(pieces, start, end):
-            self._mover.read(fd, view[begin:stop], at)
+            self._file_io.read(fd, view[begin:stop], at)
             self._forget(fd, at, stop - begin)
 
-    def write(self, pieces: Sequence[Piece], view: memoryview) -> None:
+    def write(self, pieces: Sequence[SegmentPiece], view: memoryview) -> None:
         for fd, at, begin, stop in self._parts(pieces, 0, len(view)):
-            self._mover.write(fd, view[begin:stop], at)
+            self._file_io.write(fd, view[begin:stop], at)
             self._forget(fd, at, stop - begin)
 
     def sync(self) -> None:
@@ -188,10 +188,10 @@ class Segments:
 
     def close(self) -> None:
         while self._fds:
-            self._mover.close(self._fds.popitem()[1])
+            self._file_io.close(self._fds.popitem()[1])
 
     def _parts(
-        self, pieces: Sequence[Piece], start: int, end: int
+        self, pieces: Sequence[SegmentPiece], start: int, end: int
     ) -> Iterator[tuple[int, int, int, int]]:
         """(file, place in it, begin and end in the object) of the pieces between start and end."""
         low = 0
@@ -215,5 +215,5 @@ class Segments:
         if number not in self._fds:
             flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0)
             path = self._folder / f"segment-{number:05}.slab"
-            self._fds[number] = self._mover.open(path, flags, 0o600)
+            self._fds[number] = self._file_io.open(path, flags, 0o600)
         return self._fds[number]

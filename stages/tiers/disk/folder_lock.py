@@ -20,15 +20,15 @@ _LOCK, _MARKER = "lock", "tierloom.json"
 _FORMAT: dict[str, Any] = {"format": "tierloom disk tier", "version": 1}
 
 
-class Taken(ConfigError):
-    """Another process has the folder."""
+class FolderInUse(ConfigError):
+    """Another process uses the folder."""
 
 
-class Claim:
+class FolderLock:
     """A folder that is ours until `release`."""
 
     def __init__(self, folder: Path, *, segment: int) -> None:
-        """Make, lock and check the folder. Raises ConfigError, with a cure; Taken.
+        """Make, lock and check the folder. Raises ConfigError, with a cure; FolderInUse.
 
         `segment` is written down the first time; afterwards the folder's own is in force.
         """
@@ -40,19 +40,21 @@ class Claim:
             self.segment = self._check(folder / _MARKER, segment)
         except BlockingIOError:
             self.release()
-            raise Taken(
-                f"{folder}: in use by another disk tier; each process wants a folder of its own: "
+            raise FolderInUse(
+                f"{folder}: in use by another disk tier; each process needs a folder of its own: "
                 "set TIERLOOM_DIR, or the tier's `path`, to another for one of them"
             ) from None
         except OSError as error:
             self.release()
-            raise ConfigError(f"{folder}: {error.strerror}; choose one we may write") from error
+            raise ConfigError(
+                f"{folder}: {error.strerror}; choose a folder with write permission"
+            ) from error
         except ConfigError:
             self.release()
             raise
 
     def release(self) -> None:
-        """Let go of the lock; twice does no harm."""
+        """Release the lock. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -65,7 +67,7 @@ class Claim:
 
     @staticmethod
     def owner_of(folder: Path) -> str:
-        """Who had the folder last, in hex; empty: nobody that we know of."""
+        """Who used the folder last, in hex; empty: unknown."""
         try:
             return (folder / _LOCK).read_text()
         except (OSError, ValueError):
@@ -84,7 +86,7 @@ class Claim:
         """The folder's segment size; begins it anew where it cannot be used. Raises OSError."""
         folder = marker.parent
         if wrong := [path for path in ours(folder) if not path.is_file()]:
-            set_aside(folder, wrong, "strays", f"{wrong[0].name} is no file")
+            set_aside(folder, wrong, "strays", f"{wrong[0].name} is not a file")
         found, label, why = _read(marker) if marker.exists() else _guess(folder, segment)
         if found:
             return found
@@ -100,7 +102,7 @@ class Claim:
 
 
 def _read(marker: Path) -> tuple[int, str, str]:
-    """Bytes of a segment; 0: it is of no use here, with a label and a reason."""
+    """Bytes of a segment; 0: unusable here, with a label and a reason."""
     try:
         found = json.loads(marker.read_text())
         version = int(found.get("version", 0))

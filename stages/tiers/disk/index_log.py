@@ -6,8 +6,8 @@ torn tail costs what was last put, never more. Generation n's log goes on from i
     index-00000007.snap    index-00000007.log    index-00000008.log (a snapshot 8 is being written)
 
     record   u32 length, u32 crc32 of the rest, u8 kind, body
-    put      u8 pinned, u16 links, pieces, cuts; f64 expires; links x 32, pieces x (u64 offset, u64
-             bytes), cuts x u32 pages
+    put      u8 pinned, u16 links, pieces, boundaries; f64 expires; links x 32,
+             pieces x (u64 offset, u64 bytes), boundaries x u32 pages
     drop, pin, unpin     keys x 32
 """
 
@@ -40,19 +40,19 @@ _SMALL_LOG = 8 << 20  # bytes; a log this short is no reason for a snapshot
 
 @dataclass(slots=True)
 class Extent:
-    """Where an object lies, and how it is cut. Changed under the index's lock only."""
+    """Where an object lies, and where its frames end. Changed under the index's lock only."""
 
     pieces: list[tuple[int, int]]
     """(offset, bytes), one after another."""
-    cuts: tuple[int, ...]
+    boundaries: tuple[int, ...]
     """Bytes from the object's start to the end of its header, of frame 0, of frame 1, ..."""
     readers: int = 0
     """Reads under way."""
     gone: bool = False
-    """Forgotten while read: the last reader gives the pieces back."""
+    """Deleted while read: the last reader frees the pieces."""
 
 
-class Journal:
+class IndexLog:
     """Append with `put`, `drop` and `later`, under the caller's lock; they raise OSError."""
 
     def __init__(self, folder: Path) -> None:
@@ -73,13 +73,13 @@ class Journal:
         for stale in numbers(self._folder, "index", "tmp"):
             (self._folder / f"index-{stale:08}.tmp").unlink()
         entries, last = read_index(self._folder)
-        self._begin(last + 1)  # nothing is written behind a tail that may be torn
+        self._begin(last + 1)  # nothing is appended to a tail that may be torn
         return entries
 
     def put(self, entry: Entry[Extent]) -> None:
         self._append(_pack_put(entry))
 
-    def drop(self, keys: Sequence[bytes]) -> None:
+    def delete(self, keys: Sequence[bytes]) -> None:
         self._append(bytes([DROP]) + b"".join(keys))
 
     def later(self, kind: int, keys: Sequence[bytes]) -> None:
@@ -111,7 +111,7 @@ class Journal:
                     (self._folder / f"index-{old:08}.{suffix}").unlink()
 
     def close(self) -> None:
-        """Write what waits, and close; twice does no harm."""
+        """Write what is pending, and close. Idempotent."""
         if self._fd >= 0:
             self._flush()
             os.close(self._fd)
@@ -141,7 +141,7 @@ class Journal:
             if written != len(record):  # what follows half a record would be lost
                 os.ftruncate(self._fd, self._nbytes)
         if written != len(record):
-            raise OSError(f"the log took {written} of {len(record)} bytes")
+            raise OSError(f"only {written} of {len(record)} bytes were written to the index log")
         self._nbytes += len(record)
 
 
@@ -210,23 +210,23 @@ def _apply(body: bytes, entries: dict[bytes, Entry[Extent]]) -> None:
 
 
 def _pack_put(entry: Entry[Extent]) -> bytes:
-    pieces, cuts = entry.place.pieces, [cut // PAGE for cut in entry.place.cuts]
-    counts = (len(entry.links) // LINK, len(pieces), len(cuts))
+    pieces, pages = entry.place.pieces, [end // PAGE for end in entry.place.boundaries]
+    counts = (len(entry.links) // LINK, len(pieces), len(pages))
     return b"".join(
         (
             _PUT.pack(PUT, entry.pinned, *counts, entry.expires),
             entry.links,
             *(_PIECE.pack(*piece) for piece in pieces),
-            struct.pack(f"<{len(cuts)}I", *cuts),
+            struct.pack(f"<{len(pages)}I", *pages),
         )
     )
 
 
 def _unpack_put(body: bytes) -> Entry[Extent]:
-    _, pinned, nlinks, npieces, ncuts, expires = _PUT.unpack_from(body)
+    _, pinned, nlinks, npieces, nends, expires = _PUT.unpack_from(body)
     at = _PUT.size + nlinks * LINK
     links = body[_PUT.size : at]
     pieces = [_PIECE.unpack_from(body, at + i * _PIECE.size) for i in range(npieces)]
-    pages = struct.unpack_from(f"<{ncuts}I", body, at + npieces * _PIECE.size)
+    pages = struct.unpack_from(f"<{nends}I", body, at + npieces * _PIECE.size)
     extent = Extent([(a, b) for a, b in pieces], tuple(n * PAGE for n in pages))
-    return Entry(links[-LINK:], links, extent.cuts[-1], extent, expires, bool(pinned))
+    return Entry(links[-LINK:], links, extent.boundaries[-1], extent, expires, bool(pinned))

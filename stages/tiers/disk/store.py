@@ -21,29 +21,24 @@ from typing import Literal
 
 from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
-from tierloom.stages.memory.allocator import Space, aligned
+from tierloom.stages.memory.allocator import Space
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.eviction import Policy
+from tierloom.stages.tiers.contract.eviction import PolicyName
 from tierloom.stages.tiers.contract.index import Entry, Index
 from tierloom.stages.tiers.contract.tier import TierCounts, Watch
-from tierloom.stages.tiers.disk.default_folder import claim
-from tierloom.stages.tiers.disk.direct_io import SYSTEM, Mover, Segments, want_direct
-from tierloom.stages.tiers.disk.folder_lock import Claim
-from tierloom.stages.tiers.disk.index_log import PIN, UNPIN, Extent, Journal
+from tierloom.stages.tiers.disk.default_folder import lock_folder
+from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO, Segments, want_direct
+from tierloom.stages.tiers.disk.folder_lock import FolderLock
+from tierloom.stages.tiers.disk.index_log import PIN, UNPIN, Extent, IndexLog
 from tierloom.stages.user_home import expanded
 
 log = logging.getLogger(__name__)
 
 _PIECES = 4  # holes an object may be spread over
-_PATIENCE = 10.0  # seconds that closing waits for calls whose callers have gone
+_PATIENCE = 10.0  # seconds that closing waits for calls whose callers were cancelled
 
 
-def cuts_of(header: Header) -> tuple[int, ...]:
-    """Bytes from the object's start to the end of its header, of frame 0, of frame 1, ..."""
-    return (header.frames[0].offset, *(f.offset + aligned(f.stored) for f in header.frames))
-
-
-class Store:
+class SegmentStore:
     """Thread-safe and blocking. What changes the index does so under `_changing`."""
 
     def __init__(
@@ -52,7 +47,7 @@ class Store:
         capacity: int,
         *,
         segment: int,
-        policy: Policy,
+        policy: PolicyName,
         ttl: float,
         direct: bool | Literal["auto"],
         keep_free: int,
@@ -60,9 +55,9 @@ class Store:
         counts: TierCounts,
         watch: Watch | None,
         clock: Callable[[], float],
-        mover: Mover = SYSTEM,
+        file_io: FileIO = SYSTEM,
     ) -> None:
-        self._mover = mover
+        self._file_io = file_io
         self.capacity = capacity
         self.index: Index[Extent] = Index(
             policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0,
@@ -75,30 +70,34 @@ class Store:
         self._resting = threading.Condition()
         self._working = 0
         self._open = False
-        self._claim: Claim | None = None
+        self._lock: FolderLock | None = None
         self._snapshotting = threading.Lock()
 
     def open(self) -> None:
-        """Claim a folder and read the index back. Raises ConfigError, TierDown, OSError.
+        """Lock a folder and read the index back. Raises ConfigError, TierDown, OSError.
 
-        A second call finds the work of a first one that nobody waited for.
+        Idempotent: a first call whose caller was cancelled may have done it.
         """
         with self._changing:
             if self._open:
                 return
-            self._claim = claim(self._path, segment=self._segment, owner=self._namespace)
-            self._folder = self._claim.folder
+            self._lock = lock_folder(self._path, segment=self._segment, owner=self._namespace)
+            self._folder = self._lock.folder
             direct = want_direct(self._folder, self._direct)
             self._segments = Segments(
-                self._folder, self._claim.segment, self.capacity, direct=direct, mover=self._mover
+                self._folder,
+                self._lock.segment,
+                self.capacity,
+                direct=direct,
+                file_io=self._file_io,
             )
-            self._journal = Journal(self._folder)
+            self._index_log = IndexLog(self._folder)
             self._space = Space(self.capacity, empty=True)
-            self._restore(self._journal.load())
+            self._restore(self._index_log.load())
             self._open = True
 
     def close(self) -> None:
-        """Make everything durable and let go of the folder. Waits a while for calls under way."""
+        """Make everything durable and release the folder. Waits a while for calls in progress."""
         with self._resting:
             was_open, self._open = self._open, False
             if not self._resting.wait_for(lambda: not self._working, _PATIENCE):
@@ -107,23 +106,25 @@ class Store:
                 return
         if was_open:
             self._snapshot()
-            self._journal.close()
+            self._index_log.close()
             self._segments.close()
-        if self._claim is not None:
-            self._claim.release()
+        if self._lock is not None:
+            self._lock.release()
 
-    def load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header | Lost:
+    def load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
         """Bytes `start` to `end` of an object into its lease; its header, which is there already
         when `start` is not 0.
 
-        Lost.ABSENT when it was evicted meanwhile. Raises BadObject when it is not the object that
-        the index says; where that is Damaged, it is dropped. Frames are not verified here: who
+        Raises FileNotFoundError when it was evicted meanwhile, BadObject when it is not the object
+        that the index says; where that is Damaged, it is dropped. Frames are not verified here: who
         decodes them does.
         """
         with self._work():
             try:
                 with self._reading(entry) as there:
-                    return self._read(entry, lease, start, end) if there else Lost.ABSENT
+                    if not there:
+                        raise FileNotFoundError(entry.key.hex())
+                    return self._read(entry, lease, start, end)
             except Damaged as proof:
                 self._expel(entry, proof)
                 raise
@@ -135,7 +136,7 @@ class Store:
             pieces = self._room(header.key, header.nbytes)
             if pieces is None:
                 return Lost.NO_ROOM
-            extent = Extent(pieces, cuts_of(header))
+            extent = Extent(pieces, header.boundaries)
             kept = False
             try:
                 self._segments.write(pieces, obj.lease.view[: header.nbytes])
@@ -143,11 +144,11 @@ class Store:
             finally:
                 if not kept:
                     self._give(extent)
-            if self._journal.long:
+            if self._index_log.long:
                 self._snapshot()
         return None
 
-    def drop(self, keys: Sequence[bytes]) -> int:
+    def delete(self, keys: Sequence[bytes]) -> int:
         with self._work(), self._changing:
             found = [entry for key in keys if (entry := self.index.get(key)) is not None]
             return self._forget(found)
@@ -160,15 +161,15 @@ class Store:
         """Does no I/O: the log has it with its next record."""
         found = [key for key in keys if self.index.pin(key, pinned=pinned)]
         if found:
-            self._journal.later(PIN if pinned else UNPIN, found)
+            self._index_log.later(PIN if pinned else UNPIN, found)
         return len(found)
 
     def _read(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
-        view, cuts = lease.view, entry.place.cuts
+        view, boundaries = lease.view, entry.place.boundaries
         self._segments.read(entry.place.pieces, view, start, end)
-        header = Header.unpack(view[: cuts[0]], key=entry.key, namespace=self._namespace)
-        if cuts_of(header) != cuts:
-            raise Damaged("its frames lie elsewhere than the index says")
+        header = Header.unpack(view[: boundaries[0]], key=entry.key, namespace=self._namespace)
+        if header.boundaries != boundaries:
+            raise Damaged("its frames are not where the index says")
         return header
 
     def _restore(self, entries: list[Entry[Extent]]) -> None:
@@ -228,37 +229,37 @@ class Store:
         entry = self.index.evict(incoming)
         if entry is None:
             return False
-        self._journal.drop([entry.key])
+        self._index_log.delete([entry.key])
         self._give(entry.place)
         self._counts.evicted += 1
         return True
 
     def _forget(self, entries: list[Entry[Extent]]) -> int:
-        """Drop entries, those that are still there; how many were."""
+        """Delete those entries that still exist; how many did."""
         gone = [entry for entry in entries if self.index.remove(entry)]
         if gone:
-            self._journal.drop([entry.key for entry in gone])
+            self._index_log.delete([entry.key for entry in gone])
         for entry in gone:
             self._give(entry.place)
         return len(gone)
 
     def _expel(self, entry: Entry[Extent], proof: Damaged) -> None:
-        """Drop an entry, on proof that what it stands for is damaged."""
+        """Delete an entry on proof that its object is damaged."""
         with self._changing:
             self._forget([entry])
 
     def _show(self, header: Header, extent: Extent) -> bool:
-        """Log and add what has been written; False when another has put it meanwhile."""
+        """Log and show what was written; False if another call has put it meanwhile."""
         entry = Entry(header.key, header.links, header.nbytes, extent, self.index.expiry())
         with self._changing:
             if entry.key in self.index:
                 return False
-            self._journal.put(entry)
+            self._index_log.put(entry)
             self.index.add(entry)
         return True
 
     def _give(self, extent: Extent) -> None:
-        """Space that no record claims any more; with the last reader if there are any."""
+        """Free the space of a deleted object, once its last reader is done."""
         with self.index.lock:
             extent.gone = True
             if not extent.readers:
@@ -270,10 +271,10 @@ class Store:
             return
         try:
             with self._changing, self.index.lock:
-                generation = self._journal.begin_snapshot()
+                generation = self._index_log.begin_snapshot()
                 entries = list(self.index)
             self._segments.sync()
-            self._journal.write_snapshot(generation, entries)
+            self._index_log.write_snapshot(generation, entries)
         except OSError as error:  # the older snapshot and all logs since are still there
             cause = {"path": str(self._folder), "cause": str(error)}
             log.warning("no snapshot of the disk tier's index", extra=cause)
@@ -297,7 +298,7 @@ class Store:
 
     @contextmanager
     def _work(self) -> Iterator[None]:
-        """Closing waits for what happens inside."""
+        """Closing waits for the work inside."""
         with self._resting:
             if not self._open:
                 raise TierDown(f"disk tier at {self._folder} is not open")

@@ -2,8 +2,8 @@
 
     warm: {use: disk, path: /data/kv, capacity: 1 TiB}
 
-`disk_store.py` does the work in threads of the pool; here stands what is awaited. An object is read
-into the lease that it is served from.
+`store.py` does the work in threads of the pool. An object is read into the lease that it is served
+from.
 """
 
 from __future__ import annotations
@@ -13,32 +13,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
-from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.errors import Lost
+from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
-from tierloom.stages.tiers.contract.concurrently import fan
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.index import IndexOptions
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.disk.direct_io import SYSTEM, Mover
-from tierloom.stages.tiers.disk.store import Store
+from tierloom.stages.tiers.contract.indexed import IndexedTier
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
+from tierloom.stages.tiers.contract.tier import Read, TierContext, require_sealed
+from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO
+from tierloom.stages.tiers.disk.index_log import Extent
+from tierloom.stages.tiers.disk.store import SegmentStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiskOptions(IndexOptions):
-    """Where, how much, and what goes first. `capacity` bounds the segment files, too."""
+    """Options of a disk tier. `capacity` also bounds the segment files."""
 
     path: str
-    """A folder of this process's own; `~` is the home folder. Where another process has one of
+    """A folder for this process alone; `~` is the home folder. If another process uses one of
     ~/.cache/tierloom*, the next is taken: NAME-2, and so on."""
     segment: Size = 1 << 30
-    """Bytes of a segment file; a folder keeps the size that it was begun with."""
+    """Bytes of a segment file; a folder keeps the size that it was created with."""
     direct: bool | Literal["auto"] = "auto"
-    """Go round the page cache (O_DIRECT): true, false, or auto: where the file system can."""
+    """Bypass the page cache (O_DIRECT): true, false, or auto: if the file system supports it."""
     keep_free: Size = 1 << 30
-    """Bytes of the file system that are left to others."""
+    """Bytes of the file system to leave free."""
     depth: int = 4
-    """Objects of one call that are read or written at once."""
+    """Most objects of one call that are read or written at once."""
 
     def __post_init__(self) -> None:
         super(DiskOptions, self).__post_init__()
@@ -54,19 +57,18 @@ class DiskOptions(IndexOptions):
             raise ValueError(f"depth must be at least 1, got {self.depth}")
 
 
-class Disk(Tier):
-    """One process per folder; everything survives a restart but which was used last."""
+class Disk(IndexedTier[Extent]):
+    """One process per folder; everything survives a restart except the order of use."""
 
     Options = DiskOptions
-    local = True
 
     def __init__(
         self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
-        mover: Mover = SYSTEM,
+        file_io: FileIO = SYSTEM,
     ) -> None:  # fmt: skip
         super().__init__(ctx)
         self.options = options
-        self._store = Store(
+        self._store = SegmentStore(
             options.path,
             options.capacity // PAGE * PAGE,
             segment=options.segment // PAGE * PAGE,
@@ -78,9 +80,9 @@ class Disk(Tier):
             counts=self.counts,
             watch=ctx.watch,
             clock=clock,
-            mover=mover,
+            file_io=file_io,
         )
-        self._index = self._store.index
+        self._index, self._capacity = self._store.index, self._store.capacity
 
     async def open(self) -> None:
         await self.ctx.pool(self._store.open, leases=())
@@ -88,82 +90,42 @@ class Disk(Tier):
     async def close(self) -> None:
         await self.ctx.pool(self._store.close, leases=())
 
-    def find(self, links: bytes) -> Found | None:
-        return self._index.find(links)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self._index.touch(keys)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self._index.settle(keys)
-
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        return [self._index.get(key) is not None for key in keys]
-
     async def read(self, reads: Sequence[Read]) -> None:
-        await fan(self._read, reads, self.options.depth)
+        await map_concurrently(self._read, reads, self.options.depth)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        tail_first = await fan(self._put, objects[::-1], self.options.depth)
+        tail_first = await map_concurrently(self._put, objects[::-1], self.options.depth)
         return tail_first[::-1]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return int(await self.ctx.pool(self._store.drop, list(keys), leases=()))
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return int(await self.ctx.pool(self._store.delete, list(keys), leases=()))
 
     async def clear(self) -> int:
         return int(await self.ctx.pool(self._store.clear, leases=()))
-
-    def stat(self) -> TierStat:
-        return TierStat(len(self._index), self._index.nbytes, self._store.capacity)
 
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         return self._store.pin(keys, pinned=pinned)
 
     async def _read(self, read: Read) -> None:
         entry, held = self._index.get(read.key), read.object
-        # Between two reads of one object it may have been evicted, and even been put again: by who
-        # encrypts, with other bytes.
-        if entry is None or (held is not None and held.source is not entry):
-            read.lost = Lost.ABSENT
-            self.counts.misses += 1
-            return
-        cuts = entry.place.cuts
-        upto = min(read.upto, len(cuts) - 1)
-        if held is not None:
-            begin, lease = cuts[held.loaded], held.lease
-            if upto <= held.loaded:
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            # Between two reads of one object it may have been evicted, and even been put again,
+            # with other bytes if it is encrypted.
+            if entry is None or (held is not None and held.source is not entry):
+                reader.miss()
                 return
-        else:
-            try:
-                begin, lease = 0, self.ctx.arena.lease(entry.nbytes)
-            except ArenaFull:
-                read.lost = Lost.NO_ROOM
+            boundaries = entry.place.boundaries
+            upto = min(read.upto, len(boundaries) - 1)
+            if held is not None and upto <= held.loaded:
                 return
-        got: Header | Lost | None = None
-        try:
-            load = self._store.load
-            got = await self.ctx.pool(load, entry, lease, begin, cuts[upto], leases=(lease,))
-        except BadObject as error:
-            read.refuse(error)
-            self.counts.corrupt += isinstance(error, Damaged)
-            return
-        finally:
-            if held is None and not isinstance(got, Header):
-                lease.release()
-        if not isinstance(got, Header):
-            read.lost = got
-            self.counts.misses += got is Lost.ABSENT
-            return
-        if held is None:
-            self.counts.hits += 1
-            held = read.object = Object(got, lease, source=entry)
-        held.loaded = upto
-        held.sealed = upto == len(cuts) - 1
-        self.counts.bytes_out += cuts[upto] - begin
+            begin = boundaries[held.loaded] if held is not None else 0
+            lease = reader.lease(entry.nbytes)
+            args = entry, lease, begin, boundaries[upto]
+            header = await self.ctx.pool(self._store.load, *args, leases=(lease,))
+            reader.deliver(header, upto, source=entry)
 
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         if self._index.get(obj.header.key) is not None:
             return None
         lost: Lost | None = await self.ctx.pool(self._store.save, obj, leases=(obj.lease,))

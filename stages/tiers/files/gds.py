@@ -25,20 +25,21 @@ from tierloom.stages.errors import ConfigError, Damaged, MissingPackage, TierDow
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers.disk.direct_io import Mover
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.disk.direct_io import FileIO
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GdsOptions(FilesOptions):
-    """Where, how much, and by how many threads."""
+    """Options of a gds tier."""
 
     threads: int = 4
-    """Threads of kvikio's, which this process's tiers share."""
+    """Threads of kvikio, shared by the tiers of this process."""
     task: Size = 4 << 20
-    """Bytes that one of them moves at a time."""
+    """Bytes that a thread moves at a time."""
 
     def __post_init__(self) -> None:
         super(GdsOptions, self).__post_init__()
@@ -54,15 +55,15 @@ class Gds(Files):
     def __init__(
         self, options: GdsOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self._kvikio = KvikioMover(options)
-        super().__init__(options, ctx, clock=clock, mover=self._kvikio)
+        self._kvikio = KvikioFileIO(options)
+        super().__init__(options, ctx, clock=clock, file_io=self._kvikio)
 
     async def open(self) -> None:
         await self.ctx.pool(self._kvikio.start, leases=())
         await super().open()
 
 
-class KvikioMover(Mover):
+class KvikioFileIO(FileIO):
     """Files by kvikio; for threads, each of which waits for what it began."""
 
     def __init__(self, options: GdsOptions) -> None:
@@ -71,7 +72,7 @@ class KvikioMover(Mover):
         self._files: dict[int, Any] = {}
 
     def start(self) -> None:
-        """Raises ConfigError: no client, or no driver that it can use. Once is enough."""
+        """Raises ConfigError if the client or a usable driver is missing. Idempotent."""
         if self._api is not None:
             return
         try:
@@ -86,14 +87,14 @@ class KvikioMover(Mover):
         except ImportError:
             raise MissingPackage("kvikio, the gds tier's client,", "gds") from None
         except Exception as error:
-            raise ConfigError(f"kvikio does not start: {_first_line(error)}") from None
+            raise ConfigError(f"kvikio cannot start: {_first_line(error)}") from None
         self._api = kvikio
         try:
             self._probe()
         except (OSError, TierDown) as error:
             self._api = None
             raise ConfigError(
-                f"kvikio moves nothing here ({error}): it needs NVIDIA's driver, libcuda.so.1"
+                f"kvikio cannot move data here ({error}): it needs NVIDIA's driver, libcuda.so.1"
             ) from None
         log.info("gds tier moves bytes by POSIX I/O", extra={"cufile": there})
 
@@ -121,7 +122,7 @@ class KvikioMover(Mover):
     def write(self, fd: int, view: memoryview, at: int) -> None:
         os.posix_fallocate(fd, at, len(view))  # kvikio would not tell that a disk is full
         if self._go("pwrite", fd, view, at) != len(view):
-            raise TierDown("kvikio: wrote less than was asked")
+            raise TierDown("kvikio: wrote fewer bytes than requested")
 
     def _go(self, verb: str, fd: int, view: memoryview, at: int) -> int:
         """Bytes moved. kvikio would cut `view` into tasks by itself, but older releases tell of one
@@ -155,7 +156,7 @@ class KvikioMover(Mover):
             finally:
                 self.close(fd)
         if page != back:
-            raise TierDown("kvikio: other bytes came back than were written")
+            raise TierDown("kvikio: read back other bytes than were written")
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,8 +2,8 @@
 
     cold: {use: files, path: /mnt/kv, capacity: 10 TiB}
 
-There is no index to trust: whether an object is there, the file system says. A file gets its name
-when its last byte is written, so two writers of one key do no harm. Its modification time is its
+There is no index: the file system says whether an object exists. A file gets its name when its last
+byte is written, so two writers of one key do not conflict. Its modification time is its
 last use; `ttl` and pruning go by that.
 """
 
@@ -13,89 +13,60 @@ import errno
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tierloom.stages.errors import ArenaFull, BadObject, ConfigError, Damaged, Lost
+from tierloom.stages.errors import ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
+from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat, require_sealed
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
-from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, Mover, begins_with, want_direct
-from tierloom.stages.tiers.disk.store import cuts_of
+from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, FileIO, begins_with, want_direct
+from tierloom.stages.tiers.files.space import FilesOptions, FolderSpace
 from tierloom.stages.user_home import expanded
 
 _STALE = 3600.0  # seconds after which a file half written belongs to nobody
-_SPARE = 16  # pruning frees a sixteenth more than is needed, so that scans of the folder are rare
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FilesOptions:
-    """Where, and how much."""
-
-    path: str
-    """A folder, shared or not; `~` is the home folder."""
-    capacity: Size = 0
-    """Bytes at which this host prunes what was used longest ago; 0: never, somebody else does."""
-    ttl: Seconds = 0.0
-    """How long an object lives after its last use; 0: until it is pruned."""
-    fsync: bool = False
-    """Make each object durable before it gets its name."""
-    depth: int = 8
-    """Objects of one call that are read or written at once."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path is empty")
-        if self.capacity < 0 or self.ttl < 0:
-            raise ValueError("capacity and ttl must not be negative")
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
 
 
 class Files(Tier):
-    """Knows whole chunks only: inner links are found in local tiers."""
+    """Whole chunks only: inner links are found in local tiers."""
 
     Options = FilesOptions
 
     def __init__(
         self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
-        mover: Mover = SYSTEM, direct: bool | Literal["auto"] = False,
+        file_io: FileIO = SYSTEM, direct: bool | Literal["auto"] = False,
     ) -> None:  # fmt: skip
-        """`direct`: go round the page cache; for movers that gain by it."""
+        """`direct`: bypass the page cache, for a FileIO that gains by it."""
         super().__init__(ctx)
         self.options = options
-        self._mover, self._direct, self._flags = mover, direct, 0
+        self._file_io, self._direct, self._flags = file_io, direct, 0
         self._clock = clock
         name = ctx.namespace.hex()[:32] or "any"
         self._folder = expanded(options.path) / name
         self._writer = f"{socket.gethostname()}-{os.getpid()}"
-        self._changing = threading.RLock()
-        self._unseen = 0  # bytes of files that have no name yet
-        self._stat = TierStat(0, 0, options.capacity)  # as last seen, and what we did since
+        self._space = FolderSpace(self._folder, options, self.counts, clock)
 
     async def open(self) -> None:
         await self.ctx.pool(self._open, leases=())
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found: list[bool] = await self.ctx.pool(self._has, list(keys), leases=())
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
-        await fan(self._read, reads, self.options.depth)
+        await map_concurrently(self._read, reads, self.options.depth)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await fan(self._put, objects, self.options.depth)
+        return await map_concurrently(self._put, objects, self.options.depth)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         paths = [self._path(key) for key in keys]
         return int(await self.ctx.pool(self._drop, paths, leases=()))
 
@@ -103,51 +74,24 @@ class Files(Tier):
         return int(await self.ctx.pool(self._clear, leases=()))
 
     def stat(self) -> TierStat:
-        """What this host knows: exact where it is alone, and `capacity` is set."""
-        return self._stat
+        """What this host knows: exact if it is the only writer, and `capacity` is set."""
+        return self._space.holdings.stat
 
     async def _read(self, read: Read) -> None:
-        held, path = read.object, self._path(read.key)
-        if held is not None:
-            lease, loaded = held.lease, held.loaded
-        else:
-            nbytes = await self.ctx.pool(self._size, path, leases=())
-            if not nbytes:
-                read.lost = Lost.ABSENT
-                self.counts.misses += 1
+        path = self._path(read.key)
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            held = reader.held is not None
+            nbytes = 0 if held else await self.ctx.pool(self._size, path, leases=())
+            if not held and not nbytes:
+                reader.miss()
                 return
-            try:
-                lease, loaded = self.ctx.arena.lease(nbytes), 0
-            except ArenaFull:
-                read.lost = Lost.NO_ROOM
-                return
-        got: Header | Lost | None = None
-        try:
-            args = path, read.key, lease, loaded, read.upto
-            got = await self.ctx.pool(self._load, *args, leases=(lease,))
-        except BadObject as error:
-            read.refuse(error)
-            self.counts.corrupt += isinstance(error, Damaged)
-            return
-        finally:
-            if held is None and not isinstance(got, Header):
-                lease.release()
-        if not isinstance(got, Header):
-            read.lost = got
-            self.counts.misses += got is Lost.ABSENT
-            return
-        if held is None:
-            self.counts.hits += 1
-            held = read.object = Object(got, lease)
-        cuts, upto = cuts_of(got), min(read.upto, len(got.frames))
-        if upto > loaded or not loaded:
-            self.counts.bytes_out += cuts[upto] - (cuts[loaded] if loaded else 0)
-            held.loaded = upto
-        held.sealed = held.loaded == len(got.frames)
+            lease = reader.lease(nbytes)
+            args = path, read.key, lease, reader.loaded, read.upto
+            header = await self.ctx.pool(self._load, *args, leases=(lease,))
+            reader.deliver(header, min(read.upto, len(header.frames)))
 
     async def _put(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         written: int | Lost = await self.ctx.pool(self._save, obj, leases=(obj.lease,))
         if isinstance(written, Lost):
             self.counts.refused += 1
@@ -168,12 +112,12 @@ class Files(Tier):
                     if path.stat().st_mtime < time.time() - _STALE:
                         path.unlink()
         except OSError as error:
-            cause = f"{self._folder}: {error.strerror}; choose a folder we may write"
+            cause = f"{self._folder}: {error.strerror}; choose a folder with write permission"
             with defaults_only_down(self.options.path):
                 raise ConfigError(cause) from error
         self._flags = os.O_DIRECT if want_direct(self._folder, self._direct) else 0
         if self.options.capacity or self.options.ttl:
-            self._prune(0)
+            self._space.prune(0)
 
     def _has(self, keys: list[bytes]) -> list[bool]:
         return [self._size(self._path(key)) > 0 for key in keys]
@@ -184,16 +128,13 @@ class Files(Tier):
             stat = path.stat()
         except FileNotFoundError:
             return 0
-        return 0 if self._is_over(stat) else max(stat.st_size, PAGE)
+        return 0 if self._space.is_over(stat) else max(stat.st_size, PAGE)
 
-    def _is_over(self, stat: os.stat_result) -> bool:
-        return bool(self.options.ttl) and stat.st_mtime + self.options.ttl <= self._clock()
-
-    def _load(self, path: Path, key: bytes, lease: Lease, loaded: int, upto: int) -> Header | Lost:
+    def _load(self, path: Path, key: bytes, lease: Lease, loaded: int, upto: int) -> Header:
         """Frames `loaded` to `upto` into the lease; the header too, while no frame is loaded.
 
-        Raises BadObject; where it is Damaged (cut short, no object, in another's place), the file
-        is unlinked.
+        Raises FileNotFoundError, or BadObject; where it is Damaged (cut short, not an object, in
+        another's place), the file is unlinked.
         """
         try:
             with self._opened(path, os.O_RDONLY) as fd:
@@ -202,43 +143,43 @@ class Files(Tier):
                 except Damaged as proof:
                     _expel(fd, path, proof)
                     raise
-                if header is None:
-                    return Lost.ABSENT
             now = self._clock()
-            with suppress(OSError):  # ours to read, perhaps not ours to touch
+            with suppress(OSError):  # readable, but perhaps not writable for us
                 os.utime(path, (now, now))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
-            return Lost.ABSENT
+            if error.errno == errno.ESTALE:
+                raise FileNotFoundError(path) from error
+            raise
         else:
             return header
 
-    def _fill(self, fd: int, key: bytes, lease: Lease, loaded: int, upto: int) -> Header | None:
-        """None when another object of this key took the place. Raises BadObject, OSError."""
+    def _fill(self, fd: int, key: bytes, lease: Lease, loaded: int, upto: int) -> Header:
+        """Raises FileNotFoundError when another object of this key took the place, BadObject,
+        OSError."""
         view, size = lease.view, os.fstat(fd).st_size
         if not size or size % PAGE:
             with open(f"/proc/self/fd/{fd}", "rb") as plain:  # not O_DIRECT: of any length
                 Header.length(plain.read(PAGE))  # as objects of a later format may be
-            raise Damaged(f"no object is {size} bytes long")
+            raise Damaged(f"an object cannot be {size} bytes long")
         if size != lease.nbytes:
-            return None
-        if loaded and not begins_with(self._mover, fd, view[: Header.length(view[:PAGE])]):
-            return None  # as long as before: who encrypts an object again writes other bytes
+            raise FileNotFoundError(key.hex())
+        if loaded and not begins_with(self._file_io, fd, view[: Header.length(view[:PAGE])]):
+            # Of the same length: encrypting an object again gives other bytes.
+            raise FileNotFoundError(key.hex())
         if not loaded:
-            self._mover.read(fd, view[:PAGE], 0)
+            self._file_io.read(fd, view[:PAGE], 0)
             head = Header.length(view[:PAGE])
             if head > size:
                 raise Damaged("the file ends inside its header")
             if head > PAGE:
-                self._mover.read(fd, view[PAGE:head], PAGE)
+                self._file_io.read(fd, view[PAGE:head], PAGE)
         header = Header.unpack(view, key=key, namespace=self.ctx.namespace)
         if header.nbytes != size:
             raise Damaged(f"the file is {size} bytes long, its object {header.nbytes}")
-        cuts = cuts_of(header)
-        begin, end = cuts[loaded], cuts[min(upto, len(header.frames))]
+        boundaries = header.boundaries
+        begin, end = boundaries[loaded], boundaries[min(upto, len(header.frames))]
         if begin < end:
-            self._mover.read(fd, view[begin:end], begin)
+            self._file_io.read(fd, view[begin:end], begin)
         return header
 
     def _save(self, obj: Object) -> int | Lost:
@@ -247,20 +188,19 @@ class Files(Tier):
         if self._size(path):
             return 0
         self._drop([path])  # one whose time is over
-        if not self._reserve(nbytes):
+        if not self._space.reserve(nbytes):
             return Lost.NO_ROOM
         try:
             self._write(path, obj.lease.view[:nbytes])
         except OSError as error:
-            self._count(-1, -nbytes)
+            self._space.holdings.add(-1, -nbytes)
             if error.errno in NO_SPACE:
                 return Lost.NO_ROOM
             raise
         else:
             return nbytes
         finally:
-            with self._changing:
-                self._unseen -= nbytes
+            self._space.named(nbytes)
 
     def _write(self, path: Path, view: memoryview) -> None:
         path.parent.mkdir(exist_ok=True)
@@ -269,7 +209,7 @@ class Files(Tier):
             with self._opened(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
                 if self._flags:
                     os.posix_fallocate(fd, 0, len(view))
-                self._mover.write(fd, view, 0)
+                self._file_io.write(fd, view, 0)
                 now = self._clock()  # by one clock with what `ttl` is measured by
                 os.utime(fd, (now, now))
                 if self.options.fsync:
@@ -280,44 +220,11 @@ class Files(Tier):
 
     @contextmanager
     def _opened(self, path: Path, flags: int) -> Iterator[int]:
-        fd = self._mover.open(path, flags | self._flags)
+        fd = self._file_io.open(path, flags | self._flags)
         try:
             yield fd
         finally:
-            self._mover.close(fd)
-
-    def _reserve(self, nbytes: int) -> bool:
-        with self._changing:
-            capacity = self.options.capacity
-            if capacity and self._stat.nbytes + nbytes > capacity:
-                if nbytes > capacity:
-                    return False
-                self._prune(nbytes)
-            self._unseen += nbytes
-            self._count(1, nbytes)
-            return True
-
-    def _prune(self, nbytes: int) -> None:
-        """Look at every file; unlink what is too old, and the oldest until `nbytes` have room."""
-        found = []
-        with self._changing:
-            for path in self._folder.glob("*/*.tlm"):
-                with suppress(FileNotFoundError):
-                    found.append((path.stat(), path))
-            found.sort(key=lambda each: each[0].st_mtime)
-            total = self._unseen + sum(stat.st_size for stat, _ in found)
-            count, limit = len(found), self.options.capacity - nbytes
-            if total > limit:
-                limit -= self.options.capacity // _SPARE
-            for stat, path in found:
-                full = bool(self.options.capacity) and total > limit
-                if not full and not self._is_over(stat):
-                    break
-                with suppress(OSError):  # another user's, perhaps
-                    path.unlink(missing_ok=True)
-                    total, count = total - stat.st_size, count - 1
-                    self.counts.evicted += full
-            self._stat = TierStat(count, total, self.options.capacity)
+            self._file_io.close(fd)
 
     def _drop(self, paths: list[Path]) -> int:
         dropped = 0
@@ -325,23 +232,16 @@ class Files(Tier):
             with suppress(FileNotFoundError):
                 nbytes = path.stat().st_size
                 path.unlink()
-                self._count(-1, -nbytes)
+                self._space.holdings.add(-1, -nbytes)
                 dropped += 1
         return dropped
 
     def _clear(self) -> int:
         return self._drop(list(self._folder.glob("*/*.tlm")))
 
-    def _count(self, objects: int, nbytes: int) -> None:
-        with self._changing:
-            was = self._stat
-            self._stat = was._replace(
-                objects=max(0, was.objects + objects), nbytes=max(0, was.nbytes + nbytes)
-            )
-
 
 def _expel(fd: int, path: Path, proof: Damaged) -> None:
     """Unlink the file that `fd` is, on proof that it is damaged, unless another has its name."""
-    with suppress(OSError):  # ours to read, perhaps not ours to unlink
+    with suppress(OSError):  # readable, but perhaps not ours to unlink
         if os.path.samestat(os.fstat(fd), path.stat()):
             path.unlink()

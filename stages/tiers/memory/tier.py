@@ -1,6 +1,8 @@
-"""memory: objects stay where they were gathered, read or received: in the arena. Nothing is copied.
+"""memory: objects stay where they were gathered, read or received: in the arena.
 
-hot: {use: memory, capacity: 64 GiB, evict: s3-fifo}
+    hot: {use: memory, capacity: 64 GiB, evict: s3-fifo}
+
+Nothing is copied.
 """
 
 from __future__ import annotations
@@ -14,21 +16,21 @@ from anyio.lowlevel import checkpoint
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.tiers.contract.index import Entry, Index, IndexOptions
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.indexed import IndexedTier
+from tierloom.stages.tiers.contract.tier import Read, TierContext, require_sealed
 
 _TURN = 8  # changes between two turns of the loop: some 10 us each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryOptions(IndexOptions):
-    """The arena grows by `capacity`."""
+    """Options of a memory tier: the arena grows by `capacity`."""
 
 
-class Memory(Tier):
-    """Keeps leases. Objects that a reader still holds are not evicted: that would free nothing."""
+class Memory(IndexedTier[Object]):
+    """Keeps leases. Objects that a reader holds are not evicted: that would free no memory."""
 
     Options = MemoryOptions
-    local = True
     in_arena = True
 
     def __init__(
@@ -40,7 +42,8 @@ class Memory(Tier):
     ) -> None:
         super().__init__(ctx)
         self.options = options
-        self._index: Index[Object] = Index(
+        self._capacity = options.capacity
+        self._index = Index(
             options.evict,
             options.capacity,
             ttl=options.ttl,
@@ -56,18 +59,6 @@ class Memory(Tier):
         if self._reclaim in self.ctx.arena.reclaim:
             self.ctx.arena.reclaim.remove(self._reclaim)
         await self.clear()
-
-    def find(self, links: bytes) -> Found | None:
-        return self._index.find(links)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self._index.touch(keys)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self._index.settle(keys)
-
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        return [self._index.get(key) is not None for key in keys]
 
     async def read(self, reads: Sequence[Read]) -> None:
         self._expire()
@@ -97,7 +88,7 @@ class Memory(Tier):
                 await checkpoint()
         return lost[::-1]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return await self._drop(
             [entry for key in keys if (entry := self._index.get(key)) is not None]
         )
@@ -105,23 +96,16 @@ class Memory(Tier):
     async def clear(self) -> int:
         return await self._drop(list(self._index))
 
-    def stat(self) -> TierStat:
-        return TierStat(len(self._index), self._index.nbytes, self.options.capacity)
-
-    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
-        return sum(self._index.pin(key, pinned=pinned) for key in keys)
-
     async def _drop(self, entries: list[Entry[Object]]) -> int:
         dropped = 0
         for count, entry in enumerate(entries, 1):
-            dropped += self._let_go(entry)
+            dropped += self._release(entry)
             if count % _TURN == 0:
                 await checkpoint()
         return dropped
 
     def _keep(self, obj: Object) -> Lost | None:
-        if not obj.sealed:
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(obj)
         key, size = obj.header.key, obj.lease.nbytes
         with self._index.lock:
             if key in self._index:
@@ -152,14 +136,14 @@ class Memory(Tier):
         return True
 
     def _reclaim(self) -> bool:
-        """Give up one object, as the arena has no hole long enough. From any thread."""
+        """Evict one object, as the arena has no hole long enough. From any thread."""
         return self._evict()
 
     def _expire(self) -> None:
         for entry in self._index.expired():
-            self._let_go(entry)
+            self._release(entry)
 
-    def _let_go(self, entry: Entry[Object]) -> bool:
+    def _release(self, entry: Entry[Object]) -> bool:
         if not self._index.remove(entry):
             return False
         self.ctx.arena.unkeep(entry.place.lease)

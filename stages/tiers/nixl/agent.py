@@ -20,7 +20,7 @@ from typing import Any
 
 from tierloom.stages.errors import ConfigError, MissingPackage, TierDown
 from tierloom.stages.memory.arena import Arena
-from tierloom.stages.tiers.disk.direct_io import Mover, read_all, write_all
+from tierloom.stages.tiers.disk.direct_io import FileIO, read_all, write_all
 
 WHEELS = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks among the others by itself
 _TICK = 0.0002  # seconds before the first look at a transfer
@@ -30,7 +30,7 @@ _ALL = 1 << 48  # no file is longer
 
 
 class Agent:
-    """Opened once. Not thread-safe without `shared`."""
+    """Thread-safe only with `shared`."""
 
     def __init__(
         self, backend: str, params: Mapping[str, str], arena: Arena, *, shared: bool
@@ -50,8 +50,8 @@ class Agent:
             self._agent.create_backend(backend, dict(params))
         except Exception as error:
             raise ConfigError(
-                f"NIXL's plugin {backend} does not start ({_cause(error)}): "
-                f"what it needs of this machine is not there, or its options are wrong"
+                f"NIXL's plugin {backend} cannot start ({_cause(error)}): "
+                f"this machine lacks something it needs, or its options are wrong"
             ) from None
         self._arena = self.register([(arena.address, arena.total, 0, "")], "DRAM")
 
@@ -95,7 +95,7 @@ class Agent:
         known = self._agent.get_plugin_list()
         if self.backend not in known:
             raise ConfigError(
-                f"NIXL has no plugin {self.backend} here; it has {', '.join(sorted(known))}: "
+                f"NIXL does not find plugin {self.backend}; it has {', '.join(sorted(known))}: "
                 "build it, and name its folder in NIXL_PLUGIN_DIR"
             )
         if not self._agent.get_plugin_mem_types(self.backend):
@@ -134,7 +134,7 @@ class Transfer:
         return True
 
 
-class NixlMover(Mover):
+class NixlFileIO(FileIO):
     """Files by NIXL; for threads, each of which waits for its own transfer."""
 
     def __init__(self, backend: str, params: Mapping[str, str], arena: Arena) -> None:
@@ -148,7 +148,7 @@ class NixlMover(Mover):
             self._agent = Agent(self._backend, self._params, self._arena, shared=True)
 
     def stop(self) -> None:
-        """A thread whose caller has gone may still be at a file: then the agent goes with it."""
+        """A thread whose caller was cancelled may still use a file: then the agent stays open."""
         agent, self._agent = self._agent, None
         if agent is not None and not self._files:
             agent.close()
@@ -211,9 +211,9 @@ def _why_not(backend: str) -> str:
             try:
                 ctypes.CDLL(str(plugin))
             except OSError as error:
-                return f"{error}; install what it belongs to"
-            return "it loads, but tells no kind of memory"
-    return "its file was not found"
+                return f"{error}; install the package of that library"
+            return "it loads, but supports no kind of memory"
+    return "its file is missing"
 
 
 def _plugin_folders() -> list[Path]:

@@ -1,7 +1,7 @@
 """Objects in a bucket that NIXL reads straight into their leases; the rest is the `s3` tier's.
 
-Transfers run on threads of the plugin's, and are looked at from the loop. One whose reader has gone
-cannot be ended: it keeps its lease until it is through.
+Transfers run on threads of the plugin's, and are polled from the loop. One whose reader was
+cancelled cannot be ended: it keeps its lease until it is through.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 import anyio
 
 from tierloom.stages.errors import Damaged, TierDown
-from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.kv.object import Header
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.memory.held import held
 from tierloom.stages.tiers.buckets.aws_profile import find_profile
 from tierloom.stages.tiers.buckets.s3 import S3, S3Options, name_of
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import TierContext
 from tierloom.stages.tiers.nixl.agent import Agent, Transfer
 
@@ -74,22 +75,20 @@ class NixlObjects(S3):
                 told["session_token"] = str(keys["token"])
         return told
 
-    async def _first(self, key: bytes) -> tuple[Object, int]:
+    async def _first(self, reader: ObjectReader) -> tuple[Header, int]:
+        key = reader.read.key
         name = name_of(key)
         size = await self._bucket.size(name)
         if size is None:
             raise FileNotFoundError(name)
         if size < PAGE or size % PAGE:
-            Header.length((await self._bucket.get(name, PAGE))[0])  # a later format's may be
-            raise Damaged(f"no object is {size} bytes long")
-        lease = self.ctx.arena.lease(size)
-        try:
-            first = min(size, _FIRST)
-            await self._load(name, lease, 0, first)
-            return Object(self._header(lease.view[:first], key, size), lease), first
-        except BaseException:
-            lease.release()
-            raise
+            reader.seen = bytes((await self._bucket.get(name, PAGE))[0])
+            Header.length(reader.seen)  # a later format's may be
+            raise Damaged(f"an object cannot be {size} bytes long")
+        lease, first = reader.lease(size), min(size, _FIRST)
+        await self._load(name, lease, 0, first)
+        reader.seen = bytes(lease.view[:PAGE])
+        return self._header(lease.view[:first], key, size), first
 
     async def _part(self, name: str, lease: Lease, end: int, start: int) -> None:
         await self._load(name, lease, start, min(end, start + self.options.part))
@@ -124,7 +123,7 @@ class NixlObjects(S3):
 
 
 def _through(transfer: Transfer, over: Callable[[], None]) -> bool:
-    """Whether a transfer is, however it ended; then its object is registered no more."""
+    """Whether a transfer is over, however it ended; if so, its object is deregistered."""
     try:
         if not transfer.done():
             return False

@@ -12,19 +12,19 @@ without hashing every byte. The arena is registered once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tierloom.stages.errors import Lost
-from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.buckets.s3 import S3Options
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import Tier, TierContext
+from tierloom.stages.tiers.contract.wrapper import WrapperTier
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
-from tierloom.stages.tiers.nixl.agent import NixlMover
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
+from tierloom.stages.tiers.nixl.agent import NixlFileIO
 from tierloom.stages.tiers.nixl.objects import NixlObjects
 
 Backend = Literal["POSIX", "GDS", "GDS_MT", "HF3FS", "OBJ", "AZURE_BLOB"]
@@ -34,7 +34,7 @@ _OBJECTS = {"OBJ": "s3://", "AZURE_BLOB": "az://"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NixlOptions:
-    """By which plugin, and where to."""
+    """Options of a NIXL tier."""
 
     backend: Backend = "POSIX"
     """NIXL's plugin: POSIX, GDS, GDS_MT and HF3FS keep files, OBJ and AZURE_BLOB objects."""
@@ -43,27 +43,27 @@ class NixlOptions:
     url: str = ""
     """`s3://bucket/prefix` for OBJ, `az://container/prefix` for AZURE_BLOB."""
     endpoint: str = ""
-    """Another server than the cloud's own, as in `http://127.0.0.1:9000`."""
+    """Server to use instead of the cloud's, as in `http://127.0.0.1:9000`."""
     region: str = ""
-    """Of the bucket; else from the environment or the profile."""
+    """The bucket's region. Default: from the environment or the profile."""
     profile: str = ""
-    """A profile of `~/.aws`; else as the `s3` tier finds its credentials."""
+    """A profile of `~/.aws`. Default: as the `s3` tier finds its credentials."""
     unsigned: bool | Literal["auto"] = "auto"
     """Put objects without hashing them for the signature; auto: over TLS."""
     pool: Literal["dynamic", "static"] = "dynamic"
     """dynamic: a file per object; static: preallocated segments, one process per folder."""
     io: Literal["aio", "uring", "posix_aio"] = "aio"
-    """How POSIX asks the kernel."""
+    """Kernel interface of the POSIX plugin."""
     capacity: Size = 0
-    """Bytes kept in files; 0: never pruned, somebody else does. A static pool needs it."""
+    """Most bytes in files; 0: never pruned by us. Required by a static pool."""
     direct: bool | Literal["auto"] = "auto"
-    """Go round the page cache (O_DIRECT): true, false, or auto: where the file system can."""
+    """Bypass the page cache (O_DIRECT): true, false, or auto: if the file system supports it."""
     ttl: Seconds = 0.0
     """How long an object in a file lives; 0: until it is evicted."""
     threads: int = 4
-    """Threads of the plugin's own (GDS_MT, OBJ)."""
+    """Threads of the plugin (GDS_MT, OBJ)."""
     depth: int = 4
-    """Objects of one call that are moved at once."""
+    """Most objects of one call that are moved at once."""
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(Backend):
@@ -71,12 +71,14 @@ class NixlOptions:
         scheme = _OBJECTS.get(self.backend)
         if scheme:
             if not self.url.startswith(scheme) or self.path:
-                raise ValueError(f"{self.backend} wants a url of {scheme}, and no path")
+                raise ValueError(f"{self.backend} needs a url with {scheme}, and no path")
             if self.capacity or self.ttl or self.pool == "static":
-                raise ValueError("capacity, ttl and pool are the bucket's own affair")
+                raise ValueError(
+                    "capacity, ttl and pool are not supported for a bucket: set its lifecycle rules"
+                )
             S3Options(url=self.url, endpoint=self.endpoint, unsigned=self.unsigned)
         elif not self.path or self.url or self.endpoint:
-            raise ValueError(f"{self.backend} wants a path, and neither url nor endpoint")
+            raise ValueError(f"{self.backend} needs a path, and neither url nor endpoint")
         if self.pool not in ("dynamic", "static") or self.io not in ("aio", "uring", "posix_aio"):
             raise ValueError("pool is dynamic or static; io is aio, uring or posix_aio")
         if self.direct not in (True, False, "auto"):
@@ -89,7 +91,7 @@ class NixlOptions:
             raise ValueError("threads and depth must be at least 1")
 
 
-class Nixl(Tier):
+class Nixl(WrapperTier):
     """The `files`, `disk` or `s3` tier, whose bytes NIXL moves."""
 
     Options = NixlOptions
@@ -97,68 +99,36 @@ class Nixl(Tier):
     def __init__(
         self, options: NixlOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
     ) -> None:
-        super().__init__(ctx)
         self.options = options
-        self._mover: NixlMover | None = None
-        self.kept = self._kept(clock)
-        self.counts, self.local = self.kept.counts, self.kept.local
+        self._file_io: NixlFileIO | None = None
+        super().__init__(self._make(ctx, clock))
 
     async def open(self) -> None:
-        if self._mover is not None:
-            await self.ctx.pool(self._mover.start, leases=())
-        await self.kept.open()
+        if self._file_io is not None:
+            await self.ctx.pool(self._file_io.start, leases=())
+        await super().open()
 
     async def close(self) -> None:
-        await self.kept.close()
-        if self._mover is not None:
-            await self.ctx.pool(self._mover.stop, leases=())
+        await super().close()
+        if self._file_io is not None:
+            await self.ctx.pool(self._file_io.stop, leases=())
 
-    def find(self, links: bytes) -> Found | None:
-        return self.kept.find(links)
-
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self.kept.touch(keys)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self.kept.settle(keys)
-
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
-        return await self.kept.has(keys)
-
-    async def read(self, reads: Sequence[Read]) -> None:
-        await self.kept.read(reads)
-
-    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        return await self.kept.put(objects)
-
-    async def drop(self, keys: Sequence[bytes]) -> int:
-        return await self.kept.drop(keys)
-
-    async def clear(self) -> int:
-        return await self.kept.clear()
-
-    def stat(self) -> TierStat:
-        return self.kept.stat()
-
-    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
-        return self.kept.pin(keys, pinned=pinned)
-
-    def _kept(self, clock: Callable[[], float]) -> Tier:
+    def _make(self, ctx: TierContext, clock: Callable[[], float]) -> Tier:
         o = self.options
         if o.backend in _OBJECTS:
             s3 = S3Options(
                 url=o.url, endpoint=o.endpoint, region=o.region, profile=o.profile, depth=o.depth,
                 unsigned=o.unsigned, part=_PART,
             )  # fmt: skip
-            return NixlObjects(s3, self.ctx, backend=o.backend, threads=o.threads)
-        self._mover = NixlMover(o.backend, self._params(), self.ctx.arena)
+            return NixlObjects(s3, ctx, backend=o.backend, threads=o.threads)
+        self._file_io = NixlFileIO(o.backend, self._params(), ctx.arena)
         if o.pool == "static":
             disk = DiskOptions(
                 path=o.path, capacity=o.capacity, ttl=o.ttl, direct=o.direct, depth=o.depth
             )
-            return Disk(disk, self.ctx, clock=clock, mover=self._mover)
+            return Disk(disk, ctx, clock=clock, file_io=self._file_io)
         files = FilesOptions(path=o.path, capacity=o.capacity, ttl=o.ttl, depth=o.depth)
-        return Files(files, self.ctx, clock=clock, mover=self._mover, direct=o.direct)
+        return Files(files, ctx, clock=clock, file_io=self._file_io, direct=o.direct)
 
     def _params(self) -> dict[str, str]:
         """What the plugin is told; all values are text."""

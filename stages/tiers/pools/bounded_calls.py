@@ -1,8 +1,8 @@
-"""Blocking calls of a client that may hang: a few at a time, and never waited for too long.
+"""Blocking calls of a client that may hang: a few at a time, each with a limited wait.
 
-A caller that is cancelled leaves its call behind. The call keeps its place until its thread is
-through, so a client that hangs takes so many threads of the pool and no more; when all of them are
-taken by calls that were left behind, the tier says that it is down.
+A cancelled caller does not end its call. The call keeps its slot until its thread is done, so a
+client that hangs blocks only `limit` threads of the pool; when abandoned calls have all slots, the
+tier is down.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.tier import TierCounts
 
 _TURN = 0.02  # seconds between two looks at calls that nobody waits for
-_PATIENCE = 0.25  # seconds after which a call that was left behind counts as one that hangs
+_PATIENCE = 0.25  # seconds after which an abandoned call counts as hanging
 
 
 @dataclass(eq=False, slots=True)
@@ -32,7 +32,7 @@ class _Call:
     left: bool = False
 
 
-class Calls:
+class BoundedCalls:
     """`await calls(fn, *args, leases=...)` runs `fn` in a thread of `pool`, `limit` at once.
 
     It may outlive its caller; `leases`, all that it touches, are held meanwhile.
@@ -74,7 +74,7 @@ class Calls:
                 return True
             old = time.monotonic() - _PATIENCE
             if all(other.left and other.begun < old for other in self._running):
-                raise TierDown(f"{self.limit} calls of its client hang")
+                raise TierDown(f"{self.limit} calls of its client do not return")
             return False
 
     def _run(self, call: _Call, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -2,8 +2,8 @@
 
     cold: {use: infinistore, url: "infinistore://10.0.0.1:12345"}
 
-The server shows a value before its last byte has come, and does not survive being asked for it
-then; nor does it survive a reader who hangs up in the middle. So pieces are small, bear names that
+The server shows a value before its last byte has come, and crashes if it is asked for then; it also
+crashes if a reader disconnects in the middle. So pieces are small, have names that
 nobody else writes, and are read to their end even when nobody waits any more. It cannot list what
 it holds: `clear` gives the namespace a new name there, and what is old falls out in time.
 """
@@ -21,29 +21,30 @@ from tierloom.stages.errors import Lost
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers.pools.infinistore_protocol import Link
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.pools.infinistore_protocol import InfinistoreConnection
 from tierloom.stages.tiers.pools.manifest import Piece
-from tierloom.stages.tiers.pools.tier import Pooled, host_of
+from tierloom.stages.tiers.pools.tier import Pooled
 
-_SMALL = 1 << 20  # what is longer is neither a record nor a header
+_SMALL = 1 << 20  # what is longer is neither a manifest nor a header
 _NAME = 16  # hex digits under which all that is ours is kept until `clear`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InfinistoreOptions:
-    """Which server, and how it is asked."""
+    """Options of an InfiniStore tier."""
 
     url: str
-    """The server, as in `infinistore://host:port`; what follows a `?` is not used."""
+    """The server, as in `infinistore://host:port`; a query is ignored."""
     piece: Size = 1 << 20
-    """Bytes of a value at most; larger ones are slower."""
+    """Most bytes of a value; larger ones are slower."""
     deadline: Seconds = 2.0
-    """Longest one call may take, its thread included; the connection is closed then."""
+    """Most time of one call, its thread included; the connection is closed after that."""
     threads: int = 2
-    """Calls that may run at once, each over a connection of its own."""
+    """Most concurrent calls, each on a connection of its own."""
 
     def __post_init__(self) -> None:
-        host_of(self.url, "infinistore")
+        Address.parse(self.url, "infinistore")
         if self.threads < 1 or self.deadline <= 0:
             raise ValueError("threads and deadline must be positive")
         if self.piece < PAGE or self.piece % PAGE:
@@ -51,16 +52,16 @@ class InfinistoreOptions:
 
 
 class Infinistore(Pooled):
-    """Speaks the protocol itself (`infinistore_wire.py` says why). TCP only: no RDMA yet."""
+    """Speaks the protocol itself (`infinistore_protocol.py` says why). TCP only: no RDMA yet."""
 
     Options = InfinistoreOptions
 
     def __init__(self, options: InfinistoreOptions, ctx: TierContext) -> None:
         super().__init__(ctx, threads=options.threads, piece=options.piece)
         self.options = options
-        self._server = host_of(options.url, "infinistore")
+        self._server = Address.parse(options.url, "infinistore")
         self._root = f"tierloom/{ctx.namespace.hex()[:32] or 'any'}"
-        self._idle: list[Link] = []
+        self._idle: list[InfinistoreConnection] = []
         self._closed = False
 
     async def open(self) -> None:
@@ -94,9 +95,9 @@ class Infinistore(Pooled):
             kept = [link.put(base + piece.name, _view(piece)) for piece in pieces]
         return [None if one else Lost.NO_ROOM for one in kept]
 
-    def _commit(self, records: dict[str, bytes]) -> list[Lost | None]:
+    def _commit(self, manifests: dict[str, bytes]) -> list[Lost | None]:
         with self._link() as (link, base):
-            kept = [link.put(base + name, value) for name, value in records.items()]
+            kept = [link.put(base + name, value) for name, value in manifests.items()]
         return [None if one else Lost.NO_ROOM for one in kept]
 
     def _remove(self, names: Sequence[str]) -> list[bool]:
@@ -106,16 +107,16 @@ class Infinistore(Pooled):
     def _wipe(self) -> int:
         with self._link() as (link, _):
             self._rename(link)
-        return self._stat.objects
+        return self._holdings.stat.objects
 
     @contextmanager
-    def _link(self) -> Iterator[tuple[Link, str]]:
+    def _link(self) -> Iterator[tuple[InfinistoreConnection, str]]:
         """A connection for one call, and what names begin with. Raises TierDown, OSError."""
         end = time.monotonic() + self.options.deadline
         try:
             link = self._idle.pop()
         except IndexError:
-            link = Link(*self._server, self.options.deadline)
+            link = InfinistoreConnection(self._server, self.options.deadline)
         try:
             link.until(end)
             yield link, f"{self._root}/{self._name(link)}/"
@@ -128,16 +129,16 @@ class Infinistore(Pooled):
         else:
             self._idle.append(link)
 
-    def _name(self, link: Link) -> str:
+    def _name(self, link: InfinistoreConnection) -> str:
         """The namespace's name of today; made where there is none, or where it was evicted."""
         for _ in range(2):
             raw = link.read(self._root, _NAME)
             if raw is not None and len(raw) == _NAME and raw.isalnum():
                 return raw.decode()
             self._rename(link)
-        raise OSError(f"infinistore: {self._root} cannot be kept")
+        raise OSError(f"infinistore: {self._root} cannot be stored: the server has no room")
 
-    def _rename(self, link: Link) -> None:
+    def _rename(self, link: InfinistoreConnection) -> None:
         link.remove(self._root)  # a value that is only replaced goes when the old one is evicted
         link.put(self._root, secrets.token_hex(_NAME // 2).encode())
 

@@ -1,12 +1,12 @@
 """InfiniStore's protocol over TCP: one connection, one request at a time, each with an end.
 
-The library that comes with InfiniStore is not used. Asked for a key that is not there it waits for
-ever (an error is four bytes long, and it waits for eight); it takes over the process's handlers of
-SIGSEGV and SIGABRT; it cannot read into memory of ours. A request is
+The library that comes with InfiniStore is not used. Asked for an absent key it waits forever (an
+error is four bytes long, and it waits for eight); it takes over the process's handlers of SIGSEGV
+and SIGABRT; it cannot read into memory of ours. A request is
 
     magic u32, operation u8, bytes of the body u32, body [, value]
 
-where the body is a key, or a FlatBuffer of one table. The answer is a code i32, behind 200 followed
+where the body is a key, or a FlatBuffer of one table. The answer is a code i32, after 200 followed
 by an i32, which for a read is the length of the value that comes next. Little-endian.
 """
 
@@ -17,6 +17,7 @@ import struct
 import time
 
 from tierloom.stages.errors import TierDown
+from tierloom.stages.tiers.net.address import Address
 
 _REQUEST = struct.Struct("<IcI")
 _CODE = struct.Struct("<i")
@@ -27,15 +28,15 @@ _KEYS = struct.pack("<IHHHHiIII", 12, 0, 6, 8, 4, 6, 4, 1, 4)
 """A table of one field: root, vtable, table, a vector of one offset; its string comes next."""
 
 
-class Link:
-    """A connection. Whatever it raises, it is of no more use then. Raises TierDown, OSError."""
+class InfinistoreConnection:
+    """A connection, useless after any error. Raises TierDown, OSError."""
 
-    def __init__(self, host: str, port: int, deadline: float) -> None:
+    def __init__(self, address: Address, deadline: float) -> None:
         self._end = time.monotonic() + deadline
-        self._line = socket.create_connection((host, port), deadline)
+        self._line = socket.create_connection(address[:2], deadline)
         self._line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def until(self, end: float) -> Link:
+    def until(self, end: float) -> InfinistoreConnection:
         """What follows must be over at `end` of the monotonic clock."""
         self._end = end
         return self
@@ -123,7 +124,7 @@ class Link:
             view = view[count:]
 
     def _skip(self, size: int) -> None:
-        """Read a value away: the server does not survive a reader who hangs up in the middle."""
+        """Read and discard a value: the server crashes if a reader disconnects in the middle."""
         waste = memoryview(bytearray(min(size, _WASTE)))
         while size:
             part = waste[: min(size, _WASTE)]

@@ -1,4 +1,4 @@
-"""How an object is cut into pieces, and the record that says which pieces it has."""
+"""How an object is split into pieces, and the manifest that lists them."""
 
 from __future__ import annotations
 
@@ -24,42 +24,45 @@ class Piece(NamedTuple):
     nbytes: int
 
 
-class Record(NamedTuple):
-    """Which pieces an object has."""
+class Manifest(NamedTuple):
+    """The pieces of an object."""
 
     writer: bytes
     """Eight bytes, drawn for each put."""
-    cuts: tuple[int, ...]
+    boundaries: tuple[int, ...]
     """Bytes to the end of the header, of frame 0, of frame 1, ...; the last is the length."""
 
     def pack(self) -> bytes:
-        made = _HEAD.pack(_MAGIC, self.writer, len(self.cuts))
-        made += struct.pack(f"<{len(self.cuts)}Q", *self.cuts)
+        made = _HEAD.pack(_MAGIC, self.writer, len(self.boundaries))
+        made += struct.pack(f"<{len(self.boundaries)}Q", *self.boundaries)
         return made + xxhash.xxh3_64_digest(made)
 
     @classmethod
-    def unpack(cls, raw: bytes) -> Record:
-        """Raises Damaged on any doubt, Unreadable where it is one of a later format."""
+    def unpack(cls, raw: bytes) -> Manifest:
+        """Raises Damaged, or Unreadable if it is of a later format."""
         if is_later(raw[:4], _MAGIC):
             if xxhash.xxh3_64_digest(_MAGIC + raw[4:-8]) == raw[-8:]:
-                raise Damaged("a record's format was turned: it was written as ours")
-            raise Unreadable(Lost.NEWER, f"a record of format {raw[:4]!r}: TLR1 is read here")
+                raise Damaged("a manifest's format was turned: it was written as ours")
+            raise Unreadable(Lost.NEWER, f"a manifest of format {raw[:4]!r}: TLR1 is read here")
         if len(raw) < _HEAD.size + 8 or xxhash.xxh3_64_digest(raw[:-8]) != raw[-8:]:
-            raise Damaged("a record's checksum does not match")
+            raise Damaged("a manifest's checksum does not match")
         magic, writer, count = _HEAD.unpack_from(raw)
         if magic != _MAGIC or count < 2 or len(raw) != _HEAD.size + 8 * count + 8:
-            raise Damaged("a record's fields contradict each other")
-        cuts = struct.unpack_from(f"<{count}Q", raw, _HEAD.size)
-        steps = [b - a for a, b in zip((0, *cuts), cuts, strict=False)]
-        if cuts[-1] > _LARGEST or any(step <= 0 or step % PAGE for step in steps):
-            raise Damaged("a record's cuts are impossible")
-        return cls(writer, cuts)
+            raise Damaged("a manifest's fields contradict each other")
+        ends = struct.unpack_from(f"<{count}Q", raw, _HEAD.size)
+        steps = [b - a for a, b in zip((0, *ends), ends, strict=False)]
+        if ends[-1] > _LARGEST or any(step <= 0 or step % PAGE for step in steps):
+            raise Damaged("a manifest's frame boundaries are impossible")
+        return cls(writer, ends)
 
-    def names(self, key: bytes, piece: int, first: int, last: int) -> list[tuple[str, int, int]]:
-        """(name, offset, bytes) of the pieces of parts `first` to `last`; part 0 is the header."""
+    def names(
+        self, key: bytes, piece: int, first: int = 0, last: int | None = None
+    ) -> list[tuple[str, int, int]]:
+        """(name, offset, bytes) of the pieces of parts `first` to `last`, or of all; part 0 is the
+        header."""
         found = []
-        for part in range(first, last):
-            at, end = (self.cuts[part - 1] if part else 0), self.cuts[part]
+        for part in range(first, len(self.boundaries) if last is None else last):
+            at, end = (self.boundaries[part - 1] if part else 0), self.boundaries[part]
             while at < end:
                 size = min(piece, end - at)
                 found.append((f"{key.hex()}/{self.writer.hex()}/{at:x}", at, size))

@@ -4,7 +4,8 @@
 
 Bytes go from and into the arena, which is registered with the client once. The client outlives a
 master that restarts by itself. What blocks runs in the pool's threads, and ends by `deadline` (it
-takes the client 4 s to see that a master is gone): one that hung for ever would hang with a lease.
+takes the client 4 s to see that a master is gone): one that never ended would never release a
+lease.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from tierloom.stages.kv.object import LINK
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.tier import TierContext
+from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.pools.manifest import Piece
-from tierloom.stages.tiers.pools.tier import Pooled, host_of
+from tierloom.stages.tiers.pools.tier import Pooled
 
 _NO_ROOM, _TRANSFER, _ABSENT, _TOO_SMALL, _RPC = -200, -800, -704, -600, -900
 _PIECE = 4 << 20  # twice as fast as 32 MiB, and as fast as 1 MiB
 _KNOCK = 0.5  # seconds to wait for the master's port
-_SMALL = 1 << 20  # what is longer is neither a record nor a header
+_SMALL = 1 << 20  # what is longer is neither a manifest nor a header
 _SURE = 30.0
 """The client gives a transfer up after 60 s and does not wait for it: one that failed later than
 this may still be under way. Sooner, it has seen the end of each."""
@@ -37,35 +39,35 @@ this may still be under way. Sooner, it has seen the end of each."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MooncakeOptions:
-    """Which pool, and how objects are kept in it."""
+    """Options of a Mooncake pool."""
 
     url: str
     """The master, as in `mooncakestore://host:port/`."""
     metadata: str = "P2PHANDSHAKE"
-    """Where peers find one another: `P2PHANDSHAKE`, or a server as in `http://host:port/metadata`."""
+    """Where peers find each other: `P2PHANDSHAKE`, or a server as in `http://host:port/metadata`."""
     protocol: Literal["tcp", "rdma"] = "tcp"
-    """What bytes travel by."""
+    """Transport of payloads."""
     device: str = ""
-    """RDMA devices, by commas; empty: all that there are."""
+    """RDMA devices, separated by commas; empty: all."""
     host: str = ""
-    """Our address for other peers; empty: the one by which we reach the master."""
+    """Our address for other peers; empty: that of the interface to the master."""
     segment: Size = 0
-    """Memory that this process lends to the pool; its objects go when the process ends."""
+    """Memory that this process lends to the pool; its objects are lost when the process ends."""
     buffer: Size = 16 << 20
-    """Memory of the client's own."""
+    """Memory of the client's own buffer."""
     replicas: int = 1
-    """Copies of each object, in segments of different processes where there are as many."""
+    """Copies of each object, in segments of different processes if there are enough."""
     pin: Literal["none", "soft", "hard"] = "none"
     """`soft`: evicted only when nothing else is left; `hard`: never evicted."""
     pin_ttl: Seconds = 0.0
-    """How long a soft pin holds after the last use; 0: as the master has it."""
+    """How long a soft pin holds after the last use; 0: the master's default."""
     deadline: Seconds = 2.0
-    """After how long without an answer the client gives a transfer or a call to the master up."""
+    """Time without an answer after which the client cancels a transfer or a call."""
     threads: int = 2
-    """Calls of the client that may run at once; as many threads are lost while it hangs."""
+    """Most concurrent calls of the client; that many threads are blocked while it hangs."""
 
     def __post_init__(self) -> None:
-        host_of(self.url, "mooncakestore")
+        Address.parse(self.url, "mooncakestore")
         if self.replicas < 1 or self.threads < 1 or self.deadline <= 0:
             raise ValueError("replicas, threads and deadline must be positive")
         if self.pin_ttl and self.pin != "soft":
@@ -80,7 +82,7 @@ class Mooncake(Pooled):
     def __init__(self, options: MooncakeOptions, ctx: TierContext) -> None:
         super().__init__(ctx, threads=options.threads, piece=_PIECE)
         self.options = options
-        self._master = host_of(options.url, "mooncakestore")
+        self._master = Address.parse(options.url, "mooncakestore")
         self._base = f"tierloom/{ctx.namespace.hex()[:32] or 'any'}/"
         self._using = threading.Lock()
         self._connecting = threading.Lock()
@@ -120,9 +122,9 @@ class Mooncake(Pooled):
             found = client.batch_get_buffer(self._full(names))
             values = [_value(handle) for handle in found]
         missing = [name for name, value in zip(names, values, strict=True) if value is None]
-        # Missing for want of a master (that raises), or of whoever has the memory?
+        # Missing because the master is down (that raises), or the owner of the memory?
         if missing and any(self._exists(missing)) and len(missing) == len(names):
-            raise TierDown("mooncake: the owner of the memory does not answer")
+            raise TierDown("mooncake: the process that owns the memory does not answer")
         return values
 
     def _fetch(self, pieces: Sequence[Piece]) -> list[Lost | None]:
@@ -156,13 +158,13 @@ class Mooncake(Pooled):
             self._doubt(codes, begun)
             return self._outcome(codes)
 
-    def _commit(self, records: dict[str, bytes]) -> list[Lost | None]:
+    def _commit(self, manifests: dict[str, bytes]) -> list[Lost | None]:
         with self._in_use() as client:
-            names = self._full(list(records))
+            names = self._full(list(manifests))
             return self._outcome(
                 [
                     client.put(n, v, self._how())
-                    for n, v in zip(names, records.values(), strict=True)
+                    for n, v in zip(names, manifests.values(), strict=True)
                 ]
             )
 
@@ -197,7 +199,7 @@ class Mooncake(Pooled):
             self._connect()
         with self._using:
             if self._client is None or self._doubtful or self._closed:
-                raise TierDown("mooncake: the client is being closed")
+                raise TierDown("mooncake: the client is closed")
             self._users += 1
             return self._client
 
@@ -213,7 +215,7 @@ class Mooncake(Pooled):
         with self._connecting:
             if self._client is not None and not self._lame:
                 return
-            with socket.create_connection(self._master, _KNOCK) as line:
+            with socket.create_connection(self._master[:2], _KNOCK) as line:
                 ours = self.options.host or line.getsockname()[0]
             self._lame = False  # its port answers; the client does the rest
             if self._client is None and not (self._doubtful or self._closed):
@@ -225,9 +227,10 @@ class Mooncake(Pooled):
         o, arena = self.options, self.ctx.arena
         os.environ.setdefault("MC_TCP_BIND_ADDRESS", host)  # else it listens on every address
         client = MooncakeDistributedStore()
-        master = f"{self._master[0]}:{self._master[1]}"
-        if client.setup(host, o.metadata, o.segment, o.buffer, o.protocol, o.device, master):
-            raise TierDown(f"mooncake: no client could be set up with {o.url}; it logs why")
+        if client.setup(
+            host, o.metadata, o.segment, o.buffer, o.protocol, o.device, str(self._master)
+        ):
+            raise TierDown(f"mooncake: the client cannot connect to {o.url}; its own log says why")
         if client.register_buffer(arena.address, arena.total):
             client.close()
             raise TierDown(f"mooncake: {arena.total} bytes of arena could not be registered")
@@ -274,15 +277,15 @@ class Mooncake(Pooled):
     def _outcome(self, codes: Sequence[int]) -> list[Lost | None]:
         self._check(codes)
         if codes and set(codes) == {_TRANSFER}:
-            raise TierDown("mooncake: the owner of the memory does not answer")
+            raise TierDown("mooncake: the process that owns the memory does not answer")
         return [
             None if c == 0 else Lost.NO_ROOM if c == _NO_ROOM else Lost.TIER_DOWN for c in codes
         ]
 
 
 def _import(deadline: float) -> None:
-    """Load the client, which reads its limits out of the environment; what is set there already
-    stands. Raises ImportError."""
+    """Load the client, which reads its limits out of the environment; variables that are set
+    keep their values. Raises ImportError."""
     seconds, millis = str(max(1, round(deadline))), str(max(1, round(1000 * deadline)))
     limits = {
         "MC_RPC_TIMEOUT_MS": millis,

@@ -1,88 +1,68 @@
-"""What the tiers have in common that keep objects in somebody's pool of memory, piece by piece.
+"""Common part of tiers that keep objects in a shared memory pool, piece by piece.
 
-An object is cut into *pieces* that never cross the end of a header or frame, each under a name of
-its own. When the last of them is there its *record* is put: a few bytes that say which pieces there
-are. What has no record is not there, so an object is seen whole or not at all; the pieces'
-names carry a number drawn by their writer, so that two writers of one key never mix. A pool evicts
-pieces one by one: an object that lacks one is a miss, and is forgotten.
+An object is split into *pieces* that never cross the end of a header or frame, each under a name of
+its own. When the last of them is there its *manifest* is put: a few bytes that list the pieces. An
+object without a manifest is not there, so an object is seen whole or not at all. The names of
+pieces carry a random number of their writer, so that two writers of one key never mix. A pool
+evicts pieces one by one: an object that lacks one is a miss, and is deleted.
 """
 
 from __future__ import annotations
 
-import secrets
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from contextlib import ExitStack
 
-from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, TierDown
+from tierloom.stages.errors import BadObject, Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.disk.store import cuts_of
-from tierloom.stages.tiers.pools.bounded_calls import Calls
-from tierloom.stages.tiers.pools.manifest import Piece, Record
-
-
-def host_of(url: str, scheme: str) -> tuple[str, int]:
-    """Host and port of `scheme://host:port`. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme != scheme or not parts.hostname or not parts.port or parts.path.strip("/"):
-        raise ValueError(f"url {url!r} is not of the form {scheme}://host:port")
-    return parts.hostname, parts.port
-
-
-class _Job(NamedTuple):
-    """An object to load: parts `first` to `last` of what `record` says, into `lease`."""
-
-    key: bytes
-    record: Record
-    lease: Lease
-    first: int
-    last: int
-
-
-class _Head(NamedTuple):
-    """What is at hand of an object of which more is wanted."""
-
-    page: bytes
-    """Its header."""
-    cuts: tuple[int, ...]
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
+from tierloom.stages.tiers.pools.bounded_calls import BoundedCalls
+from tierloom.stages.tiers.pools.jobs import Head, Job, head_of, job_of, manifest_for, unpacked
+from tierloom.stages.tiers.pools.manifest import Manifest, Piece
 
 
 class Pooled(Tier):
-    """Knows whole chunks only: inner links are found in local tiers.
+    """Whole chunks only: inner links are found in local tiers.
 
-    Subclasses say how values are kept. What they say blocks, frees the GIL, and may be called from
-    several threads. All of it raises TierDown or OSError.
+    Subclasses say how values are stored. Their methods block, free the GIL, may be called from
+    several threads, and raise TierDown or OSError.
     """
 
     def __init__(self, ctx: TierContext, *, threads: int, piece: int) -> None:
         """`threads`: calls that may run at once. `piece`: bytes of a piece at most."""
         super().__init__(ctx)
         self.piece = piece
-        self._calls = Calls(ctx.pool, threads, self.counts)
-        self._changing, self._committing = threading.Lock(), threading.Lock()
-        self._stat = TierStat(0, 0, 0)
+        self._calls = BoundedCalls(ctx.pool, threads, self.counts)
+        self._committing = threading.Lock()
+        self._holdings = HoldingsCount()
 
     @abstractmethod
     def _exists(self, names: Sequence[str]) -> list[bool]: ...
 
     @abstractmethod
     def _peek(self, names: Sequence[str]) -> list[bytes | None]:
-        """Small values; None for each that is not there, empty for what is not small."""
+        """Small values; None for each that is absent, empty for one that is not small."""
 
     @abstractmethod
     def _fetch(self, pieces: Sequence[Piece]) -> list[Lost | None]:
-        """Read into memory; None for each that came, as long as it should be."""
+        """Read into memory; None for each that came with the expected length."""
 
     @abstractmethod
     def _store(self, pieces: Sequence[Piece]) -> list[Lost | None]: ...
 
     @abstractmethod
-    def _commit(self, records: dict[str, bytes]) -> list[Lost | None]:
+    def _commit(self, manifests: dict[str, bytes]) -> list[Lost | None]:
         """Put small values, each at once whole."""
 
     @abstractmethod
@@ -91,12 +71,12 @@ class Pooled(Tier):
 
     @abstractmethod
     def _wipe(self) -> int:
-        """Forget all of the namespace; how many records there were."""
+        """Forget all of the namespace; how many manifests there were."""
 
     def _uncertain(self, leases: Sequence[Lease]) -> None:
-        """Transfers into or out of these failed: keep them while the client may still be there."""
+        """Transfers into or out of these failed: hold them while the client may still use them."""
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         if not keys:
             return []
         names = [key.hex() for key in keys]
@@ -106,41 +86,27 @@ class Pooled(Tier):
     async def read(self, reads: Sequence[Read]) -> None:
         if not reads:
             return
-        heads = [_head(read.object) for read in reads]
+        heads = [head_of(read.object) for read in reads]
         known = await self._calls(self._known, [read.key for read in reads], heads, leases=())
-        jobs: dict[int, _Job] = {}
-        got: dict[int, Header | Lost | BadObject] = {}
-        try:
-            for i, (read, record) in enumerate(zip(reads, known, strict=True)):
-                if not isinstance(record, Record):
-                    got[i] = record
-                    continue
-                held = read.object
-                if held is not None and record.cuts != cuts_of(held.header):
-                    got[i] = Lost.ABSENT  # another has taken its place, perhaps a longer one
-                    continue
-                first = held.loaded + 1 if held is not None else 0
-                try:
-                    lease = held.lease if held else self.ctx.arena.lease(record.cuts[-1])
-                except ArenaFull:
-                    got[i] = Lost.NO_ROOM
-                    continue
-                last = max(first, min(read.upto, len(record.cuts) - 1) + 1)
-                jobs[i] = _Job(read.key, record, lease, first, last)
+        with ExitStack() as stack:
+            readers = [ObjectReader(read, self.ctx.arena, self.counts) for read in reads]
+            for reader in readers:
+                stack.callback(reader.close)
+            both = zip(readers, known, strict=True)
+            jobs = [
+                job for reader, manifest in both if (job := job_of(reader, manifest)) is not None
+            ]
             if jobs:
-                leases = [job.lease for job in jobs.values()]
-                loaded = await self._calls(self._load, list(jobs.values()), leases=leases)
-                got |= zip(jobs, loaded, strict=True)
-        finally:
-            for i, job in jobs.items():
-                if reads[i].object is None and not isinstance(got.get(i), Header):
-                    job.lease.release()
-        for i, read in enumerate(reads):
-            self._settled(read, got[i], jobs.get(i))
+                leases = [job.lease for job in jobs]
+                loaded = await self._calls(self._load, jobs, leases=leases)
+                for job, got in zip(jobs, loaded, strict=True):
+                    if isinstance(got, Header):
+                        job.reader.deliver(got, job.last - 1)
+                    else:
+                        job.reader.fail(got)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         if not objects:
             return []
         leases = [obj.lease for obj in objects]
@@ -151,54 +117,34 @@ class Pooled(Tier):
             self.counts.bytes_in += 0 if isinstance(one, Lost) else one
         return [one if isinstance(one, Lost) else None for one in written]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return int(await self._calls(self._drop, list(keys), leases=())) if keys else 0
 
     async def clear(self) -> int:
         cleared = int(await self._calls(self._wipe, leases=()))
-        with self._changing:
-            self._stat = TierStat(0, 0, 0)
+        self._holdings.reset()
         return cleared
 
     def stat(self) -> TierStat:
-        """What this process put and has not seen dropped; what the pool evicted it cannot know."""
-        return self._stat
-
-    def _settled(self, read: Read, got: Header | Lost | BadObject, job: _Job | None) -> None:
-        """Give a read its object, or the reason why there is none."""
-        if isinstance(got, BadObject):
-            read.refuse(got)
-            self.counts.corrupt += isinstance(got, Damaged)
-            return
-        if isinstance(got, Lost) or job is None:
-            read.lost = got if isinstance(got, Lost) else Lost.ABSENT
-            self.counts.misses += got is Lost.ABSENT
-            self.counts.corrupt += got is Lost.CORRUPT
-            return
-        if read.object is None:
-            self.counts.hits += 1
-            read.object = Object(got, job.lease)
-        begin = job.record.cuts[job.first - 1] if job.first else 0
-        self.counts.bytes_out += job.record.cuts[job.last - 1] - begin
-        read.object.loaded = max(read.object.loaded, job.last - 1)
-        read.object.sealed = read.object.loaded == len(got.frames)
+        """What this process put and did not delete; it does not know what the pool evicted."""
+        return self._holdings.stat
 
     # What follows runs in the pool's threads.
 
     def _known(
-        self, keys: list[bytes], heads: list[_Head | None]
-    ) -> list[Record | Lost | BadObject]:
-        """The record of each; ABSENT, too, where it is no longer that of the object at hand, by
+        self, keys: list[bytes], heads: list[Head | None]
+    ) -> list[Manifest | Lost | BadObject]:
+        """The manifest of each; ABSENT, too, where it is no longer that of the object at hand, by
         which bytes would land beside their place, or beyond the lease."""
         raws = self._peek([key.hex() for key in keys])
-        found = [_unpacked(raw) for raw in raws]
-        both = list(zip(keys, found, strict=True))
-        self._expel([(key, None, one) for key, one in both if isinstance(one, Damaged)])
+        found = [unpacked(raw) for raw in raws]
+        rows = zip(keys, raws, found, strict=True)
+        self._expel([(key, raw, proof) for key, raw, proof in rows if isinstance(proof, Damaged)])
         names: dict[int, str] = {}
-        for i, (record, held) in enumerate(zip(found, heads, strict=True)):
-            if held is not None and isinstance(record, Record):
-                if record.cuts == held.cuts:
-                    names[i] = record.names(keys[i], PAGE, 0, 1)[0][0]
+        for i, (manifest, held) in enumerate(zip(found, heads, strict=True)):
+            if held is not None and isinstance(manifest, Manifest):
+                if manifest.boundaries == held.boundaries:
+                    names[i] = manifest.names(keys[i], PAGE, 0, 1)[0][0]
                 else:
                     found[i] = Lost.ABSENT
         for i, now in zip(names, self._peek(list(names.values())) if names else (), strict=True):
@@ -207,10 +153,10 @@ class Pooled(Tier):
                 found[i] = Lost.ABSENT
         return found
 
-    def _load(self, jobs: list[_Job]) -> list[Header | Lost | BadObject]:
+    def _load(self, jobs: list[Job]) -> list[Header | Lost | BadObject]:
         pieces, owners = [], []
         for i, job in enumerate(jobs):
-            for name, at, size in job.record.names(job.key, self.piece, job.first, job.last):
+            for name, at, size in job.manifest.names(job.key, self.piece, job.first, job.last):
                 pieces.append(Piece(name, job.lease.at(at, size), size))
                 owners.append((at, i))
         order = sorted(range(len(pieces)), key=owners.__getitem__)
@@ -229,7 +175,7 @@ class Pooled(Tier):
             raise TierDown("no piece could be read")
         return [self._checked(job, lost.get(i)) for i, job in enumerate(jobs)]
 
-    def _checked(self, job: _Job, lost: Lost | None) -> Header | Lost | BadObject:
+    def _checked(self, job: Job, lost: Lost | None) -> Header | Lost | BadObject:
         """The header of what was loaded. What is damaged or lacks a piece is forgotten."""
         proof = Damaged("a piece of it was evicted, or is of another length")
         if lost is None:
@@ -240,17 +186,20 @@ class Pooled(Tier):
             except BadObject as error:
                 return error
             else:
-                if cuts_of(header) == job.record.cuts:
+                if header.boundaries == job.manifest.boundaries:
                     return header
-                proof = Damaged("its record and its header contradict each other")
+                proof = Damaged("its manifest and its header contradict each other")
         if lost in (None, Lost.ABSENT, Lost.CORRUPT):
-            self._expel([(job.key, job.record, proof)])
+            self._expel([(job.key, job.manifest.pack(), proof)])
         return proof if lost in (None, Lost.CORRUPT) else lost
 
-    def _expel(self, bad: Sequence[tuple[bytes, Record | None, Damaged]]) -> None:
-        """Forget objects, on proof that they are damaged."""
+    def _expel(self, bad: Sequence[tuple[bytes, bytes | None, Damaged]]) -> None:
+        """Delete objects on proof of damage, unless their manifest is no longer the one that was
+        read."""
         if bad:
-            self._forget([(key, record) for key, record, _ in bad])
+            now = self._peek([key.hex() for key, _, _ in bad])
+            same = [(key, raw) for (key, raw, _), one in zip(bad, now, strict=True) if one == raw]
+            self._forget([(key, unpacked(raw)) for key, raw in same])
 
     def _save(self, objects: list[Object]) -> list[int | Lost]:
         """Bytes written of each: 0 when it is there already."""
@@ -258,11 +207,10 @@ class Pooled(Tier):
         keys = [obj.header.key for obj in objects]
         there = self._exists([key.hex() for key in keys])
         fresh = {key: i for i, key in enumerate(keys) if not there[i]}
-        records = {key: _record(objects[i]) for key, i in fresh.items()}
+        manifests = {key: manifest_for(objects[i]) for key, i in fresh.items()}
         pieces, owners = [], []
         for key, i in fresh.items():
-            parts = len(records[key].cuts)
-            for name, at, size in records[key].names(key, self.piece, 0, parts):
+            for name, at, size in manifests[key].names(key, self.piece):
                 pieces.append(Piece(name, objects[i].lease.at(at, size), size))
                 owners.append(key)
         stored: Sequence[Lost | None] = ()
@@ -277,55 +225,33 @@ class Pooled(Tier):
             if lost is not None:
                 done[fresh[key]] = lost
         whole = [key for key, i in fresh.items() if done[i] == 0]
-        with self._committing:  # who comes second takes his pieces away, and replaces nothing
+        with self._committing:  # the second writer deletes its pieces, and replaces nothing
             late = self._exists([key.hex() for key in whole]) if whole else []
             mine = [key for key, there in zip(whole, late, strict=True) if not there]
-            packed = {key.hex(): records[key].pack() for key in mine}
+            packed = {key.hex(): manifests[key].pack() for key in mine}
             for key, lost in zip(mine, self._commit(packed) if mine else (), strict=True):
                 done[fresh[key]] = objects[fresh[key]].header.nbytes if lost is None else lost
         useless = [key for key, i in fresh.items() if isinstance(done[i], Lost) or not done[i]]
-        self._clean([(key, records[key]) for key in useless])
-        self._count(*[w for w in done if not isinstance(w, Lost) and w])
+        self._clean([(key, manifests[key]) for key in useless])
+        sizes = [one for one in done if not isinstance(one, Lost) and one]
+        self._holdings.add(len(sizes), sum(sizes))
         return done
 
     def _drop(self, keys: list[bytes]) -> int:
         raws = self._peek([key.hex() for key in keys])
-        return self._forget([(k, _unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
+        return self._forget([(k, unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
 
     def _forget(self, found: Sequence[tuple[bytes, object]]) -> int:
-        """Take records away, then their pieces; how many records there were."""
+        """Delete manifests, then their pieces; how many manifests there were."""
         gone = self._remove([key.hex() for key, _ in found])
-        known = [(key, record) for key, record in found if isinstance(record, Record)]
+        known = [(key, manifest) for key, manifest in found if isinstance(manifest, Manifest)]
         self._clean(known)
         there = [r for (_, r), was in zip(found, gone, strict=True) if was]
-        sizes = [r.cuts[-1] for r in there if isinstance(r, Record)]
-        self._count(*[-size for size in sizes])
+        sizes = [r.boundaries[-1] for r in there if isinstance(r, Manifest)]
+        self._holdings.add(-len(sizes), -sum(sizes))
         return sum(gone)
 
-    def _clean(self, found: list[tuple[bytes, Record]]) -> None:
-        names = [n for key, r in found for n, _, _ in r.names(key, self.piece, 0, len(r.cuts))]
+    def _clean(self, found: list[tuple[bytes, Manifest]]) -> None:
+        names = [name for key, r in found for name, _, _ in r.names(key, self.piece)]
         if names:
             self._remove(names)
-
-    def _count(self, *sizes: int) -> None:
-        with self._changing:
-            objects = self._stat.objects + sum(1 if size > 0 else -1 for size in sizes)
-            nbytes = self._stat.nbytes + sum(sizes)
-            self._stat = TierStat(max(0, objects), max(0, nbytes), 0)
-
-
-def _head(obj: Object | None) -> _Head | None:
-    if obj is None:
-        return None
-    return _Head(bytes(obj.lease.view[: obj.header.header_bytes]), cuts_of(obj.header))
-
-
-def _unpacked(raw: bytes | None) -> Record | Lost | BadObject:
-    try:
-        return Lost.ABSENT if raw is None else Record.unpack(raw)
-    except BadObject as error:
-        return error
-
-
-def _record(obj: Object) -> Record:
-    return Record(secrets.token_bytes(8), cuts_of(obj.header))

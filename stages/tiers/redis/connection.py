@@ -1,23 +1,23 @@
-"""Connections to Redis servers on asyncio, on which nothing waits longer than it may.
+"""Connections to Redis servers on asyncio, each wait of which has a limit.
 
 A connection belongs to one call at a time. When that call ends before its answers are all there,
-the connection is closed on the spot: from then on no byte of it reaches memory, whoever that
-memory belongs to by then, and nothing unread is left for the next call.
+the connection is closed at once: from then on no byte of it reaches memory, whoever that memory
+belongs to by then, and nothing unread is left for the next call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import anyio
 
 from tierloom.stages.errors import BadObject, TierDown
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.redis.resp import Answer, Answers, Refusal, Want, command
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.redis.resp import ErrorReply, PendingReply, Reply, ReplyParser, command
 
 _SLICE = 1 << 20
 """Bytes handed to the transport at once. What a socket does not take Python 3.11 copies, and with
@@ -25,19 +25,8 @@ every send again: of a MiB that costs less than more turns would, of 32 MiB it c
 _HIGH = 64 << 10  # bytes in the transport at which we wait
 
 
-class Address(NamedTuple):
-    """Where a server listens: a port of a host, or a path."""
-
-    host: str
-    port: int = 0
-    path: str = ""
-
-    def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
-
-
-class Login(NamedTuple):
-    """What a server wants to hear first."""
+class Credentials(NamedTuple):
+    """What to log in with."""
 
     user: str
     password: str
@@ -45,23 +34,23 @@ class Login(NamedTuple):
     tls: ssl.SSLContext | None
 
     def __repr__(self) -> str:
-        return "Login(...)"  # whatever prints it, prints no password
+        return "Credentials(...)"  # whatever prints it, prints no password
 
 
-class NotLetIn(TierDown):
-    """The server does not know us: what we were configured with is wrong."""
+class AuthError(TierDown):
+    """Authentication failed: the configured user, password or database is wrong."""
 
 
-class Connection(asyncio.BufferedProtocol):
+class RespConnection(asyncio.BufferedProtocol):
     """One connection, whose answers come in the order of the commands."""
 
     def __init__(self, where: str, stall: float) -> None:
         self.error: Exception | None = None
-        """Why it is of no further use."""
+        """Why it was closed."""
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[None] = loop.create_future()
         self._where, self._stall, self._loop = where, stall, loop
-        self._answers = Answers()
+        self._answers = ReplyParser()
         self._transport: asyncio.Transport | None = None
         self._room: asyncio.Future[None] | None = None  # not there while we may write
         self._moved = 0.0  # when a byte last went or came
@@ -72,25 +61,25 @@ class Connection(asyncio.BufferedProtocol):
     def usable(self) -> bool:
         return self.error is None and not self._answers.due
 
-    async def call(self, commands: Sequence[bytes], *, limit: int = 64 << 10) -> list[Answer]:
+    async def call(self, commands: Sequence[bytes], *, limit: int = 64 << 10) -> list[Reply]:
         """The answers to small commands, sent at once; `limit` bytes at most."""
         if not commands:
             return []
-        want = Want(self._loop.create_future(), count=len(commands), limit=limit)
+        want = PendingReply(self._loop.create_future(), count=len(commands), limit=limit)
         await self.send([b"".join(commands)], want)
         return await want.future
 
     def fetch(
         self, asked: bytes, lease: Lease, begin: int, stop: int
-    ) -> asyncio.Future[list[Answer]]:
+    ) -> asyncio.Future[list[Reply]]:
         """Ask for a bulk string, to land at `begin` to `stop` of a lease, which is held meanwhile;
         the answer is its length, or None."""
-        want = Want(self._loop.create_future(), into=lease.view[begin:stop], lease=lease)
+        want = PendingReply(self._loop.create_future(), into=lease.view[begin:stop], lease=lease)
         self._expect(want)
         self._write(asked)
         return want.future
 
-    async def send(self, parts: Iterable[bytes | memoryview], want: Want) -> Want:
+    async def send(self, parts: Iterable[bytes | memoryview], want: PendingReply) -> PendingReply:
         """Send one or more commands, as fast as the server takes them. What is sent of a lease,
         `want` names."""
         self._expect(want)
@@ -102,8 +91,11 @@ class Connection(asyncio.BufferedProtocol):
                 self._write(part[at : at + _SLICE] if len(part) > _SLICE else part)
         return want
 
+    def close(self) -> None:
+        self.abort(TierDown("the connection was closed"))
+
     def abort(self, error: Exception) -> None:
-        """Close at once. Whoever waits for an answer gets `error`; twice does no harm."""
+        """Close at once. Callers that wait for a reply get `error`. Idempotent."""
         if self.error is not None:
             return
         self.error = error
@@ -119,7 +111,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=_HIGH)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.abort(TierDown(f"redis at {self._where} closed the connection: {exc or 'at its end'}"))
+        self.abort(
+            TierDown(f"redis at {self._where} closed the connection{f': {exc}' if exc else ''}")
+        )
         if not self.gone.done():
             self.gone.set_result(None)
 
@@ -159,7 +153,7 @@ class Connection(asyncio.BufferedProtocol):
         assert self._transport is not None
         self._transport.write(data)
 
-    def _expect(self, want: Want) -> None:
+    def _expect(self, want: PendingReply) -> None:
         if self.error is not None:
             raise self.error
         self._answers.expect(want)
@@ -168,7 +162,7 @@ class Connection(asyncio.BufferedProtocol):
             self._watch = self._loop.call_later(self._stall, self._look)
 
     def _look(self) -> None:
-        """Give the connection up when something is due and nothing moves."""
+        """Close the connection if a reply is due and nothing moves."""
         self._watch = None
         if not self._answers.due:
             return
@@ -176,15 +170,15 @@ class Connection(asyncio.BufferedProtocol):
         if left > 0:
             self._watch = self._loop.call_later(left, self._look)
         else:
-            self.abort(TierDown(f"redis at {self._where}: nothing moved for {self._stall:g} s"))
+            self.abort(TierDown(f"redis at {self._where}: no traffic for {self._stall:g} s"))
 
 
-async def connect(address: Address, login: Login, stall: float) -> Connection:
-    """A connection that is let in. Raises NotLetIn, TierDown, OSError."""
+async def connect(address: Address, login: Credentials, stall: float) -> RespConnection:
+    """A connection that is logged in. Raises AuthError, TierDown, OSError."""
     loop = asyncio.get_running_loop()
 
-    def make() -> Connection:
-        return Connection(str(address), stall)
+    def make() -> RespConnection:
+        return RespConnection(str(address), stall)
 
     try:
         with anyio.fail_after(stall):
@@ -196,85 +190,29 @@ async def connect(address: Address, login: Login, stall: float) -> Connection:
                     make, address.host, address.port, ssl=login.tls, server_hostname=name
                 )
     except TimeoutError as error:
-        raise TierDown(f"redis at {address} took no connection in {stall:g} s") from error
+        raise TierDown(
+            f"redis at {address} did not accept a connection within {stall:g} s"
+        ) from error
     try:
         await _log_in(connection, address, login)
     except BaseException:
-        connection.abort(TierDown("not let in"))
+        connection.abort(TierDown("login failed"))
         raise
     return connection
 
 
-async def _log_in(connection: Connection, address: Address, login: Login) -> None:
+async def _log_in(connection: RespConnection, address: Address, login: Credentials) -> None:
     hello = []
     if login.password:
         who = [login.user] if login.user else []
         hello.append(command("AUTH", *who, login.password))
     hello.append(command("SELECT", login.db) if login.db else command("PING"))
     for answer in await connection.call(hello):
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ErrorReply):
             if answer.code in ("LOADING", "MASTERDOWN"):
                 raise TierDown(f"redis at {address} is not ready: {answer.code}")
             # What it says besides may quote the password.
-            raise NotLetIn(
-                f"redis at {address} refuses user {login.user or 'default'!r}, database "
+            raise AuthError(
+                f"redis at {address} rejects user {login.user or 'default'!r}, database "
                 f"{login.db}: {answer.code}; check user, password and database"
             )
-
-
-class Lanes:
-    """The connections to one server, made when they are needed, at most so many."""
-
-    def __init__(self, make: Callable[[], Awaitable[Connection]], most: int) -> None:
-        self._make = make
-        self._free = anyio.Semaphore(most)
-        self._idle: list[Connection] = []
-        self._all: set[Connection] = set()
-
-    @property
-    def free(self) -> int:
-        """Calls that would get one at once."""
-        return self._free.value
-
-    @property
-    def wanted(self) -> bool:
-        """Somebody waits for one."""
-        return self._free.statistics().tasks_waiting > 0
-
-    @asynccontextmanager
-    async def lane(self) -> AsyncIterator[Connection]:
-        """A connection to oneself. One that is left with answers due, or by an exception, is closed
-        with all that are idle: what happened to it has probably happened to them."""
-        async with self._free:
-            connection = await self._take()
-            try:
-                yield connection
-            finally:
-                if connection.usable:
-                    self._idle.append(connection)
-                else:
-                    connection.abort(TierDown("its call was given up"))
-                    self.forget()
-
-    def forget(self) -> None:
-        """Close what is idle."""
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.abort(TierDown("not needed"))
-
-    async def close(self) -> None:
-        """Close everything, and wait until the sockets are."""
-        for connection in self._all:
-            connection.abort(TierDown("the tier is closed"))
-        for connection in list(self._all):
-            await connection.gone
-
-    async def _take(self) -> Connection:
-        self._all = {c for c in self._all if not c.gone.done()}
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable:
-                return connection
-        connection = await self._make()
-        self._all.add(connection)
-        return connection

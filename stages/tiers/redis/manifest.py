@@ -1,13 +1,13 @@
-"""How an object lies in Redis: a manifest, and pieces of about a MiB.
+"""How an object is kept in Redis: a manifest, and pieces of about a MiB.
 
     tierloom:NAMESPACE:{KEY}            the manifest: 24 bytes, then the object's header
-    tierloom:NAMESPACE:{KEY}:WRITE:0    the bytes behind the header, the first piece of them
+    tierloom:NAMESPACE:{KEY}:WRITE:0    the bytes after the header, first piece
     tierloom:NAMESPACE:{KEY}:WRITE:1    ...
 
-A server moves pieces several times faster than values of 32 MiB. WRITE is the writer's own random
-word, so that two who write the same object never mix theirs; the manifest, which names it, is
-written last and by one of them only, when all its pieces are there. Until then they live for five
-minutes, and what a killed writer leaves behind goes by itself. The braces keep all of an object on
+A server moves pieces several times faster than values of 32 MiB. WRITE is a random word of
+the writer, so that two writers of the same object never mix theirs; the manifest, which names it,
+is written last and by one of them only, when all its pieces are there. Until then they live for
+five minutes, so what a killed writer left expires. The braces keep all of an object on
 one node of a cluster. A piece that was evicted makes the object a miss, and the rest is dropped.
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tierloom.stages.errors import BadObject, Damaged, Lost, Unreadable
 from tierloom.stages.kv.object import Header, is_later
-from tierloom.stages.tiers.redis.resp import Answer, command
+from tierloom.stages.tiers.redis.resp import Reply, command
 
 GRACE = 300_000
 """Milliseconds that a piece lives without a manifest."""
@@ -79,7 +79,7 @@ class Manifest(NamedTuple):
             raise Damaged(f"manifest cut short: {len(raw)} bytes")
         magic, piece, nbytes, write = _FIXED.unpack_from(raw)
         if magic != _MAGIC or not piece or nbytes > piece << 12 or head > nbytes:
-            raise Damaged("no manifest of an object")
+            raise Damaged("not a manifest of an object")
         return cls(name, write, nbytes, piece, head)
 
     @property
@@ -95,7 +95,7 @@ class Manifest(NamedTuple):
     def name_of(self, number: int) -> bytes:
         return b"%b:%b:%d" % (self.name, self.write.hex().encode(), number)
 
-    def cuts(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def parts(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Pieces that bytes `begin` to `end` of the object lie in: number, and which of them."""
         while begin < end:
             number = (begin - self.head) // self.piece
@@ -120,7 +120,7 @@ class Manifest(NamedTuple):
         return head, view, b"\r\n$2\r\nPX\r\n$%d\r\n%b\r\n" % (len(grace), grace)
 
     def commit(self, header: memoryview, ttl: int) -> bytes:
-        """Show the object; it lives for `ttl` ms, 0: for ever."""
+        """Make the object visible for `ttl` milliseconds; 0: until it is evicted."""
         return self._script(_COMMIT, self.prefix + bytes(header), ttl)
 
     def drop(self) -> bytes:
@@ -148,10 +148,10 @@ def unpack_whole(
     return manifest, header
 
 
-def dropping(name: bytes, raw: Answer) -> tuple[bytes, int]:
+def dropping(name: bytes, raw: Reply) -> tuple[bytes, int]:
     """The command that forgets what has this name as long as it begins with `raw`, its first 24
-    bytes, and how many bytes of objects that are: 0 where it is no manifest."""
-    if not raw:  # of no bytes: it is there for everybody who asks whether it is
+    bytes, and how many bytes of objects that are: 0 where it is not a manifest."""
+    if not raw:  # an empty value: it exists for whoever asks
         return command("EVAL", _DROP_EMPTY, 1, name), 0
     if not isinstance(raw, bytes):
         return command("UNLINK", name), 0

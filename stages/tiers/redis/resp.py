@@ -1,8 +1,8 @@
-"""RESP2, what Redis and Valkey speak: commands as bytes, answers out of bytes. No I/O.
+"""RESP2, the protocol of Redis and Valkey: commands to bytes, bytes to replies. No I/O.
 
-Payloads go straight into the memory that was named for them; everything else is small and bounded
-before it is held. What cannot be an answer to what was asked raises, and the connection that it
-came over is of no further use. Specification: redis.io/docs/latest/develop/reference/protocol-spec.
+Payloads go straight into the memory that was named for them; everything else is small and bounded.
+What cannot be a reply to what was asked raises, and its connection must then be closed.
+Specification: redis.io/docs/latest/develop/reference/protocol-spec.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from tierloom.stages.errors import BadObject, TierDown
+from tierloom.stages.errors import BadObject, TierDown, TierloomError
 from tierloom.stages.memory.arena import Lease
 
 _ROOM = 16 << 10  # bytes of the buffer while nothing larger than a few small answers is expected
@@ -20,14 +20,14 @@ _LINE = 1024  # longest line: errors are the long ones
 _DEPTH = 6  # arrays within arrays; CLUSTER SLOTS has 4
 
 
-class Refusal(NamedTuple):
+class ErrorReply(NamedTuple):
     """The server's answer to a command that it did not carry out: a value, not an exception."""
 
     code: str
     """Its first word, `OOM` or `WRONGTYPE`; never more, since servers quote what they were sent."""
 
 
-Answer: TypeAlias = "bytes | int | Refusal | list[Answer] | None"
+Reply: TypeAlias = "bytes | int | ErrorReply | list[Reply] | None"
 
 
 def command(*words: bytes | str | int) -> bytes:
@@ -37,18 +37,18 @@ def command(*words: bytes | str | int) -> bytes:
 
 
 @dataclass(slots=True)
-class Want:
-    """Answers that are due, in the order in which the commands went out."""
+class PendingReply:
+    """Replies that are due, in the order in which the commands went out."""
 
-    future: asyncio.Future[list[Answer]]
+    future: asyncio.Future[list[Reply]]
     count: int = 1
     limit: int = 16 << 10
-    """Bytes that all of them together may take."""
+    """Most bytes of all of them together."""
     into: memoryview | None = None
-    """Where one bulk string goes; the answer is then its length. No longer one is taken."""
+    """Where one bulk string goes; the reply is then its length. A longer one is refused."""
     lease: Lease | None = None
-    """Whose memory is sent or received into; held until nobody does so any more."""
-    got: list[Answer] = field(default_factory=list)
+    """Whose memory is sent from or received into; held until that is over."""
+    got: list[Reply] = field(default_factory=list)
 
     def begin(self) -> None:
         if self.lease is not None:
@@ -60,17 +60,17 @@ class Want:
             lease.release()
 
 
-class _More(Exception):
-    """The bytes end inside an answer."""
+class _Incomplete(TierloomError):
+    """The bytes end inside a reply."""
 
 
-class Answers:
-    """Sorts incoming bytes into answers. `get_buffer` and `took` in turns, nothing in between."""
+class ReplyParser:
+    """Turns incoming bytes into replies. Call `get_buffer` and `took` alternately."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(_ROOM)
         self._begin = self._end = 0  # what has come, and was not yet looked at
-        self._wants: deque[Want] = deque()
+        self._wants: deque[PendingReply] = deque()
         self._body: memoryview | None = None  # of the first want
         self._filled = 0
 
@@ -79,12 +79,12 @@ class Answers:
         """Something is still to come."""
         return bool(self._wants)
 
-    def expect(self, want: Want) -> None:
+    def expect(self, want: PendingReply) -> None:
         want.begin()
         self._wants.append(want)
 
     def fail(self, error: Exception) -> None:
-        """Nothing comes any more: the first want gets `error`, the others that they are too late.
+        """The connection ended: the first want gets `error`, the others TierDown.
 
         No memory that was named is touched again.
         """
@@ -93,8 +93,8 @@ class Answers:
             want.end()
             if not want.future.done():
                 first = not n or not isinstance(error, BadObject)
-                want.future.set_exception(error if first else TierDown("connection given up"))
-                want.future.exception()  # it need not be asked for
+                want.future.set_exception(error if first else TierDown("the connection was closed"))
+                want.future.exception()  # it need not be awaited
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes go; never empty. Raises TierDown when there is no room for them."""
@@ -105,7 +105,7 @@ class Answers:
         return memoryview(self._buffer)[self._end :]
 
     def took(self, nbytes: int) -> None:
-        """So many bytes are in the buffer. Raises TierDown or BadObject; then call `fail`."""
+        """`nbytes` have come into the buffer. Raises TierDown or BadObject; then call `fail`."""
         if self._body is not None and self._filled < len(self._body):
             self._filled += nbytes
         else:
@@ -113,15 +113,15 @@ class Answers:
         try:
             while self._wants:
                 self._next(self._wants[0])
-        except _More:
+        except _Incomplete:
             return
         if self._begin < self._end:
-            raise TierDown("answers to what was not asked")
+            raise TierDown("a reply that was not requested")
         self._begin = self._end = 0
         if len(self._buffer) > _ROOM:
             self._buffer = bytearray(_ROOM)
 
-    def _next(self, want: Want) -> None:
+    def _next(self, want: PendingReply) -> None:
         if want.into is not None:
             answer = self._bulk_into(want.into)
         else:
@@ -131,35 +131,35 @@ class Answers:
         want.got.append(answer)
         if len(want.got) == want.count:
             self._wants.popleft().end()
-            if not want.future.done():  # else its caller has gone
+            if not want.future.done():  # otherwise its caller was cancelled
                 want.future.set_result(want.got)
 
-    def _bulk_into(self, into: memoryview) -> Answer:
-        """A bulk string's length, once all of it is where it belongs; None: there is none."""
+    def _bulk_into(self, into: memoryview) -> Reply:
+        """A bulk string's length, once all of it has been placed; None for a null one."""
         if self._body is None:
             kind, text, at = self._line(self._begin)
             if kind == b"-":
                 self._begin = at
                 return _refusal(text)
             if kind != b"$":
-                raise TierDown(f"a bulk string was due, not {kind!r}")
+                raise TierDown(f"expected a bulk string, got {kind!r}")
             length = _number(text)
             if length == -1:
                 self._begin = at
                 return None
             if not 0 <= length <= len(into):
-                raise BadObject(f"{length} bytes where {len(into)} were due")
+                raise BadObject(f"{length} bytes came, at most {len(into)} were expected")
             here = min(self._end - at, length)
             into[:here] = memoryview(self._buffer)[at : at + here]
             self._body, self._filled, self._begin = into[:length], here, at + here
         if self._filled < len(self._body):
             self._begin = self._end = 0
-            raise _More
+            raise _Incomplete
         self._begin = self._crlf(self._begin)
         length, self._body = len(self._body), None
         return length
 
-    def _parse(self, at: int, limit: int, depth: int) -> tuple[Answer, int]:
+    def _parse(self, at: int, limit: int, depth: int) -> tuple[Reply, int]:
         """The answer at `at`, and where it ends."""
         kind, text, at = self._line(at)
         if kind == b"+":
@@ -169,36 +169,36 @@ class Answers:
         if kind == b":":
             return _number(text), at
         if kind not in (b"$", b"*"):
-            raise TierDown(f"no answer begins with {kind!r}")
+            raise TierDown(f"a reply cannot begin with {kind!r}")
         size = _number(text)
         if size == -1:
             return None, at
         if not 0 <= size <= limit // (3 if kind == b"*" else 1) or depth == _DEPTH:
-            raise TierDown(f"an answer of {size} parts or bytes, {limit} bytes at most were due")
+            raise TierDown(f"a reply of {size} parts or bytes is longer than {limit} bytes")
         if kind == b"$":
             if self._end - at < size + 2:
-                raise _More
+                raise _Incomplete
             return bytes(self._buffer[at : at + size]), self._crlf(at + size)
-        parts: list[Answer] = []
+        parts: list[Reply] = []
         for _ in range(size):
             part, at = self._parse(at, limit, depth + 1)
             parts.append(part)
         return parts, at
 
     def _line(self, at: int) -> tuple[bytes, bytes, int]:
-        """Kind, text and end of the line at `at`."""
+        """Topology, text and end of the line at `at`."""
         end = self._buffer.find(b"\r\n", at, min(self._end, at + _LINE))
         if end < 0:
             if self._end - at >= _LINE:
                 raise TierDown(f"a line longer than {_LINE} bytes")
-            raise _More
+            raise _Incomplete
         return bytes(self._buffer[at : at + 1]), bytes(self._buffer[at + 1 : end]), end + 2
 
     def _crlf(self, at: int) -> int:
         if self._end - at < 2:
-            raise _More
+            raise _Incomplete
         if self._buffer[at : at + 2] != b"\r\n":
-            raise TierDown("a bulk string longer than it said")
+            raise TierDown("bulk string not terminated by CRLF")
         return at + 2
 
     def _make_room(self) -> None:
@@ -206,7 +206,7 @@ class Answers:
         if kept == len(self._buffer):
             limit = self._wants[0].limit + 2 * _LINE if self._wants else 0
             if kept >= limit:
-                raise TierDown("an answer longer than what was due")
+                raise TierDown("a reply longer than expected")
             # A new one: whoever asked for the last buffer may still hold a view of it.
             larger = bytearray(min(2 * kept, limit))
             larger[:kept] = self._buffer
@@ -219,10 +219,10 @@ class Answers:
 def _number(text: bytes) -> int:
     digits = text[1:] if text[:1] == b"-" else text
     if not digits.isdigit() or len(digits) > 19:
-        raise TierDown(f"{text[:24]!r} is no number")
+        raise TierDown(f"{text[:24]!r} is not a number")
     return int(text)
 
 
-def _refusal(text: bytes) -> Refusal:
+def _refusal(text: bytes) -> ErrorReply:
     word = text.split(b" ", 1)[0][:24]
-    return Refusal(word.decode() if word.isalpha() and word.isupper() else "ERR")
+    return ErrorReply(word.decode() if word.isalpha() and word.isupper() else "ERR")

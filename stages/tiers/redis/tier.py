@@ -5,18 +5,16 @@
     cold: {use: redis, url: "redis-sentinel://h1,h2,h3/mymaster"}
     cold: {use: redis, url: "redis-cluster://h1:7000,h2:7000"}
 
-There is no index here: whether an object is there, the server says, for a whole prompt in one round
-trip. How objects lie there is told in `redis_pieces.py`. The server evicts as it was set up to
+There is no local index: the server is asked which objects exist, for a whole prompt in one round
+trip. How objects lie there is told in `manifest.py`. The server evicts as it was set up to
 (`maxmemory-policy allkeys-lru` is meant for it); an object of which it evicted anything is a miss.
-Needs no client library. Payloads land in the arena, and a connection whose call was given up is
-closed before its memory is anybody else's (`redis_wire.py`).
+Needs no client library. Payloads land in the arena, and a connection whose call was cancelled is
+closed before its memory is anybody else's (`connection.py`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,77 +25,84 @@ import anyio
 from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Object
 from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.redis.connection import Connection, Login
-from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, Manifest, dropping
-from tierloom.stages.tiers.redis.reads import Load, carry
-from tierloom.stages.tiers.redis.resp import Answer, Refusal, Want, command
-from tierloom.stages.tiers.redis.topology import Cluster, Moved, Node, Sentinel, Servers
-from tierloom.stages.tiers.redis.url import parse_url, password_of, tls_of
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.tier import (
+    HoldingsCount,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
+from tierloom.stages.tiers.net.tls import client_context
+from tierloom.stages.tiers.redis.cluster import Cluster
+from tierloom.stages.tiers.redis.connection import Credentials, RespConnection
+from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, dropping
+from tierloom.stages.tiers.redis.reads import PendingRead, fetch_pieces
+from tierloom.stages.tiers.redis.resp import Reply, command
+from tierloom.stages.tiers.redis.topology import Node, Sentinel, Servers
+from tierloom.stages.tiers.redis.url import parse_url, password_of
+from tierloom.stages.tiers.redis.writes import Written, write
 
 _ABSENT = -2  # what PTTL says of a key that is not there
-_BATCH = 256  # small commands sent at once
-_AHEAD = 4  # pieces stored before the first of them was acknowledged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RedisOptions:
-    """Where, as whom, and how."""
+    """Options of a Redis tier."""
 
     url: str = field(repr=False)
     """`redis://`, `rediss://` (TLS), `unix://`, `redis-sentinel://h1,h2/service` or
     `redis-cluster://h1,h2`, with `user:password@`, port and `/db` where needed."""
     ttl: Seconds = 86400.0
-    """How long an object lives after it was stored or read, at least half of it; 0: until it is
+    """How long an object lives after it was stored or read (at least half of it); 0: until it is
     evicted."""
     password_env: str = ""
-    """Environment variable that holds the password, where the url does not."""
+    """Environment variable with the password, if the url has none."""
     password_file: str = ""
-    """File that holds the password; read again at each connect, so it may change."""
+    """File with the password; read at each connect, so it may change."""
     ca_file: str = ""
-    """Whom to trust as issuer of the server's certificate; else whom this system trusts."""
+    """PEM file of the certificate authorities to trust. Default: the system's."""
     cert_file: str = ""
-    """Our own certificate, for servers that ask for one."""
+    """PEM file of the client certificate, for servers that require one."""
     key_file: str = ""
-    """Its key, where `cert_file` does not hold it."""
+    """PEM file of its key, if `cert_file` does not contain it."""
     prefix: str = "tierloom"
-    """What every key begins with."""
+    """Prefix of every key."""
     connections: int = 2
-    """Connections to each server for payloads."""
+    """Most connections to each server for payloads."""
     window: int = 1
-    """Pieces asked for at once on each of them. The server buffers what it has not sent, so more
-    costs both sides CPU time; it helps where a round trip takes longer than a piece."""
+    """Pieces requested at once on each of them. The server buffers what it has not sent, so more
+    costs CPU time on both sides; it helps if a round trip takes longer than a piece."""
     piece: Size = 1020 << 10
-    """Bytes of a piece, of objects stored from now on. A little below a power of two: Redis'
-    allocator makes 1.25 MiB of a value of 1 MiB, for which its own few bytes leave no room."""
+    """Bytes of a piece, for objects stored from now on. A little below a power of two: Redis'
+    allocator uses 1.25 MiB for a value of 1 MiB and its header."""
     stall: Seconds = 1.0
-    """A connection on which nothing moves for so long is closed; of a cluster, its node is then
-    left alone for a second. To be shorter than `timeout`."""
+    """A connection without any traffic for this long is closed; a cluster then avoids its node for
+    a second. Must be shorter than `timeout`."""
 
     def __post_init__(self) -> None:
         url = parse_url(self.url)
         if self.password_env and self.password_file:
-            raise ValueError("password_env and password_file are both given")
+            raise ValueError("give either password_env or password_file, not both")
         if (self.password_env or self.password_file) and url.password:
-            raise ValueError("the url has a password, and so has another option")
+            raise ValueError("give the password either in the url or in an option, not both")
         if (self.ca_file or self.cert_file) and not url.tls:
             raise ValueError("ca_file and cert_file need TLS: rediss://")
         if self.key_file and not self.cert_file:
             raise ValueError("key_file needs cert_file")
         if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", self.prefix):
-            raise ValueError("prefix may have letters, digits and _.:- only")
+            raise ValueError("prefix may contain letters, digits and _.:- only")
         if not 1 <= self.connections <= 64 or not 1 <= self.window <= 64:
-            raise ValueError("connections and window must lie in 1..64")
+            raise ValueError("connections and window must be between 1 and 64")
         if not 64 << 10 <= self.piece <= 64 << 20:
-            raise ValueError("piece must lie between 64 KiB and 64 MiB")
+            raise ValueError("piece must be between 64 KiB and 64 MiB")
         if self.stall <= 0 or self.ttl < 0:
-            raise ValueError("stall must be longer than nothing, and ttl not negative")
+            raise ValueError("stall must be greater than 0, and ttl not negative")
 
 
 class Redis(Tier):
-    """Knows whole chunks only: inner links are found in local tiers. asyncio alone, as the
-    pipeline's own loop is."""
+    """Whole chunks only: inner links are found in local tiers. For asyncio only."""
 
     Options = RedisOptions
 
@@ -108,7 +113,7 @@ class Redis(Tier):
         self._space = f"{options.prefix}:{ctx.namespace.hex()[:32] or 'any'}:".encode()
         self._ttl = round(options.ttl * 1000)
         self._servers: Servers | None = None
-        self._stat = TierStat(0, 0, 0)
+        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         if self._servers is None:
@@ -120,38 +125,37 @@ class Redis(Tier):
             await self._servers.close()
 
     def stat(self) -> TierStat:
-        """What this process put there and knows of; the server may have evicted it since."""
-        return self._stat
+        """What this process put and did not delete; the server may have evicted it since."""
+        return self._holdings.stat
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = [False] * len(keys)
 
         async def ask(node: Node, which: list[int]) -> None:
             asked = [command("EXISTS", self._name(keys[i])) for i in which]
-            for i, there in zip(which, await self._quick(node, asked), strict=True):
+            for i, there in zip(which, await node.ask(asked), strict=True):
                 found[i] = there == 1
 
         await self._up.each(keys, ask)
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
-        loads = [Load(read, self.ctx, self.counts) for read in reads]
+        loads = [PendingRead(read, self.ctx, self.counts) for read in reads]
         try:
             failed = await self._up.each(
                 [read.key for read in reads],
                 lambda node, which: self._read(node, [loads[i] for i in which]),
             )
             for i in failed:
-                loads[i].fail()
+                loads[i].server_failed()
             for load in loads:
-                load.deliver()
+                load.finish()
         finally:
             for load in loads:
                 load.close()
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         outcome: list[Lost | None] = [None] * len(objects)
         for i in await self._up.each(
             [obj.header.key for obj in objects], partial(self._put, objects, outcome)
@@ -159,7 +163,7 @@ class Redis(Tier):
             outcome[i] = Lost.TIER_DOWN
         return outcome
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         dropped = 0
 
         async def forget(node: Node, which: list[int]) -> None:
@@ -170,23 +174,23 @@ class Redis(Tier):
         return dropped
 
     async def clear(self) -> int:
-        """Looks at all the keys of the server, so on a large one it may not end in time."""
+        """Scans all keys of the server, so on a large one it may time out."""
         cleared = 0
         for node in list(self._up.nodes):
             cursor = 0
             while True:
                 scan = command("SCAN", cursor, "MATCH", self._space + b"*", "COUNT", 1000)
-                match (await self._quick(node, [scan], limit=8 << 20))[0]:
+                match (await node.ask([scan], limit=8 << 20))[0]:
                     case [bytes(text), list(names)] if text.isdigit():
                         cursor = int(text)
                     case _:
-                        raise TierDown("SCAN was answered with what is no page of keys")
+                        raise TierDown("redis: unexpected reply to SCAN")
                 mine = [n for n in names if isinstance(n, bytes) and n.startswith(self._space)]
-                gone = await self._quick(node, [command("UNLINK", name) for name in mine])
+                gone = await node.ask([command("UNLINK", name) for name in mine])
                 cleared += sum(n.endswith(b"}") and g == 1 for n, g in zip(mine, gone, strict=True))
                 if not cursor:
                     break
-        self._stat = TierStat(0, 0, 0)
+        self._holdings.reset()
         return cleared
 
     @property
@@ -197,41 +201,25 @@ class Redis(Tier):
 
     def _make_servers(self) -> Servers:
         url, o = self._url, self.options
-        tls = tls_of(o.ca_file, o.cert_file, o.key_file) if url.tls else None
+        tls = client_context(o.ca_file, o.cert_file, o.key_file) if url.tls else None
 
-        def enter() -> Login:
+        def enter() -> Credentials:
             password = password_of(url, o.password_env, o.password_file)
-            return Login(url.user, password, url.db, tls)
+            return Credentials(url.user, password, url.db, tls)
 
         if url.kind == "sentinel":
-            return Sentinel(url.hosts, enter, url.service, stall=o.stall, lanes=o.connections)
+            return Sentinel(url.hosts, enter, url.service, stall=o.stall, connections=o.connections)
         kind = Cluster if url.kind == "cluster" else Servers
-        return kind(url.hosts, enter, stall=o.stall, lanes=o.connections)
+        return kind(url.hosts, enter, stall=o.stall, connections=o.connections)
 
     def _name(self, key: bytes) -> bytes:
         return b"%b{%b}" % (self._space, key.hex().encode())
 
-    async def _quick(
-        self, node: Node, commands: list[bytes], *, limit: int = 64 << 10
-    ) -> list[Answer]:
-        """Answers to small commands, which wait for no payload. What is refused raises, but for a
-        key that holds no string."""
-        answers: list[Answer] = []
-        if commands:
-            async with node.quick.lane() as lane:
-                for at in range(0, len(commands), _BATCH):
-                    some = commands[at : at + _BATCH]
-                    answers += await lane.call(some, limit=max(limit, 256 * len(some)))
-        for answer in answers:
-            if isinstance(answer, Refusal) and answer.code != "WRONGTYPE":
-                raise _trouble(answer)
-        return answers
-
-    async def _read(self, node: Node, loads: list[Load]) -> None:
+    async def _read(self, node: Node, loads: list[PendingRead]) -> None:
         """The manifests in one round trip; then the pieces, those of the first frames first."""
         wanted = [load for load in loads if load.due]
         asked = [word for load in wanted for word in self._ask(load.read.key)]
-        answers = iter(await self._quick(node, asked, limit=len(wanted) * (LARGEST + 64)))
+        answers = iter(await node.ask(asked, limit=len(wanted) * (LARGEST + 64)))
         renew = []
         for load in wanted:
             left, raw = next(answers), next(answers)
@@ -239,21 +227,21 @@ class Redis(Tier):
             if self._ttl and isinstance(left, int) and left < self._ttl // 2:
                 renew.append(load)
             await anyio.lowlevel.checkpoint()  # a header takes 50 us
-        await carry(node, loads, self.options.window, _trouble)
+        await fetch_pieces(node, loads, self.options.window)
         bad = [(load, load.proof) for load in loads if load.proof]
         again = [load.manifest.renew(self._ttl) for load in renew if load.whole and load.manifest]
-        with suppress(OSError, TierDown):  # who may only read, reads
+        with suppress(OSError, TierDown):  # a user who may only read can still read
             if bad:
                 await self._expel(node, bad)
-            await self._quick(node, again)
+            await node.ask(again)
 
-    async def _expel(self, node: Node, bad: list[tuple[Load, Damaged]]) -> None:
-        """Drop objects, on proof that they are damaged: those that were read, not what another has
-        put there meanwhile."""
-        await self._forget(node, [(self._name(load.read.key), load.raw) for load, _ in bad])
+    async def _expel(self, node: Node, bad: list[tuple[PendingRead, Damaged]]) -> None:
+        """Delete objects on proof of damage: those that were read, not what another has put there
+        since."""
+        await self._forget(node, [(self._name(load.read.key), load.seen) for load, _ in bad])
 
     def _ask(self, key: bytes) -> list[bytes]:
-        """No more than a manifest may have: one that somebody made longer is just a bad one."""
+        """Reads no more than a manifest may have: a longer one is just a bad one."""
         name = self._name(key)
         return [command("PTTL", name), command("GETRANGE", name, 0, LARGEST)]
 
@@ -261,81 +249,41 @@ class Redis(Tier):
         self, objects: Sequence[Object], outcome: list[Lost | None], node: Node, which: list[int]
     ) -> None:
         names = {i: self._name(objects[i].header.key) for i in which}
-        there = await self._quick(node, [command("EXISTS", names[i]) for i in which])
+        there = await node.ask([command("EXISTS", names[i]) for i in which])
         fresh = iter([i for i, kept in zip(which, there, strict=True) if kept != 1])
 
         async def worker(_: int) -> None:
             for i in fresh:
-                async with node.bulk.lane() as lane:
-                    outcome[i] = await self._store(lane, objects[i], names[i])
+                async with node.bulk.connection() as connection:
+                    outcome[i] = await self._write(connection, objects[i], names[i])
 
         count = max(1, min(node.bulk.free, len(which)))
-        await fan(worker, range(count), count)
+        await map_concurrently(worker, range(count), count)
 
-    async def _store(self, lane: Connection, obj: Object, name: bytes) -> Lost | None:
-        """Pieces, a few at once, then the manifest, all in one stream."""
-        header, view = obj.header, obj.lease.view
-        head = header.header_bytes
-        manifest = Manifest(name, secrets.token_bytes(8), header.nbytes, self.options.piece, head)
-        under_way: list[Want] = []
-        full = False
-        for number, begin, stop in manifest.cuts(head, header.nbytes):
-            if len(under_way) == _AHEAD:
-                full = full or _is_full(await under_way.pop(0).future)
-            if full:
-                break
-            want = Want(asyncio.get_running_loop().create_future(), lease=obj.lease)
-            under_way.append(await lane.send(manifest.store(number, view[begin:stop]), want))
-        for want in under_way:
-            full = _is_full(await want.future) or full
-        if not full:
-            kept = (await lane.call([manifest.commit(view[:head], self._ttl)]))[0]
-            if isinstance(kept, Refusal) and kept.code != "OOM":
-                raise _trouble(kept)
-            if kept == 1:
-                self.counts.puts += 1
-                self.counts.bytes_in += header.nbytes
-                self._count(1, header.nbytes)
-            if kept in (1, 2):  # 2: somebody else was quicker
-                return None
-        await lane.call([command("UNLINK", each) for each in manifest.names()[1:]])
-        self.counts.refused += 1
-        return Lost.NO_ROOM
+    async def _write(self, connection: RespConnection, obj: Object, name: bytes) -> Lost | None:
+        written = await write(connection, obj, name, piece=self.options.piece, ttl=self._ttl)
+        if written is Written.NO_ROOM:
+            self.counts.refused += 1
+            return Lost.NO_ROOM
+        if written is Written.KEPT:
+            self.counts.puts += 1
+            self.counts.bytes_in += obj.header.nbytes
+            self._holdings.add(1, obj.header.nbytes)
+        return None
 
     async def _drop(self, node: Node, keys: Sequence[bytes]) -> int:
         names = [self._name(key) for key in keys]
         asked = [command("GETRANGE", name, 0, MANIFEST - 1) for name in names]
-        answers = await self._quick(node, asked)
+        answers = await node.ask(asked)
         return await self._forget(node, list(zip(names, answers, strict=True)))
 
-    async def _forget(self, node: Node, there: list[tuple[bytes, Answer]]) -> int:
-        """Drop what has these names as long as it begins so still; how many objects there were."""
+    async def _forget(self, node: Node, there: list[tuple[bytes, Reply]]) -> int:
+        """Delete these names if they still begin so; how many objects there were."""
         orders = [dropping(name, raw) for name, raw in there]
         dropped = 0
-        answers = await self._quick(node, [order for order, _ in orders])
+        answers = await node.ask([order for order, _ in orders])
         for (_, nbytes), gone in zip(orders, answers, strict=True):
             if gone == 1:
                 dropped += 1
-                self._count(-1, -nbytes)
+                self._holdings.add(-1, -nbytes)
         return dropped
-
-    def _count(self, objects: int, nbytes: int) -> None:
-        was = self._stat
-        self._stat = TierStat(max(0, was.objects + objects), max(0, was.nbytes + nbytes), 0)
-
-
-def _is_full(answers: list[Answer]) -> bool:
-    """Whether the server had no room for a piece."""
-    answer = answers[0]
-    if isinstance(answer, Refusal) and answer.code != "OOM":
-        raise _trouble(answer)
-    return isinstance(answer, Refusal)
-
-
-def _trouble(refusal: Refusal) -> TierDown:
-    """What a refused command means for its server."""
-    if refusal.code in ("MOVED", "ASK", "TRYAGAIN"):
-        return Moved(f"redis: {refusal.code}; of a cluster the url begins with redis-cluster://")
-    if refusal.code == "NOPERM":
-        return TierDown("redis: NOPERM; the user needs GET, SET, EVAL and SCAN on our keys")
-    return TierDown(f"redis refused a command: {refusal.code}")

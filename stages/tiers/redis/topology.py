@@ -1,81 +1,117 @@
-"""Which Redis server has what: one server, a master that sentinels name, or a cluster's nodes.
+"""Which Redis server has what: one server, or the master that sentinels name; for a cluster see
+`cluster.py`.
 
-A node of a cluster that fails is left alone for a second at a time while the others go on; of a
-single server the tier's breaker does that. Where everything is, is asked again after a failure.
+A node of a cluster that fails is avoided for a second at a time while the others go on; for a
+single server the tier's breaker does that. After a failure the topology is asked for again.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from binascii import crc_hqx
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 
 from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.tiers.contract.concurrently import fan
-from tierloom.stages.tiers.redis.connection import (
-    Address,
-    Connection,
-    Lanes,
-    Login,
-    NotLetIn,
-    connect,
-)
-from tierloom.stages.tiers.redis.resp import Answer, Refusal, command
+from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.net.connection_pool import ConnectionPool
+from tierloom.stages.tiers.redis.connection import AuthError, Credentials, RespConnection, connect
+from tierloom.stages.tiers.redis.resp import ErrorReply, Reply, command
 
 log = logging.getLogger(__name__)
 
-SLOTS = 16384
-_REST = 1.0  # seconds for which a failing node of a cluster is left alone
+REST = 1.0  # seconds for which a failing node of a cluster is avoided
+_BATCH = 256  # small commands sent at once
 _QUICK = 4  # connections for small commands, which must not wait behind payloads
 
 
 class Moved(TierDown):
-    """A cluster keeps a key elsewhere by now."""
+    """The cluster has moved a key to another node."""
+
+
+def error_of(reply: ErrorReply) -> TierDown:
+    """What a refused command means for its server."""
+    if reply.code in ("MOVED", "ASK", "TRYAGAIN"):
+        return Moved(f"redis: {reply.code}; the url of a cluster begins with redis-cluster://")
+    if reply.code == "NOPERM":
+        return TierDown("redis: NOPERM; the user needs GET, SET, EVAL and SCAN on our keys")
+    return TierDown(f"redis refused a command: {reply.code}")
 
 
 class Node:
     """One server: its connections, and whether it answers."""
 
-    def __init__(self, make: Callable[[], Awaitable[Connection]], lanes: int) -> None:
-        self.quick, self.bulk = Lanes(make, _QUICK), Lanes(make, lanes)
+    def __init__(self, make: Callable[[], Awaitable[RespConnection]], connections: int) -> None:
+        self._make = make
+        self._connections: set[RespConnection] = set()
+        self.quick = ConnectionPool(self._connect, _QUICK)
+        self.bulk = ConnectionPool(self._connect, connections)
         self.error: Exception | None = None
-        """Why its last call failed; None: it did not."""
+        """Why its last call failed, if it did."""
         self.retry = 0.0
 
     def failed(self, error: Exception) -> None:
-        self.error, self.retry = error, time.monotonic() + _REST
+        self.error, self.retry = error, time.monotonic() + REST
         self.quick.forget()
         self.bulk.forget()
 
+    async def ask(self, commands: list[bytes], *, limit: int = 64 << 10) -> list[Reply]:
+        """Replies to small commands, which wait for no payload. What is refused raises, but for a
+        key that does not hold a string."""
+        replies: list[Reply] = []
+        if commands:
+            async with self.quick.connection() as connection:
+                for at in range(0, len(commands), _BATCH):
+                    some = commands[at : at + _BATCH]
+                    replies += await connection.call(some, limit=max(limit, 256 * len(some)))
+        for reply in replies:
+            if isinstance(reply, ErrorReply) and reply.code != "WRONGTYPE":
+                raise error_of(reply)
+        return replies
+
     async def close(self) -> None:
-        await self.quick.close()
-        await self.bulk.close()
+        """Close everything, and wait until the sockets are closed."""
+        self.quick.close()
+        self.bulk.close()
+        for connection in self._connections:
+            connection.abort(TierDown("the tier is closed"))
+        for connection in list(self._connections):
+            await connection.gone
+
+    async def _connect(self) -> RespConnection:
+        self._connections = {c for c in self._connections if not c.gone.done()}
+        connection = await self._make()
+        self._connections.add(connection)
+        return connection
 
 
 class Servers:
     """One server."""
 
     moves = False
-    """Keys may move from node to node, and no node is to blame."""
+    """Keys may move from node to node: that is not a failure of a node."""
 
     def __init__(
-        self, hosts: Sequence[Address], enter: Callable[[], Login], *, stall: float, lanes: int
+        self,
+        hosts: Sequence[Address],
+        enter: Callable[[], Credentials],
+        *,
+        stall: float,
+        connections: int,
     ) -> None:
-        """`enter` says how to log in, and may raise ConfigError. `lanes`: connections to each
+        """`enter` says how to log in, and may raise ConfigError. `connections`: connections to each
         server for payloads. To be made on the loop."""
-        self._hosts, self._enter, self._stall, self._lanes = hosts, enter, stall, lanes
-        self.nodes = [Node(self._make, lanes)]
+        self._hosts, self._enter, self._stall, self._limit = hosts, enter, stall, connections
+        self.nodes = [Node(self._make, connections)]
         self._opened = False
 
     async def open(self) -> None:
-        """Raises ConfigError when we are not let in, TierDown or OSError when nobody is there."""
+        """Raises ConfigError (authentication failed), TierDown or OSError (the server is down)."""
         try:
-            async with self.nodes[0].quick.lane():
+            async with self.nodes[0].quick.connection():
                 pass
-        except NotLetIn as error:
+        except AuthError as error:
             raise ConfigError(str(error)) from error
         self._opened = True
 
@@ -84,7 +120,7 @@ class Servers:
             await node.close()
 
     def node_of(self, key: bytes) -> Node | None:
-        """Who has what is kept under a chunk's key; None: nobody."""
+        """The node that has a chunk's key; None if no node has its slot."""
         return self.nodes[0]
 
     async def each(
@@ -115,7 +151,7 @@ class Servers:
                 self._lost(node)
 
         pairs = [(node, which) for node, which in groups.items() if node is not None]
-        await fan(go, pairs, len(pairs))
+        await map_concurrently(go, pairs, len(pairs))
         errors = [node.error for node in self.nodes if node.error is not None]
         if failed and len(errors) == len(self.nodes):
             raise errors[0]
@@ -125,25 +161,25 @@ class Servers:
         return True
 
     def _lost(self, node: Node) -> None:
-        """It failed: what we know of where things are may be wrong."""
+        """It failed: what is known of the topology may be wrong."""
 
     async def _look_around(self) -> None:
-        """Ask again where things are, where that may have changed."""
+        """Ask for the topology again, if it may have changed."""
 
-    async def _make(self) -> Connection:
+    async def _make(self) -> RespConnection:
         return await self._connect(self._hosts[0])
 
     async def _ask(
         self, address: Address, *words: str, limit: int = 16 << 10, sentinel: bool = False
-    ) -> Answer:
-        """The answer to one command, on a connection for it alone."""
+    ) -> Reply:
+        """The reply to one command, on a connection of its own."""
         connection = await self._connect(address, sentinel=sentinel)
         try:
             return (await connection.call([command(*words)], limit=limit))[0]
         finally:
             connection.abort(TierDown("asked"))
 
-    async def _connect(self, address: Address, *, sentinel: bool = False) -> Connection:
+    async def _connect(self, address: Address, *, sentinel: bool = False) -> RespConnection:
         try:
             entry = self._enter()
         except ConfigError as error:
@@ -152,8 +188,8 @@ class Servers:
             raise
         if sentinel:
             try:
-                return await connect(address, Login("", "", 0, entry.tls), self._stall)
-            except NotLetIn:
+                return await connect(address, Credentials("", "", 0, entry.tls), self._stall)
+            except AuthError:
                 entry = entry._replace(db=0)
         try:
             return await connect(address, entry, self._stall)
@@ -166,13 +202,13 @@ class Servers:
 
 
 class Sentinel(Servers):
-    """The master of a service, which sentinels know; who that is may change at any time."""
+    """The master of a service, as sentinels name it; it may change at any time."""
 
     def __init__(
-        self, hosts: Sequence[Address], enter: Callable[[], Login], service: str, *, stall: float,
-        lanes: int,
+        self, hosts: Sequence[Address], enter: Callable[[], Credentials], service: str, *,
+        stall: float, connections: int,
     ) -> None:  # fmt: skip
-        super().__init__(hosts, enter, stall=stall, lanes=lanes)
+        super().__init__(hosts, enter, stall=stall, connections=connections)
         self._sentinels = deque(hosts)
         self._service = service
         self._master: Address | None = None
@@ -180,7 +216,7 @@ class Sentinel(Servers):
     def _lost(self, node: Node) -> None:
         self._master = None
 
-    async def _make(self) -> Connection:
+    async def _make(self) -> RespConnection:
         if self._master is None:
             self._master = await self._find()
         master = self._master
@@ -190,13 +226,13 @@ class Sentinel(Servers):
         except BaseException:
             connection.abort(TierDown("its role is not known"))
             raise
-        # Who is not allowed to ask finds out by the first store.
-        if not isinstance(role, Refusal) and not (
+        # A user without the right to ask finds out by the first put.
+        if not isinstance(role, ErrorReply) and not (
             isinstance(role, list) and role[:1] == [b"master"]
         ):
             self._master = None
             connection.abort(TierDown("a replica"))
-            raise TierDown(f"redis at {master} is not the master of {self._service} any more")
+            raise TierDown(f"redis at {master} is no longer the master of {self._service}")
         return connection
 
     async def _find(self) -> Address:
@@ -204,10 +240,10 @@ class Sentinel(Servers):
         why = ""
         for _ in range(len(self._sentinels)):
             address = self._sentinels[0]
-            self._sentinels.rotate(-1)  # who hangs is asked last next time
+            self._sentinels.rotate(-1)  # one that hangs is asked last the next time
             try:
                 answer = await self._ask(address, *ask, sentinel=True)
-            except NotLetIn:
+            except AuthError:
                 raise
             except (OSError, TierDown) as error:
                 why = str(error)
@@ -218,101 +254,4 @@ class Sentinel(Servers):
                     self._sentinels.rotate(1)
                     return Address(host.decode("utf-8", "replace"), int(port))
             why = f"the sentinel at {address} knows no service {self._service!r}"
-        raise TierDown(f"no sentinel names a master of {self._service!r}: {why}")
-
-
-class Cluster(Servers):
-    """Nodes that share 16,384 slots; all of an object lies in one."""
-
-    moves = True
-
-    def __init__(
-        self, hosts: Sequence[Address], enter: Callable[[], Login], *, stall: float, lanes: int
-    ) -> None:
-        super().__init__(hosts, enter, stall=stall, lanes=lanes)
-        self.nodes = []
-        self._by_address: dict[Address, Node] = {}
-        self._slots: list[Node | None] = [None] * SLOTS
-        self._ask_again, self._asked = True, 0.0
-
-    async def open(self) -> None:
-        try:
-            await self._learn()
-        except NotLetIn as error:
-            raise ConfigError(str(error)) from error
-        self._opened = True
-
-    def node_of(self, key: bytes) -> Node | None:
-        return self._slots[crc_hqx(key.hex().encode(), 0) % SLOTS]
-
-    def _may_try(self, node: Node) -> bool:
-        now = time.monotonic()
-        if node.error is not None:
-            if now < node.retry:
-                return False
-            node.retry = now + _REST  # one call finds out; the others go on without
-        return True
-
-    def _lost(self, node: Node) -> None:
-        self._ask_again = True
-
-    async def _look_around(self) -> None:
-        if self._ask_again and time.monotonic() >= self._asked + _REST:
-            self._asked = time.monotonic()
-            with suppress(OSError, TierDown):  # then what we know has to do
-                await self._learn()
-
-    async def _learn(self) -> None:
-        """Ask any node which slots lie where. Raises what the last one asked did."""
-        known = sorted(self._by_address, key=lambda a: self._by_address[a].error is not None)
-        why: Exception = TierDown("no node of the cluster knows all slots")
-        for address in dict.fromkeys([*known, *self._hosts]):
-            node = self._by_address.get(address)
-            if node is not None and node.error is not None and time.monotonic() < node.retry:
-                continue
-            try:
-                answer = await self._ask(address, "CLUSTER", "SLOTS", limit=1 << 20)
-                self._take(_ranges(answer, address.host))
-            except (OSError, TierDown) as error:
-                why = error
-            else:
-                self._ask_again = False
-                return
-        raise why
-
-    def _take(self, ranges: list[tuple[int, int, Address]]) -> None:
-        slots: list[Node | None] = [None] * SLOTS
-        used = {}
-        for first, last, address in ranges:
-            node = self._by_address.get(address)
-            if node is None:
-
-                async def make(address: Address = address) -> Connection:
-                    return await self._connect(address)
-
-                node = self._by_address[address] = Node(make, self._lanes)
-            used[address] = node
-            slots[first : last + 1] = [node] * (last + 1 - first)
-        gone = [node for address, node in self._by_address.items() if address not in used]
-        self._by_address, self._slots, self.nodes = used, slots, list(used.values())
-        for node in gone:
-            node.failed(TierDown("no longer in the cluster"))
-
-
-def _ranges(answer: Answer, host: str) -> list[tuple[int, int, Address]]:
-    """What CLUSTER SLOTS says. `host`: whom a node means that names none. Raises TierDown."""
-    if isinstance(answer, Refusal):
-        raise TierDown(f"redis at {host} tells no slots: {answer.code}")
-    found = []
-    for entry in answer if isinstance(answer, list) else []:
-        match entry:
-            case [int(first), int(last), [name, int(port), *_], *_] if (
-                0 <= first <= last < SLOTS and isinstance(name, bytes | None)
-            ):
-                where = name.decode("utf-8", "replace") if name else host
-                found.append((first, last, Address(where, port)))
-            case _:
-                raise TierDown("CLUSTER SLOTS was answered with what is no table of slots")
-    if not found:
-        raise TierDown("it is no cluster, or has no slots")
-    return found
+        raise TierDown(f"no sentinel knows a master of {self._service!r}: {why}")

@@ -10,19 +10,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import ssl
 from typing import Literal, NamedTuple
 from urllib.parse import unquote
 
 from tierloom.stages.errors import ConfigError
-from tierloom.stages.tiers.redis.connection import Address
-from tierloom.stages.user_home import expanded
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.net.credentials import secret_in_env, secret_in_file
 
-Kind = Literal["single", "sentinel", "cluster"]
+Topology = Literal["single", "sentinel", "cluster"]
 
-_SCHEMES: dict[str, tuple[Kind, bool]] = {
+_SCHEMES: dict[str, tuple[Topology, bool]] = {
     "redis": ("single", False), "rediss": ("single", True), "unix": ("single", False),
     "redis-sentinel": ("sentinel", False), "rediss-sentinel": ("sentinel", True),
     "redis-cluster": ("cluster", False), "rediss-cluster": ("cluster", True),
@@ -31,20 +29,20 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(?::([0-9]{1,5}))?")
 
 
 class Url(NamedTuple):
-    """A URL taken apart."""
+    """The parts of a URL."""
 
-    kind: Kind
+    kind: Topology
     tls: bool
     hosts: tuple[Address, ...]
     service: str
-    """What the sentinels call it."""
+    """The service's name at the sentinels."""
     db: int
     user: str
     password: str
 
 
 def parse_url(text: str) -> Url:
-    """Raises ValueError, whose words never quote what may be a password."""
+    """Raises ValueError, which never quotes what may be a password."""
     scheme, mark, rest = text.partition("://")
     scheme = scheme.lower()
     if not mark or scheme not in _SCHEMES:
@@ -65,7 +63,7 @@ def parse_url(text: str) -> Url:
         port = 26379 if kind == "sentinel" else 6379
         hosts = [_host(name, port) for name in names.split(",")]
     if query:
-        raise ValueError("url has a query that means nothing here; options stand beside the url")
+        raise ValueError("url has a query, which is not supported: give options beside the url")
     service = ""
     if kind == "sentinel":
         service, _, path = path.partition("/")
@@ -74,11 +72,9 @@ def parse_url(text: str) -> Url:
                 "url needs the service's name, as in redis-sentinel://h1,h2,h3/mymaster"
             )
     if len(hosts) > 1 and kind == "single":
-        raise ValueError(
-            "url names several hosts: for that there are redis-sentinel, redis-cluster"
-        )
+        raise ValueError("url names several hosts: use redis-sentinel:// or redis-cluster://")
     if path and not (path.isdigit() and len(path) < 6):
-        raise ValueError("url names a database that is no number")
+        raise ValueError("database in url must be a number")
     if path.strip("0") and kind == "cluster":
         raise ValueError("url names a database, but a cluster has only database 0")
     return Url(
@@ -89,7 +85,7 @@ def parse_url(text: str) -> Url:
 def _host(text: str, port: int) -> Address:
     found = _HOST.fullmatch(text)
     if found is None or int(found[2] or 1) not in range(1, 65536):
-        raise ValueError("url has a host that is none; write host or host:port")
+        raise ValueError("invalid host in url; write host or host:port")
     return Address(found[1].strip("[]"), int(found[2] or port))
 
 
@@ -98,29 +94,9 @@ def password_of(url: Url, env: str, file: str) -> str:
     that it may change. Raises ConfigError for a variable or a file that is not there."""
     password = url.password
     if env:
-        password = os.environ.get(env, "")
-        if not password:
-            raise ConfigError(f"password_env: environment variable {env} is not set")
+        password = secret_in_env("password_env", env)
     if file:
-        try:
-            password = expanded(file).read_text("utf-8").strip("\r\n")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise ConfigError(f"password_file {file}: {reason}") from None
+        password = secret_in_file("password_file", file)
     if url.user and not password:
         raise ConfigError(f"user {url.user!r} has no password: set password_env or password_file")
     return password
-
-
-def tls_of(ca: str, cert: str, key: str) -> ssl.SSLContext:
-    """Raises ConfigError for files that are not there, or not what they should be."""
-    import ssl
-
-    try:
-        made = ssl.create_default_context(cafile=os.path.expanduser(ca) or None)
-        if cert:
-            made.load_cert_chain(os.path.expanduser(cert), os.path.expanduser(key) or None)
-    except OSError as error:  # as ssl.SSLError is
-        names = ", ".join(filter(None, (ca, cert, key)))
-        raise ConfigError(f"TLS with {names or 'the CAs of this system'}: {error}") from error
-    return made

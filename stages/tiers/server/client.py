@@ -1,62 +1,40 @@
-"""How a client of `tierloom serve` gets a line: addresses, TLS, token, the first three words."""
+"""The client of `tierloom serve`: address, TLS, token, handshake and connections."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hmac
 import os
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import anyio
 
-from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.options import masked
+from tierloom.stages.errors import TierDown
+from tierloom.stages.tiers.net.address import Address
+from tierloom.stages.tiers.net.connection_pool import ConnectionPool
+from tierloom.stages.tiers.net.credentials import secret_in_file
+from tierloom.stages.tiers.net.tls import client_context
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.connection import Line
-from tierloom.stages.tiers.server.shared_memory import Lender
-from tierloom.stages.user_home import expanded
+from tierloom.stages.tiers.server.connection import Connection
+from tierloom.stages.tiers.server.shared_memory import SharedMemory
 
 TOKEN = "TIERLOOM_TOKEN"
 """Environment variable of the token, where no file is named."""
 PORT = 7654
 
 
-class Address(NamedTuple):
-    """Where a server listens: a host and port, or a path."""
-
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    tls: bool = False
-
-    @classmethod
-    def parse(cls, url: str) -> Address:
-        """`tierloom://host:port`, `tierloom+tls://host:port`, `tierloom+unix:///path`. Raises
-        ValueError."""
-        try:
-            parts = urlsplit(url)
-            port = PORT if parts.port is None else parts.port
-        except ValueError as error:
-            raise ValueError(f"url {masked(url)!r}: {error}") from None
-        if parts.scheme == "tierloom+unix" and not parts.netloc and parts.path.startswith("/"):
-            return cls(path=parts.path)
-        known = parts.scheme in ("tierloom", "tierloom+tls")
-        if not known or not parts.hostname or parts.username or parts.path.strip("/"):
-            raise ValueError(
-                f"url {masked(url)!r}: write tierloom://HOST:PORT, tierloom+tls://HOST:PORT or "
-                "tierloom+unix:///PATH"
-            )
-        return cls(parts.hostname, port, tls=parts.scheme == "tierloom+tls")
+def address_of(url: str) -> Address:
+    """Raises ValueError."""
+    return Address.parse(url, "tierloom", tls="tierloom+tls", unix="tierloom+unix", port=PORT)
 
 
-class Known(NamedTuple):
-    """What the two sides told each other."""
+class Handshake(NamedTuple):
+    """What the two sides agreed on."""
 
     epoch: bytes
     welcome: wire.Welcome
@@ -64,212 +42,185 @@ class Known(NamedTuple):
     """The server's memory; the receiver closes it."""
 
 
-class Refused(TierDown):
-    """The server will not have us, and will not next time."""
+class Rejected(TierDown):
+    """Permanent rejection by the server; retrying will not help."""
 
 
 def read_token(file: str) -> bytes:
     """The token out of a file, or of the environment; empty: there is none. Raises ConfigError."""
-    if not file:
-        return os.environ.get(TOKEN, "").strip().encode()
-    try:
-        token = expanded(file).read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"token file {file}: {error.strerror}; write the token into it") from None
-    if not token:
-        raise ConfigError(f"token file {file} is empty: write the token into it")
-    return token
+    token = secret_in_file("token file", file) if file else os.environ.get(TOKEN, "")
+    return token.strip().encode()
 
 
-def trust(ca_file: str) -> ssl.SSLContext:
-    """TLS that verifies the server, by the system's authorities or those of a file. Raises
-    ConfigError."""
-    try:
-        return ssl.create_default_context(cafile=os.path.expanduser(ca_file) or None)
-    except OSError as error:
-        raise ConfigError(f"ca_file {ca_file}: {error}; it is to hold PEM certificates") from None
-
-
-async def connect(address: Address, context: ssl.SSLContext | None) -> Line:
-    """A connected line. Raises OSError."""
+async def connect(address: Address, context: ssl.SSLContext | None) -> Connection:
+    """A connected connection. Raises OSError."""
     if address.path:
         return await _reach(socket.AF_UNIX, address.path)
     found = await anyio.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    error: OSError = OSError(f"{address.host} has no address")
+    error: OSError = OSError(f"host {address.host} has no address")
     for family, _, _, _, where in found:
         try:
-            line = await _reach(family, where)
+            connection = await _reach(family, where)
         except OSError as e:
             error = e
             continue
         if context is None:
-            return line
+            return connection
         try:
             sock = context.wrap_socket(
-                line.sock, server_hostname=address.host, do_handshake_on_connect=False
+                connection.sock, server_hostname=address.host, do_handshake_on_connect=False
             )
-            line = Line(sock)
-            await line.handshake()
+            connection = Connection(sock)
+            await connection.handshake()
         except BaseException:
-            line.close()
+            connection.close()
             raise
-        return line
+        return connection
     raise error
 
 
-async def _reach(family: int, where: object) -> Line:
-    line = Line(socket.socket(family, socket.SOCK_STREAM))
+async def _reach(family: int, where: object) -> Connection:
+    connection = Connection(socket.socket(family, socket.SOCK_STREAM))
     try:
-        code = line.sock.connect_ex(where)  # type: ignore[arg-type]
+        code = connection.sock.connect_ex(where)  # type: ignore[arg-type]
         if code == errno.EINPROGRESS:
-            await anyio.wait_writable(line.sock)
-            code = line.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            await anyio.wait_writable(connection.sock)
+            code = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     except BaseException:
-        line.close()
+        connection.close()
         raise
     if code:
-        line.close()
+        connection.close()
         raise OSError(code, os.strerror(code))
-    return line
+    return connection
 
 
-async def introduce(line: Line, token: bytes, namespace: bytes, *, memory: bool) -> Known:
+async def shake_hands(
+    connection: Connection, token: bytes, namespace: bytes, *, memory: bool
+) -> Handshake:
     """Greeting, hello, welcome. `memory`: ask for the server's. Raises TierDown, OSError."""
-    greeting = wire.greeting_of((await _said(line, wire.Kind.GREETING)).body)
+    greeting = wire.unpack(wire.Greeting, (await _said(connection, wire.Kind.GREETING)).body)
     if not greeting.oldest <= wire.VERSION <= greeting.newest:
-        raise Refused(
-            f"the server speaks versions {greeting.oldest} to {greeting.newest} of the protocol, "
-            f"this tierloom {wire.VERSION}: let both be of one release"
+        raise Rejected(
+            f"the server speaks protocol versions {greeting.oldest} to {greeting.newest}, "
+            f"this tierloom {wire.VERSION}: use the same release on both sides"
         )
     if greeting.guarded and not token:
-        raise Refused(f"the server wants a token: set token_file, or {TOKEN}")
+        raise Rejected(f"the server requires a token: set token_file, or {TOKEN}")
     if token and not greeting.guarded:
-        raise Refused("the server wants no token although we have one: it may be another's")
+        raise Rejected(
+            "the server requires no token although one is configured: it may be another's; "
+            "remove the token or fix the url"
+        )
     nonce = secrets.token_bytes(wire.NONCE)
     said = (greeting.epoch, greeting.nonce, nonce, namespace)
     proof = wire.proof(token, b"client", *said)
     hello = wire.Hello(wire.VERSION, wire.MEMORY if memory else 0, namespace, nonce, proof)
-    await line.send(wire.message(wire.Kind.HELLO, 0, wire.pack_hello(hello)))
+    await connection.send(wire.message(wire.Kind.HELLO, 0, wire.pack(hello)))
     fds: list[int] = []
     try:
         if memory:  # by `recvmsg`: an ordinary read would lose what comes with the bytes
-            await anyio.wait_readable(line.sock)
-            raw, fds, _, _ = socket.recv_fds(line.sock, wire.WELCOME_BYTES, 1)
-            line.push_back(raw)
-        welcome = wire.welcome_of((await _said(line, wire.Kind.WELCOME)).body)
+            await anyio.wait_readable(connection.sock)
+            raw, fds, _, _ = socket.recv_fds(connection.sock, wire.WELCOME_BYTES, 1)
+            connection.push_back(raw)
+        welcome = wire.unpack(wire.Welcome, (await _said(connection, wire.Kind.WELCOME)).body)
         if not hmac.compare_digest(welcome.proof, wire.proof(token, b"server", *said)):
-            raise Refused("the server does not know our token")
+            raise Rejected(
+                "the server could not prove that it knows our token: it may be another server"
+            )
         lends = welcome.flags & wire.MEMORY and fds
-        return Known(greeting.epoch, welcome, fds.pop() if lends else -1)
+        return Handshake(greeting.epoch, welcome, fds.pop() if lends else -1)
     finally:
         for fd in fds:
             os.close(fd)
 
 
-class Lines:
-    """The lines of one client: idle ones, and the one to the server's memory. On one loop."""
+class Client:
+    """The connections of one tier, and the one to the server's memory. On one loop."""
 
     def __init__(
         self, address: Address, namespace: bytes, anew: Callable[[], None], *, share: bool
     ) -> None:
-        """`anew`: called when it turns out that the server was started again. `share`: map its
-        memory, where it has a path and lets us."""
+        """`anew`: called when the server turns out to have been restarted. `share`: map its memory,
+        where it is on this host and allows it."""
         self._address, self._namespace, self._anew = address, namespace, anew
         self.shares = share and bool(address.path)
         self.welcome = wire.Welcome(0, b"", 0, 0, 0)
         self._epoch = b""
-        self._idle: list[Line] = []
-        self._lender: Lender | None = None
-        self._closed = False
+        self._pool: ConnectionPool[Connection] | None = None
+        self._shared_memory: SharedMemory | None = None
 
     def prepare(self, token_file: str, ca_file: str, connections: int) -> None:
         """Raises ConfigError."""
         self._token = read_token(token_file)
-        self._context = trust(ca_file) if self._address.tls else None
-        self._turns = anyio.Semaphore(connections)
+        self._context = client_context(ca_file) if self._address.tls else None
+        self._pool = ConnectionPool(self._connect, connections)
         self._meeting = anyio.Lock()
 
     def close(self) -> None:
-        self._closed = True
-        if self._lender is not None:
-            self._lender.retire()
-        while self._idle:
-            self._idle.pop().close()
+        if self._shared_memory is not None:
+            self._shared_memory.retire()
+        if self._pool is not None:
+            self._pool.close()
 
-    @contextlib.asynccontextmanager
-    async def one(self) -> AsyncIterator[Line]:
-        """A line for one question; closed unless that was answered to its end."""
-        async with self._turns:
-            line = self._quiet() or (await self._dial(memory=False))[0]
-            try:
-                yield line
-            except BaseException:
-                line.close()
-                raise
-            if self._closed:
-                line.close()
-            else:
-                self._idle.append(line)
+    def connection(self) -> AbstractAsyncContextManager[Connection]:
+        """A connection for one question; closed unless that was answered to its end."""
+        assert self._pool is not None
+        return self._pool.connection()
 
-    async def lender(self) -> Lender | None:
-        """The connection to the server's memory; None where it does not share that."""
+    async def shared_memory(self) -> SharedMemory | None:
+        """The connection to the server's memory; None if it is not shared."""
         async with self._meeting:
-            if self._lender is not None:
-                if self._lender.is_there:
-                    return self._lender
-                self._lender.retire()
-            from tierloom.stages.tiers.server.shared_memory import Lender
+            if self._shared_memory is not None:
+                if self._shared_memory.is_there:
+                    return self._shared_memory
+                self._shared_memory.retire()
+            from tierloom.stages.tiers.server.shared_memory import SharedMemory
 
-            line, known = await self._dial(memory=True)
+            connection, known = await self._dial(memory=True)
             if known.fd < 0:
                 self.shares = False
-                line.close()
+                connection.close()
                 return None
             try:
-                self._lender = Lender(line, known.fd, known.welcome.memory)
+                self._shared_memory = SharedMemory(connection, known.fd, known.welcome.memory)
             except BaseException:
-                line.close()
+                connection.close()
                 raise
             finally:
                 os.close(known.fd)
-            return self._lender
+            return self._shared_memory
 
-    def _quiet(self) -> Line | None:
-        """An idle line whose server is still there."""
-        while self._idle:
-            line = self._idle.pop()
-            if line.quiet:
-                return line
-            line.close()
-        return None
+    async def _connect(self) -> Connection:
+        return (await self._dial(memory=False))[0]
 
-    async def _dial(self, *, memory: bool) -> tuple[Line, Known]:
-        line = await connect(self._address, self._context)
+    async def _dial(self, *, memory: bool) -> tuple[Connection, Handshake]:
+        connection = await connect(self._address, self._context)
         try:
-            known = await introduce(line, self._token, self._namespace, memory=memory)
+            known = await shake_hands(connection, self._token, self._namespace, memory=memory)
         except BaseException:
-            line.close()
+            connection.close()
             raise
         if self._epoch and known.epoch != self._epoch:
             self._anew()
-            if self._lender is not None:
-                self._lender.retire()
+            if self._shared_memory is not None:
+                self._shared_memory.retire()
         self._epoch, self.welcome = known.epoch, known.welcome
-        return line, known
+        return connection, known
 
 
-async def _said(line: Line, kind: wire.Kind) -> wire.Message:
-    message = await line.message(wire.FIRST)
+async def _said(connection: Connection, kind: wire.Kind) -> wire.Message:
+    message = await connection.message(wire.FIRST)
     refuse(message, kind)
     return message
 
 
 def refuse(message: wire.Message, wanted: wire.Kind) -> None:
-    """Raise unless this is the kind of message that is wanted."""
+    """Raise unless the message is of the wanted kind."""
     if message.kind is wanted:
         return
     if message.kind is wire.Kind.ERROR:
         code, text = wire.error_of(message.body)
-        final = code in (wire.Refusal.TOKEN, wire.Refusal.VERSION)
-        raise (Refused if final else TierDown)(f"the server says: {text}")
-    raise wire.BadMessage(f"{message.kind.name} came where {wanted.name} was due")
+        final = code in (wire.ErrorCode.TOKEN, wire.ErrorCode.VERSION)
+        raise (Rejected if final else TierDown)(f"the server says: {text}")
+    raise wire.BadMessage(f"unexpected {message.kind.name}, expected {wanted.name}")

@@ -1,7 +1,7 @@
-"""One connection that speaks the messages of `wire`, over TCP, TLS or a unix socket; either side's.
+"""One connection of the server protocol, over TCP, TLS or a unix socket; for either side.
 
-The task that asks reads and writes the socket itself, so whoever is cancelled stops at once: no
-byte lands in memory that was given back. A line left in the middle of something is closed.
+The calling task reads and writes the socket itself, so a cancelled one stops at once: no byte lands
+in memory that was released. A connection left in the middle of a message is closed.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _PIECE = 1 << 20
 _TURN = 4 << 20
 """Bytes between two turns of the loop."""
 _BULK = 64 << 10
-"""From so many bytes on, being woken for each packet is not worth it."""
+"""From this many bytes on, waking up for each packet is not worth it."""
 _SLOWEST = 1 << 20
-"""Bytes per second that a peer must at least take, or send."""
+"""Bytes per second that a peer must at least receive or send."""
 
 
-class Hangup(TierDown):
+class Disconnected(TierDown):
     """The other side closed the connection."""
 
 
-class Line:
-    """A connected socket, which it owns."""
+class Connection:
+    """Owns a connected socket."""
 
     def __init__(self, sock: socket.socket, *, stall: float = 0.0) -> None:
         """`stall`: seconds, besides one for each MiB, after which a message that has begun or
@@ -60,25 +60,25 @@ class Line:
                 sock.setsockopt(socket.SOL_SOCKET, option, 4 << 20)
 
     async def handshake(self) -> None:
-        """TLS's, where there is TLS."""
+        """The TLS handshake, if there is TLS."""
         if isinstance(self.sock, ssl.SSLSocket):
             with self._within(0):
                 await self._do(self.sock.do_handshake)
 
     async def readable(self) -> None:
-        """Wait, as long as it takes, until something has come."""
+        """Wait, without a limit, until something has come."""
         while self._start == self._end:
             await self._more()
 
     async def message(self, limit: int = wire.BODY) -> wire.Message:
-        """The next message. Raises BadMessage, Hangup, OSError."""
+        """The next message. Raises BadMessage, Disconnected, OSError."""
         await self.readable()
         with self._within(0):
             kind, number, length = wire.head(await self._take(wire.HEAD.size), limit)
             return wire.Message(kind, number, await self._take(length))
 
     def push_back(self, raw: bytes) -> None:
-        """Have these bytes, which came by another way, read next. There are none before them."""
+        """Have these bytes, which were received elsewhere, read next. The buffer must be empty."""
         self._start, self._end = 0, len(raw)
         self._buffer[: self._end] = raw
 
@@ -104,7 +104,7 @@ class Line:
         self._wake_at(1)
 
     async def skip(self, nbytes: int) -> None:
-        """Read so many bytes for nothing."""
+        """Read and discard `nbytes`."""
         waste = memoryview(bytearray(min(nbytes, _PIECE)))
         while nbytes:
             piece = waste[: min(nbytes, len(waste))]
@@ -131,8 +131,8 @@ class Line:
                         await anyio.lowlevel.checkpoint()
 
     @property
-    def quiet(self) -> bool:
-        """Open, and nothing has come that nobody asked for."""
+    def usable(self) -> bool:
+        """Open, and nothing unexpected has come."""
         if self._start != self._end or self.sock.fileno() < 0:
             return False
         try:
@@ -148,7 +148,7 @@ class Line:
 
     def close(self) -> None:
         if self.sock.fileno() >= 0:
-            with contextlib.suppress(Exception):  # no loop any more: then nobody waits for it
+            with contextlib.suppress(Exception):  # the loop is closed: nobody waits for it
                 anyio.notify_closing(self.sock)
             self.sock.close()
 
@@ -178,11 +178,11 @@ class Line:
     async def _receive(self, view: memoryview) -> int:
         got = await self._do(partial(self.sock.recv_into, view))
         if not got:
-            raise Hangup("the other side closed the connection")
+            raise Disconnected("the other side closed the connection")
         return got
 
     async def _do(self, call: Callable[[], int | None], *, writes: bool = False) -> int:
-        """A system call, as soon as it need not wait. TLS may have to write in order to read."""
+        """A system call, as soon as it does not block. TLS may have to write in order to read."""
         while True:
             try:
                 return call() or 0
@@ -195,7 +195,7 @@ class Line:
             await wait(self.sock)
 
     def _wake_at(self, nbytes: int) -> None:
-        """Have the kernel wait until so much has come, as far as it can; the rest must be more."""
+        """Let the kernel wake us only after `nbytes` have come, as far as it can."""
         if self._tcp and self._plain:
             low = min(nbytes, _PIECE) if nbytes >= _BULK else 1
             if low != self._low:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hmac
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tierloom.stages.errors import Lost, TierDown
 from tierloom.stages.kv.object import LINK
@@ -25,25 +25,25 @@ HEAD = struct.Struct("<2sBBIII")
 BODY = 256 << 10
 """Bytes of the longest body."""
 FIRST = 1024
-"""Bytes of the longest body before the welcome."""
+"""Bytes of the longest body before the WELCOME."""
 KEYS = 4096
-"""Keys of one question at most."""
+"""Most keys of one request."""
 OBJECTS = 256
-"""Objects of one GET, PUT or BORROW at most."""
+"""Most objects of one GET, PUT or BORROW."""
 
 DONE, SEND, BYTES = 0, 255, 254
-"""Codes of one object besides those of `Lost`: it is done; send its bytes; ask for its bytes."""
+"""Codes of one object besides those of `Lost`: done; send its bytes; ask for its bytes."""
 MEMORY = 1
-"""Flag of HELLO: I could map your memory. Of WELCOME: here it is."""
+"""Flag of HELLO: the client can map memory. Of WELCOME: the server shares it."""
 NONCE = 32
 
 
 class BadMessage(TierDown):
-    """The other side does not speak this protocol; the connection is of no use any more."""
+    """The other side does not speak this protocol; the connection must be closed."""
 
 
 class Kind(IntEnum):
-    """What a message is. Those of a server are odd."""
+    """Kinds of message; a server's are odd."""
 
     GREETING = 1
     HELLO = 2
@@ -68,7 +68,7 @@ class Kind(IntEnum):
     SETTLE = 26
 
 
-class Refusal(IntEnum):
+class ErrorCode(IntEnum):
     """Why a server ends a connection."""
 
     MALFORMED = 1
@@ -81,25 +81,25 @@ class Refusal(IntEnum):
 class Message(NamedTuple):
     kind: Kind
     number: int
-    """The question's, in every answer to it."""
+    """The number of the request, repeated in every reply to it."""
     body: bytes = b""
 
 
 class Greeting(NamedTuple):
-    """First word of a server."""
+    """The first message, from the server."""
 
     oldest: int
     newest: int
     """Versions that it speaks."""
     guarded: bool
-    """It wants a token."""
+    """It requires a token."""
     epoch: bytes
-    """16 bytes, others after each start."""
+    """16 bytes, new at each start of the server."""
     nonce: bytes
 
 
 class Hello(NamedTuple):
-    """Answer of a client."""
+    """The client's reply to the greeting."""
 
     version: int
     flags: int
@@ -126,7 +126,7 @@ class Wanted(NamedTuple):
     first: int
     upto: int
     nbytes: int
-    """What it should be long; 0: not known."""
+    """Its expected length; 0: unknown."""
 
 
 class Item(NamedTuple):
@@ -140,7 +140,7 @@ class Item(NamedTuple):
 
 
 class Loan(NamedTuple):
-    """An object of a BORROW: where it lies in the memory that is shared."""
+    """An object of a BORROW: where it is in the shared memory."""
 
     code: int
     id: int
@@ -149,28 +149,58 @@ class Loan(NamedTuple):
 
 
 class Holdings(NamedTuple):
-    """What is kept of the asker's namespace, in how much room; and how many objects were evicted
-    of the whole store since it began."""
+    """What is kept of the client's namespace, the capacity, and how many objects of the whole
+    store were evicted since it started."""
 
     done: int
-    """Objects that were dropped, where that was asked."""
+    """Objects that were deleted, in reply to a DROP or CLEAR."""
     objects: int
     nbytes: int
     capacity: int
     evicted: int
 
 
-_GREETING = struct.Struct("<BBB5x16s32s")
-_HELLO = struct.Struct("<BB6x32s32s32s")
-_WELCOME = struct.Struct("<B7x32sQQQ")
-_WANTED = struct.Struct("<32sIIQ")
-_OFFER = struct.Struct("<32sQ")
-_ITEM = struct.Struct("<B3xIQQQ")
-_LOAN = struct.Struct("<B7xQQQ")
-_HOLDINGS = struct.Struct("<QQQQQ")
+class Offer(NamedTuple):
+    """An object of a PUT."""
+
+    key: bytes
+    nbytes: int
+
+
+_LAYOUTS = {
+    Greeting: struct.Struct("<BB?5x16s32s"),
+    Hello: struct.Struct("<BB6x32s32s32s"),
+    Welcome: struct.Struct("<B7x32sQQQ"),
+    Wanted: struct.Struct("<32sIIQ"),
+    Offer: struct.Struct("<32sQ"),
+    Item: struct.Struct("<B3xIQQQ"),
+    Loan: struct.Struct("<B7xQQQ"),
+    Holdings: struct.Struct("<QQQQQ"),
+}
 _ERROR = struct.Struct("<H")
 _ID = struct.Struct("<Q")
-WELCOME_BYTES = HEAD.size + _WELCOME.size
+WELCOME_BYTES = HEAD.size + _LAYOUTS[Welcome].size
+R = TypeVar("R", Greeting, Hello, Welcome, Wanted, Offer, Item, Loan, Holdings)
+
+
+def pack(*records: R) -> bytes:
+    """Records of one type, one after another."""
+    return b"".join([_LAYOUTS[type(record)].pack(*record) for record in records])
+
+
+def unpack(kind: type[R], body: bytes) -> R:
+    """The one record that a body is. Raises BadMessage."""
+    (record,) = unpack_all(kind, body, 1, least=1)
+    return record
+
+
+def unpack_all(kind: type[R], body: bytes, most: int, *, least: int = 0) -> list[R]:
+    """The records that a body is. Raises BadMessage."""
+    layout = _LAYOUTS[kind]
+    count = _count(body, layout.size, most)
+    if count < least:
+        raise BadMessage(f"body of {len(body)} bytes, not {least} records of {layout.size}")
+    return [kind(*fields) for fields in layout.iter_unpack(body)]
 
 
 def message(kind: Kind, number: int, body: bytes = b"") -> bytes:
@@ -181,9 +211,9 @@ def head(raw: bytes | memoryview, limit: int = BODY) -> tuple[Kind, int, int]:
     """Kind, number and length of the body, from the first 16 bytes. Raises BadMessage."""
     magic, version, kind, number, length, zero = HEAD.unpack(raw)
     if magic != MAGIC or zero:
-        raise BadMessage("what came is no message of tierloom's")
+        raise BadMessage("not a tierloom message (bad magic)")
     if version != VERSION:
-        raise BadMessage(f"message of version {version}, not {VERSION}")
+        raise BadMessage(f"message of protocol version {version}, expected {VERSION}")
     if length > limit:
         raise BadMessage(f"message of {length} bytes; at most {limit} are allowed")
     try:
@@ -192,58 +222,20 @@ def head(raw: bytes | memoryview, limit: int = BODY) -> tuple[Kind, int, int]:
         raise BadMessage(f"message of unknown kind {kind}") from None
 
 
-def pack_greeting(greeting: Greeting) -> bytes:
-    return _GREETING.pack(*greeting)
-
-
-def greeting_of(body: bytes) -> Greeting:
-    oldest, newest, guarded, epoch, nonce = _only(_GREETING, body)
-    return Greeting(oldest, newest, bool(guarded), epoch, nonce)
-
-
-def pack_hello(hello: Hello) -> bytes:
-    return _HELLO.pack(*hello)
-
-
-def hello_of(body: bytes) -> Hello:
-    return Hello(*_only(_HELLO, body))
-
-
-def pack_welcome(welcome: Welcome) -> bytes:
-    return _WELCOME.pack(*welcome)
-
-
-def welcome_of(body: bytes) -> Welcome:
-    return Welcome(*_only(_WELCOME, body))
-
-
 def proof(token: bytes, side: bytes, *said: bytes) -> bytes:
-    """That `side` knows the token, bound to what both have said; the token itself never travels."""
+    """Proves that `side` knows the token, for this handshake only; the token is never sent."""
     return hmac.digest(token, b"tierloom 1 " + side + b"".join(said), "sha256")
 
 
 def keys_of(body: bytes, most: int = KEYS) -> list[bytes]:
-    return [body[i : i + LINK] for i in range(0, _length(body, LINK, most), LINK)]
-
-
-def pack_wanted(wanted: Iterable[Wanted]) -> bytes:
-    return b"".join([_WANTED.pack(*w) for w in wanted])
-
-
-def wanted_of(body: bytes) -> list[Wanted]:
-    _length(body, _WANTED.size, OBJECTS)
-    return [Wanted(*fields) for fields in _WANTED.iter_unpack(body)]
-
-
-def pack_item(item: Item) -> bytes:
-    return _ITEM.pack(*item)
+    return [body[i * LINK : (i + 1) * LINK] for i in range(_count(body, LINK, most))]
 
 
 def item_of(body: bytes, asked: Wanted, largest: int) -> Item:
-    """What comes of an object, which must be what was asked for. Raises BadMessage."""
-    item = Item(*_only(_ITEM, body))
+    """The announcement of an object's bytes, checked against the request. Raises BadMessage."""
+    item = unpack(Item, body)
     if item.code not in _CODES:
-        raise BadMessage(f"object with the unknown code {item.code}")
+        raise BadMessage(f"object with unknown code {item.code}")
     if item.code:
         return item
     whole = PAGE <= item.nbytes <= largest and not item.nbytes % PAGE
@@ -251,17 +243,8 @@ def item_of(body: bytes, asked: Wanted, largest: int) -> Item:
     if not whole or not ordered or not asked.first <= item.loaded <= asked.upto:
         raise BadMessage("lengths of an object contradict each other")
     if not asked.first and item.begin:
-        raise BadMessage("an object without its header")
+        raise BadMessage("an object came without its header")
     return item
-
-
-def pack_offers(offers: Iterable[tuple[bytes, int]]) -> bytes:
-    return b"".join([_OFFER.pack(*o) for o in offers])
-
-
-def offers_of(body: bytes) -> list[tuple[bytes, int]]:
-    _length(body, _OFFER.size, OBJECTS)
-    return list(_OFFER.iter_unpack(body))
 
 
 def codes_of(body: bytes, count: int, also: int = DONE) -> list[int]:
@@ -271,21 +254,15 @@ def codes_of(body: bytes, count: int, also: int = DONE) -> list[int]:
     return list(body)
 
 
-def pack_loans(loans: Iterable[Loan]) -> bytes:
-    return b"".join([_LOAN.pack(*loan) for loan in loans])
-
-
 def loans_of(body: bytes, count: int, memory: int) -> list[Loan]:
     """Loans that lie inside `memory` bytes. Raises BadMessage."""
-    if len(body) != count * _LOAN.size:
-        raise BadMessage(f"{len(body)} bytes of loans for {count} objects")
-    loans = [Loan(*fields) for fields in _LOAN.iter_unpack(body)]
+    loans = unpack_all(Loan, body, count, least=count)
     for loan in loans:
         if loan.code not in _CODES and loan.code != BYTES:
-            raise BadMessage(f"loan with the unknown code {loan.code}")
+            raise BadMessage(f"loan with unknown code {loan.code}")
         inside = PAGE <= loan.nbytes <= memory and loan.offset <= memory - loan.nbytes
         if not loan.code and (not inside or loan.offset % PAGE or loan.nbytes % PAGE):
-            raise BadMessage("a loan that lies outside of the memory shared")
+            raise BadMessage("a loan outside the shared memory")
     return loans
 
 
@@ -294,32 +271,22 @@ def pack_ids(ids: Sequence[int]) -> bytes:
 
 
 def ids_of(body: bytes) -> list[int]:
-    _length(body, _ID.size, KEYS)
+    _count(body, _ID.size, KEYS)
     return [i for (i,) in _ID.iter_unpack(body)]
 
 
-def pack_holdings(holdings: Holdings) -> bytes:
-    return _HOLDINGS.pack(*holdings)
-
-
-def holdings_of(body: bytes) -> Holdings:
-    return Holdings(*_only(_HOLDINGS, body))
-
-
 def kept_of(body: bytes, count: int) -> tuple[list[int], Holdings]:
-    """Answer to a PUT: codes, then holdings."""
-    if len(body) != count + _HOLDINGS.size:
-        raise BadMessage(f"{len(body)} bytes of answer for {count} objects")
-    return codes_of(body[:count], count), holdings_of(body[count:])
+    """Reply to a PUT: codes, then holdings."""
+    return codes_of(body[:count], count), unpack(Holdings, body[count:])
 
 
-def pack_error(why: Refusal, text: str) -> bytes:
+def pack_error(why: ErrorCode, text: str) -> bytes:
     return _ERROR.pack(why) + text.encode()[:500]
 
 
 def error_of(body: bytes) -> tuple[int, str]:
     if len(body) < _ERROR.size:
-        raise BadMessage("an error that says nothing")
+        raise BadMessage("an ERROR without a code")
     text = body[_ERROR.size : FIRST].decode(errors="replace")
     return _ERROR.unpack_from(body)[0], "".join(c if c.isprintable() else "?" for c in text)
 
@@ -327,13 +294,9 @@ def error_of(body: bytes) -> tuple[int, str]:
 _CODES = frozenset([DONE, *Lost])
 
 
-def _only(record: struct.Struct, body: bytes) -> tuple[Any, ...]:
-    if len(body) != record.size:
-        raise BadMessage(f"body of {len(body)} bytes, not {record.size}")
-    return record.unpack(body)
-
-
-def _length(body: bytes, size: int, most: int) -> int:
-    if len(body) % size or len(body) > size * most:
+def _count(body: bytes, size: int, most: int) -> int:
+    """Records of `size` bytes in a body. Raises BadMessage."""
+    count, rest = divmod(len(body), size)
+    if rest or count > most:
         raise BadMessage(f"body of {len(body)} bytes is not up to {most} records of {size}")
-    return len(body)
+    return count

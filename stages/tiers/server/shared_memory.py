@@ -1,8 +1,8 @@
 """A server's memory, mapped into this process: a read is then a lease of it, and nothing is copied.
 
-What is lent stays as it is until it is given back, or this process closes the connection or ends.
-So the connection outlives its last loan, whatever became of the server, and what a dead server
-lent stays readable: nobody writes into it any more.
+What is lent does not change until it is returned, or this process closes the connection or ends. So
+the connection outlives its last loan, whatever happens to the server, and what a dead server lent
+stays readable: nobody writes into it.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ import numpy as np
 from tierloom.stages.errors import TierDown
 from tierloom.stages.memory.arena import Lease, Slab
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.connection import Line
+from tierloom.stages.tiers.server.connection import Connection
 
 _TOGETHER = 16
-"""Loans that are given back in one message, at most."""
+"""Most loans that are returned in one message."""
 
 
-class Lent(Lease):
-    """A lease of another process's memory; whoever reads it verifies it, as ever."""
+class SharedLease(Lease):
+    """A lease of another process's memory; readers verify it as they do all objects."""
 
     __slots__ = ("id",)
 
-    def __init__(self, slab: Lender, loan: wire.Loan) -> None:
+    def __init__(self, slab: SharedMemory, loan: wire.Loan) -> None:
         super().__init__(slab, loan.offset, loan.nbytes)
         self.id = loan.id
 
 
-class Lender(Slab):
-    """The memory, and the connection by which it is borrowed. Leases may be released anywhere."""
+class SharedMemory(Slab):
+    """The mapped memory, and the connection by which it is borrowed. Leases may be released on any
+    thread."""
 
-    def __init__(self, line: Line, fd: int, nbytes: int) -> None:
-        """Maps `nbytes` of `fd`, which stays the caller's. Raises TierDown when the file could be
-        cut short under us."""
+    def __init__(self, connection: Connection, fd: int, nbytes: int) -> None:
+        """Maps `nbytes` of `fd`, which the caller closes. Raises TierDown if the file could be
+        truncated while mapped."""
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size < nbytes:
-            raise TierDown("the server's memory is not as long as it says")
+            raise TierDown("the server's memory is shorter than announced")
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise TierDown("the server's memory is not sealed")
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -53,7 +54,7 @@ class Lender(Slab):
         super().__init__(address, memoryview(self._map))
         self.nbytes = nbytes
         self.usable = True
-        self._line = line
+        self._connection = connection
         self._turn = anyio.Lock()
         self._sending = threading.Lock()
         self._unsent = bytearray()
@@ -62,7 +63,8 @@ class Lender(Slab):
         self._returned: list[int] = []
 
     async def borrow(self, keys: Sequence[bytes]) -> list[wire.Loan]:
-        """Ask for objects; each loan is to become a `Lent` at once. Raises TierDown, OSError."""
+        """Ask for objects; each loan must become a `SharedLease` at once. Raises TierDown,
+        OSError."""
         async with self._turn:
             if not self.usable:
                 raise TierDown("the connection to the server's memory is closed")
@@ -71,22 +73,24 @@ class Lender(Slab):
             try:
                 self._post(wire.message(wire.Kind.BORROW, self._number, b"".join(keys)))
                 while self._unsent:
-                    await anyio.wait_writable(self._line.sock)
+                    await anyio.wait_writable(self._connection.sock)
                     self._post(b"")
-                answer = await self._line.message(wire.OBJECTS * 32)
+                answer = await self._connection.message(wire.OBJECTS * 32)
                 if answer[:2] != (wire.Kind.LENT, self._number):
-                    raise wire.BadMessage(f"{answer.kind.name} is no answer to BORROW")
+                    raise wire.BadMessage(f"unexpected {answer.kind.name} in reply to BORROW")
                 loans = wire.loans_of(answer.body, len(keys), self.nbytes)
                 whole = True
             finally:
-                if not whole:  # what may have been lent by now is given back with the connection
+                if (
+                    not whole
+                ):  # what may have been lent by now is returned by closing the connection
                     self.retire()
         with self.lock:
             self._out += sum(not loan.code for loan in loans)
         return loans
 
     def retire(self) -> None:
-        """Borrow no more; the connection is closed with the last loan."""
+        """Stop borrowing; the connection is closed with the last loan."""
         with self.lock:
             self.usable = False
             last = not self._out
@@ -95,8 +99,8 @@ class Lender(Slab):
 
     @property
     def is_there(self) -> bool:
-        """It can be asked for loans, as far as can be seen."""
-        return self.usable and (self._turn.locked() or self._line.quiet)
+        """It seems usable for loans."""
+        return self.usable and (self._turn.locked() or self._connection.usable)
 
     def _release(self, lease: Lease) -> None:
         with self.lock:
@@ -108,27 +112,29 @@ class Lender(Slab):
             self._out -= 1
             last = not self._out and not self.usable
             ids: list[int] = []
-            if isinstance(lease, Lent):
+            if isinstance(lease, SharedLease):
                 self._returned.append(lease.id)
             if not self._out or len(self._returned) >= _TOGETHER:
                 ids, self._returned = self._returned, ids
         if last:
             self._close()
         elif ids:
-            with contextlib.suppress(OSError):  # hung up: the loans go with our end of the line
+            with contextlib.suppress(
+                OSError
+            ):  # hung up: the loans go with our end of the connection
                 self._post(wire.message(wire.Kind.RETURN, 0, wire.pack_ids(ids)))
 
     def _post(self, message: bytes) -> None:
-        """Send, as far as it goes without waiting; from any thread. The rest goes first next time:
-        there is little, as every loan is given back once."""
+        """Send without blocking; from any thread. What remains is sent first the next time: it is
+        little, as every loan is returned once."""
         with self._sending:
             self._unsent += message
             with contextlib.suppress(BlockingIOError):
                 while self._unsent:
-                    del self._unsent[: self._line.sock.send(self._unsent)]
+                    del self._unsent[: self._connection.sock.send(self._unsent)]
 
     def _close(self) -> None:
-        self._line.close()
+        self._connection.close()
         self.view.release()
         with contextlib.suppress(BufferError):  # a view was kept: the mapping goes with it
             self._map.close()

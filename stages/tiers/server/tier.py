@@ -2,29 +2,29 @@
 
     cold: {use: server, url: "tierloom://cache.local:7654", timeout: 250 ms}
 
-`tierloom+tls://HOST:PORT` is the same behind TLS, `tierloom+unix:///PATH` a server on this host,
-whose memory is mapped: a read is then a lease of it, and nothing is copied. What goes over the wire
-is said in docs/protocol.md. Each connection carries one question at a time, and one that was cut
-short is closed; so a cancelled read leaves nothing behind that could still write.
+`tierloom+tls://HOST:PORT` is the same over TLS, `tierloom+unix:///PATH` a server on this host,
+whose memory is mapped: a read is then a lease of it, and nothing is copied. docs/protocol.md
+describes the protocol. Each connection carries one request at a time, and one that was interrupted
+is closed, so nothing writes into memory after a read was cancelled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
-from tierloom.stages.errors import ArenaFull, BadObject, ConfigError, Damaged, Lost
+from tierloom.stages.errors import ArenaFull, ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
+from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat
-from tierloom.stages.tiers.disk.store import cuts_of
+from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
+from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat, require_sealed
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.client import Address, Lines, Refused, refuse
-from tierloom.stages.tiers.server.connection import Line
+from tierloom.stages.tiers.server.client import Client, Rejected, address_of, refuse
+from tierloom.stages.tiers.server.connection import Connection
 
 T = TypeVar("T")
-_Bad: TypeAlias = list[tuple[bytes, Damaged]]
 
 _WHOLE = 0xFFFFFFFF
 _NOTHING = wire.Holdings(0, 0, 0, 0, 0)
@@ -32,59 +32,61 @@ _NOTHING = wire.Holdings(0, 0, 0, 0, 0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerOptions:
-    """Which server, and how to reach it."""
+    """Options of a tier on a tierloom server."""
 
     url: str
     """`tierloom://HOST:PORT`, `tierloom+tls://HOST:PORT` or `tierloom+unix:///PATH`."""
     token_file: str = ""
-    """File that holds the server's token; else it is read from TIERLOOM_TOKEN, if there is one."""
+    """File with the server's token. Default: the environment variable TIERLOOM_TOKEN, if set."""
     ca_file: str = ""
-    """PEM file of the authorities that may vouch for the server; else the system's."""
+    """PEM file of the certificate authorities to trust. Default: the system's."""
     connections: int = 8
-    """Questions under way at once, each on a connection of its own."""
+    """Most concurrent requests, each on a connection of its own."""
     share: bool = True
-    """Map the memory of a server on this host, where it lets us, instead of copying out of it."""
+    """Map the memory of a server on this host, if it allows that, instead of copying."""
 
     def __post_init__(self) -> None:
-        Address.parse(self.url)
+        address_of(self.url)
         if self.connections < 1:
             raise ValueError(f"connections must be at least 1, got {self.connections}")
 
 
-class Server(Tier):
-    """Knows whole chunks only. The namespace goes with the connection: others' objects under the
-    same keys are never seen."""
+class Server(ReadingTier):
+    """Whole chunks only. The namespace belongs to the connection: objects of other namespaces under
+    the same keys are never seen."""
 
     Options = ServerOptions
 
     def __init__(self, options: ServerOptions, ctx: TierContext) -> None:
         super().__init__(ctx)
         self.options = options
-        # A device reads nothing but the memory that was made known to it.
+        # A device reads only the memory that was registered with it.
         shares = options.share and not ctx.arena.pinned
-        self._lines = Lines(Address.parse(options.url), ctx.namespace, self._anew, share=shares)
+        self._client = Client(address_of(options.url), ctx.namespace, self._anew, share=shares)
         self._number = 0
         self._holds = _NOTHING
         self._unsettled: list[bytes] = []
 
     async def open(self) -> None:
-        """Connect once. Raises ConfigError where that can never work, TierDown, OSError."""
+        """Connect once. Raises ConfigError if it can never work, TierDown, OSError."""
         if not self.ctx.namespace:
-            raise ConfigError("server: a tier of a server needs a namespace")
-        self._lines.prepare(self.options.token_file, self.options.ca_file, self.options.connections)
+            raise ConfigError("server: this tier needs a namespace")
+        self._client.prepare(
+            self.options.token_file, self.options.ca_file, self.options.connections
+        )
         try:
             await self._ask(wire.Kind.STAT)
-        except Refused as error:
+        except Rejected as error:
             raise ConfigError(f"{self.options.url}: {error}") from None
 
     async def close(self) -> None:
-        self._lines.close()
+        self._client.close()
 
-    def settle(self, keys: Sequence[bytes]) -> None:
-        """Told to the server with the next question."""
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:
+        """Sent to the server with the next request."""
         self._unsettled = [*keys, *self._unsettled][: wire.KEYS]
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found: list[bool] = []
         for part in _parts(keys, wire.KEYS):
             answer = await self._exchange(wire.Kind.HAS, b"".join(part), wire.Kind.HAD)
@@ -92,30 +94,36 @@ class Server(Tier):
         return found
 
     async def read(self, reads: Sequence[Read]) -> None:
-        bad: _Bad = []
-        try:
-            for part in _parts(reads, wire.OBJECTS):
-                left = await self._borrow(part, bad) if self._lines.shares else part
-                if left:
-                    await self._fetch(left, bad)
-        finally:
-            self.counts.corrupt += len(bad)
-        if bad:
-            await self._expel(bad)
+        readers: list[ObjectReader] = []
+        for part in _parts(reads, wire.OBJECTS):
+            left = await self._borrow(part, readers) if self._client.shares else part
+            if left:
+                await self._fetch(left, readers)
+        for reader in readers:
+            if reader.proof is not None:
+                await self.expel(reader.read.key, reader.proof, reader.seen)
 
-    async def _expel(self, bad: _Bad) -> None:
-        """Drop objects, on proof that they are damaged."""
-        await self.drop([key for key, _ in bad])
+    async def _head(self, key: bytes, nbytes: int) -> bytes:
+        asked = wire.Wanted(key, 0, 0, 0)
+        async with self._client.connection() as connection:
+            number = await self._send(connection, wire.Kind.GET, wire.pack(asked))
+            body = await self._answer(connection, number, wire.Kind.ITEM)
+            item = wire.item_of(body, asked, self._client.welcome.largest)
+            if item.code:
+                raise FileNotFoundError(key.hex())
+            head = bytearray(min(nbytes, item.end))
+            await connection.fill(memoryview(head))
+            await connection.skip(item.end - len(head))
+        return bytes(head)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         codes: list[int] = []
         part: list[Object] = []
         nbytes = 0
         for obj in reversed(objects):  # so that the prompt's head is the last to go
             nbytes += obj.header.nbytes
-            if part and (nbytes > self._lines.welcome.window or len(part) == wire.OBJECTS):
+            if part and (nbytes > self._client.welcome.window or len(part) == wire.OBJECTS):
                 codes += await self._offer(part)
                 part, nbytes = [], obj.header.nbytes
             part.append(obj)
@@ -125,7 +133,7 @@ class Server(Tier):
         self.counts.refused += sum(code is not None for code in lost)
         return lost
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         dropped = 0
         for part in _parts(keys, wire.KEYS):
             dropped += await self._ask(wire.Kind.DROP, b"".join(part))
@@ -135,34 +143,38 @@ class Server(Tier):
         return await self._ask(wire.Kind.CLEAR)
 
     def stat(self) -> TierStat:
-        """As of the last change of ours that the server told: others change it, too."""
+        """As of the last reply of the server; others change it too."""
         return TierStat(self._holds.objects, self._holds.nbytes, self._holds.capacity)
 
-    async def _borrow(self, reads: Sequence[Read], bad: _Bad) -> list[Read]:
-        """Lease what the server lends; returns the reads that are to go by bytes."""
+    async def _borrow(self, reads: Sequence[Read], readers: list[ObjectReader]) -> list[Read]:
+        """Lease what the server lends; returns the reads whose bytes must be fetched."""
         fresh = [read for read in reads if read.object is None]
         left = [
             r for r in reads if r.object is not None and r.object.loaded < _frames(r.object, r.upto)
         ]
         if not fresh:
             return left
-        lender = await self._lines.lender()
-        if lender is None:
+        shared_memory = await self._client.shared_memory()
+        if shared_memory is None:
             return [*left, *fresh]
-        from tierloom.stages.tiers.server.shared_memory import Lent
+        from tierloom.stages.tiers.server.shared_memory import SharedLease
 
-        loans = await lender.borrow([read.key for read in fresh])
-        leases = [None if loan.code else Lent(lender, loan) for loan in loans]  # at once, all
+        loans = await shared_memory.borrow([read.key for read in fresh])
+        leases = [
+            None if loan.code else SharedLease(shared_memory, loan) for loan in loans
+        ]  # at once, all
         for read, loan, lease in zip(fresh, loans, leases, strict=True):
             if lease is not None:
-                self._judge(read, lease, bad, borrowed=True)
+                with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+                    self._judge(reader, reader.own(lease), None)
+                readers.append(reader)
             elif loan.code == wire.BYTES:
                 left.append(read)
             else:
                 self._miss(read, loan.code)
         return left
 
-    async def _fetch(self, reads: Sequence[Read], bad: _Bad) -> None:
+    async def _fetch(self, reads: Sequence[Read], readers: list[ObjectReader]) -> None:
         """Receive each object's wanted bytes into its lease."""
         wanted = []
         for read in reads:
@@ -170,82 +182,74 @@ class Server(Tier):
             first, nbytes = (held.loaded, held.header.nbytes) if held is not None else (0, 0)
             upto = _frames(held, read.upto) if held is not None else min(read.upto, _WHOLE)
             wanted.append(wire.Wanted(read.key, first, max(upto, first), nbytes))
-        async with self._lines.one() as line:
-            number = await self._send(line, wire.Kind.GET, wire.pack_wanted(wanted))
+        async with self._client.connection() as connection:
+            number = await self._send(connection, wire.Kind.GET, wire.pack(*wanted))
             for read, asked in zip(reads, wanted, strict=True):
-                body = await self._answer(line, number, wire.Kind.ITEM)
-                item = wire.item_of(body, asked, self._lines.welcome.largest)
+                body = await self._answer(connection, number, wire.Kind.ITEM)
+                item = wire.item_of(body, asked, self._client.welcome.largest)
                 if item.code:
                     self._miss(read, item.code)
                 elif read.object is None:
-                    await self._first(line, read, item, bad)
+                    await self._first(connection, read, item, readers)
                 else:
-                    await self._further(line, read.object, asked, item)
+                    await self._further(connection, read, asked, item)
 
-    async def _first(self, line: Line, read: Read, item: wire.Item, bad: _Bad) -> None:
+    async def _first(
+        self, connection: Connection, read: Read, item: wire.Item, readers: list[ObjectReader]
+    ) -> None:
         """An object's header and first frames, into a new lease."""
-        try:
-            lease = self.ctx.arena.lease(item.nbytes)
-        except ArenaFull:
-            read.lost = Lost.NO_ROOM
-            await line.skip(item.end)
-            return
-        try:
-            await line.fill(lease.view[: item.end], leases=(lease,))
-        except BaseException:  # we were the only ones to write into it, and have stopped
-            lease.release()
-            raise
-        self._judge(read, lease, bad, item=item)
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            try:
+                lease = reader.lease(item.nbytes)
+            except ArenaFull:
+                await connection.skip(item.end)
+                raise
+            await connection.fill(lease.view[: item.end], leases=(lease,))
+            self._judge(reader, lease, item)
+        readers.append(reader)
 
-    async def _further(self, line: Line, held: Object, asked: wire.Wanted, item: wire.Item) -> None:
+    async def _further(
+        self, connection: Connection, read: Read, asked: wire.Wanted, item: wire.Item
+    ) -> None:
         """More frames of an object whose first have come."""
-        cuts = cuts_of(held.header)
-        if (item.begin, item.end) != (cuts[asked.first], cuts[asked.upto]):
-            raise wire.BadMessage("other frames came than were asked for")
-        await line.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
-        held.loaded = asked.upto
-        held.sealed = held.loaded == len(held.header.frames)
-        self.counts.bytes_out += item.end - item.begin
+        with ObjectReader(read, self.ctx.arena, self.counts) as reader:
+            held = reader.held
+            assert held is not None
+            boundaries = held.header.boundaries
+            if (item.begin, item.end) != (boundaries[asked.first], boundaries[asked.upto]):
+                raise wire.BadMessage("other frames came than were requested")
+            await connection.fill(held.lease.view[item.begin : item.end], leases=(held.lease,))
+            reader.deliver(held.header, asked.upto)
 
-    def _judge(
-        self, read: Read, lease: Lease, bad: _Bad, *,
-        item: wire.Item | None = None, borrowed: bool = False,
-    ) -> None:  # fmt: skip
-        """Make the read's object, unless its header is not what it should be."""
-        try:
-            there = lease.view[: item.end if item is not None else lease.nbytes]
-            header = Header.unpack(there, key=read.key, namespace=self.ctx.namespace)
-            count = len(header.frames)
-            loaded = count if borrowed else min(read.upto, count)
-            end = cuts_of(header)[loaded]
-            if header.nbytes != lease.nbytes or (item is not None and item.end != end):
-                raise Damaged("its length and its header contradict each other")
-        except BadObject as error:
-            lease.release()
-            if isinstance(error, Damaged):
-                bad.append((read.key, error))
-            read.refuse(error)
-            return
-        read.object = Object(header, lease, loaded=loaded, sealed=loaded == count)
-        self.counts.hits += 1
-        self.counts.bytes_out += end
+    def _judge(self, reader: ObjectReader, lease: Lease, item: wire.Item | None) -> None:
+        """Deliver an object, unless its header is not what it should be: then raise BadObject.
+        Without `item` it is borrowed, and all of it is there."""
+        there = lease.view[: item.end if item is not None else lease.nbytes]
+        reader.seen = bytes(there[:PAGE])
+        header = Header.unpack(there, key=reader.read.key, namespace=self.ctx.namespace)
+        loaded = len(header.frames)
+        if item is not None:
+            loaded = min(reader.read.upto, loaded)
+        wrong = item is not None and item.end != header.boundaries[loaded]
+        if header.nbytes != lease.nbytes or wrong:
+            raise Damaged("its length contradicts its header")
+        reader.deliver(header, loaded)
 
     def _miss(self, read: Read, code: int) -> None:
-        read.lost = Lost(code)
-        self.counts.misses += read.lost is Lost.ABSENT
-        self.counts.corrupt += read.lost is Lost.CORRUPT  # the server has seen it, and dropped it
+        """Where it is CORRUPT, the server has seen it, and dropped it."""
+        ObjectReader(read, self.ctx.arena, self.counts).miss(Lost(code))
 
     async def _offer(self, objects: Sequence[Object]) -> list[int]:
-        """Offer a few objects, send those that are wanted; a code for each."""
-        offers = [(obj.header.key, obj.header.nbytes) for obj in objects]
-        async with self._lines.one() as line:
-            number = await self._send(line, wire.Kind.PUT, wire.pack_offers(offers))
-            body = await self._answer(line, number, wire.Kind.GRANT)
+        """Offer objects, send those that the server wants; a code for each."""
+        offers = [wire.Offer(obj.header.key, obj.header.nbytes) for obj in objects]
+        async with self._client.connection() as connection:
+            number = await self._send(connection, wire.Kind.PUT, wire.pack(*offers))
+            body = await self._answer(connection, number, wire.Kind.GRANT)
             wanted = wire.codes_of(body, len(objects), also=wire.SEND)
             for obj, code in zip(objects, wanted, strict=True):
                 if code == wire.SEND:
-                    await line.send(obj.lease.view[: obj.header.nbytes], leases=(obj.lease,))
-            body = await self._answer(line, number, wire.Kind.KEPT)
+                    await connection.send(obj.lease.view[: obj.header.nbytes], leases=(obj.lease,))
+            body = await self._answer(connection, number, wire.Kind.KEPT)
             codes, holds = wire.kept_of(body, len(objects))
             self._note(holds)
         for obj, asked, code in zip(objects, wanted, codes, strict=True):
@@ -255,8 +259,8 @@ class Server(Tier):
         return codes
 
     async def _ask(self, kind: wire.Kind, body: bytes = b"") -> int:
-        """A question that is answered by what the server holds; how many were meant."""
-        holds = wire.holdings_of(await self._exchange(kind, body, wire.Kind.HOLDS))
+        """Send a request that is answered by HOLDS; how many objects were affected."""
+        holds = wire.unpack(wire.Holdings, await self._exchange(kind, body, wire.Kind.HOLDS))
         self._note(holds)
         return holds.done
 
@@ -266,28 +270,28 @@ class Server(Tier):
         self._holds = holds
 
     def _anew(self) -> None:
-        """The server was started again: what it held, nobody knows."""
+        """The server was restarted: what it holds is unknown."""
         self.counts.extra["restarts"] = self.counts.extra.get("restarts", 0) + 1
         self._holds = _NOTHING
 
     async def _exchange(self, kind: wire.Kind, body: bytes, wanted: wire.Kind) -> bytes:
-        async with self._lines.one() as line:
-            return await self._answer(line, await self._send(line, kind, body), wanted)
+        async with self._client.connection() as connection:
+            return await self._answer(connection, await self._send(connection, kind, body), wanted)
 
-    async def _send(self, line: Line, kind: wire.Kind, body: bytes) -> int:
+    async def _send(self, connection: Connection, kind: wire.Kind, body: bytes) -> int:
         self._number = (self._number + 1) & 0xFFFFFFFF
         number, hint = self._number, b""
         if self._unsettled:
             hint = wire.message(wire.Kind.SETTLE, 0, b"".join(self._unsettled))
             self._unsettled = []
-        await line.send(hint + wire.message(kind, number, body))
+        await connection.send(hint + wire.message(kind, number, body))
         return number
 
-    async def _answer(self, line: Line, number: int, wanted: wire.Kind) -> bytes:
-        message = await line.message()
+    async def _answer(self, connection: Connection, number: int, wanted: wire.Kind) -> bytes:
+        message = await connection.message()
         refuse(message, wanted)
         if message.number != number:
-            raise wire.BadMessage("an answer to another question")
+            raise wire.BadMessage("a reply to another request")
         return message.body
 
 

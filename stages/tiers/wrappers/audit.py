@@ -2,10 +2,10 @@
 
     cold: {use: audit, of: {use: files, path: /mnt/kv}}
 
-For finding out which store, network or disk is not to be trusted. What differs from its checksums
-goes no further: on its way in it is not kept, on its way out it is a miss. Differences are counted
-as `differ_in` and `differ_out` in the tier's figures. Answers like a remote tier, by whole chunks,
-whatever it wraps.
+Finds out which store, network or disk is faulty. What differs from its checksums is stopped: on its
+way in it is not stored, on its way out it is a miss. Differences are counted as `differ_in` and
+`differ_out` in the tier's figures. It answers like a remote tier, by whole chunks, whatever it
+wraps.
 """
 
 from __future__ import annotations
@@ -20,37 +20,42 @@ import xxhash
 
 from tierloom.stages.errors import BadObject, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
-from tierloom.stages.tiers.contract.tier import Inner, Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.object_reader import is_still
+from tierloom.stages.tiers.contract.tier import Found, Inner, Read, Tier, TierContext
+from tierloom.stages.tiers.contract.wrapper import WrapperTier
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditOptions:
-    """What to watch."""
+    """Options of an audit tier."""
 
     of: Inner
     """The tier, written as any tier is."""
 
     def __post_init__(self) -> None:
         if self.of.cls.in_arena:
-            cause = "keeps objects where they are: there is no way in or out to watch"
+            cause = "keeps objects in place, so there are no transfers to check"
             raise ValueError(f"{self.of.use!r} {cause}")
 
 
-class Audit(Tier):
-    """Its counters are those of the tier it wraps."""
+class Audit(WrapperTier):
+    """Logs and checks what passes."""
 
     Options = AuditOptions
 
     def __init__(self, options: AuditOptions, ctx: TierContext) -> None:
-        super().__init__(ctx)
         self.use = options.of.use
-        self.wrap(options.of.build(ctx._replace(watch=None)))
+        super().__init__(options.of.build(ctx._replace(watch=None)))
 
     def wrap(self, tier: Tier) -> None:
-        self.tier, self.counts = tier, tier.counts
+        super().wrap(tier)
+        self.local = False
         self.counts.extra |= {"differ_in": 0, "differ_out": 0}
+
+    def find(self, links: bytes) -> Found | None:
+        raise NotImplementedError("audit answers by whole chunks, whatever it wraps")
 
     async def open(self) -> None:
         with self._logged("open"):
@@ -60,15 +65,9 @@ class Audit(Tier):
         with self._logged("close"):
             await self.tier.close()
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        self.tier.touch(keys)
-
-    def settle(self, keys: Sequence[bytes]) -> None:
-        self.tier.settle(keys)
-
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         with self._logged("has", len(keys)) as said:
-            found = await self.tier.has(keys)
+            found = await self.tier.exists(keys)
             said.append(f"{sum(found)} are there")
         return found
 
@@ -91,12 +90,14 @@ class Audit(Tier):
                 read.object.lease.release()
                 read.object = None
             if isinstance(cause, Damaged):
-                await self._expel(read.key, cause)
+                await self._expel(read.key, cause, made.header)
 
-    async def _expel(self, key: bytes, proof: Damaged) -> None:
-        """Drop an object, on proof (`_differs` has logged it) that it is damaged."""
+    async def _expel(self, key: bytes, proof: Damaged, read: Header) -> None:
+        """Drop an object on proof of damage (`_differs` has logged it), unless another is in its
+        place by now."""
         self.counts.corrupt += 1
-        await self.drop([key])
+        if await is_still(self.tier, key, read):
+            await self.delete([key])
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         lost: dict[int, Lost | None] = {}
@@ -116,9 +117,9 @@ class Audit(Tier):
         lost |= zip(right, kept, strict=True)
         return [lost[i] for i in range(len(objects))]
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         with self._logged("drop", len(keys)) as said:
-            dropped = await self.tier.drop(keys)
+            dropped = await self.tier.delete(keys)
             said.append(f"{dropped} were there")
         return dropped
 
@@ -127,9 +128,6 @@ class Audit(Tier):
             cleared = await self.tier.clear()
             said.append(f"{cleared} were there")
         return cleared
-
-    def stat(self) -> TierStat:
-        return self.tier.stat()
 
     @contextmanager
     def _logged(self, call: str, count: int | None = None) -> Iterator[list[str]]:
@@ -152,19 +150,19 @@ class Audit(Tier):
 
 
 def _difference(obj: Object, begin: int, key: bytes) -> BadObject | None:
-    """What of an object, from frame `begin` on, is not as its checksums say; None: nothing is."""
+    """The first difference between an object and its checksums, from frame `begin` on, if any."""
     try:
         view = obj.lease.view
         if not begin:
             found, said = Header.unpack(view, key=key), obj.header
             # Where many namespaces are kept, an object goes by another name than its key.
             if found._replace(key=said.key, links=said.links) != said:
-                return Damaged("it has another header")
+                return Damaged("its header differs")
         for i in range(begin, obj.loaded):
             frame = obj.header.frames[i]
             stored = view[frame.offset : frame.offset + frame.stored]
             if xxhash.xxh3_64_intdigest(stored) != frame.checksum:
-                return Damaged(f"frame {i} has another checksum")
+                return Damaged(f"the checksum of frame {i} differs")
     except BadObject as error:
         return error
     return None

@@ -1,9 +1,9 @@
-"""blackhole: takes everything, keeps nothing.
+"""blackhole: accepts everything, stores nothing.
 
     cold: {use: blackhole}
 
-Says what storing costs up to a tier: hashing, gathering, encoding and the copies are done, and
-nothing else is. Puts succeed (`full` refuses them), and nothing is ever found, at no cost in time.
+Measures what storing costs before a tier: hashing, gathering, encoding and copies are done, nothing
+else. Puts succeed (`full` refuses them), and nothing is ever found, at no cost in time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from dataclasses import dataclass
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
-from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import (
+    Found,
+    Read,
+    Tier,
+    TierContext,
+    TierStat,
+    require_sealed,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlackholeOptions:
-    """None."""
+    """No options."""
 
 
 class Blackhole(Tier):
@@ -33,7 +40,7 @@ class Blackhole(Tier):
     def find(self, links: bytes) -> Found | None:
         return None
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return [False] * len(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -42,13 +49,12 @@ class Blackhole(Tier):
         self.counts.misses += len(reads)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        if not all(obj.sealed for obj in objects):
-            raise ValueError("an object must be sealed before it is put")
+        require_sealed(*objects)
         self.counts.puts += len(objects)
         self.counts.bytes_in += sum(obj.header.nbytes for obj in objects)
         return [None] * len(objects)
 
-    async def drop(self, keys: Sequence[bytes]) -> int:
+    async def delete(self, keys: Sequence[bytes]) -> int:
         return 0
 
     async def clear(self) -> int:

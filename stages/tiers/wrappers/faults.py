@@ -1,6 +1,8 @@
-"""Tiers that fail on purpose, for tests of pipelines: a memory tier each, with one fault.
+"""Tiers that fail on purpose, for tests of pipelines.
 
-warm: {use: slow, capacity: 1 GiB, delay: 20 ms}
+    warm: {use: slow, capacity: 1 GiB, delay: 20 ms}
+
+Each is a memory tier with one fault.
 """
 
 from __future__ import annotations
@@ -23,23 +25,23 @@ Point = Literal["open", "has", "read", "put", "first_byte"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlowOptions(MemoryOptions):
-    """How slow."""
+    """Options of a slow tier."""
 
     delay: Seconds = 0.05
-    """Before each call."""
+    """Delay of each call."""
     bandwidth: Size = 0
     """Bytes per second of reads and puts; 0: no limit."""
 
 
 class Slow(Memory):
-    """Answers late."""
+    """Answers slowly."""
 
     Options = SlowOptions
     options: SlowOptions
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         await anyio.sleep(self.options.delay)
-        return await super().has(keys)
+        return await super().exists(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         await anyio.sleep(self.options.delay)
@@ -59,19 +61,19 @@ class Slow(Memory):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlakyOptions(MemoryOptions):
-    """How often, and how."""
+    """Options of a flaky tier."""
 
     rate: float = 0.1
-    """Part of the calls that fail, 0 to 1."""
+    """Fraction of calls that fail, 0 to 1."""
     seed: int = 0
-    """The same seed, the same failures."""
+    """Seed of the random failures."""
     corrupt: bool = False
-    """Deliver objects with one bit turned instead of raising."""
+    """Deliver objects with one flipped bit instead of raising."""
 
     def __post_init__(self) -> None:
         super(FlakyOptions, self).__post_init__()
         if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate must lie in 0..1, got {self.rate}")
+            raise ValueError(f"rate must be between 0 and 1, got {self.rate}")
 
 
 class Flaky(Memory):
@@ -84,9 +86,9 @@ class Flaky(Memory):
         super().__init__(options, ctx, **kwargs)
         self._random = random.Random(options.seed)
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         self._stumble()
-        return await super().has(keys)
+        return await super().exists(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         self._stumble()
@@ -120,7 +122,7 @@ class Flaky(Memory):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StuckOptions(MemoryOptions):
-    """Where it hangs."""
+    """Options of a stuck tier."""
 
     at: Point = "read"
     """The call that never returns; `first_byte`: a read, once its memory is leased."""
@@ -132,7 +134,7 @@ class StuckOptions(MemoryOptions):
 
 
 class Stuck(Memory):
-    """Hangs for ever, until it is cancelled."""
+    """Never returns, until it is cancelled."""
 
     Options = StuckOptions
     options: StuckOptions
@@ -141,9 +143,9 @@ class Stuck(Memory):
         await self._reach("open")
         await super().open()
 
-    async def has(self, keys: Sequence[bytes]) -> list[bool]:
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         await self._reach("has")
-        return await super().has(keys)
+        return await super().exists(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         await self._reach("read")
@@ -167,7 +169,7 @@ class Stuck(Memory):
 
 
 class Full(Memory):
-    """Takes nothing."""
+    """Refuses every object."""
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         self.counts.refused += len(objects)

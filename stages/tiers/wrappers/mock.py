@@ -21,28 +21,28 @@ from tierloom.stages.tiers.contract.tier import TierContext, TierStat
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MockOptions:
-    """How far away, and how unreliable."""
+    """Options of a mock tier."""
 
     capacity: Size = 1 << 30
-    """Bytes kept at most; what came first goes first."""
+    """Most bytes to store; the oldest are evicted first."""
     latency: Seconds = 0.001
-    """Before each answer; objects of one call wait at the same time."""
+    """Delay of each answer; objects of one call wait at the same time."""
     bandwidth: Size = 0
-    """Bytes per second that the line to it carries, both ways together; 0: no limit."""
+    """Bytes per second of its connection, both ways together; 0: no limit."""
     loss: float = 0.0
-    """Part of the objects that turn out to be gone when they are fetched, 0 to 1."""
+    """Fraction of objects that turn out to be lost when they are read, 0 to 1."""
     seed: int = 0
-    """The same seed, the same losses."""
+    """Seed of the random losses."""
 
     def __post_init__(self) -> None:
         if self.capacity <= 0 or min(self.latency, self.bandwidth) < 0:
             raise ValueError("capacity must be positive, latency and bandwidth not negative")
         if not 0 <= self.loss <= 1:
-            raise ValueError(f"loss must lie in 0..1, got {self.loss}")
+            raise ValueError(f"loss must be between 0 and 1, got {self.loss}")
 
 
 class Mock(Blobs):
-    """Forgets everything with its process."""
+    """Loses everything when the process ends."""
 
     Options = MockOptions
     options: MockOptions
@@ -57,24 +57,24 @@ class Mock(Blobs):
         await self._carry(0)
         return len(self._kept.get(name, b""))
 
-    async def fetch(self, name: str) -> bytearray | None:
+    async def get_value(self, name: str) -> bytearray | None:
         if self.options.loss and self._random.random() < self.options.loss:
             self._forget(name)
         data = self._kept.get(name)
         await self._carry(len(data or b""))
         return data
 
-    async def store(self, name: str, data: bytearray) -> bool:
+    async def put_value(self, name: str, data: bytearray) -> bool:
         await self._carry(len(data))
         if len(data) > self.options.capacity:
             return False
-        while self._nbytes + len(data) > self.options.capacity:
+        while self._holdings.stat.nbytes + len(data) > self.options.capacity:
             self._forget(next(iter(self._kept)))
             self.counts.evicted += 1
         self._kept[name] = data
         return True
 
-    async def remove(self, name: str) -> None:
+    async def delete_value(self, name: str) -> None:
         self._kept.pop(name, None)
 
     async def names(self, prefix: str) -> Iterable[str]:
@@ -85,7 +85,7 @@ class Mock(Blobs):
 
     def _forget(self, name: str) -> None:
         if data := self._kept.pop(name, None):
-            self._count(-1, -len(data))
+            self._holdings.add(-1, -len(data))
 
     async def _carry(self, nbytes: int) -> None:
         """Wait for an answer: one after another on the line, all at once in latency."""

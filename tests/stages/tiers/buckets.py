@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from processes import Process, free_port, program
 
+from tierloom.testing import Pool
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -137,3 +139,21 @@ class Gate:
         for each in (source, sink):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+
+class GatedPool(Pool):
+    """Threads that are never held back; what is held back is the wire."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.wire = gate
+        self.gate, self.reached = self, gate.reached
+
+    def set(self) -> None:
+        self.wire.open.set()
+
+    def clear(self) -> None:
+        self.wire.open.clear()
+
+    def begun(self) -> None:
+        """What is held back is on its way to the bucket, not in a thread."""

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tierloom.stages.errors import BadObject, Lost, TierDown
-from tierloom.stages.tiers.files.gds import Gds, GdsOptions, KvikioMover
+from tierloom.stages.tiers.files.gds import Gds, GdsOptions, KvikioFileIO
 from tierloom.testing import SIZE, TierContract, key_of
 
 
@@ -23,14 +23,14 @@ class TestGds(TierContract):
     @pytest.mark.anyio
     async def test_kvikio_moves_the_bytes(self, ctx, tmp_path, clock, arena, monkeypatch):
         moved = []
-        go = KvikioMover._go
+        go = KvikioFileIO._go
 
         def noted(self, verb, fd, view, at):
             moved.append((verb, len(view)))
             return go(self, verb, fd, view, at)
 
         async with self.opened(ctx, tmp_path, clock, threads=3, task=64 << 10) as tier:
-            monkeypatch.setattr(KvikioMover, "_go", noted)
+            monkeypatch.setattr(KvikioFileIO, "_go", noted)
             await self.put(tier, 1, tokens=1024)
             assert await self.get(tier, 1, 1024) == self.bytes_of(arena, 1, 1024)
         nbytes = 4096 + 3 * 16 * 16384
@@ -62,16 +62,16 @@ class TestGds(TierContract):
         monkeypatch.setattr(os, "posix_fallocate", full)
         assert await self.put(tier, 1) == [Lost.NO_ROOM]
         assert tier.stat()[:2] == (0, 0)
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     async def test_files_that_end_or_cannot_be_read(self, tier, tmp_path):
         (tmp_path / "short").write_bytes(bytes(SIZE))
-        mover = tier._kvikio
-        fd = mover.open(tmp_path / "short", os.O_RDONLY)
+        file_io = tier._kvikio
+        fd = file_io.open(tmp_path / "short", os.O_RDONLY)
         with pytest.raises((BadObject, TierDown)):
-            mover.read(fd, memoryview(bytearray(2 * SIZE)), 0)
-        mover.read(fd, memoryview(bytearray(SIZE)), 0)
+            file_io.read(fd, memoryview(bytearray(2 * SIZE)), 0)
+        file_io.read(fd, memoryview(bytearray(SIZE)), 0)
         with pytest.raises(TierDown, match="pwrite failed"):
-            mover._go("pwrite", fd, memoryview(bytearray(SIZE)), 0)
-        mover.close(fd)
+            file_io._go("pwrite", fd, memoryview(bytearray(SIZE)), 0)
+        file_io.close(fd)

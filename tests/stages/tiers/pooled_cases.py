@@ -13,19 +13,19 @@ import xxhash
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.contract.tier import Read
-from tierloom.stages.tiers.pools.manifest import Record
+from tierloom.stages.tiers.pools.manifest import Manifest
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object
 
 
-def record_of(tier, key):
+def manifest_of(tier, key):
     (raw,) = tier._peek([key.hex()])
-    return Record.unpack(raw)
+    return Manifest.unpack(raw)
 
 
 def names_of(tier, key):
     """Names of an object's pieces, in order."""
-    record = record_of(tier, key)
-    return [name for name, _, _ in record.names(key, tier.piece, 0, len(record.cuts))]
+    manifest = manifest_of(tier, key)
+    return [name for name, _, _ in manifest.names(key, tier.piece)]
 
 
 def damaged(tier, key, change, replaced):
@@ -50,13 +50,13 @@ async def check_namespaces(bench, ctx, folder, clock, arena):
         await one.clear()
         await bench.put(one, 1, 2)
         assert await bench.get(again, 1) == bench.bytes_of(arena, 1)
-        assert await two.has([key_of(1)]) == [False]
+        assert await two.exists([key_of(1)]) == [False]
         assert await bench.get(two, 1) is Lost.ABSENT
         assert await bench.put(two, 3) == [None]
         assert await two.clear() == 1
-        assert await one.has([key_of(1), key_of(2)]) == [True, True]
+        assert await one.exists([key_of(1), key_of(2)]) == [True, True]
         assert await one.clear() == 2
-        assert await again.has([key_of(1), key_of(2)]) == [False, False]
+        assert await again.exists([key_of(1), key_of(2)]) == [False, False]
 
 
 async def check_a_piece_that_was_evicted(bench, tier, arena, replaced):
@@ -64,59 +64,59 @@ async def check_a_piece_that_was_evicted(bench, tier, arena, replaced):
     for n in range(FRAMES + 1):
         await bench.put(tier, 1, 2)
         replaced(tier, names_of(tier, key_of(1))[n], None)
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         reads = [Read(key_of(1), ALL), Read(key_of(2), ALL)]
         await tier.read(reads)
         assert reads[0].lost is Lost.ABSENT
         assert reads[1].lost is None
         reads[1].object.lease.release()
-        assert await tier.has([key_of(1), key_of(2)]) == [False, True]
+        assert await tier.exists([key_of(1), key_of(2)]) == [False, True]
         assert await bench.put(tier, 1) == [None]
         assert await bench.get(tier, 1) == bench.bytes_of(arena, 1)
 
 
 async def check_that_a_record_makes_it(bench, tier, arena):
-    """A writer who dies before the record leaves nothing that anybody sees."""
+    """A writer who dies before the manifest leaves nothing that anybody sees."""
 
     class Died(Exception):
         pass
 
-    def die(records):
+    def die(manifests):
         raise Died
 
     commit, tier._commit = tier._commit, die
     with suppress(Died):
         await bench.put(tier, 1)
     tier._commit = commit
-    assert await tier.has([key_of(1)]) == [False]
+    assert await tier.exists([key_of(1)]) == [False]
     assert await bench.get(tier, 1) is Lost.ABSENT
     assert await bench.put(tier, 1) == [None]
     assert await bench.get(tier, 1) == bench.bytes_of(arena, 1)
 
 
-async def check_hostile_records(bench, tier, replaced):
-    """A record that is not one, or that lies, is a miss and is taken away."""
+async def check_hostile_manifests(bench, tier, replaced):
+    """A manifest that is not one, or that lies, is a miss and is taken away."""
     await bench.put(tier, 1)
-    right = record_of(tier, key_of(1))
-    cuts = right.cuts
-    records = [
+    right = manifest_of(tier, key_of(1))
+    cuts = right.boundaries
+    manifests = [
         b"x", b"TLR1" * 20, bytes(4096), right.pack()[:-1] + b"?",
-        Record(right.writer, (4096,)).pack(), Record(right.writer, (4096, 4096)).pack(),
-        Record(right.writer, (4096, 4097)).pack(), Record(right.writer, (4096, 1 << 60)).pack(),
-        Record(b"somebody", cuts).pack(), Record(right.writer, cuts[:-1]).pack(),
-        Record(right.writer, (*cuts, cuts[-1] + 4096)).pack(),
-        Record(right.writer, (4096, cuts[-1])).pack(),
+        Manifest(right.writer, (4096,)).pack(), Manifest(right.writer, (4096, 4096)).pack(),
+        Manifest(right.writer, (4096, 4097)).pack(), Manifest(right.writer, (4096, 1 << 60)).pack(),
+        Manifest(b"somebody", cuts).pack(), Manifest(right.writer, cuts[:-1]).pack(),
+        Manifest(right.writer, (*cuts, cuts[-1] + 4096)).pack(),
+        Manifest(right.writer, (4096, cuts[-1])).pack(),
     ]  # fmt: skip
-    for record in records:
-        replaced(tier, key_of(2).hex(), record)
-        assert await bench.get(tier, 2) in (Lost.CORRUPT, Lost.ABSENT), record
-        assert await tier.has([key_of(2)]) == [False]
+    for manifest in manifests:
+        replaced(tier, key_of(2).hex(), manifest)
+        assert await bench.get(tier, 2) in (Lost.CORRUPT, Lost.ABSENT), manifest
+        assert await tier.exists([key_of(2)]) == [False]
         await bench.put(tier, 1)
-        replaced(tier, key_of(1).hex(), record)
-        assert await bench.get(tier, 1) in (Lost.CORRUPT, Lost.ABSENT), record
+        replaced(tier, key_of(1).hex(), manifest)
+        assert await bench.get(tier, 1) in (Lost.CORRUPT, Lost.ABSENT), manifest
         assert await bench.put(tier, 1) == [None]
         assert isinstance(await bench.get(tier, 1), bytes)
-    replaced(tier, key_of(3).hex(), Record(right.writer, (4096, 1 << 39)).pack())
+    replaced(tier, key_of(3).hex(), Manifest(right.writer, (4096, 1 << 39)).pack())
     assert await bench.get(tier, 3) is Lost.NO_ROOM
 
 
@@ -125,7 +125,7 @@ async def check_replaced_between_two_layers(bench, tier, arena):
     await bench.put(tier, 1)
     read = Read(key_of(1), 1)
     await tier.read([read])
-    await tier.drop([key_of(1)])
+    await tier.delete([key_of(1)])
     other = make_object(arena, 1)
     frames = other.header.frames
     other.seal([frame.checksum ^ 1 for frame in frames])
@@ -135,7 +135,7 @@ async def check_replaced_between_two_layers(bench, tier, arena):
     await tier.read([again])
     assert again.lost is Lost.ABSENT
     assert read.object.loaded == 1
-    assert await tier.has([key_of(1)]) == [True]
+    assert await tier.exists([key_of(1)]) == [True]
     read.object.lease.release()
     assert tier.stat()[:2] == (1, SIZE)
 
@@ -146,12 +146,16 @@ async def check_a_record_that_differs_between_two_layers(bench, tier, replaced):
     await bench.put(tier, 1)
     read = Read(key_of(1), 1)
     await tier.read([read])
-    right, held = record_of(tier, key_of(1)), read.object
+    right, held = manifest_of(tier, key_of(1)), read.object
     fetched, fetch = [], tier._fetch
     tier._fetch = lambda pieces: fetched.extend(pieces) or fetch(pieces)
-    far = right.cuts[-1] + (1 << 20)
-    for cuts in ((*right.cuts[:-1], far), (*right.cuts, far), (*right.cuts[:2], far)):
-        replaced(tier, key_of(1).hex(), Record(right.writer, cuts).pack())
+    far = right.boundaries[-1] + (1 << 20)
+    for cuts in (
+        (*right.boundaries[:-1], far),
+        (*right.boundaries, far),
+        (*right.boundaries[:2], far),
+    ):
+        replaced(tier, key_of(1).hex(), Manifest(right.writer, cuts).pack())
         again = Read(key_of(1), ALL, held)
         await tier.read([again])
         assert (again.lost, held.loaded, fetched) == (Lost.ABSENT, 1, [])
@@ -166,12 +170,12 @@ async def check_a_record_that_differs_between_two_layers(bench, tier, replaced):
 async def check_a_record_of_a_later_format(bench, tier, replaced):
     """It stays, for those who know it."""
     await bench.put(tier, 1)
-    right = record_of(tier, key_of(1)).pack()
+    right = manifest_of(tier, key_of(1)).pack()
     later = b"TLR2" + right[4:-8]
     replaced(tier, key_of(1).hex(), later + xxhash.xxh3_64_digest(later))
     for _ in range(2):
         assert await bench.get(tier, 1) is Lost.NEWER
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         assert await bench.put(tier, 1) == [None]
     assert tier.counts.corrupt == 0
     replaced(tier, key_of(1).hex(), right)

@@ -1,4 +1,4 @@
-"""Guarded: failures become data, a failing tier is left alone, reads are priced."""
+"""CircuitBreaker: failures become data, a failing tier is left alone, reads are priced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.memory.allocator import PAGE
-from tierloom.stages.tiers.contract.circuit_breaker import Cost, Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.contract.read_cost import ReadCostModel
 from tierloom.stages.tiers.contract.tier import Read
 from tierloom.stages.tiers.memory.tier import Memory, MemoryOptions
 from tierloom.stages.tiers.wrappers.faults import Stuck, StuckOptions
@@ -35,17 +36,17 @@ class Broken(Memory):
         await super().read(reads)
         self._fail()
 
-    async def has(self, keys):
+    async def exists(self, keys):
         self._fail()
-        return await super().has(keys)
+        return await super().exists(keys)
 
     async def put(self, objects):
         self._fail()
         return await super().put(objects)
 
-    async def drop(self, keys):
+    async def delete(self, keys):
         self._fail()
-        return await super().drop(keys)
+        return await super().delete(keys)
 
     def _fail(self):
         self.calls += 1
@@ -60,7 +61,7 @@ class TestGuarded(TierContract):
 
     def make(self, ctx, folder, clock, *, capacity=32 * SIZE, **options):
         tier = Memory(MemoryOptions(capacity=capacity, **options), ctx, clock=clock)
-        return Guarded(tier, "hot", limits())
+        return CircuitBreaker(tier, "hot", limits())
 
     @pytest.mark.skip(reason="a mistake of the caller, too, is caught here")
     async def test_unsealed_objects_are_a_mistake(self): ...
@@ -69,7 +70,7 @@ class TestGuarded(TierContract):
 class TestBreaker(TierBench):
     def make(self, ctx, folder, clock, **options):
         tier = Broken(MemoryOptions(capacity=8 * SIZE), ctx)
-        return Guarded(tier, "hot", limits(), clock=clock)
+        return CircuitBreaker(tier, "hot", limits(), clock=clock)
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("error", [OSError("gone"), TierDown("gone"), TimeoutError("slow")])
@@ -77,14 +78,14 @@ class TestBreaker(TierBench):
         await self.put(tier, 1)
         code = Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
         tier.tier.error = error
-        assert await tier.has([key_of(1)] * 2) == [False, False]
+        assert await tier.exists([key_of(1)] * 2) == [False, False]
         assert tier.available
         assert await self.get(tier, 1) is code
         assert await self.put(tier, 2, 3) == [code, code]
         assert not tier.available
         calls = tier.tier.calls
         assert await self.get(tier, 1) is Lost.TIER_DOWN
-        assert await tier.drop([key_of(1)]) == 0
+        assert await tier.delete([key_of(1)]) == 0
         assert tier.tier.calls == calls
 
     @pytest.mark.anyio
@@ -92,10 +93,10 @@ class TestBreaker(TierBench):
         await self.put(tier, 1)
         for _ in range(4):
             tier.tier.error = OSError()
-            await tier.has([key_of(1)])
-            await tier.has([key_of(1)])
+            await tier.exists([key_of(1)])
+            await tier.exists([key_of(1)])
             tier.tier.error = None
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
         assert tier.available
 
     @pytest.mark.anyio
@@ -115,18 +116,18 @@ class TestBreaker(TierBench):
         plain = getattr(tier.tier, what)
         setattr(tier.tier, what, gone)
         for _ in range(3):
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
             assert not await carried()
         assert not tier.available
         clock.now += 6
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         assert not await carried()
         assert not tier.available
         clock.now += 6
         setattr(tier.tier, what, plain)
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         assert await carried()
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         clock.now -= 6
         assert tier.available, "it is back"
 
@@ -135,27 +136,27 @@ class TestBreaker(TierBench):
         await self.put(tier, 1)
         tier.tier.error = OSError()
         for _ in range(3):
-            await tier.has([key_of(1)])
+            await tier.exists([key_of(1)])
         clock.now += 4
         assert not tier.available
         clock.now += 2
         assert tier.available
-        assert await tier.has([key_of(1)]) == [False]  # the probe fails
+        assert await tier.exists([key_of(1)]) == [False]  # the probe fails
         assert not tier.available
         clock.now += 6
         tier.tier.error = None
         gate, begun = anyio.Event(), anyio.Event()
 
-        async def slow(keys, plain=tier.tier.has):
+        async def slow(keys, plain=tier.tier.exists):
             begun.set()
             await gate.wait()
             return await plain(keys)
 
-        tier.tier.has = slow
+        tier.tier.exists = slow
         answers = []
 
         async def ask():
-            answers.append(await tier.has([key_of(1)]))
+            answers.append(await tier.exists([key_of(1)]))
 
         async with anyio.create_task_group() as group:
             group.start_soon(ask)
@@ -171,16 +172,16 @@ class TestBreaker(TierBench):
     async def test_cancellation_passes_and_frees_the_probe(self, tier, clock):
         tier.tier.error = OSError()
         for _ in range(3):
-            await tier.has([key_of(1)])
+            await tier.exists([key_of(1)])
         clock.now += 6
         tier.tier.error = None
-        plain, tier.tier.has = tier.tier.has, lambda keys: anyio.sleep_forever()
+        plain, tier.tier.exists = tier.tier.exists, lambda keys: anyio.sleep_forever()
         with anyio.move_on_after(0.01) as scope:
-            await tier.has([key_of(1)])
+            await tier.exists([key_of(1)])
         assert scope.cancelled_caught
         assert tier.available
-        tier.tier.has = plain
-        assert await tier.has([key_of(1)]) == [False]
+        tier.tier.exists = plain
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     @pytest.mark.parametrize(("waited", "open"), [(8.0, True), (1.0, False)])
@@ -191,15 +192,15 @@ class TestBreaker(TierBench):
             clock.now += waited  # of a limit of 30 seconds
             await anyio.sleep_forever()
 
-        plain, tier.tier.has = tier.tier.has, hangs
+        plain, tier.tier.exists = tier.tier.exists, hangs
         for _ in range(3):
             assert tier.available
             with anyio.move_on_after(0.01):
-                await tier.has([key_of(1)])
+                await tier.exists([key_of(1)])
         assert tier.available != open
-        tier.tier.has = plain
+        tier.tier.exists = plain
         clock.now += 6
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
         assert tier.available
 
     @pytest.mark.anyio
@@ -209,7 +210,7 @@ class TestBreaker(TierBench):
             for _ in range(3):
                 assert await self.put(tier, 1) == [Lost.TIER_DOWN]
         (record,) = caplog.records
-        assert record.message.startswith("tier raised what it should not\nTraceback")
+        assert record.message.startswith("tier raised an unexpected error\nTraceback")
         assert caplog.records[0].tier == "hot"
         assert not tier.available
 
@@ -219,7 +220,7 @@ class TestBreaker(TierBench):
         tier.tier.error = kind("cannot reach redis://user:hunter2@host:6379, password=hunter2")
         with caplog.at_level(logging.DEBUG):
             for _ in range(3):
-                await tier.has([key_of(1)])
+                await tier.exists([key_of(1)])
         told = " ".join(str(vars(r)) + caplog.handler.format(r) for r in caplog.records)
         assert "redis://***@host:6379" in told
         assert "hunter2" not in told
@@ -229,7 +230,7 @@ class TestBreaker(TierBench):
         inner = Broken(MemoryOptions(capacity=SIZE), ctx)
         inner.error = ConfigError("redis://user:hunter2@host: no such database")
         with pytest.raises(ConfigError, match=r"^redis://\*\*\*@host: no such database$") as caught:
-            await Guarded(inner, "cold", limits()).open()
+            await CircuitBreaker(inner, "cold", limits()).open()
         assert caught.value.__suppress_context__
 
     @pytest.mark.anyio
@@ -250,14 +251,14 @@ class TestBreaker(TierBench):
     @pytest.mark.parametrize("at", ["has", "read", "put", "first_byte"])
     async def test_a_hanging_call_is_late(self, ctx, arena, at):
         stuck = Stuck(StuckOptions(capacity=8 * SIZE, at=at), ctx)
-        tier = Guarded(stuck, "stuck", limits(timeout=0.02, fails=2))
+        tier = CircuitBreaker(stuck, "stuck", limits(timeout=0.02, fails=2))
         await tier.open()
         if at == "put":
             assert await self.put(tier, 1) == [Lost.LATE]
         else:
             await self.put(tier, 1)
         if at == "has":
-            assert await tier.has([key_of(1)]) == [False]
+            assert await tier.exists([key_of(1)]) == [False]
         elif at != "put":
             assert await self.get(tier, 1) is Lost.LATE
             assert arena.flight == 0
@@ -267,7 +268,7 @@ class TestBreaker(TierBench):
     @pytest.mark.anyio
     async def test_a_tier_that_is_down_at_first(self, ctx, clock):
         inner = Broken(MemoryOptions(capacity=8 * SIZE), ctx)
-        tier = Guarded(inner, "cold", limits(), clock=clock)
+        tier = CircuitBreaker(inner, "cold", limits(), clock=clock)
         inner.error = OSError("connection refused")
         await tier.open()
         assert not tier.available
@@ -282,11 +283,11 @@ class TestBreaker(TierBench):
         inner = Broken(MemoryOptions(capacity=8 * SIZE), ctx)
         inner.error = ConfigError("no such folder")
         with pytest.raises(ConfigError):
-            await Guarded(inner, "cold", limits()).open()
+            await CircuitBreaker(inner, "cold", limits()).open()
 
     @pytest.mark.anyio
     async def test_what_a_hanging_open_costs(self, ctx):
-        tier = Guarded(
+        tier = CircuitBreaker(
             Stuck(StuckOptions(capacity=8 * SIZE, at="open"), ctx), "cold", limits(timeout=0.002)
         )
         await tier.open()
@@ -313,7 +314,7 @@ class TestBreaker(TierBench):
 
 
 def test_cost_tells_latency_from_bandwidth():
-    cost = Cost()
+    cost = ReadCostModel()
     assert cost.of(1) is None
     assert cost.latency == cost.bandwidth == 0.0
     for i in range(60):
@@ -328,7 +329,7 @@ def test_cost_tells_latency_from_bandwidth():
 
 
 def test_cost_is_never_negative():
-    cost = Cost()
+    cost = ReadCostModel()
     cost.add(1 << 20, 1.0)
     cost.add(8 << 20, 0.1)  # a cold start, then quick: a falling line
     assert cost.of(1) >= 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tierloom.stages.errors import BadObject
-from tierloom.stages.tiers.disk.index_log import Journal
+from tierloom.stages.tiers.disk.index_log import IndexLog
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.testing import SIZE, TierBench, key_of
 
@@ -24,10 +24,10 @@ import anyio
 from tierloom import testing
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers import disk_log
+from tierloom.stages.tiers.disk import index_log
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 
-disk_log._SMALL_LOG = 3000  # a snapshot every few puts
+index_log._SMALL_LOG = 3000  # a snapshot every few puts
 
 async def main():
     arena = Arena(64 * testing.SIZE, huge_pages=False)
@@ -56,7 +56,7 @@ class TestCrash(TierBench):
         found = {}
         try:
             for seed in range(50):
-                known = (await tier.has([key_of(seed)]))[0]
+                known = (await tier.exists([key_of(seed)]))[0]
                 try:
                     got = await self.get(tier, seed)
                 except BadObject:  # a reader sees it, too, and computes again
@@ -90,7 +90,7 @@ class TestCrash(TierBench):
         tier._store._snapshot()
         for seed in seeds:
             await self.put(tier, seed)
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         shutil.copytree(folder / "live", folder / "dead")
         await tier.close()
         return folder / "dead", max((folder / "dead").glob("index-*.log"))
@@ -146,7 +146,7 @@ class TestCrash(TierBench):
         from tierloom.stages.tiers.disk.index_log import _framed, _pack_put
 
         dead, log = await self.write(tmp_path, ctx, [2, 3])
-        entries = {e.key: e for e in Journal(_copied(dead, tmp_path / "peek")).load()}
+        entries = {e.key: e for e in IndexLog(_copied(dead, tmp_path / "peek")).load()}
         false = entries[key_of(2)]
         links = b"".join(bytes([i]) * 32 for i in range(4))
         false.key, false.links = links[-32:], links
@@ -177,7 +177,7 @@ def _copied(folder: Path, to: Path) -> Path:
 
 def _replayed(folder: Path) -> set[bytes]:
     """The keys that the index files tell of."""
-    journal = Journal(_copied(folder, folder.parent / "replay"))
+    journal = IndexLog(_copied(folder, folder.parent / "replay"))
     try:
         return {entry.key for entry in journal.load()}
     finally:

@@ -8,7 +8,7 @@ import pytest
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.memory.allocator import PAGE
-from tierloom.stages.tiers.disk.folder_lock import Claim
+from tierloom.stages.tiers.disk.folder_lock import FolderLock
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.testing import SIZE, TierBench
 
@@ -87,7 +87,7 @@ class TestFolder(TierBench):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", killed)
             with pytest.raises(ConfigError, match="cut short"):
-                Claim(folder, segment=SEGMENT)
+                FolderLock(folder, segment=SEGMENT)
         async with self.opened(ctx, tmp_path, clock) as tier:
             assert await self.put(tier, 1) == [None]
         assert {p.name for p in (folder / "set-aside-damaged").iterdir()} == names
@@ -113,7 +113,7 @@ class TestFolder(TierBench):
         async with self.opened(ctx, tmp_path, clock) as tier:
             await self.put(tier, 1)
             for body in (b"\x01", b"\x01" + bytes(14), b"\x63later"):
-                tier._store._journal._append(body)
+                tier._store._index_log._append(body)
             await self.put(tier, 2)
         async with self.opened(ctx, tmp_path, clock) as tier:
             for seed in (1, 2):

@@ -14,9 +14,10 @@ from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.tiers.disk import default_folder as folder
 from tierloom.stages.tiers.disk.default_folder import DEFAULT
-from tierloom.stages.tiers.disk.folder_lock import Claim
+from tierloom.stages.tiers.disk.folder_lock import FolderLock
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 from tierloom.stages.user_home import cache_folder, expanded
 from tierloom.testing import SIZE, TierBench, key_of
 
@@ -60,13 +61,13 @@ class TestFolder(TierBench):
             assert (where(a), where(b)) == ("tierloom", "tierloom-2")
             await self.put(a, 1)
             await self.put(b, 2)
-        assert [r.getMessage() for r in caplog.records if "disk tier in" in r.getMessage()] == [
-            f"disk tier in {home}/.cache/tierloom-2: other engines have what is before it"
+        assert [r.getMessage() for r in caplog.records if "disk tier uses" in r.getMessage()] == [
+            f"disk tier uses {home}/.cache/tierloom-2: other engines use the folders before it"
         ]
         async with self.engine(ctx, B) as b, self.engine(ctx, A) as a:
             assert (where(a), where(b)) == ("tierloom", "tierloom-2")
-            assert await a.has([key_of(1), key_of(2)]) == [True, False]
-            assert await b.has([key_of(1), key_of(2)]) == [False, True]
+            assert await a.exists([key_of(1), key_of(2)]) == [True, False]
+            assert await b.exists([key_of(1), key_of(2)]) == [False, True]
 
     @pytest.mark.anyio
     async def test_copies_of_one_model_take_them_in_order(self, ctx, home) -> None:
@@ -121,7 +122,7 @@ class TestFolder(TierBench):
         monkeypatch.setenv("HOME", NOWHERE)
         for path, error in ((f"{DEFAULT}-x", TierDown), (f"{NOWHERE}/kv", ConfigError)):
             made = disk(ctx, A, path) if kind == "disk" else Files(FilesOptions(path=path), ctx)
-            with pytest.raises(error, match=f"{NOWHERE}/.*we may write") as caught:
+            with pytest.raises(error, match=f"{NOWHERE}/.*write permission") as caught:
                 await made.open()
             assert ("set TIERLOOM_DIR" in str(caught.value)) == (error is TierDown)
             await made.close()
@@ -130,7 +131,7 @@ class TestFolder(TierBench):
     async def test_whose_a_folder_is_may_be_unknown(self, ctx, home) -> None:
         first = home / ".cache" / "tierloom"
         (first / "lock").mkdir(parents=True)  # nothing that can be read, nor locked
-        assert Claim.owner_of(first) == Claim.owner_of(home / "nowhere") == ""
+        assert FolderLock.owner_of(first) == FolderLock.owner_of(home / "nowhere") == ""
         tier = disk(ctx, A)
         with pytest.raises(TierDown, match="Is a directory"):
             await tier.open()

@@ -10,7 +10,8 @@ import pytest
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.tiers.contract.tier import Read, TierContext
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of
 
 
@@ -35,8 +36,8 @@ class TestFiles(TierContract):
             for seed in range(8):
                 assert await self.get(one, seed) == self.bytes_of(arena, seed)
                 assert await self.get(two, seed) == self.bytes_of(arena, seed)
-            assert await two.drop([key_of(1)]) == 1
-            assert await one.has([key_of(1)]) == [False]
+            assert await two.delete([key_of(1)]) == 1
+            assert await one.exists([key_of(1)]) == [False]
             assert not list(tmp_path.glob("**/*.tmp"))
 
     @pytest.mark.anyio
@@ -47,7 +48,7 @@ class TestFiles(TierContract):
             self.opened(other, tmp_path, clock) as two,
         ):
             await self.put(one, 1)
-            assert await two.has([key_of(1)]) == [False]
+            assert await two.exists([key_of(1)]) == [False]
             assert await two.clear() == 0
             two._path(key_of(1)).parent.mkdir()
             two._path(key_of(1)).write_bytes(one._path(key_of(1)).read_bytes())
@@ -65,7 +66,7 @@ class TestFiles(TierContract):
                 clock.now += 10
             assert isinstance(await self.get(tier, 0), bytes)
             await self.put(tier, 9)
-            assert (await tier.has([key_of(s) for s in (0, 1, 9)])) == [True, False, True]
+            assert (await tier.exists([key_of(s) for s in (0, 1, 9)])) == [True, False, True]
 
     @pytest.mark.anyio
     async def test_others_fill_the_folder_too(self, ctx, tmp_path, clock):
@@ -106,7 +107,7 @@ class TestFiles(TierContract):
         if length == "another":
             path.write_bytes(bytes(2 * SIZE + 4096 - 2 * SIZE % 4096))
         else:
-            await tier.drop([key_of(1)])
+            await tier.delete([key_of(1)])
             other = encrypted_anew(arena, 1)
             assert await tier.put([other]) == [None]
             other.lease.release()
@@ -124,12 +125,12 @@ class TestFiles(TierContract):
         monkeypatch.setattr(os, "pwritev", full)
         assert await self.put(tier, 1) == [Lost.NO_ROOM]
         assert tier.stat()[:2] == (0, 0)
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     async def test_a_folder_we_may_not_write(self, ctx, tmp_path, clock):
         (tmp_path / "kv").write_text("a file")
-        with pytest.raises(ConfigError, match="choose a folder we may write"):
+        with pytest.raises(ConfigError, match="choose a folder with write permission"):
             await self.make(ctx, tmp_path, clock).open()
 
 

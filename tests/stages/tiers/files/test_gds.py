@@ -17,7 +17,7 @@ from processes import missing
 from tierloom.stages.errors import BadObject, ConfigError, TierDown
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers.files.gds import Gds, GdsOptions, KvikioMover
+from tierloom.stages.tiers.files.gds import Gds, GdsOptions, KvikioFileIO
 
 ROOT = Path(__file__).resolve().parents[4]
 PYTHON = ROOT / ".venv-gds" / "bin" / "python"
@@ -39,7 +39,7 @@ PARTS = ("sharing", "damage", "given_up")  # it has no server that could fail
 SUITES = {
     "contract": (["tests/stages/tiers/gds_contract.py"], 40),
     "pipelines": (
-        [*(f"tests/pipeline/test_remote_{part}.py" for part in PARTS), "-k", "gds"], 11,
+        [*(f"tests/pipeline/remote/test_remote_{part}.py" for part in PARTS), "-k", "gds"], 11,
     ),
 }  # fmt: skip
 
@@ -58,8 +58,8 @@ def test_its_suite(suite: str) -> None:
 
 def test_no_driver() -> None:
     code = (
-        "from tierloom.stages.tiers.files.gds import GdsOptions, KvikioMover\n"
-        "KvikioMover(GdsOptions(path='x')).start()"
+        "from tierloom.stages.tiers.files.gds import GdsOptions, KvikioFileIO\n"
+        "KvikioFileIO(GdsOptions(path='x')).start()"
     )
     done = run("-c", code, driver=False)
     assert "needs NVIDIA's driver, libcuda.so.1" in done.stderr
@@ -119,11 +119,11 @@ class File:
 )
 def test_no_request_is_left_at_the_memory(ends, error) -> None:
     """One that fails leaves others under way, which read into the same lease."""
-    mover = KvikioMover(GdsOptions(path="x", task=4096))
-    file = mover._files[7] = File(*[end.replace("_", " ") for end in ends.split()])
+    file_io = KvikioFileIO(GdsOptions(path="x", task=4096))
+    file = file_io._files[7] = File(*[end.replace("_", " ") for end in ends.split()])
     into = memoryview(bytearray(10_000))
     with pytest.raises(error) if error else contextlib.nullcontext():
-        mover.read(7, into, 100)
+        file_io.read(7, into, 100)
     start = file.asked[0][0]
     assert file.asked == [(start + n, min(4096, 10_000 - n), 100 + n) for n in (0, 4096, 8192)]
     assert file.ended == len(file.asked) - ("not_begun" in ends)

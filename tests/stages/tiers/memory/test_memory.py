@@ -50,7 +50,7 @@ class TestMemory(TierContract):
             reads = [Read(key_of(1), 1)]
             await tier.read(reads)
             await self.put(tier, 3)
-            assert await tier.has([key_of(s) for s in (1, 2, 3)]) == [True, False, True]
+            assert await tier.exists([key_of(s) for s in (1, 2, 3)]) == [True, False, True]
             reads[0].object.lease.release()
 
     @pytest.mark.anyio
@@ -58,10 +58,20 @@ class TestMemory(TierContract):
         async with self.opened(ctx, tmp_path, clock, capacity=4 * SIZE) as tier:
             await self.put(tier, 1, 2, 3, 4)
             await self.put(tier, 5, 6)
-            assert await tier.has([key_of(s) for s in (1, 2, 3, 4)]) == [True, True, False, False]
+            assert await tier.exists([key_of(s) for s in (1, 2, 3, 4)]) == [
+                True,
+                True,
+                False,
+                False,
+            ]
             tier.touch([key_of(2), key_of(1)])
             await self.put(tier, 7, 8)
-            assert await tier.has([key_of(s) for s in (1, 2, 5, 6)]) == [True, True, False, False]
+            assert await tier.exists([key_of(s) for s in (1, 2, 5, 6)]) == [
+                True,
+                True,
+                False,
+                False,
+            ]
 
     @pytest.mark.anyio
     async def test_two_memory_tiers_share_a_lease(self, ctx, tmp_path, clock, arena):
@@ -74,7 +84,7 @@ class TestMemory(TierContract):
             await two.put([obj])
             obj.lease.release()
             assert arena.flight == 0
-            await one.drop([key_of(1)])
+            await one.delete([key_of(1)])
             assert arena.flight == 0
             assert arena.leases == 1
 
@@ -107,7 +117,7 @@ def test_threads_lease_while_the_tier_changes():
                 continue
             assert await bench.get(tier, seed) in (Lost.ABSENT, right[seed])
             if rng.random() < 0.1:
-                await tier.drop([key_of(rng.randrange(30))])
+                await tier.delete([key_of(rng.randrange(30))])
             assert tier.stat().nbytes <= 12 * SIZE
         await tier.close()
 

@@ -13,7 +13,7 @@ from processes import need
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.tiers.buckets.s3 import name_of
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers.nixl.agent import NixlMover
+from tierloom.stages.tiers.nixl.agent import NixlFileIO
 from tierloom.stages.tiers.nixl.tier import Nixl, NixlOptions
 from tierloom.testing import NAMESPACE, SIZE, TierBench, TierContract, key_of
 
@@ -34,7 +34,7 @@ class TestPosixFiles(TierContract):
         return Nixl(NixlOptions(path=str(folder / "kv"), io=self.io, **options), ctx, clock=clock)
 
     def damage(self, tier, key, change):
-        path = tier.kept._path(key)
+        path = tier.tier._path(key)
         raw = bytearray(path.read_bytes())
         change(raw)
         path.write_bytes(raw)
@@ -43,13 +43,13 @@ class TestPosixFiles(TierContract):
     async def test_the_plugin_moves_the_frames(self, ctx, tmp_path, clock, arena, monkeypatch):
         """Objects of a hundred KiB and more go by NIXL, in both directions."""
         moved = []
-        go = NixlMover._go
+        go = NixlFileIO._go
 
         def noted(self, verb, fd, view, at):
             moved.append((verb, len(view)))
             return go(self, verb, fd, view, at)
 
-        monkeypatch.setattr(NixlMover, "_go", noted)
+        monkeypatch.setattr(NixlFileIO, "_go", noted)
         async with self.opened(ctx, tmp_path, clock) as tier:
             await self.put(tier, 1, tokens=1024)
             assert await self.get(tier, 1, 1024) == self.bytes_of(arena, 1, 1024)
@@ -76,7 +76,7 @@ class TestPosixFiles(TierContract):
                 assert await self.put(tier, 1) == [Lost.NO_ROOM]
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            assert await tier.has([key_of(1)]) == [False]
+            assert await tier.exists([key_of(1)]) == [False]
             assert not list(tmp_path.rglob("*.tmp"))
             assert await self.put(tier, 1) == [None]
 
@@ -92,12 +92,12 @@ class TestPosixUring(TestPosixFiles):
 
     @pytest.fixture(autouse=True)
     def _allowed(self, arena):
-        mover = NixlMover("POSIX", {"use_uring": "true"}, arena)
+        file_io = NixlFileIO("POSIX", {"use_uring": "true"}, arena)
         try:
-            mover.start()
+            file_io.start()
         except ConfigError:
             pytest.skip("this kernel does not let us use io_uring")
-        mover.stop()
+        file_io.stop()
 
 
 class TestPosixSegments(TierContract):
@@ -145,7 +145,7 @@ class TestObjects(TierContract):
 
     @pytest.fixture
     def pool(self, _server):
-        from test_s3 import GatedPool
+        from buckets import GatedPool
 
         return GatedPool(self.gate)
 
@@ -170,17 +170,17 @@ class TestObjects(TierContract):
     @pytest.mark.anyio
     async def test_a_read_that_is_given_up_keeps_its_lease_until_it_is_through(self, tier, arena):
         await self.put(tier, 1, tokens=1024)
-        size, held = tier.kept._bucket.size, []
+        size, held = tier.tier._bucket.size, []
 
         async def then_shut(name):
             found = await size(name)
             self.gate.open.clear()
             return found
 
-        tier.kept._bucket.size = then_shut
+        tier.tier._bucket.size = then_shut
         with anyio.move_on_after(0.3):
             await self.get(tier, 1, 1024)
-        tier.kept._bucket.size = size
+        tier.tier._bucket.size = size
         held = arena.leases
         assert held == 1, "NIXL may still write into it"
         self.gate.open.set()
@@ -194,7 +194,7 @@ class TestObjects(TierContract):
     @pytest.mark.anyio
     async def test_gone_between_size_and_read(self, tier, tmp_path):
         await self.put(tier, 1)
-        size, asked = tier.kept._bucket.size, []
+        size, asked = tier.tier._bucket.size, []
 
         async def then_gone(name):
             found = await size(name)
@@ -204,7 +204,7 @@ class TestObjects(TierContract):
             asked.append(name)
             return found
 
-        tier.kept._bucket.size = then_gone
+        tier.tier._bucket.size = then_gone
         assert await self.get(tier, 1) is Lost.ABSENT
 
 
@@ -222,7 +222,7 @@ class TestPlugins(TierBench):
         [
             ("GDS", r"GDS cannot be loaded: libcu\w+\.so"),
             ("GDS_MT", r"GDS_MT cannot be loaded: libcu\w+\.so"),
-            ("HF3FS", r"no plugin HF3FS here; it has .*POSIX.*NIXL_PLUGIN_DIR"),
+            ("HF3FS", r"does not find plugin HF3FS; it has .*POSIX.*NIXL_PLUGIN_DIR"),
         ],
     )
     async def test_a_plugin_that_is_missing(self, ctx, tmp_path, clock, backend, cause):
@@ -231,9 +231,9 @@ class TestPlugins(TierBench):
 
     @pytest.mark.anyio
     async def test_a_plugin_that_does_not_start(self, arena):
-        mover = NixlMover("POSIX", {"use_aio": "true", "ios_pool_size": "many"}, arena)
-        with pytest.raises(ConfigError, match="POSIX does not start"):
-            mover.start()
+        file_io = NixlFileIO("POSIX", {"use_aio": "true", "ios_pool_size": "many"}, arena)
+        with pytest.raises(ConfigError, match="POSIX cannot start"):
+            file_io.start()
 
     @pytest.mark.anyio
     async def test_the_client_is_not_installed(self, ctx, tmp_path, clock, monkeypatch):
@@ -248,31 +248,31 @@ class TestPlugins(TierBench):
     @pytest.mark.anyio
     async def test_a_transfer_that_fails_is_the_tiers_failure(self, ctx, tmp_path, clock, arena):
         """Past the end of a file: told in words, and the next one goes well."""
-        mover = NixlMover("POSIX", {"use_aio": "true"}, arena)
-        mover.start()
+        file_io = NixlFileIO("POSIX", {"use_aio": "true"}, arena)
+        file_io.start()
         path = tmp_path / "short"
         path.write_bytes(bytes(256 << 10))
         lease = arena.lease(512 << 10)
-        fd = mover.open(path, os.O_RDWR)
+        fd = file_io.open(path, os.O_RDWR)
         with pytest.raises(TierDown, match="NIXL POSIX: transfer failed: nixlBackendError"):
-            mover.read(fd, lease.view, 0)
-        mover.read(fd, lease.view[: 256 << 10], 0)
-        mover.close(fd)
-        mover.stop()
+            file_io.read(fd, lease.view, 0)
+        file_io.read(fd, lease.view[: 256 << 10], 0)
+        file_io.close(fd)
+        file_io.stop()
         lease.release()
 
     @pytest.mark.anyio
     async def test_stopped_under_a_thread(self, ctx, tmp_path, clock, arena):
         """What is at a file still when the tier is closed ends as it would have."""
-        mover = NixlMover("POSIX", {"use_aio": "true"}, arena)
-        mover.start()
+        file_io = NixlFileIO("POSIX", {"use_aio": "true"}, arena)
+        file_io.start()
         lease = arena.lease(512 << 10)
-        fd = mover.open(tmp_path / "late", os.O_RDWR | os.O_CREAT)
-        transfer = mover._agent.begin("WRITE", [(0, 512 << 10, fd)], "FILE", lease.address)
-        mover.stop()
+        fd = file_io.open(tmp_path / "late", os.O_RDWR | os.O_CREAT)
+        transfer = file_io._agent.begin("WRITE", [(0, 512 << 10, fd)], "FILE", lease.address)
+        file_io.stop()
         while not transfer.done():  # noqa: ASYNC110
             await anyio.sleep(0.001)
-        mover.close(fd)
+        file_io.close(fd)
         assert (tmp_path / "late").read_bytes() == lease.view
         lease.release()
 
@@ -292,13 +292,13 @@ class TestPlugins(TierBench):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "POSIX wants a path"),
+        ({}, "POSIX needs a path"),
         ({"backend": "posix"}, "known: POSIX, GDS"),
         ({"path": "/x", "url": "s3://x"}, "neither url"),
-        ({"backend": "OBJ", "url": "az://x"}, "wants a url of s3"),
-        ({"backend": "OBJ", "url": "s3://x", "capacity": 5}, "bucket's own affair"),
-        ({"backend": "OBJ", "url": "s3://a:secret@x"}, "carry neither credentials"),
-        ({"backend": "AZURE_BLOB", "path": "/x"}, "wants a url of az"),
+        ({"backend": "OBJ", "url": "az://x"}, "needs a url with s3"),
+        ({"backend": "OBJ", "url": "s3://x", "capacity": 5}, "not supported for a bucket"),
+        ({"backend": "OBJ", "url": "s3://a:secret@x"}, "must not contain credentials"),
+        ({"backend": "AZURE_BLOB", "path": "/x"}, "needs a url with az"),
         ({"path": "/x", "pool": "static"}, "wants a capacity|needs a capacity"),
         ({"path": "/x", "pool": "some"}, "dynamic or static"),
         ({"path": "/x", "io": "sync"}, "aio, uring or posix_aio"),

@@ -11,7 +11,7 @@ import pytest
 from tierloom.stages.errors import TierDown
 from tierloom.stages.tiers.contract.tier import TierCounts
 from tierloom.stages.tiers.pools import bounded_calls as calls
-from tierloom.stages.tiers.pools.bounded_calls import Calls
+from tierloom.stages.tiers.pools.bounded_calls import BoundedCalls
 from tierloom.testing import Pool
 
 pytestmark = pytest.mark.anyio
@@ -55,7 +55,7 @@ async def given_up(made, call):
 
 
 async def test_no_more_run_than_may(hanging):
-    made, done = Calls(Pool(), 2, TierCounts()), []
+    made, done = BoundedCalls(Pool(), 2, TierCounts()), []
 
     async def one():
         done.append(await made(hanging))
@@ -75,12 +75,12 @@ async def test_no_more_run_than_may(hanging):
 async def test_calls_left_behind_keep_their_places(hanging, monkeypatch):
     monkeypatch.setattr(calls, "_PATIENCE", 0.05)
     counts = TierCounts()
-    made = Calls(Pool(), 2, counts)
+    made = BoundedCalls(Pool(), 2, counts)
     await given_up(made, hanging)
     assert await made(lambda: 7) == 7, "one place is free"
     await given_up(made, hanging)
     assert counts.extra == {"abandoned": 2}
-    with pytest.raises(TierDown, match="2 calls of its client hang"):
+    with pytest.raises(TierDown, match="2 calls of its client do not return"):
         await made(lambda: 7)
     assert not await made.idle(0.05)
     hanging.go.set()
@@ -89,7 +89,7 @@ async def test_calls_left_behind_keep_their_places(hanging, monkeypatch):
 
 
 async def test_a_call_given_up_a_moment_ago_is_waited_for(hanging):
-    made = Calls(Pool(), 1, TierCounts())
+    made = BoundedCalls(Pool(), 1, TierCounts())
     await given_up(made, hanging)
     threading.Timer(0.05, hanging.go.set).start()
     assert await made(lambda: 7) == 7
@@ -98,7 +98,7 @@ async def test_a_call_given_up_a_moment_ago_is_waited_for(hanging):
 async def test_what_no_thread_has_begun_is_never_done():
     """Its caller is gone, and with him the memory that it would touch."""
     pool, done, counts = Pool(), [], TierCounts()
-    made = Calls(pool, 1, counts)
+    made = BoundedCalls(pool, 1, counts)
     pool.gate.clear()
     async with anyio.create_task_group() as group:
         group.start_soon(made, done.append, 1)
@@ -112,7 +112,7 @@ async def test_what_no_thread_has_begun_is_never_done():
 
 
 async def test_what_a_call_raises_is_raised():
-    made = Calls(Pool(), 1, TierCounts())
+    made = BoundedCalls(Pool(), 1, TierCounts())
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
             await made(lambda: 1 // 0)

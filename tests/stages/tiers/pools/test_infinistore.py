@@ -7,7 +7,7 @@ from pooled_cases import (
     check_a_piece_that_was_evicted,
     check_a_record_of_a_later_format,
     check_a_record_that_differs_between_two_layers,
-    check_hostile_records,
+    check_hostile_manifests,
     check_namespaces,
     check_replaced_between_two_layers,
     check_that_a_record_makes_it,
@@ -67,7 +67,7 @@ class TestInfinistore(TierContract):
 
     @pytest.mark.anyio
     async def test_hostile_records(self, tier):
-        await check_hostile_records(self, tier, replaced)
+        await check_hostile_manifests(self, tier, replaced)
 
     @pytest.mark.anyio
     async def test_replaced_between_two_layers(self, tier, arena):

@@ -14,7 +14,7 @@ import pytest
 
 from tierloom.pipeline.config.spec import Breaker
 from tierloom.stages.errors import Lost, TierDown
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read
 from tierloom.stages.tiers.pools.infinistore import Infinistore, InfinistoreOptions
 from tierloom.testing import ALL, TierBench, key_of
@@ -34,7 +34,7 @@ class Bench(TierBench):
         return Infinistore(InfinistoreOptions(**options), ctx)
 
     async def guarded(self, tier, **limits):
-        made = Guarded(tier, "cold", Breaker(**({"timeout": 0.5, "probe": 0.2} | limits)))
+        made = CircuitBreaker(tier, "cold", Breaker(**({"timeout": 0.5, "probe": 0.2} | limits)))
         await made.open()
         return made
 
@@ -104,7 +104,7 @@ class TestFaults(Bench):
         await self.put(tier, 1)
         self.server.kill()
         for _ in range(4):
-            assert await guarded.has([key_of(1)]) == [False]
+            assert await guarded.exists([key_of(1)]) == [False]
         assert not guarded.available
         self.server.start()
         await self.eventually_stores(guarded, 2)
@@ -141,7 +141,7 @@ class TestFaults(Bench):
         await self.put(tier, 1)
         with tier._link() as (link, _):
             assert link.remove(tier._root)
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
         assert await self.put(tier, 1) == [None]
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 

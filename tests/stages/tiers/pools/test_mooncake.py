@@ -11,7 +11,7 @@ from pooled_cases import (
     check_a_piece_that_was_evicted,
     check_a_record_of_a_later_format,
     check_a_record_that_differs_between_two_layers,
-    check_hostile_records,
+    check_hostile_manifests,
     check_namespaces,
     check_replaced_between_two_layers,
     check_that_a_record_makes_it,
@@ -22,7 +22,7 @@ from pooled_cases import (
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.tier import TierContext
-from tierloom.stages.tiers.pools.manifest import Record
+from tierloom.stages.tiers.pools.manifest import Manifest
 from tierloom.stages.tiers.pools.mooncake import Mooncake, MooncakeOptions
 from tierloom.testing import NAMESPACE, Pool, TierBench, TierContract, key_of
 
@@ -84,7 +84,7 @@ class TestMooncake(TierContract):
 
     @pytest.mark.anyio
     async def test_hostile_records(self, tier):
-        await check_hostile_records(self, tier, replaced)
+        await check_hostile_manifests(self, tier, replaced)
 
     @pytest.mark.anyio
     async def test_replaced_between_two_layers(self, tier, arena):
@@ -103,8 +103,8 @@ class TestMooncake(TierContract):
         tier.piece = 12288
         assert await self.put(tier, 1) == [None]
         (raw,) = tier._peek([key_of(1).hex()])
-        record = Record.unpack(raw)
-        cut = record.names(key_of(1), tier.piece, 0, len(record.cuts))
+        manifest = Manifest.unpack(raw)
+        cut = manifest.names(key_of(1), tier.piece, 0, len(manifest.boundaries))
         assert [size for _, _, size in cut] == [4096] + [12288, 4096] * 3
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 
@@ -171,7 +171,7 @@ class TestPins(TierBench):
                 if lost[-1] is Lost.NO_ROOM:
                     await anyio.sleep(0.2)  # until a lease is over
             assert lost.count(None) > 60
-            kept = await tier.has([key_of(seed, 1024) for seed in range(10, 150)])
+            kept = await tier.exists([key_of(seed, 1024) for seed in range(10, 150)])
             assert 0 < sum(kept) < 45
             for seed in (1, 2):
                 assert await self.get(tier, seed) == self.bytes_of(arena, seed)

@@ -10,7 +10,7 @@ import pytest
 
 from tierloom.pipeline.config.spec import Breaker
 from tierloom.stages.errors import Lost, TierDown
-from tierloom.stages.tiers.contract.circuit_breaker import Guarded
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read
 from tierloom.stages.tiers.pools import mooncake
 from tierloom.stages.tiers.pools.mooncake import Mooncake, MooncakeOptions
@@ -49,12 +49,12 @@ class TestFaults(TierBench):
         return Mooncake(MooncakeOptions(url=self.memory.url, **(QUICK | options)), ctx)
 
     async def guarded(self, tier, **limits):
-        made = Guarded(tier, "cold", Breaker(**({"timeout": 0.5, "probe": 0.2} | limits)))
+        made = CircuitBreaker(tier, "cold", Breaker(**({"timeout": 0.5, "probe": 0.2} | limits)))
         await made.open()
         return made
 
     def freeze_under_a_fetch(self, tier, monkeypatch):
-        """Let the owner freeze when the next read has found its record."""
+        """Let the owner freeze when the next read has found its manifest."""
         fetch = tier._fetch
 
         def freezing(pieces):
@@ -116,8 +116,8 @@ class TestFaults(TierBench):
                 await tier.read([Read(key_of(1), ALL)])
         self.memory.owners[0].resume()
         assert arena.leases == 1
-        with pytest.raises(TierDown, match="being closed"):
-            await tier.has([key_of(1)])
+        with pytest.raises(TierDown, match="is closed"):
+            await tier.exists([key_of(1)])
         await anyio.to_thread.run_sync(disconnect)
         assert arena.leases == 0
         await eventually(lambda: self.comes(tier, 1))
@@ -129,7 +129,7 @@ class TestFaults(TierBench):
         """The client's answer is the same as for what is not there."""
         await self.put(tier, 1)
         self.memory.owners[0].pause()
-        with pytest.raises(TierDown, match="owner"):
+        with pytest.raises(TierDown, match="owns"):
             await tier.read([Read(key_of(1), ALL)])
         self.memory.owners[0].resume()
         await eventually(lambda: self.comes(tier, 1))
@@ -155,7 +155,7 @@ class TestFaults(TierBench):
         await self.put(tier, 1)
         self.memory.master.kill()
         for _ in range(6):
-            assert await guarded.has([key_of(1)]) == [False]
+            assert await guarded.exists([key_of(1)]) == [False]
         assert not guarded.available
         self.memory.master.start()
         await eventually(lambda: self.stores(guarded, 2))
@@ -167,7 +167,7 @@ class TestFaults(TierBench):
         self.memory.master.pause()
         for _ in range(6):
             begun = time.monotonic()
-            assert await guarded.has([key_of(1)]) == [False]
+            assert await guarded.exists([key_of(1)]) == [False]
             assert time.monotonic() - begun < 5  # 0.5 s, on a machine with time
             assert len(tier._calls._running) <= tier.options.threads
         assert tier.counts.extra["abandoned"] >= 2

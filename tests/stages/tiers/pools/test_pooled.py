@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 
 import pytest
-from pooled_cases import record_of
+from pooled_cases import manifest_of
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.contract.tier import Read
-from tierloom.stages.tiers.pools.manifest import Record
+from tierloom.stages.tiers.pools.manifest import Manifest
 from tierloom.stages.tiers.pools.tier import Pooled
 from tierloom.testing import ALL, SIZE, TierContract, key_of
 
@@ -43,9 +43,9 @@ class Shelf(Pooled):
             self.kept[piece.name] = ctypes.string_at(piece.address, piece.nbytes)
         return [None] * len(pieces)
 
-    def _commit(self, records):
-        self.kept |= records
-        return [None] * len(records)
+    def _commit(self, manifests):
+        self.kept |= manifests
+        return [None] * len(manifests)
 
     def _remove(self, names):
         return [self.kept.pop(name, None) is not None for name in names]
@@ -65,17 +65,17 @@ class TestShelf(TierContract):
     @pytest.mark.anyio
     @pytest.mark.parametrize("more", [1, 5])
     async def test_a_longer_record_in_the_place_of_the_one_at_hand(self, tier, arena, more):
-        """The header is the same: of its frames the record says something else, and has them."""
+        """The header is the same: of its frames the manifest says something else, and has them."""
         await self.put(tier, 1)
         read = Read(key_of(1), 1)
         await tier.read([read])
         held = read.object
         beside = arena.lease(4 * SIZE)
         beside.view[:] = b"\xa5" * beside.nbytes
-        right = record_of(tier, key_of(1))
-        longer = Record(right.writer, (*right.cuts, right.cuts[-1] + more * 4096))
+        right = manifest_of(tier, key_of(1))
+        longer = Manifest(right.writer, (*right.boundaries, right.boundaries[-1] + more * 4096))
         tier.kept[key_of(1).hex()] = longer.pack()
-        for name, _, size in longer.names(key_of(1), tier.piece, 1, len(longer.cuts)):
+        for name, _, size in longer.names(key_of(1), tier.piece, 1, len(longer.boundaries)):
             tier.kept[name] = b"!" * size
         again = Read(key_of(1), ALL, held)
         await tier.read([again])

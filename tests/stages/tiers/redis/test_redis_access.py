@@ -51,7 +51,7 @@ class TestTls(RedisBench):
         assert await self.put(tier, *range(20)) == [None] * 20
         for seed in range(20):
             assert await self.get(tier, seed) == self.bytes_of(arena, seed)
-        assert await tier.drop([b"x" * 32]) == 0
+        assert await tier.delete([b"x" * 32]) == 0
         assert await tier.clear() == 20
 
     @pytest.mark.anyio
@@ -107,7 +107,11 @@ class TestTls(RedisBench):
             ("rediss://localhost:{}", {}, "NOAUTH"),
             (f"rediss://kv:{QUOTED}@localhost:{{}}/99", {}, "database 99: ERR"),
             (f"rediss://kv:{QUOTED}@localhost:{{}}", {"ca_file": "other"}, "give `ca_file`"),
-            (f"rediss://kv:{QUOTED}@localhost:{{}}", {"ca_file": "/none.pem"}, "TLS with /none"),
+            (
+                f"rediss://kv:{QUOTED}@localhost:{{}}",
+                {"ca_file": "/none.pem"},
+                "ca_file /none",
+            ),
             (f"rediss://kv:{QUOTED}@127.0.0.2:{{}}", {"ca_file": ""}, None),
         ],
     )
@@ -183,7 +187,8 @@ class TestSocket(RedisBench):
     ],
 )
 def test_urls(text, says) -> None:
-    assert parse_url(text) == says
+    found = parse_url(text)
+    assert found._replace(hosts=tuple(host[:3] for host in found.hosts)) == says
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from servers import ask, redis
 
 from tierloom.stages.errors import Lost, TierDown
 from tierloom.stages.tiers.contract.tier import Read, TierContext
-from tierloom.stages.tiers.redis import tier as module
+from tierloom.stages.tiers.redis import writes as module
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object, verify
 
 from .standins import Liar, Valve
@@ -31,7 +31,7 @@ class TestTorn(RedisBench):
         pieces = [key for key in self.pieces() if key.startswith(name)]
         assert len(pieces) == 3
         ask(self.server.port, "UNLINK", pieces[number])
-        assert await tier.has([key_of(1)]) == [True]
+        assert await tier.exists([key_of(1)]) == [True]
         assert await self.get(tier, 1) is Lost.ABSENT
         assert not [key for key in self.keys() if key.startswith(name)]
         assert tier.counts.extra["torn"] == 1
@@ -51,7 +51,7 @@ class TestTorn(RedisBench):
         assert [read.lost for read in reads] == [Lost.CORRUPT, None]
         assert reads[1].object is not None
         reads[1].object.lease.release()
-        assert await tier.has([key_of(1), key_of(2)]) == [False, True]
+        assert await tier.exists([key_of(1), key_of(2)]) == [False, True]
         assert await self.put(tier, 1) == [None]
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 
@@ -78,14 +78,14 @@ class TestTorn(RedisBench):
             else:
                 assert verify(read.object, read.key) == self.bytes_of(arena, seed)
                 read.object.lease.release()
-        assert await tier.has([key_of(3)]) == [False]
+        assert await tier.exists([key_of(3)]) == [False]
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("value", ["", "TLR1", "x" * 5000, "x" * 400_000])
     async def test_a_foreign_manifest(self, tier, value):
         ask(self.server.port, "SET", tier._name(key_of(1)), value)
         assert await self.get(tier, 1) is Lost.CORRUPT
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("words", [("SET", "TLR2" + "x" * 5000), ("RPUSH", "x")])
@@ -94,10 +94,10 @@ class TestTorn(RedisBench):
         ask(self.server.port, words[0], name, words[1])
         for _ in range(2):
             assert await self.get(tier, 1) is (Lost.NEWER if words[0] == "SET" else Lost.FOREIGN)
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
         assert tier.counts.corrupt == 0
-        assert await tier.drop([key_of(1)]) == 1
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.delete([key_of(1)]) == 1
+        assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
     async def test_what_was_loaded_is_never_written_again(self, tier, arena):
@@ -123,7 +123,7 @@ class TestTorn(RedisBench):
         await self.put(tier, 1)
         first = Read(key_of(1), 1)
         await tier.read([first])
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         other = make_object(tier.ctx.arena, 1)
         view = other.lease.view
         view[other.header.frames[1].offset] ^= 1
@@ -204,9 +204,9 @@ class TestWriting(RedisBench):
     async def test_time_to_live(self, ctx, tmp_path, clock):
         async with self.opened(ctx, tmp_path, clock, ttl=0.4) as tier:
             await self.put(tier, 1)
-            assert await tier.has([key_of(1)]) == [True]
+            assert await tier.exists([key_of(1)]) == [True]
             await anyio.sleep(0.6)
-            assert await tier.has([key_of(1)]) == [False]
+            assert await tier.exists([key_of(1)]) == [False]
             assert self.keys() == []
         async with self.opened(ctx, tmp_path, clock, ttl=0) as tier:
             await self.put(tier, 1)
@@ -236,7 +236,7 @@ class TestWriting(RedisBench):
                 assert outcome == [None] * kept + [Lost.NO_ROOM] * (60 - kept)
                 assert tier.counts.refused == 60 - kept
                 assert tier.stat().objects == kept
-                there = await tier.has([key_of(seed) for seed in range(60)])
+                there = await tier.exists([key_of(seed) for seed in range(60)])
                 assert there == [seed < kept for seed in range(60)]
                 self.server = small
                 assert len(self.keys()) == 2 * kept, "pieces without a manifest"
@@ -270,7 +270,7 @@ class TestOthers(RedisBench):
             ask(self.server.port, "SET", "tierloom", "x")
             await self.put(one, *range(40))
             await self.put(three, 1)
-            assert await two.has([key_of(1)]) == [False]
+            assert await two.exists([key_of(1)]) == [False]
             assert await two.clear() == 0
             assert await one.clear() == 40
             assert len(self.keys()) == 4
@@ -287,7 +287,7 @@ class TestOthers(RedisBench):
             for key in self.keys():
                 ask(self.server.port, "COPY", key, key.replace("6e" * 16, "6f" * 16))
             for _ in range(2):  # whole, and somebody's: it stays
-                assert await two.has([key_of(1)]) == [True]
+                assert await two.exists([key_of(1)]) == [True]
                 assert await self.get(two, 1) is Lost.FOREIGN
             assert isinstance(await self.get(one, 1), bytes)
 
@@ -305,7 +305,7 @@ class TestOthers(RedisBench):
         async with Liar(answer) as liar:
             url = f"redis://127.0.0.1:{liar.port}"
             async with self.opened(ctx, tmp_path, clock, url=url) as tier:
-                found = await tier.has([key_of(seed) for seed in range(64)])
+                found = await tier.exists([key_of(seed) for seed in range(64)])
                 assert found == [True, False] * 32
 
     @pytest.mark.anyio
@@ -348,7 +348,7 @@ class TestOthers(RedisBench):
                 ask(strict.port, "PEXPIRE", key, "40000")
             url = f"redis://reader:pw@127.0.0.1:{strict.port}"
             async with self.opened(ctx, tmp_path, clock, url=url) as tier:
-                assert await tier.has([key_of(1), key_of(3)]) == [True, False]
+                assert await tier.exists([key_of(1), key_of(3)]) == [True, False]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
                 with pytest.raises(TierDown, match="NOPERM"):
                     await self.put(tier, 3)

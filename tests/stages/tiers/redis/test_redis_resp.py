@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from tierloom.stages.errors import BadObject, TierDown
-from tierloom.stages.tiers.redis.resp import Answers, Refusal, Want, command
+from tierloom.stages.tiers.redis.resp import ErrorReply, PendingReply, ReplyParser, command
 from tierloom.testing import PoisonArena, mutations
 
 BODY = 3000
@@ -18,19 +18,19 @@ RIGHT = (
     b":1\r\n*2\r\n$2\r\n17\r\n*2\r\n$3\r\nabc\r\n$-1\r\n+OK\r\n-OOM command not allowed\r\n"
     + b"$%d\r\n" % BODY + bytes(range(250)) * 12 + b"\r\n" + b"$-1\r\n" + b"$5\r\nworld\r\n"
 )  # fmt: skip
-SMALL = [1, [b"17", [b"abc", None]], b"OK", Refusal("OOM")]
+SMALL = [1, [b"17", [b"abc", None]], b"OK", ErrorReply("OOM")]
 
 
 class Feed:
-    """An `Answers` that was asked for all of RIGHT, and is fed in parts."""
+    """An `ReplyParser` that was asked for all of RIGHT, and is fed in parts."""
 
     def __init__(self, loop, limit=4096):
-        self.answers = Answers()
+        self.answers = ReplyParser()
         self.into = [bytearray(BODY) for _ in range(2)]
         self.wants = [
-            Want(loop.create_future(), count=4, limit=limit),
-            *(Want(loop.create_future(), into=memoryview(each)) for each in self.into),
-            Want(loop.create_future(), limit=limit),
+            PendingReply(loop.create_future(), count=4, limit=limit),
+            *(PendingReply(loop.create_future(), into=memoryview(each)) for each in self.into),
+            PendingReply(loop.create_future(), limit=limit),
         ]
         for want in self.wants:
             self.answers.expect(want)
@@ -77,8 +77,8 @@ def test_answers_however_they_are_cut(loop, size) -> None:
 
 
 def test_a_shorter_body_is_told_by_its_length(loop) -> None:
-    answers, into = Answers(), bytearray(b"x" * 10)
-    want = Want(loop.create_future(), into=memoryview(into))
+    answers, into = ReplyParser(), bytearray(b"x" * 10)
+    want = PendingReply(loop.create_future(), into=memoryview(into))
     answers.expect(want)
     room = answers.get_buffer()
     room[:9] = b"$3\r\nabc\r\n"
@@ -122,8 +122,8 @@ def test_lies_are_named(loop, lie) -> None:
 )
 def test_lies_about_a_payload(loop, lie) -> None:
     """One that is too long is the object's fault, and told from those of the others."""
-    answers, into = Answers(), bytearray(BODY)
-    wants = [Want(loop.create_future(), into=memoryview(into)) for _ in range(2)]
+    answers, into = ReplyParser(), bytearray(BODY)
+    wants = [PendingReply(loop.create_future(), into=memoryview(into)) for _ in range(2)]
     for want in wants:
         answers.expect(want)
     kind = BadObject if lie[:1] == b"$" else TierDown
@@ -138,7 +138,7 @@ def test_lies_about_a_payload(loop, lie) -> None:
 
 def test_what_nobody_asked_for(loop) -> None:
     feed = Feed(loop)
-    with pytest.raises(TierDown, match="not asked"):
+    with pytest.raises(TierDown, match="not requested"):
         feed.give(RIGHT + b"+OK\r\n", always(1 << 20))
 
 
@@ -192,22 +192,22 @@ def test_commands() -> None:
 
 def test_a_refusal_quotes_nothing(loop) -> None:
     """Old servers answer AUTH with what they were sent."""
-    answers = Answers()
-    wants = [Want(loop.create_future()) for _ in range(2)]
+    answers = ReplyParser()
+    wants = [PendingReply(loop.create_future()) for _ in range(2)]
     for want in wants:
         answers.expect(want)
     said = b"-ERR unknown command `AUTH`, with args: `s3cret`\r\n-secret\r\n"
     answers.get_buffer()[: len(said)] = said
     answers.took(len(said))
-    assert [w.future.result() for w in wants] == [[Refusal("ERR")], [Refusal("ERR")]]
+    assert [w.future.result() for w in wants] == [[ErrorReply("ERR")], [ErrorReply("ERR")]]
 
 
 @pytest.mark.parametrize("end", ["answered", "failed", "left"])
 def test_what_is_received_into_is_held(end):
     """Until it has come, or the connection is given up, whatever became of who asked for it."""
     arena, loop = PoisonArena(8192, huge_pages=False), asyncio.new_event_loop()
-    lease, answers = arena.lease(BODY), Answers()
-    want = Want(loop.create_future(), into=lease.view[:BODY], lease=lease)
+    lease, answers = arena.lease(BODY), ReplyParser()
+    want = PendingReply(loop.create_future(), into=lease.view[:BODY], lease=lease)
     answers.expect(want)
     lease.release()
     head = b"$%d\r\n" % BODY

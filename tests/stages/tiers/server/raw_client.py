@@ -46,11 +46,11 @@ def greet(
     sock: socket.socket, *, token: bytes = b"", flags: int = 0, namespace: bytes = NAMESPACE
 ) -> wire.Message:
     """Say who we are; what the server says to it."""
-    greeting = wire.greeting_of(receive(sock).body)
+    greeting = wire.unpack(wire.Greeting, receive(sock).body)
     nonce = bytes(wire.NONCE)
     proof = wire.proof(token, b"client", greeting.epoch, greeting.nonce, nonce, namespace)
     hello = wire.Hello(wire.VERSION, flags, namespace, nonce, proof)
-    sock.sendall(wire.message(Kind.HELLO, 0, wire.pack_hello(hello)))
+    sock.sendall(wire.message(Kind.HELLO, 0, wire.pack(hello)))
     return receive(sock)
 
 
@@ -119,16 +119,16 @@ class FalseServer:
     def _serve(self, sock: socket.socket) -> None:
         try:
             nonce, epoch = bytes(wire.NONCE), b"e" * 16
-            greeting = wire.pack_greeting(wire.Greeting(1, 1, False, epoch, nonce))
+            greeting = wire.pack(wire.Greeting(1, 1, False, epoch, nonce))
             sock.sendall(wire.message(Kind.GREETING, 0, greeting))
-            hello = wire.hello_of(receive(sock).body)
+            hello = wire.unpack(wire.Hello, receive(sock).body)
             proof = wire.proof(b"", b"server", epoch, nonce, hello.nonce, hello.namespace)
-            welcome = wire.pack_welcome(wire.Welcome(0, proof, 1 << 20, self._largest, 0))
+            welcome = wire.pack(wire.Welcome(0, proof, 1 << 20, self._largest, 0))
             sock.sendall(wire.message(Kind.WELCOME, 0, welcome))
             while True:
                 message = receive(sock)
                 if message.kind is Kind.STAT:
-                    holds = wire.pack_holdings(wire.Holdings(0, 0, 0, 0, 0))
+                    holds = wire.pack(wire.Holdings(0, 0, 0, 0, 0))
                     sock.sendall(wire.message(Kind.HOLDS, message.number, holds))
                 else:
                     self._answer(sock, message)

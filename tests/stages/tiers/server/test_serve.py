@@ -115,7 +115,7 @@ def test_a_request_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
         fill(server.url, arena, *range(8))
         wanted = [wire.Wanted(key_of(seed % 8), 0, 3, 0) for seed in range(256)]
         with welcomed(server.url) as idle, welcomed(server.url) as sock:
-            sock.sendall(wire.message(Kind.GET, 1, wire.pack_wanted(wanted)))
+            sock.sendall(wire.message(Kind.GET, 1, wire.pack(*wanted)))
             assert receive(sock).kind is Kind.ITEM
             server.child.send_signal(signal.SIGTERM)
             assert receive(idle).kind is Kind.ERROR
@@ -127,7 +127,7 @@ def test_a_request_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
                 assert len(exactly(sock, SIZE)) == SIZE
                 if i < 5:
                     time.sleep(0.05)
-            assert wire.error_of(receive(sock).body)[0] == wire.Refusal.DRAINING
+            assert wire.error_of(receive(sock).body)[0] == wire.ErrorCode.DRAINING
         assert server.stop() == 0
     arena.close()
 
@@ -144,7 +144,7 @@ def test_the_end_is_bounded(tmp_path: Path) -> None:
         wanted = [wire.Wanted(key_of(seed % 8), 0, 3, 0) for seed in range(256)]
         with welcomed(server.url) as sock:
             for _ in range(8):
-                sock.sendall(wire.message(Kind.GET, 1, wire.pack_wanted(wanted)))
+                sock.sendall(wire.message(Kind.GET, 1, wire.pack(*wanted)))
             assert receive(sock).kind is Kind.ITEM
             assert server.stop(patience=8) == 0, server.log.read_text()
     arena.close()
@@ -202,7 +202,7 @@ class TestProcess(TierBench):
                 await tier.open()
                 assert await self.put(tier, 1, 2) == [None, None]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
-                assert await tier.has([key_of(2)]) == [True]
+                assert await tier.exists([key_of(2)]) == [True]
                 await tier.close()
             for bad in ({}, {"ca_file": wrong}):
                 tier = self.tier_of(ctx, server.url, **bad)
@@ -235,7 +235,7 @@ class TestProcess(TierBench):
             assert await self.put(good, 1) == [None]
             await good.close()
             for bad, says in (
-                ({"token_file": str(wrong)}, "wrong token"), ({}, "wants a token"),
+                ({"token_file": str(wrong)}, "wrong token"), ({}, "requires a token"),
             ):  # fmt: skip
                 tier = self.tier_of(ctx, server.url, **bad)
                 with pytest.raises(ConfigError, match=says):
@@ -280,7 +280,9 @@ class TestProcess(TierBench):
                 await stranger.open()
                 keys = [key_of(seed) for seed in range(12)]
                 for _ in range(0 if restart else 200):  # a disk that is slow is left out
-                    missing = [seed for seed, there in enumerate(await tier.has(keys)) if not there]
+                    missing = [
+                        seed for seed, there in enumerate(await tier.exists(keys)) if not there
+                    ]
                     if not missing:
                         break
                     assert await self.put(tier, missing[0]) == [None]
@@ -291,7 +293,7 @@ class TestProcess(TierBench):
                     assert await self.get(tier, seed) == self.bytes_of(arena, seed)
                     assert await self.get(stranger, seed) is Lost.ABSENT
                 if restart:
-                    assert await tier.drop([key_of(3)]) == 1
+                    assert await tier.delete([key_of(3)]) == 1
                     assert await stranger.clear() == 0
                     assert await tier.clear() == 11
                     assert tier.stat()[:2] == (0, 0)
@@ -322,7 +324,7 @@ class TestProcess(TierBench):
                 try:
                     assert await self.get(tier, 1) in (Lost.CORRUPT, Lost.ABSENT)
                 except BadObject:
-                    await tier.drop([key_of(1)])
+                    await tier.delete([key_of(1)])
                 assert await self.get(tier, 1) in (Lost.ABSENT, right)
             await tier.close()
 
@@ -338,13 +340,13 @@ class TestProcess(TierBench):
                 if tier is None:
                     tier = self.tier_of(ctx, server.url)
                     await tier.open()
-                assert await tier.has([key_of(1)]) == [False]
+                assert await tier.exists([key_of(1)]) == [False]
                 assert tier.counts.extra.get("restarts", 0) == count
                 assert await self.put(tier, 1) == [None]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
                 server.kill()
             with pytest.raises(OSError):
-                await tier.has([key_of(1)])
+                await tier.exists([key_of(1)])
         assert tier is not None
         await tier.close()
 
@@ -379,7 +381,7 @@ def test_pings_and_an_empty_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tierloom.service", "docker-compose.yaml"])
 def test_what_is_deployed_can_be_said(name: str) -> None:
-    """Each option of the command lines in configs/deploy is one of `tierloom serve`."""
+    """Each option of the command connections in configs/deploy is one of `tierloom serve`."""
     text = (ROOT / "configs" / "deploy" / name).read_text()
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     known = {option for param in command.params for option in param.opts}
@@ -388,8 +390,8 @@ def test_what_is_deployed_can_be_said(name: str) -> None:
         words = service["command"]
         assert service["build"]["dockerfile_inline"].startswith("FROM ")
     else:
-        (line,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
-        words = line.split()
+        (connection,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
+        words = connection.split()
     said = {word.split("=")[0] for word in words if word.startswith("--")}
     assert {"--config", "--listen", "--token-file"} <= said <= known
     assert "serve" in words

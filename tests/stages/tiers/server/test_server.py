@@ -94,9 +94,9 @@ class TestTcp(ServerContract):
             self.opened(other, tmp_path, clock) as two,
         ):
             await self.put(one, 1, 2)
-            assert await two.has([key_of(1)]) == [False]
+            assert await two.exists([key_of(1)]) == [False]
             assert await self.get(two, 1) is Lost.ABSENT
-            assert await two.drop([key_of(1)]) == 0
+            assert await two.delete([key_of(1)]) == 0
             assert await two.clear() == 0
             assert two.stat()[:2] == (0, 0)
             assert await self.put(two, 1) == [Lost.CORRUPT], "an object of another's namespace"
@@ -110,13 +110,13 @@ class TestTcp(ServerContract):
         async with self.opened(ctx, tmp_path, clock, capacity=4 * SIZE) as tier:
             await self.put(tier, 1, 2)
             await self.put(tier, 3, 4)
-            tier.settle([key_of(3), key_of(4)])
-            tier.settle([key_of(1), key_of(2)])
+            tier.order_for_eviction([key_of(3), key_of(4)])
+            tier.order_for_eviction([key_of(1), key_of(2)])
             for new, left in ((5, [1, 2, 3]), (6, [1, 2])):
                 await self.put(tier, new)
                 for seed in left:
                     assert isinstance(await self.get(tier, seed), bytes)
-                tier.settle([key_of(seed) for seed in left])
+                tier.order_for_eviction([key_of(seed) for seed in left])
             assert await self.get(tier, 4) is Lost.ABSENT
 
     @pytest.mark.anyio

@@ -43,7 +43,7 @@ def test_who_does_not_read_is_sent_away(within: Within, url: str) -> None:
         sock.settimeout(0.2)
         with contextlib.suppress(TimeoutError, ConnectionError):
             for _ in range(20):
-                sock.sendall(question(Kind.GET, wire.pack_wanted(wanted)))
+                sock.sendall(question(Kind.GET, wire.pack(*wanted)))
     unharmed(url)
     eventually(lambda: not within.serving.sessions)
     for sock in greedy:
@@ -111,8 +111,8 @@ def test_mutated_messages_over_a_socket(url: str, within: Within) -> None:
     """Some thousands; the one client that behaves is served all the while."""
     messages = [
         question(Kind.HAS, key_of(1) * 3),
-        question(Kind.GET, wire.pack_wanted([wire.Wanted(key_of(1), 0, 3, 0)])),
-        question(Kind.PUT, wire.pack_offers([(key_of(1), SIZE)])),
+        question(Kind.GET, wire.pack(wire.Wanted(key_of(1), 0, 3, 0))),
+        question(Kind.PUT, wire.pack(wire.Offer(key_of(1), SIZE))),
         question(Kind.DROP, key_of(1)), question(Kind.STAT), question(Kind.PING),
         question(Kind.RETURN, wire.pack_ids([1, 2])), question(Kind.BORROW, key_of(1)),
     ]  # fmt: skip

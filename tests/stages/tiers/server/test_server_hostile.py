@@ -38,8 +38,8 @@ def within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Within]:
     monkeypatch.setattr(serve, "_HELLO", 0.5)
     made = Within(tmp_path / "socket")
     yield made
-    depot = made.serving.depot
-    eventually(lambda: depot.arena.flight == 0 and depot.arena._reserved == 0)
+    store = made.serving.store
+    eventually(lambda: store.arena.flight == 0 and store.arena._reserved == 0)
     eventually(lambda: made.serving._lending.nbytes == 0)
     eventually(lambda: not made.serving.sessions)
     made.stop()
@@ -91,7 +91,7 @@ def test_a_bad_message_ends_the_connection(url: str, raw: bytes) -> None:
         sock.sendall(raw)
         kind, _, body = receive(sock)
         assert kind is Kind.ERROR
-        assert wire.error_of(body)[0] == wire.Refusal.MALFORMED
+        assert wire.error_of(body)[0] == wire.ErrorCode.MALFORMED
         assert is_closed(sock)
     unharmed(url)
 
@@ -128,7 +128,7 @@ def test_half_a_message_and_then_death(url: str, cut: int) -> None:
 
 
 def offer(sock: socket.socket, *offers: tuple[bytes, int]) -> list[int]:
-    sock.sendall(question(Kind.PUT, wire.pack_offers(offers)))
+    sock.sendall(question(Kind.PUT, wire.pack(*[wire.Offer(*each) for each in offers])))
     return list(receive(sock).body)
 
 
@@ -152,13 +152,13 @@ def test_half_an_object_is_never_seen(
     assert offer(sock, (key_of(1), SIZE)) == [wire.SEND]
     sock.sendall(whole[: int(part * SIZE)])
     unharmed(url)
-    assert within.serving.depot.arena.flight == SIZE
+    assert within.serving.store.arena.flight == SIZE
     if ending == "dies":
         reset(sock)
     else:
         assert is_closed(sock)
         sock.close()
-    eventually(lambda: within.serving.depot.arena.flight == 0)
+    eventually(lambda: within.serving.store.arena.flight == 0)
     unharmed(url)
 
 
@@ -249,12 +249,14 @@ class TestAgainstServers(TierBench):
         def answer(sock: socket.socket, message: wire.Message) -> None:
             if message.kind is Kind.DROP:
                 dropped.append(message.body)
-                holds = wire.pack_holdings(wire.Holdings(1, 0, 0, 0, 0))
+                holds = wire.pack(wire.Holdings(1, 0, 0, 0, 0))
                 sock.sendall(wire.message(Kind.HOLDS, message.number, holds))
                 return
-            bad = bytearray(whole)
+            upto = min(3, wire.unpack_all(wire.Wanted, message.body, wire.OBJECTS)[0].upto)
+            end = SIZE if upto else 4096
+            bad = bytearray(whole[:end])
             bad[at] ^= 1
-            item = wire.pack_item(wire.Item(0, 3, SIZE, 0, SIZE))
+            item = wire.pack(wire.Item(0, upto, SIZE, 0, end))
             sock.sendall(wire.message(Kind.ITEM, message.number, item) + bad)
 
         with self.false(answer) as server:
@@ -267,7 +269,7 @@ class TestAgainstServers(TierBench):
     @pytest.mark.parametrize("item", LIES.values(), ids=LIES)
     async def test_lengths_that_cannot_be(self, ctx: TierContext, item: wire.Item) -> None:
         def answer(sock: socket.socket, message: wire.Message) -> None:
-            sock.sendall(wire.message(Kind.ITEM, message.number, wire.pack_item(item)))
+            sock.sendall(wire.message(Kind.ITEM, message.number, wire.pack(item)))
             sock.sendall(bytes(SIZE))
 
         with self.false(answer) as server:
@@ -282,13 +284,17 @@ class TestAgainstServers(TierBench):
     async def test_answers_that_are_noise(self, ctx: TierContext, seed: int) -> None:
         """Mutated answers to every question: TierDown or data, never another error."""
         rng = random.Random(seed)
-        kinds = {Kind.HAS: Kind.HAD, Kind.GET: Kind.ITEM, Kind.PUT: Kind.GRANT}
+        kinds = {
+            Kind.HAS: Kind.HAD,
+            Kind.GET: Kind.ITEM,
+            Kind.PUT: Kind.GRANT,
+        }
 
         def answer(sock: socket.socket, message: wire.Message) -> None:
             body = {
                 Kind.HAS: bytes(2), Kind.PUT: bytes([wire.SEND]),
-                Kind.GET: wire.pack_item(wire.Item(0, 3, SIZE, 0, SIZE)) + bytes(SIZE),
-            }.get(message.kind, wire.pack_holdings(wire.Holdings(1, 1, 1, 1, 1)))  # fmt: skip
+                Kind.GET: wire.pack(wire.Item(0, 3, SIZE, 0, SIZE)) + bytes(SIZE),
+            }.get(message.kind, wire.pack(wire.Holdings(1, 1, 1, 1, 1)))  # fmt: skip
             kind = kinds.get(message.kind, Kind.HOLDS)
             raw = wire.message(kind, message.number, body)
             sock.sendall(next(mutations(raw[:100], 1, rng.randrange(1 << 30))) + raw[100:])
@@ -299,8 +305,8 @@ class TestAgainstServers(TierBench):
             async with self.asking(server.url, ctx) as tier:
                 for _ in range(40):
                     for ask in (
-                        lambda: tier.has([key_of(1), key_of(2)]), lambda: self.get(tier, 1),
-                        lambda: self.put(tier, 1), lambda: tier.drop([key_of(1)]),
+                        lambda: tier.exists([key_of(1), key_of(2)]), lambda: self.get(tier, 1),
+                        lambda: self.put(tier, 1), lambda: tier.delete([key_of(1)]),
                     ):  # fmt: skip
                         with contextlib.suppress(TierDown, OSError, TimeoutError):
                             with anyio.fail_after(0.2):
@@ -316,7 +322,7 @@ class TestAgainstServers(TierBench):
         token = anyio.lowlevel.current_token()
 
         def answer(sock: socket.socket, message: wire.Message) -> None:
-            item = wire.pack_item(wire.Item(0, 3, SIZE, 0, SIZE))
+            item = wire.pack(wire.Item(0, 3, SIZE, 0, SIZE))
             sock.sendall(wire.message(Kind.ITEM, message.number, item) + whole[: SIZE // 2])
             anyio.from_thread.run_sync(half.set, token=token)
             time.sleep(0.2)
@@ -357,7 +363,7 @@ class TestAgainstServers(TierBench):
                 before = resident()
                 for _ in range(20):
                     with pytest.raises(TierDown, match="at most"):
-                        await tier.has([key_of(1)])
+                        await tier.exists([key_of(1)])
                 assert resident() - before < 64 << 20
 
     @pytest.mark.anyio
@@ -387,7 +393,7 @@ class TestAgainstServers(TierBench):
 
 FALSE_MEMORY = """
 import os, socket, threading
-from tierloom.stages.tiers import wire
+from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.protocol import Kind
 fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
 os.ftruncate(fd, 1 << 20)
@@ -397,16 +403,16 @@ listener.listen()
 print("ready", flush=True)
 def serve(sock):
     nonce, epoch = bytes(32), bytes(16)
-    greeting = wire.pack_greeting(wire.Greeting(1, 1, False, epoch, nonce))
+    greeting = wire.pack(wire.Greeting(1, 1, False, epoch, nonce))
     sock.sendall(wire.message(Kind.GREETING, 0, greeting))
-    hello = wire.hello_of(sock.recv(4096)[16:])
+    hello = wire.unpack(wire.Hello, sock.recv(4096)[16:])
     proof = wire.proof(b"", b"server", epoch, nonce, hello.nonce, hello.namespace)
     flags = hello.flags & wire.MEMORY
-    welcome = wire.pack_welcome(wire.Welcome(flags, proof, 1 << 20, 1 << 20, 1 << 20))
+    welcome = wire.pack(wire.Welcome(flags, proof, 1 << 20, 1 << 20, 1 << 20))
     words = wire.message(Kind.WELCOME, 0, welcome)
     socket.send_fds(sock, [words], [fd] if flags else [])
     while sock.recv(4096):
-        holds = wire.pack_holdings(wire.Holdings(0, 0, 0, 0, 0))
+        holds = wire.pack(wire.Holdings(0, 0, 0, 0, 0))
         sock.sendall(wire.message(Kind.HOLDS, 1, holds))
 while True:
     threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
@@ -419,7 +425,7 @@ def test_a_wrong_token_is_refused_and_never_told(tmp_path: Path, caplog: Any) ->
         with connected(url) as sock:
             refusal = greet(sock, token=b"wrong")
             assert refusal.kind is Kind.ERROR
-            assert wire.error_of(refusal.body) == (wire.Refusal.TOKEN, "wrong token")
+            assert wire.error_of(refusal.body) == (wire.ErrorCode.TOKEN, "wrong token")
             assert is_closed(sock)
         with connected(url) as sock:
             assert greet(sock).kind is Kind.ERROR

@@ -20,7 +20,7 @@ from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.kv.object import name_of
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.tier import Read, TierContext
-from tierloom.stages.tiers.server.shared_memory import Lender
+from tierloom.stages.tiers.server.shared_memory import SharedMemory
 from tierloom.stages.tiers.server.tier import Server, ServerOptions
 from tierloom.testing import ALL, NAMESPACE, SIZE, TierBench, key_of, verify
 
@@ -41,7 +41,7 @@ def within(tmp_path: Path) -> Iterator[Within]:
     yield made
     eventually(lambda: not made.serving.sessions)
     assert made.serving._lending.nbytes == 0
-    assert made.serving.depot.arena.flight == 0
+    assert made.serving.store.arena.flight == 0
     made.stop()
 
 
@@ -70,7 +70,7 @@ class TestLoans(TierBench):
         await self.put(tier, 1)
         (obj,) = await self.held(tier, 1)
         assert arena.leases == 0
-        assert isinstance(obj.lease.arena, Lender)
+        assert isinstance(obj.lease.arena, SharedMemory)
         assert obj.lease.view.readonly
         assert verify(obj, key_of(1)) == self.bytes_of(arena, 1)
         assert within.serving._lending.nbytes == SIZE
@@ -104,7 +104,7 @@ class TestLoans(TierBench):
         right = self.bytes_of(arena, 1)
         await self.put(tier, 1)
         (obj,) = await self.held(tier, 1)
-        await tier.drop([key_of(1)])
+        await tier.delete([key_of(1)])
         for seed in range(10, 60):
             await self.put(tier, seed)
             assert bytes(obj.lease.view[:SIZE]) == right
@@ -115,13 +115,13 @@ class TestLoans(TierBench):
         """Beyond it, objects come as bytes; so one client cannot pin everything."""
         await self.put(tier, *range(8))
         objects = await self.held(tier, *range(8))
-        lent = [isinstance(obj.lease.arena, Lender) for obj in objects]
+        lent = [isinstance(obj.lease.arena, SharedMemory) for obj in objects]
         assert lent == [True] * 4 + [False] * 4
         for seed, obj in enumerate(objects):
             assert verify(obj, key_of(seed)) == self.bytes_of(arena, seed)
             obj.lease.release()
         objects = await self.held(tier, 7)
-        assert isinstance(objects[0].lease.arena, Lender), "what was given back is lent again"
+        assert isinstance(objects[0].lease.arena, SharedMemory), "what was given back is lent again"
         objects[0].lease.release()
 
     @pytest.mark.anyio
@@ -131,7 +131,7 @@ class TestLoans(TierBench):
             await tier.open()
         await self.put(tiers[0], *range(4))
         objects = [await self.held(tier, *range(4)) for tier in tiers]
-        lent = [sum(isinstance(o.lease.arena, Lender) for o in each) for each in objects]
+        lent = [sum(isinstance(o.lease.arena, SharedMemory) for o in each) for each in objects]
         assert lent == [4, 4, 0]
         for each in objects:
             for obj in each:
@@ -162,17 +162,17 @@ class TestLoans(TierBench):
         right = self.bytes_of(arena, 1)
         await self.put(tier, 1)
         (obj,) = await self.held(tier, 1)
-        lender = obj.lease.arena
-        lender._line.sock.send(b"nonsense" * 4)
+        shared_memory = obj.lease.arena
+        shared_memory._connection.sock.send(b"nonsense" * 4)
         eventually(lambda: any(session.gone for session in within.serving.sessions))
         for seed in range(10, 40):
             await self.put(tier, seed)
             assert bytes(obj.lease.view[:SIZE]) == right
         assert within.serving._lending.nbytes == SIZE
         (other,) = await self.held(tier, 39)
-        assert other.lease.arena is not lender, "a new connection, with a mapping of its own"
+        assert other.lease.arena is not shared_memory, "a new connection, with a mapping of its own"
         obj.lease.release()
-        assert lender._line.sock.fileno() < 0
+        assert shared_memory._connection.sock.fileno() < 0
         assert bytes(other.lease.view[:SIZE]) == self.bytes_of(arena, 39)
         other.lease.release()
 
@@ -199,14 +199,14 @@ class TestLoans(TierBench):
         """Over shared memory and over the socket alike."""
         right = self.bytes_of(arena, 1)
         for share in (True, False):
-            tier._lines.shares = share
+            tier._client.shares = share
             await self.put(tier, 1)
-            entry = within.serving.depot.tiers[0].tier._index.get(name_of(NAMESPACE, key_of(1)))
+            entry = within.serving.store.tiers[0].tier._index.get(name_of(NAMESPACE, key_of(1)))
             entry.place.lease.view[at] ^= 4
             try:
                 got = await self.get(tier, 1)
             except BadObject:  # what scatter does with a frame
-                await tier.drop([key_of(1)])
+                await tier.delete([key_of(1)])
             else:
                 assert got is Lost.CORRUPT or got == right
             assert await self.get(tier, 1) in (Lost.ABSENT, right)
@@ -231,7 +231,7 @@ class TestLoans(TierBench):
                 if reads[0].object is None:  # the disk was too slow to take it
                     assert reads[0].lost is Lost.ABSENT
                     continue
-                assert isinstance(reads[0].object.lease.arena, Lender)
+                assert isinstance(reads[0].object.lease.arena, SharedMemory)
                 assert verify(reads[0].object, key_of(seed)) == self.bytes_of(arena, seed)
                 reads[0].object.lease.release()
             assert tier.counts.hits >= 8

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import random
 import tracemalloc
+from functools import partial
 
 import anyio
 import pytest
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.connection import Line
+from tierloom.stages.tiers.server.connection import Connection
 from tierloom.stages.tiers.server.protocol import BadMessage, Kind
 from tierloom.testing import ALL, SIZE, key_of, mutations
 
@@ -19,7 +20,7 @@ HELLO = wire.Hello(1, 0, b"s" * 32, b"n" * 32, b"p" * 32)
 WELCOME = wire.Welcome(1, b"p" * 32, 1 << 26, 1 << 28, 1 << 34)
 GREETING = wire.Greeting(1, 1, True, b"e" * 16, b"n" * 32)
 WANTED = [wire.Wanted(key_of(i), i, ALL, SIZE) for i in range(3)]
-OFFERS = [(key_of(i), SIZE * i) for i in range(3)]
+OFFERS = [wire.Offer(key_of(i), SIZE * i) for i in range(3)]
 ITEM = wire.Item(0, 3, SIZE, 0, SIZE)
 LOANS = [
     wire.Loan(0, 1, 4096, SIZE),
@@ -31,22 +32,22 @@ ASKED = wire.Wanted(key_of(0), 0, 3, 0)
 KEYS = [key_of(i) for i in range(3)]
 
 CASES = {
-    "greeting": (wire.pack_greeting(GREETING), wire.greeting_of, GREETING),
-    "hello": (wire.pack_hello(HELLO), wire.hello_of, HELLO),
-    "welcome": (wire.pack_welcome(WELCOME), wire.welcome_of, WELCOME),
+    "greeting": (wire.pack(GREETING), partial(wire.unpack, wire.Greeting), GREETING),
+    "hello": (wire.pack(HELLO), partial(wire.unpack, wire.Hello), HELLO),
+    "welcome": (wire.pack(WELCOME), partial(wire.unpack, wire.Welcome), WELCOME),
     "keys": (b"".join(KEYS), wire.keys_of, KEYS),
-    "wanted": (wire.pack_wanted(WANTED), wire.wanted_of, WANTED),
-    "offers": (wire.pack_offers(OFFERS), wire.offers_of, OFFERS),
-    "item": (wire.pack_item(ITEM), lambda b: wire.item_of(b, ASKED, 1 << 30), ITEM),
+    "wanted": (wire.pack(*WANTED), lambda b: wire.unpack_all(wire.Wanted, b, 8), WANTED),
+    "offers": (wire.pack(*OFFERS), lambda b: wire.unpack_all(wire.Offer, b, 8), OFFERS),
+    "item": (wire.pack(ITEM), lambda b: wire.item_of(b, ASKED, 1 << 30), ITEM),
     "codes": (bytes([0, 1, 255]), lambda b: wire.codes_of(b, 3, wire.SEND), [0, 1, 255]),
-    "loans": (wire.pack_loans(LOANS), lambda b: wire.loans_of(b, 3, 1 << 20), LOANS),
+    "loans": (wire.pack(*LOANS), lambda b: wire.loans_of(b, 3, 1 << 20), LOANS),
     "ids": (wire.pack_ids([1, 1 << 60]), wire.ids_of, [1, 1 << 60]),
-    "holdings": (wire.pack_holdings(HOLDINGS), wire.holdings_of, HOLDINGS),
+    "holdings": (wire.pack(HOLDINGS), partial(wire.unpack, wire.Holdings), HOLDINGS),
     "kept": (
-        bytes([0, 5]) + wire.pack_holdings(HOLDINGS), lambda b: wire.kept_of(b, 2),
+        bytes([0, 5]) + wire.pack(HOLDINGS), lambda b: wire.kept_of(b, 2),
         ([0, 5], HOLDINGS),
     ),
-    "error": (wire.pack_error(wire.Refusal.TOKEN, "no"), wire.error_of, (3, "no")),
+    "error": (wire.pack_error(wire.ErrorCode.TOKEN, "no"), wire.error_of, (3, "no")),
 }  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_other_lengths_are_refused(name: str) -> None:
 def test_a_message_fits_what_is_allowed() -> None:
     for most, size in ((wire.KEYS, 32), (wire.OBJECTS, 48), (wire.OBJECTS, 40)):
         assert most * size <= wire.BODY
-    assert max(len(wire.pack_hello(HELLO)), len(wire.pack_welcome(WELCOME))) <= wire.FIRST
+    assert max(len(wire.pack(HELLO)), len(wire.pack(WELCOME))) <= wire.FIRST
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_a_message_fits_what_is_allowed() -> None:
 )  # fmt: skip
 def test_lengths_of_an_object_that_cannot_be(item: wire.Item) -> None:
     with pytest.raises(BadMessage):
-        wire.item_of(wire.pack_item(item), ASKED, 1 << 30)
+        wire.item_of(wire.pack(item), ASKED, 1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_lengths_of_an_object_that_cannot_be(item: wire.Item) -> None:
 )  # fmt: skip
 def test_loans_lie_inside_the_memory(loan: wire.Loan) -> None:
     with pytest.raises(BadMessage):
-        wire.loans_of(wire.pack_loans([loan]), 1, 1 << 20)
+        wire.loans_of(wire.pack(loan), 1, 1 << 20)
 
 
 def test_what_an_error_says_is_made_printable() -> None:
@@ -145,7 +146,7 @@ async def test_a_line_is_a_stream(anyio_backend: str) -> None:
 
     rng = random.Random(2)
     a, b = socket.socketpair()
-    one, two = Line(a), Line(b)
+    one, two = Connection(a), Connection(b)
     bulk = rng.randbytes(3 << 20)
     raw = b"".join(wire.message(Kind.HAS, n, b"k" * (32 * n)) for n in range(200)) + bulk
     last = wire.message(Kind.HAS, 9, b"k" * (32 * 4096))
@@ -170,7 +171,7 @@ async def test_a_line_is_a_stream(anyio_backend: str) -> None:
         assert into[2 << 20 :] == bulk[2 << 20 :]
         assert len((await two.message()).body) == 32 * 4096
         assert (await two.message()).kind is Kind.PING
-    assert two.quiet
+    assert two.usable
     one.close()
-    assert not two.quiet
+    assert not two.usable
     two.close()

@@ -67,7 +67,7 @@ class TestFaults(TierBench):
         calls = {
             "open": tier.open,
             "put": lambda: self.put(tier, 1),
-            "has": lambda: tier.has([key_of(1)]),
+            "has": lambda: tier.exists([key_of(1)]),
             "read": lambda: tier.read([Read(key_of(1), ALL)]),
         }
         calls["first_byte"] = calls["read"]

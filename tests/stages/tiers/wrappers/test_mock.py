@@ -13,7 +13,8 @@ from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.contract.tier import Inner, Read
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
-from tierloom.stages.tiers.files.tier import Files, FilesOptions
+from tierloom.stages.tiers.files.space import FilesOptions
+from tierloom.stages.tiers.files.tier import Files
 from tierloom.stages.tiers.wrappers.audit import Audit, AuditOptions
 from tierloom.stages.tiers.wrappers.blackhole import Blackhole, BlackholeOptions
 from tierloom.stages.tiers.wrappers.mock import Mock, MockOptions
@@ -59,7 +60,7 @@ class TestMock(TierContract):
             lost = [seed for seed, data in enumerate(got) if data is Lost.ABSENT]
             assert 4 < len(lost) < 20
             assert tier.stat().objects == 40 - len(lost)
-            assert await tier.has([key_of(seed) for seed in lost]) == [False] * len(lost)
+            assert await tier.exists([key_of(seed) for seed in lost]) == [False] * len(lost)
 
     @pytest.mark.anyio
     async def test_far_away(self, ctx, tmp_path, clock):
@@ -74,9 +75,9 @@ class TestMock(TierContract):
             patch.setattr(anyio, "current_time", lambda: 100.0)
             tier = self.make(ctx, tmp_path, clock, latency=2.0, bandwidth=SIZE)
             await tier.put([])
-            await tier.has([key_of(1), key_of(2)])
+            await tier.exists([key_of(1), key_of(2)])
             for _ in range(2):
-                assert await tier.store("x", bytearray(SIZE))
+                assert await tier.put_value("x", bytearray(SIZE))
         assert waits == [2.0, 2.0, 3.0, 4.0]
 
 
@@ -88,11 +89,11 @@ class TestBlackhole(TierBench):
         assert await self.put(tier, 1, 2) == [None, None]
         assert (tier.counts.puts, tier.counts.bytes_in) == (2, 2 * SIZE)
         assert tier.find(links_of(1)) is None
-        assert await tier.has([key_of(1)]) == [False]
+        assert await tier.exists([key_of(1)]) == [False]
         assert await self.get(tier, 1) is Lost.ABSENT
         assert tier.counts.misses == 1
         assert tier.stat() == (0, 0, 0)
-        assert tier.pin([key_of(1)]) == await tier.drop([key_of(1)]) == await tier.clear() == 0
+        assert tier.pin([key_of(1)]) == await tier.delete([key_of(1)]) == await tier.clear() == 0
         obj = make_object(arena, 1)
         obj.sealed = False
         with pytest.raises(ValueError, match="sealed"):
@@ -119,9 +120,9 @@ class TestAuditOfFiles(TierContract):
         with caplog.at_level(logging.INFO, "tierloom.stages.tiers.wrappers.audit"):
             async with self.opened(ctx, tmp_path, clock) as tier:
                 await self.put(tier, 1, 2)
-                await tier.has([key_of(1), key_of(9)])
+                await tier.exists([key_of(1), key_of(9)])
                 await self.get(tier, 9)
-                await tier.drop([key_of(1)])
+                await tier.delete([key_of(1)])
                 await tier.clear()
                 with pytest.raises(AttributeError):
                     await tier.put([None])
@@ -161,14 +162,14 @@ class TestDifferences(TierBench):
         assert (tier.counts.extra["differ_out"], tier.counts.corrupt) == (1, 1)
         (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
         frame = (at - 4096) // 16384
-        assert record.message.endswith(f"on its way out: frame {frame} has another checksum")
+        assert record.message.endswith(f"on its way out: the checksum of frame {frame} differs")
 
     @pytest.mark.anyio
     async def test_in(self, tier, arena):
         bad, good = make_object(arena, 1), make_object(arena, 2)
         bad.lease.view[5000] ^= 1
         assert await tier.put([bad, good]) == [Lost.CORRUPT, None]
-        assert await tier.has([key_of(1), key_of(2)]) == [False, True]
+        assert await tier.exists([key_of(1), key_of(2)]) == [False, True]
         assert tier.counts.extra == {"differ_in": 1, "differ_out": 0}
         bad.lease.release()
         good.lease.release()
@@ -242,7 +243,7 @@ def test_the_inner_tier_is_written_like_any(audited):
         ("fiel:///x", "4:26", "no tier has URLs that begin with fiel://"),
         ("files", "4:26", "wants a tier, got 'files'"),
         ("{use: memory, capacity: 1 MiB}", "4:3",
-         "'memory' keeps objects where they are: there is no way in or out to watch"),
+         "'memory' keeps objects in place, so there are no transfers to check"),
     ],
 )  # fmt: skip
 def test_problems_of_the_inner_tier_have_their_place(audited, of, place, message):

@@ -1,0 +1,57 @@
+"""A tier around another one: everything is forwarded but what a subclass does itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tierloom.stages.errors import Lost
+from tierloom.stages.kv.object import Object
+from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierStat
+
+
+class WrapperTier(Tier):
+    """Its counters, and what it says of itself, are those of the tier that it wraps."""
+
+    def __init__(self, tier: Tier) -> None:
+        super().__init__(tier.ctx)
+        self.wrap(tier)
+
+    def wrap(self, tier: Tier) -> None:
+        self.tier, self.counts = tier, tier.counts
+        self.local, self.in_arena = tier.local, tier.in_arena
+
+    async def open(self) -> None:
+        await self.tier.open()
+
+    async def close(self) -> None:
+        await self.tier.close()
+
+    def find(self, links: bytes) -> Found | None:
+        return self.tier.find(links)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        self.tier.touch(keys)
+
+    def order_for_eviction(self, keys: Sequence[bytes]) -> None:
+        self.tier.order_for_eviction(keys)
+
+    async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        return await self.tier.exists(keys)
+
+    async def read(self, reads: Sequence[Read]) -> None:
+        await self.tier.read(reads)
+
+    async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
+        return await self.tier.put(objects)
+
+    async def delete(self, keys: Sequence[bytes]) -> int:
+        return await self.tier.delete(keys)
+
+    async def clear(self) -> int:
+        return await self.tier.clear()
+
+    def stat(self) -> TierStat:
+        return self.tier.stat()
+
+    def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
+        return self.tier.pin(keys, pinned=pinned)
