@@ -10,13 +10,7 @@ from typing import Any, ClassVar
 
 from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.request import Request
-from tierloom.stages.contract.stage import (
-    BatchStage,
-    ChunkOptions,
-    Context,
-    PortType,
-    RequestStage,
-)
+from tierloom.stages.contract.stage import BatchStage, ChunkOptions, Context, PortType, RequestStage
 
 __all__ = ["ChunkOptions", "Context", "Lane", "LoopStage", "PortType", "Stage"]
 

@@ -166,8 +166,7 @@ def quality(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
     ] = None,
     documents: Annotated[
-        int | None,
-        typer.Option(min=1, help="Use fewer documents: faster, and less certain."),
+        int | None, typer.Option(min=1, help="Use fewer documents: faster, and less certain.")
     ] = None,
 ) -> None:
     """Measure what a codec costs a model in quality, and how many bits it takes."""

@@ -6,15 +6,7 @@ import math
 import types
 from collections.abc import Set
 from dataclasses import MISSING, fields, is_dataclass
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)  # fmt: skip
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints  # fmt: skip
 
 from tierloom.pipeline.config.problems import Findings, nearest
 from tierloom.pipeline.config.resolve import class_of

@@ -32,12 +32,7 @@ def fence(device: str) -> Any:
 
 
 def gather_now(
-    table: PlaneTable,
-    frames: FrameTable,
-    slots: Slots,
-    stop: Stop,
-    device: str,
-    after: Any = None,
+    table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str, after: Any = None
 ) -> None:
     """The device's gather and the checksums, finished when it returns. Nothing is validated."""
     if device == "cpu":

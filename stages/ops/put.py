@@ -91,11 +91,7 @@ class Put(BatchStage):
             frames=tuple(
                 f._replace(codecs=e.codecs)
                 for f, e in zip(
-                    plan_frames(
-                        size,
-                        [f.raw for f in frames],
-                        [len(f.data) for f in frames],
-                    ),
+                    plan_frames(size, [f.raw for f in frames], [len(f.data) for f in frames]),
                     frames,
                     strict=True,
                 )

@@ -130,7 +130,7 @@ MEMORY = {
                 "fresh": {"use": "lookup", "want": "absent"},
                 "pack": {"use": "gather"},
                 "hot": {"use": "put", "tier": "hot"},
-            },
+            }
         },
         "retrieve": {
             "stages": {
@@ -139,7 +139,7 @@ MEMORY = {
                 "fetch": {"use": "get"},
                 "grow": {"use": "decode"},
                 "place": {"use": "scatter"},
-            },
+            }
         },
     },
 }

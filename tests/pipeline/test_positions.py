@@ -55,8 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def opened_for(case: Case, engine: Engine) -> tierloom.Pipeline:
     source = config(
-        order="canonical",
-        chunk={"tokens": case.chunk, "grain": case.grain, "group": 1},
+        order="canonical", chunk={"tokens": case.chunk, "grain": case.grain, "group": 1}
     )
     return tierloom.open(source, layout=engine.layout, model="m")
 

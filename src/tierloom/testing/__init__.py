@@ -14,9 +14,7 @@ from __future__ import annotations
 import pytest
 
 pytest.register_assert_rewrite(
-    "tierloom.testing.bench",
-    "tierloom.testing.codecs",
-    "tierloom.testing.tiers",
+    "tierloom.testing.bench", "tierloom.testing.codecs", "tierloom.testing.tiers"
 )
 
 from tierloom.testing.arena import PoisonArena  # noqa: E402

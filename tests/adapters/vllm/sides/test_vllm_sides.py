@@ -90,10 +90,7 @@ def test_nested_mappings_mean_what_dotted_keys_do(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [
-        {"graphs.retrieve.pace.by": "request"},
-        {"graphs": {"retrieve": {"pace": {"by": "request"}}}},
-    ],
+    [{"graphs.retrieve.pace.by": "request"}, {"graphs": {"retrieve": {"pace": {"by": "request"}}}}],
 )
 def test_what_the_user_says_of_the_pipeline_wins(said) -> None:
     spec = configured({"tierloom.load": "layer", **said}).pipeline()

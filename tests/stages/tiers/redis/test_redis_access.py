@@ -107,11 +107,7 @@ class TestTls(RedisBench):
             ("rediss://localhost:{}", {}, "NOAUTH"),
             (f"rediss://kv:{QUOTED}@localhost:{{}}/99", {}, "database 99: ERR"),
             (f"rediss://kv:{QUOTED}@localhost:{{}}", {"ca_file": "other"}, "give `ca_file`"),
-            (
-                f"rediss://kv:{QUOTED}@localhost:{{}}",
-                {"ca_file": "/none.pem"},
-                "ca_file /none",
-            ),
+            (f"rediss://kv:{QUOTED}@localhost:{{}}", {"ca_file": "/none.pem"}, "ca_file /none"),
             (f"rediss://kv:{QUOTED}@127.0.0.2:{{}}", {"ca_file": ""}, None),
         ],
     )

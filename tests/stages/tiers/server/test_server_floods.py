@@ -19,15 +19,7 @@ from tierloom.stages.tiers.server.protocol import Kind
 from tierloom.testing import ALL, SIZE, key_of, mutations
 
 from .raw_client import connected, receive, reset, welcomed
-from .test_server_hostile import (  # noqa: F401 (two are fixtures)
-    eventually,
-    fill,
-    offer,
-    question,
-    unharmed,
-    url,
-    within,
-)
+from .test_server_hostile import eventually, fill, offer, question, unharmed, url, within  # noqa: F401 (two are fixtures)
 
 if TYPE_CHECKING:
     from store_server import Within

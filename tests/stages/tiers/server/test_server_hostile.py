@@ -284,11 +284,7 @@ class TestAgainstServers(TierBench):
     async def test_answers_that_are_noise(self, ctx: TierContext, seed: int) -> None:
         """Mutated answers to every question: TierDown or data, never another error."""
         rng = random.Random(seed)
-        kinds = {
-            Kind.HAS: Kind.HAD,
-            Kind.GET: Kind.ITEM,
-            Kind.PUT: Kind.GRANT,
-        }
+        kinds = {Kind.HAS: Kind.HAD, Kind.GET: Kind.ITEM, Kind.PUT: Kind.GRANT}
 
         def answer(sock: socket.socket, message: wire.Message) -> None:
             body = {
