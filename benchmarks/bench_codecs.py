@@ -63,7 +63,7 @@ def work() -> Work:
 
 def made(name: str) -> Any:
     """The stage, without a pipeline."""
-    cls = catalog.load("stage", name.partition(" ")[0])
+    cls = catalog.load_class("stage", name.partition(" ")[0])
     return cls(cls.Options(**CODECS[name]), None)
 
 

@@ -20,8 +20,8 @@ from cases import BLOCK, CHUNK, ITEMSIZE, SHAPES, slots
 
 from tierloom.triton_kernels.cachegen.cpu import turns
 from tierloom.triton_kernels.cachegen.triton import (
+    CodeTables,
     Sites,
-    Tables,
     launch_decode,
     launch_encode,
     launch_moments,
@@ -90,7 +90,7 @@ def make_work(device: str, tokens: int, chunk: int, layers: int, group: int) -> 
     double = torch.zeros(2, 2 * layers, channels, dtype=torch.float64, device=device)
     bad = torch.zeros(count, dtype=torch.int32, device=device)
     empty = torch.zeros(1, dtype=torch.int32, device=device)
-    tables = Tables(
+    tables = CodeTables(
         torch.zeros(2 * layers, channels, dtype=torch.uint8, device=device),
         torch.full((1,), 127, dtype=torch.int32, device=device),
         empty.view(torch.uint32), empty, torch.zeros_like(bad),

@@ -16,7 +16,7 @@ from tierloom.stages.kv.layout import KVLayout
 from tierloom.stages.kv.layout_check import SelfTests
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.paged_copy import fence
-from tierloom.stages.kv.pointer_cache import Tables
+from tierloom.stages.kv.pointer_cache import PointerCache
 from tierloom.stages.kv.prefix import Span
 from tierloom.stages.kv.tokens import tokens_array
 
@@ -34,7 +34,7 @@ class Requests:
         self._spec, self._names, self._native = spec, names, native
         self._geometry, self._device = layout.geometry(native=native), layout.device
         self._seed = lru_cache(1024)(self._seed_of)
-        self._tables = Tables()
+        self._tables = PointerCache()
         self._selftests = SelfTests(native=native)
         self.event = partial(fence, self._device)
         """What a copy that is asked for now must wait for."""

@@ -134,7 +134,7 @@ def schemes() -> dict[str, str]:
     return {name: name for name in names("tier").keys() - TIERS.keys()} | SCHEMES
 
 
-def load(kind: Kind, name: str) -> type[Any]:
+def load_class(kind: Kind, name: str) -> type[Any]:
     """The class behind `name` or `module:Class`. Raises KeyError (unknown) or ImportError."""
     target = name if ":" in name else names(kind)[name]
     module, _, attribute = target.partition(":")

@@ -27,7 +27,7 @@ SHARED = {"stage": names_of(Wire) | {"use", "from"}, "tier": names_of(Breaker) |
 @pytest.fixture(params=NAMES, ids=[n for _, n in NAMES])
 def component(request):
     kind, name = request.param
-    return kind, name, catalog.load(kind, name)
+    return kind, name, catalog.load_class(kind, name)
 
 
 def test_the_yaml_in_a_docstring_is_right(component) -> None:
@@ -36,7 +36,7 @@ def test_the_yaml_in_a_docstring_is_right(component) -> None:
     assert lines, f"{cls.__module__} shows no line of YAML"
     for line in lines:
         entry = from_python(yaml.safe_load(line), Place(line), "", found := Findings())
-        shown = catalog.load(kind, entry.items["use"].value)
+        shown = catalog.load_class(kind, entry.items["use"].value)
         assert shown.__module__ == cls.__module__
         fill(shown.Options, entry, "", found, also=SHARED[kind])
         assert not found.sorted()
@@ -61,7 +61,7 @@ def test_yaml_blocks_of_a_readme_load(readme: Path, tmp_path, monkeypatch) -> No
         file = tmp_path / f"{i}.yaml"
         file.write_text(block)
         if "version:" in block:
-            check.load(file)
+            check.load_config(file)
         else:
             yaml.safe_load(block)
 

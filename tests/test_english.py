@@ -54,7 +54,7 @@ OPTIONS = [("stage", name) for name in catalog.STAGES] + [("tier", name) for nam
 
 @pytest.mark.parametrize(("kind", "name"), OPTIONS, ids=[n for _, n in OPTIONS])
 def test_option_docs(kind: catalog.Kind, name: str) -> None:
-    options = catalog.load(kind, name).Options
+    options = catalog.load_class(kind, name).Options
     docs = field_docs(options) | {"": options.__doc__ or ""}
     assert not {name: doc for name, doc in docs.items() if HARD.search(doc)}
 

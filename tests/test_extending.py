@@ -17,7 +17,7 @@ SHELF = ("tierloom_shelf.py", "pyproject.toml", "test_shelf.py")
 
 RUN = """
 import sys, numpy, torch, tierloom
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.explain import explain
 
 caches = [torch.randn(2, 40, 16, 2, 8) for _ in range(6)]
@@ -32,7 +32,7 @@ for tier in (sys.argv[1], {"use": "tierloom_shelf:Shelf", "url": "here"}):
         "version": 1, "tiers": {"cold": tier},
         "graphs": {"store": {"stages": stages}, "retrieve": {"stages": back, "deadline": "30 s"}},
     }
-    print(explain(load(config)).splitlines()[6].strip())
+    print(explain(load_config(config)).splitlines()[6].strip())
     with tierloom.open(config, layout=layout, model="m") as pipe:
         tokens, slots = numpy.arange(600), numpy.arange(600)
         kept = [c.clone() for c in caches]

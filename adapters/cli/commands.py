@@ -60,9 +60,9 @@ def check(config: Config) -> None:
 
     Exits with 0 if it can run (warnings are printed), with 2 if it cannot.
     """
-    from tierloom.pipeline.config.load import load, warnings
+    from tierloom.pipeline.config.load import load_config, warnings
 
-    spec = load(config)
+    spec = load_config(config)
     for problem in warnings(spec):
         typer.echo(f"warning: {problem}", err=True)
     parts = f"tiers: {', '.join(spec.tiers) or 'none'}; graphs: {', '.join(spec.graphs)}"
@@ -76,9 +76,9 @@ def explain(
 ) -> None:
     """Show what a pipeline does: its tiers, its graphs, and how they are cut into segments."""
     from tierloom.pipeline.config import explain as words
-    from tierloom.pipeline.config.load import load
+    from tierloom.pipeline.config.load import load_config
 
-    spec = load(config)
+    spec = load_config(config)
     typer.echo(words.mermaid(spec) if mermaid else words.explain(spec))
 
 
@@ -89,12 +89,12 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON Schema of pipeline files, for editors."""
-    from tierloom.pipeline.config.schema import written
+    from tierloom.pipeline.config.schema import schema_text
 
     if write is None:
-        typer.echo(written(), nl=False)
+        typer.echo(schema_text(), nl=False)
     else:
-        write.write_text(written())
+        write.write_text(schema_text())
 
 
 @app.command(name="import-lmcache")

@@ -12,7 +12,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
-from tierloom.stages.codecs.contract.decoding import describe, name_of
+from tierloom.stages.codecs.contract.decoding import codec_name, describe
 from tierloom.stages.errors import BadObject, ConfigError, Unreadable
 from tierloom.stages.kv.object import LINK, Header
 from tierloom.stages.memory.allocator import PAGE
@@ -121,7 +121,7 @@ def _frames(raw: bytes, header: Header) -> tuple[Table, int]:
         first = i % header.groups * header.group
         last = min(first + header.group, header.geometry.layers) - 1
         bits = 8 * frame.stored * header.geometry.itemsize / max(1, frame.raw)  # per element
-        codecs = " ".join(map(name_of, frame.codecs)) or "none"
+        codecs = " ".join(map(codec_name, frame.codecs)) or "none"
         codecs += describe(data, frame.codecs, i // header.groups) if good else ""
         table.add_row(
             str(i), f"{first} to {last}",

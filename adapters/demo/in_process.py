@@ -107,7 +107,7 @@ def _loaded(config: str, folder: Path) -> tuple[Any, Any, CachedModel]:
 
     from tierloom.adapters.transformers.cached_model import CachedModel
 
-    model, tokenizer = smollm2.load()
+    model, tokenizer = smollm2.load_smollm2()
     _ask(model, torch.arange(100, 356).unsqueeze(0))  # torch makes its threads and primitives
     kept = CachedModel(model, config=config, name=smollm2.NAME, overrides=disks(config, folder))
     return model, tokenizer, kept

@@ -26,7 +26,7 @@ from tierloom.adapters.demo import smollm2
 from tierloom.adapters.demo.questions import QUESTIONS, asked
 from tierloom.adapters.demo.run import NEW_TOKENS, Demo, Pair, Verdict, disks, run_demo
 from tierloom.adapters.demo.screen import Answer
-from tierloom.adapters.demo.vllm_server import Server
+from tierloom.adapters.demo.vllm_server import VllmServer
 from tierloom.stages.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class OnVllm:
             "kv_connector_extra_config": {"tierloom.config": config, **disks(config, folder)},
         }
         for what, label in (("Starting", "first request"), ("Restarting", "after restart")):
-            server = Server(model, connector, self.log)
+            server = VllmServer(model, connector, self.log)
             with _serving(demo.console, server, f"{what} vLLM"):
                 _ask_both(demo, server, QUESTIONS[0], label)
                 _ask_both(demo, server, QUESTIONS[1], "same document")
@@ -92,7 +92,7 @@ class OnVllm:
 
 
 @contextlib.contextmanager
-def _serving(console: Console, server: Server, what: str) -> Iterator[None]:
+def _serving(console: Console, server: VllmServer, what: str) -> Iterator[None]:
     """The server, ready and warm; stopped afterwards."""
     with server:
         with _waiting(console, f"{what}: imports, model, KV cache"):
@@ -104,7 +104,7 @@ def _serving(console: Console, server: Server, what: str) -> Iterator[None]:
             server.stop()
 
 
-def _ask_both(demo: Demo, server: Server, question: str, label: str) -> None:
+def _ask_both(demo: Demo, server: VllmServer, question: str, label: str) -> None:
     """Ask with the cache, then without, and show both."""
     demo.title(question)
     kept = _streamed(demo.console, server, question, {})
@@ -112,7 +112,9 @@ def _ask_both(demo: Demo, server: Server, question: str, label: str) -> None:
     demo.show(kept, plain, ("without loading", label))
 
 
-def _streamed(console: Console, server: Server, question: str, params: Mapping[str, Any]) -> Answer:
+def _streamed(
+    console: Console, server: VllmServer, question: str, params: Mapping[str, Any]
+) -> Answer:
     """The answer, shown while it arrives; until then, what is waited for."""
     with contextlib.ExitStack() as spinner:
         what = "reads the document" if params else "looks for the document"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tierloom.adapters.demo.screen import Answer, bars
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.stages.errors import InputError, TierloomError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run_demo(
     try:
         with _folder(keep, console) as folder:
             backend.run(demo, config, folder)
-            verdict = judge(demo.pairs, backend.restarted)
+            verdict = verdict_on(demo.pairs, backend.restarted)
             sentence, figures = backend.figures(demo.pairs, verdict)
             console.print(sentence, highlight=False)
         if json_path is not None:
@@ -109,7 +109,7 @@ def run_demo(
     return 1 if wrong else 0
 
 
-def judge(pairs: Sequence[Pair], restarted: str) -> Verdict:
+def verdict_on(pairs: Sequence[Pair], restarted: str) -> Verdict:
     """Compare all answers. The first is the one that stores; the others must hit."""
     computed = not any(p.plain.hit_tokens for p in pairs)
     same = [p.kept.content == p.plain.content for p in pairs]
@@ -130,7 +130,7 @@ def disks(config: str, folder: Path) -> Mapping[str, str]:
 
     Raises ConfigError, and InputError when there is no disk tier.
     """
-    names = [name for name, tier in load(config).tiers.items() if tier.use == "disk"]
+    names = [name for name, tier in load_config(config).tiers.items() if tier.use == "disk"]
     if not names:
         raise InputError(f"{config} keeps nothing on disk, so nothing would survive the restart")
     return {f"tiers.{name}.path": str(folder / name) for name in names}

@@ -68,7 +68,7 @@ def model_dir(*, progress: bool = True) -> Path:
     made = Path(tempfile.mkdtemp(prefix=".converting-", dir=out.parent))
     try:
         with _bar(progress) as advance:
-            convert(source, made, advance)
+            convert_gguf(source, made, advance)
         made.chmod(0o755)
         with contextlib.suppress(OSError):
             made.rename(out)
@@ -79,7 +79,7 @@ def model_dir(*, progress: bool = True) -> Path:
     return out
 
 
-def convert(source: Path, out: Path, advance: Callable[[int, int], None]) -> None:
+def convert_gguf(source: Path, out: Path, advance: Callable[[int, int], None]) -> None:
     """Write the GGUF file `source` (a Llama) as bf16 safetensors, config and tokenizer into `out`.
 
     `advance(done, total)` is told after each tensor. Holds the whole model in bf16 (270 MB).
@@ -113,7 +113,7 @@ def convert(source: Path, out: Path, advance: Callable[[int, int], None]) -> Non
     advance(len(reader.tensors) + 1, len(reader.tensors) + 1)
 
 
-def load(dtype: torch.dtype | None = None, *, progress: bool = True) -> tuple[Any, Any]:
+def load_smollm2(dtype: torch.dtype | None = None, *, progress: bool = True) -> tuple[Any, Any]:
     """(model, tokenizer), on CPU and in eval mode; float32 unless told otherwise.
 
     bfloat16 is legal but 8 times slower on a CPU without AMX. Raises ConfigError.

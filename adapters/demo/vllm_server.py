@@ -41,7 +41,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-class Server:
+class VllmServer:
     """One vLLM server on a free port of this machine, stopped on leaving whatever happens."""
 
     def __init__(self, model: Path, connector: Mapping[str, Any], log: Path) -> None:
@@ -57,7 +57,7 @@ class Server:
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> VllmServer:
         with self.log.open("ab") as log:
             # a group of its own: Ctrl-C comes to us, who then stop it in order
             self._process = subprocess.Popen(

@@ -19,7 +19,7 @@ import typer
 from tierloom.adapters.lmcache.options import Given, from_environment, from_file
 from tierloom.adapters.lmcache.remote_tiers import (
     Made,
-    folder,
+    folder_tier,
     forget_credentials,
     nixl,
     plugins,
@@ -40,7 +40,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~+-]*( [A-Za-z]+)?")
 
 
 @dataclass(slots=True)
-class Draft:
+class Conversion:
     """The configuration being made."""
 
     head: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def run_import(source: Path | None, out: Path | None) -> None:
     """Write the converted configuration to a file or stdout. Raises ConfigError, OSError."""
     given = from_file(source) if source else from_environment(os.environ)
     draft = convert(given)
-    text = written(draft, given, str(out) if out else "lmcache.yaml")
+    text = yaml_text(draft, given, str(out) if out else "lmcache.yaml")
     if out:
         out.write_text(text)
         typer.echo(f"wrote {out}; next: tierloom check {_shell(out)}", err=True)
@@ -77,9 +77,9 @@ def run_import(source: Path | None, out: Path | None) -> None:
         typer.echo(f"tierloom: {given.source}: {masked(line)}", err=True)
 
 
-def convert(given: Given) -> Draft:
+def convert(given: Given) -> Conversion:
     """Convert everything that has a counterpart."""
-    draft = Draft(missing=given.switched_on())
+    draft = Conversion(missing=given.switched_on())
     tokens = given.get("chunk_size", 256)
     draft.head["chunk"] = {"tokens": tokens}
     if tokens % 32:
@@ -99,7 +99,7 @@ def convert(given: Given) -> Draft:
     return draft
 
 
-def _local(given: Given, draft: Draft) -> None:
+def _local(given: Given, draft: Conversion) -> None:
     size = given.get("max_local_cpu_size", _MEMORY)
     if given.get("local_cpu", True) and size > 0:
         draft.tiers["hot"] = _memory(given, size)
@@ -114,7 +114,7 @@ def _local(given: Given, draft: Draft) -> None:
         else:
             draft.notes.append("local_disk has no max_local_disk_size, so nothing is kept there")
     if paths := given.get("gds_path"):
-        draft.tiers["gds"] = folder(",".join(paths))
+        draft.tiers["gds"] = folder_tier(",".join(paths))
         draft.tiers["gds"].notes.append("files are read through host memory, without GPUDirect")
 
 
@@ -143,7 +143,7 @@ def _evict(made: Made, given: Given) -> None:
             made.notes.append(f"cache_policy {policy} is not known; the default is lru")
 
 
-def _remote(given: Given, draft: Draft) -> None:
+def _remote(given: Given, draft: Conversion) -> None:
     asked = plugins(given.get("remote_storage_plugins", []), given)
     if given.says("remote_url"):
         asked.append(("", remote(given.get("remote_url"), given)))
@@ -156,7 +156,7 @@ def _remote(given: Given, draft: Draft) -> None:
         draft.remotes.add(id)
 
 
-def _serde(given: Given, draft: Draft) -> None:
+def _serde(given: Given, draft: Conversion) -> None:
     serde = str(given.get("remote_serde", "naive")).lower()
     if serde == "cachegen" and draft.remotes:
         draft.codec = "cachegen"
@@ -166,7 +166,7 @@ def _serde(given: Given, draft: Draft) -> None:
         draft.missing.append(f"remote_serde {serde}: unknown codec")
 
 
-def _locations(given: Given, draft: Draft) -> None:
+def _locations(given: Given, draft: Conversion) -> None:
     def among(names: list[str]) -> list[str]:
         """The tiers of these names, in order; all of them if there is none."""
         found: set[str] = set()
@@ -181,7 +181,7 @@ def _locations(given: Given, draft: Draft) -> None:
     draft.reads = among(given.get("retrieve_locations", []))
 
 
-def _limits(given: Given, draft: Draft) -> None:
+def _limits(given: Given, draft: Conversion) -> None:
     if given.says("blocking_timeout_secs"):
         limit = f"{given.get('blocking_timeout_secs'):g} s"
         draft.deadline = limit
@@ -190,7 +190,7 @@ def _limits(given: Given, draft: Draft) -> None:
                 made.options.setdefault("timeout", limit)
 
 
-def _engine(given: Given, draft: Draft) -> None:
+def _engine(given: Given, draft: Conversion) -> None:
     """Options of the vLLM connector."""
     if given.get("save_decode_cache"):
         draft.vllm["tierloom.save_decode"] = True
@@ -204,7 +204,7 @@ def _engine(given: Given, draft: Draft) -> None:
         draft.vllm["tierloom.wait"] = f"{given.get('lookup_timeout_ms')} ms"
 
 
-def written(draft: Draft, given: Given, name: str) -> str:
+def yaml_text(draft: Conversion, given: Given, name: str) -> str:
     """The YAML text."""
     told = {"kv_connector": "TierloomConnector", "kv_role": "kv_both"}
     extra = {"tierloom.config": name if "/" in name else f"./{name}"} | draft.vllm
@@ -229,7 +229,7 @@ def written(draft: Draft, given: Given, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _store(draft: Draft) -> list[str]:
+def _store(draft: Conversion) -> list[str]:
     asked = "" if draft.stores == list(draft.tiers) else f", tiers: {_flow(draft.stores)}"
     lines = [
         "  store:", "    stages:", "      keys: {use: hash}",
@@ -246,7 +246,7 @@ def _store(draft: Draft) -> list[str]:
     return lines
 
 
-def _retrieve(draft: Draft) -> list[str]:
+def _retrieve(draft: Conversion) -> list[str]:
     lines = ["  retrieve:", *([f"    deadline: {draft.deadline}"] if draft.deadline else [])]
     others = [t for t in draft.reads if t != "hot"]
     promote = ", promote: hot" if "hot" in draft.tiers and others else ""

@@ -44,7 +44,7 @@ class Made:
 def _options_of(tier: str) -> set[str]:
     """Options of a tier that is installed; none of another."""
     try:
-        return {f.name for f in fields(catalog.load("tier", tier).Options)}
+        return {f.name for f in fields(catalog.load_class("tier", tier).Options)}
     except (KeyError, ImportError):
         return set()
 
@@ -147,10 +147,10 @@ def _infinistore(scheme: str, rest: str, given: Given) -> Made:
 def _files(scheme: str, rest: str, given: Given) -> Made:
     """`fs://[host:port]/path[,path]`: host and port mean nothing."""
     path = rest if rest.startswith(("/", "~")) else f"/{rest.partition('/')[2]}"
-    return folder(path)
+    return folder_tier(path)
 
 
-def folder(paths: str) -> Made:
+def folder_tier(paths: str) -> Made:
     """Comma-separated folders; the first is used."""
     first, *others = [p.strip() for p in paths.split(",")]
     made = Made({"use": "files", "path": first})
@@ -160,7 +160,7 @@ def folder(paths: str) -> Made:
 
 def _hf3fs(scheme: str, rest: str, given: Given) -> Made:
     mount, base = given.take("hf3fs_mount_point"), given.take("hf3fs_base_path")
-    made = folder(str(base or mount or f"/{rest.partition('/')[2]}"))
+    made = folder_tier(str(base or mount or f"/{rest.partition('/')[2]}"))
     made.notes.append("3FS is used as the file system that it is mounted as")
     return made
 
@@ -211,7 +211,7 @@ def plugins(names: list[str], given: Given) -> list[tuple[str, Made | str]]:
     for name in names:
         base = given.take(f"remote_storage_plugin.{name}.base_path") or given.take("fs_base_path")
         if name.partition(".")[0] == "fs" and base:
-            made.append((name, folder(str(base))))
+            made.append((name, folder_tier(str(base))))
         else:
             made.append((name, f"no tier for the plug-in {name!r}: docs/extending.md writes one"))
     return made

@@ -18,7 +18,7 @@ import yaml
 import tierloom
 from tierloom.adapters.quality.subject import Subject, Treated
 from tierloom.adapters.transformers.cache import layout_of
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import ConfigProblems, nearest
 from tierloom.stages import catalog
 from tierloom.stages.contract.stage import Stage
@@ -33,14 +33,14 @@ BATCH = 32 << 20
 """Bytes that a pipeline moves at once, or one chunk."""
 
 
-class Codec(NamedTuple):
+class ChainStep(NamedTuple):
     """One stage of a chain, as YAML has it."""
 
     use: str
     options: dict[str, Any]
 
 
-def parse_codec(text: str) -> list[Codec]:
+def parse_codec(text: str) -> list[ChainStep]:
     """`int4`, `zstd:level=3`, `cachegen:default`, chains `a+b`; `none` is an empty chain.
 
     Options are `name=value`, separated by commas; a value alone is the codec's first option. Raises
@@ -52,7 +52,7 @@ def parse_codec(text: str) -> list[Codec]:
 def check_codec(text: str) -> None:
     """Raise ConfigError unless `text` is a chain of codecs whose options are right."""
     try:
-        load(_config(parse_codec(text), tempfile.gettempdir(), 256, BATCH))
+        load_config(_config(parse_codec(text), tempfile.gettempdir(), 256, BATCH))
     except ConfigProblems as e:
         said = "; ".join(f"{p.message} ({p.hint})" if p.hint else p.message for p in e.problems)
         raise ConfigError(f"--codec {text}: {said}") from e
@@ -61,7 +61,7 @@ def check_codec(text: str) -> None:
 def codecs() -> list[str]:
     """Names of the stages that encode: frames in, bytes out. Encryption does not affect quality."""
     names = catalog.names("stage").keys() - {c.name for c in catalog.CODECS.values() if c.encrypts}
-    return sorted(n for n in names if _encodes(catalog.load("stage", n)))
+    return sorted(n for n in names if _encodes(catalog.load_class("stage", n)))
 
 
 def _encodes(cls: type[Any]) -> bool:
@@ -69,19 +69,19 @@ def _encodes(cls: type[Any]) -> bool:
     return fits and cls.gives == "bytes@host/frame"
 
 
-def _codec(text: str) -> Codec:
+def _codec(text: str) -> ChainStep:
     use, _, rest = text.partition(":")
     if use not in (known := codecs()):
         hint = nearest(use, [NONE, *known])
         raise ConfigError(f"--codec {text}: unknown codec {use!r}: {hint}")
-    first = next((f.name for f in fields(catalog.load("stage", use).Options)), "")
+    first = next((f.name for f in fields(catalog.load_class("stage", use).Options)), "")
     options = {}
     for entry in filter(None, rest.split(",")):
         name, given, value = entry.partition("=")
         if not given and not first:
             raise ConfigError(f"--codec {text}: {use} has no options: leave out {entry!r}")
         options[name if given else first] = yaml.safe_load(value if given else entry)
-    return Codec(use, options)
+    return ChainStep(use, options)
 
 
 class Stored:
@@ -152,7 +152,7 @@ def _payload(path: Path) -> int:
     return sum(frame.stored for frame in header.frames)
 
 
-def _config(chain: list[Codec], folder: str, chunk: int, arena: int) -> dict[str, Any]:
+def _config(chain: list[ChainStep], folder: str, chunk: int, arena: int) -> dict[str, Any]:
     """`minimal`, with the codecs before a `files` tier instead of memory, and enough time."""
     codecs = {f"codec{i}": {"use": c.use, **c.options} for i, c in enumerate(chain)}
     return {

@@ -69,12 +69,12 @@ def run_calibrate(model: str, out: Path | None, transform: bool) -> int:
     with console.status("Reading texts"):
         data = learned(observe(subject), subject, TRANSFORMED if transform else {})
     if out is None:
-        out = files.folder() / f"{subject.name}-{subject.weights[:12]}{files.SUFFIX}"
+        out = files.calibrations_folder() / f"{subject.name}-{subject.weights[:12]}{files.SUFFIX}"
         out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     part.write_bytes(data)
     part.replace(out)
-    found = files.read(out)
+    found = files.read_calibration(out)
     console.print(f"{out}: calibration {found.id:016x} of {subject.name}, {len(data) >> 10} KiB")
     return 0
 
@@ -97,7 +97,7 @@ def learned(
             steps[i] = _unit(seen, means) / size * np.array(transformed[level])[:, None, None]
         counts = sum(_counts(y, steps[i]) for y in around)
         tabid[i], tensors[f"tables.{level}"] = shared(np.asarray(counts), means.shape)
-    return files.packed(tensors, {
+    return files.safetensors_bytes(tensors, {
         "dim": str(subject.shape.dim), "models": json.dumps(_fingerprints(subject)),
         "transformed": json.dumps(sorted(transformed)),
     })  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tierloom.adapters.demo import smollm2
-from tierloom.adapters.transformers.model import fingerprint, inspect, rope
+from tierloom.adapters.transformers.model import fingerprint, rope, shape_of
 from tierloom.adapters.transformers.shape import KVShape
 from tierloom.stages.errors import ConfigError
 
@@ -63,7 +63,7 @@ def load_subject(name: str) -> Subject:
     if not name.strip():
         raise ConfigError(f"--model {name!r} is not a model: pass {SMOLLM2}, or a model's folder")
     if name == SMOLLM2:
-        model, tokenizer = smollm2.load()
+        model, tokenizer = smollm2.load_smollm2()
     else:
         model, tokenizer = _from_folder(Path(name))
     return subject_of(Path(name).resolve().name, model, tokenizer)
@@ -73,7 +73,7 @@ def subject_of(name: str, model: Any, tokenizer: Any) -> Subject:
     """A model and tokenizer that are loaded already."""
     model = model.float().eval()
     encode: Callable[[str], list[int]] = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
-    return Subject(name, model, encode, inspect(model), fingerprint(model), rope(model))
+    return Subject(name, model, encode, shape_of(model), fingerprint(model), rope(model))
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:

@@ -226,7 +226,7 @@ def run_serve(
     without_token: bool, clients: int, drain: float, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """What the command does, until SIGTERM or SIGINT. Raises ConfigError."""
-    from tierloom.pipeline.config.load import load
+    from tierloom.pipeline.config.load import load_config
 
     listens = [Listen.parse(url) for url in urls]
     token = read_token(token_file)
@@ -240,7 +240,7 @@ def run_serve(
         raise ConfigError("--cert and --key go together")
     context = certificate(cert, key) if cert is not None and key is not None else None
     serving = Serving(
-        load(config), listens, token=token, context=context, clients=clients, drain=drain
+        load_config(config), listens, token=token, context=context, clients=clients, drain=drain
     )
 
     def started(where: list[str]) -> None:

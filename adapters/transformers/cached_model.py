@@ -26,13 +26,13 @@ from tierloom.adapters.transformers.cache import (
     TierloomCache,
     layout_of,
 )
-from tierloom.adapters.transformers.generate_options import check, prompt_of
+from tierloom.adapters.transformers.generate_options import check_options, prompt_of
 from tierloom.adapters.transformers.generate_options import room as room_of
 from tierloom.adapters.transformers.model import (
     fingerprint,
     generated_with,
-    inspect,
     rope,
+    shape_of,
     weight_files,
 )
 from tierloom.adapters.transformers.model_state import State, rest_id
@@ -42,14 +42,14 @@ from tierloom.stages.contract.request import Receipt
 from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.errors import InputError
 
-__all__ = ["Abandoned", "CachedModel", "KVShape", "KeptLayer", "Request", "TierloomCache"]
+__all__ = ["Abandoned", "CachedModel", "Generation", "KVShape", "KeptLayer", "TierloomCache"]
 
 PACE = {"graphs.store.pace.by": "layer", "graphs.retrieve.pace.by": "layer"}
 """Both graphs follow the model layer by layer here, whatever the configuration says."""
 
 
 @dataclass(slots=True)
-class Request:
+class Generation:
     """The result of one `generate`, besides its output."""
 
     prompt_tokens: int
@@ -90,7 +90,7 @@ class CachedModel:
         """
         self.model = getattr(model, "_orig_mod", model)  # of torch.compile, which wraps it
         self.store_decode, self._salt = store_decode, salt
-        self.last = Request(0)
+        self.last = Generation(0)
         self._config, self._overrides = config, PACE | dict(overrides or {})
         self._name = name or getattr(model.config, "name_or_path", "")
         self._name = self._name or model.config.model_type or type(model).__name__
@@ -108,7 +108,7 @@ class CachedModel:
 
     def _open(self) -> None:
         """Open the pipeline for the model as it is, unless it is open for that."""
-        self.shape = inspect(self.model)
+        self.shape = shape_of(self.model)
         state = self._watched()
         names = self._named()
         if names != self._names:
@@ -195,8 +195,8 @@ class CachedModel:
         `self.last` says what happened. Does not wait for what is being stored: see `flush`.
         """
         started = time.perf_counter()
-        check(self.model, input_ids, attention_mask, options)
-        self.last = Request(input_ids.shape[1])
+        check_options(self.model, input_ids, attention_mask, options)
+        self.last = Generation(input_ids.shape[1])
         watch = Watch(streamer)
         room = room_of(self.model, input_ids.shape[1], options)
         self._follow()

@@ -39,16 +39,16 @@ _OPTIONS = {"logits_to_keep", "tokenizer", "trust_remote_code"} | signature(
 """What `generate` takes besides the fields of a GenerationConfig and what it hands to a model."""
 
 
-def check(
+def check_options(
     model: Any, ids: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> None:
     """Raise InputError for a call whose KV cannot be stored."""
     for key, why in _REFUSED.items():
         own = key == "cache_implementation"  # of a config, ours takes its place
-        if (options.get(key) if own else said(model, key, options)) not in (None, False):
+        if (options.get(key) if own else option_of(model, key, options)) not in (None, False):
             raise InputError(f"{key}= cannot be combined with stored KV: {why}")
     for key in ("num_beams", "num_return_sequences"):
-        if (said(model, key, options) or 1) != 1:
+        if (option_of(model, key, options) or 1) != 1:
             raise InputError(f"{key} must be 1: stored KV is served to one sequence at a time")
     if options.get("use_cache") is False:
         raise InputError("use_cache=False leaves nothing to store: call model.generate")
@@ -63,7 +63,7 @@ def check(
         raise InputError("attention_mask must be all ones: padded prompts are not stored")
 
 
-def said(model: Any, key: str, options: dict[str, Any]) -> Any:
+def option_of(model: Any, key: str, options: dict[str, Any]) -> Any:
     """An option of `generate`: passed to it, else of the config passed to it, else the model's."""
     places = (options.get("generation_config"), model.generation_config)
     found = (options.get(key), *(getattr(config, key, None) for config in places))
@@ -72,7 +72,10 @@ def said(model: Any, key: str, options: dict[str, Any]) -> Any:
 
 def room(model: Any, prompt: int, options: dict[str, Any]) -> int:
     """Tokens to make room for; more room is made if more come."""
-    new, total = said(model, "max_new_tokens", options), said(model, "max_length", options)
+    new, total = (
+        option_of(model, "max_new_tokens", options),
+        option_of(model, "max_length", options),
+    )
     return int(new or max((total or 0) - prompt, SPARE))
 
 

@@ -49,7 +49,7 @@ def generated_with(model: Any, cache: Any) -> dict[str, Any]:
     return options
 
 
-def inspect(model: Any) -> KVShape:
+def shape_of(model: Any) -> KVShape:
     """The shape of `model`'s KV, learned by running one token through it; then its answer to a
     prompt that is kept in part is tried.
 

@@ -50,7 +50,7 @@ def beside(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     pool = Pool(4, "io")
     with PLACES[name](folder / "place", 2 * COUNT * SLOT) as place:
         options = dict(place.options)
-        cls = catalog.load("tier", options.pop("use"))
+        cls = catalog.load_class("tier", options.pop("use"))
         tier = cls(cls.Options(**options), TierContext(arena, SPACE, pool))
         (folder / "bare").mkdir(parents=True)
         bare = CLIENTS[name](place.options, tier, folder / "bare")

@@ -15,7 +15,7 @@ from cases import SHAPES, Engine
 from remote.places import PLACES
 
 import tierloom
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,14 +53,14 @@ def failover() -> dict[str, dict[str, float]]:
 @contextmanager
 def subject(preset: str, options: dict[str, Any]) -> Iterator[Subject]:
     """A pipeline of the preset, but for its memory: all comes from the remote tier."""
-    tier = next(name for name, tier in load(preset).tiers.items() if tier.use != "memory")
+    tier = next(name for name, tier in load_config(preset).tiers.items() if tier.use != "memory")
     graphs = {
         "store": {"stages": {"host": None, "hot": None, tier: {"from": "pack"}}},
         "retrieve": {"stages": {"plan": {"tiers": [tier]}, "fetch": {"promote": None}}},
     }
     tiers = {"hot": None, tier: options}
     source = {"version": 1, "extends": preset, "tiers": tiers, "graphs": graphs}
-    spec, engine = load(source), Engine(SHAPE, TOKENS)
+    spec, engine = load_config(source), Engine(SHAPE, TOKENS)
     with tierloom.open(source, layout=engine.layout, model="bench") as pipe:
         deadline, fails = spec.graphs["retrieve"].options.deadline, spec.tiers[tier].breaker.fails
         yield Subject(pipe, engine, deadline, fails)

@@ -32,7 +32,7 @@ def fill(
     values: dict[str, Any] = {}
     for key, tree in table.items.items():
         if key in known:
-            values[key] = convert(kinds[key], tree, dotted(path, key), found)
+            values[key] = coerce(kinds[key], tree, dotted(path, key), found)
         elif key not in also:
             found.add(table.keys[key], path, f"unknown key {key!r}", nearest(key, {*known, *also}))
     for name, field in known.items():
@@ -53,13 +53,13 @@ def names_of(cls: Any) -> frozenset[str]:
     return frozenset(f.name for f in fields(cls))
 
 
-def convert(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
+def coerce(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
     """The value as type `kind`, or BAD."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         parse = next((a for a in args[1:] if callable(a)), None)
         if parse is None:
-            return convert(args[0], tree, path, found)
+            return coerce(args[0], tree, path, found)
         return _parsed(parse, tree, path, found)
     if origin in (Union, types.UnionType):
         return _either(args, tree, path, found)
@@ -111,9 +111,9 @@ def _either(kinds: tuple[Any, ...], tree: Tree, path: str, found: Findings) -> A
         return None
     others = [k for k in kinds if k is not type(None)]
     if len(others) == 1:
-        return convert(others[0], tree, path, found)
+        return coerce(others[0], tree, path, found)
     for kind in others:
-        if (value := convert(kind, tree, path, Findings())) is not BAD:
+        if (value := coerce(kind, tree, path, Findings())) is not BAD:
             return value
     return _refuse(tree, path, found, " or ".join(map(_wants, others)))
 
@@ -121,14 +121,14 @@ def _either(kinds: tuple[Any, ...], tree: Tree, path: str, found: Findings) -> A
 def _sequence(origin: Any, kind: Any, tree: Tree, path: str, found: Findings) -> Any:
     if not isinstance(tree, Row):
         return _refuse(tree, path, found, "a list", "write it in brackets: [a, b]")
-    values = [convert(kind, item, f"{path}[{i}]", found) for i, item in enumerate(tree.items)]
+    values = [coerce(kind, item, f"{path}[{i}]", found) for i, item in enumerate(tree.items)]
     return BAD if BAD in values else origin(values)
 
 
 def _mapping(kind: Any, tree: Tree, path: str, found: Findings) -> Any:
     if not isinstance(tree, Table):
         return _refuse(tree, path, found, "a mapping")
-    values = {k: convert(kind, v, dotted(path, k), found) for k, v in tree.items.items()}
+    values = {k: coerce(kind, v, dotted(path, k), found) for k, v in tree.items.items()}
     return BAD if BAD in values.values() else values
 
 

@@ -16,16 +16,22 @@ from tierloom.stages.tiers.contract.tier import Inner
 def explain(spec: PipelineSpec) -> str:
     """Tiers, then each graph as a tree of its stages, with segments, lanes, ports and wires."""
     lines = [f"pipeline {spec.name}, read from {spec.source}"]
-    lines += [f"  {name}: {said(getattr(spec, name), all=True)}" for name in ("chunk", "budget")]
+    lines += [
+        f"  {name}: {option_words(getattr(spec, name), all=True)}" for name in ("chunk", "budget")
+    ]
     lines += [f"  order: {spec.order}, verify: {spec.verify}"]
     if spec.tiers:
         lines += ["", "tiers"]
     for tier in spec.tiers.values():
-        lines.append(f"  {tier.name}: {tier.use} {said(tier.options)}".rstrip())
-        if breaker := said(tier.breaker):
+        lines.append(f"  {tier.name}: {tier.use} {option_words(tier.options)}".rstrip())
+        if breaker := option_words(tier.breaker):
             lines.append(f"    breaker: {breaker}")
     for graph in spec.graphs.values():
-        lines += ["", f"graph {graph.name}: {said(graph.options, all=True)}", *_table(graph)]
+        lines += [
+            "",
+            f"graph {graph.name}: {option_words(graph.options, all=True)}",
+            *_table(graph),
+        ]
     return "\n".join(lines)
 
 
@@ -48,7 +54,7 @@ def mermaid(spec: PipelineSpec) -> str:
     return "\n".join(lines)
 
 
-def said(options: Any, *, all: bool = False) -> str:
+def option_words(options: Any, *, all: bool = False) -> str:
     """Options as they would be written, secrets masked; those left at their defaults only with
     `all`."""
     kinds = get_type_hints(type(options), include_extras=True)
@@ -61,7 +67,7 @@ def said(options: Any, *, all: bool = False) -> str:
     return ", ".join(words)
 
 
-class _Row(NamedTuple):
+class _StageLine(NamedTuple):
     """A stage as a line of a table."""
 
     stage: str
@@ -73,7 +79,7 @@ class _Row(NamedTuple):
 
 def _table(graph: Graph) -> Iterator[str]:
     where = {n.id: (i, s) for i, s in enumerate(lower(graph), start=1) for n in s.nodes}
-    head = _Row("", "segment", "runs on", "gives", "wire")
+    head = _StageLine("", "segment", "runs on", "gives", "wire")
     rows = [head, *_branches(graph, None, "", where)]
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -82,7 +88,7 @@ def _table(graph: Graph) -> Iterator[str]:
 
 def _branches(
     graph: Graph, parent: str | None, indent: str, where: dict[str, tuple[int, Segment]]
-) -> Iterator[_Row]:
+) -> Iterator[_StageLine]:
     """Depth first; what has no sibling is right under what it reads."""
     readers = graph.readers(parent)
     for node in readers:
@@ -93,10 +99,12 @@ def _branches(
         wire = ""
         if node is segment.nodes[0]:
             wire = f"{segment.depth} deep, {segment.width} at once, {segment.when_full} when full"
-        words = f"{node.use}, {said(node.options)}" if said(node.options) else node.use
+        words = (
+            f"{node.use}, {option_words(node.options)}" if option_words(node.options) else node.use
+        )
         stage = f"{indent}{joint}{node.id}: {words}"
         runs_on = "loop" if runs_on_loop(node.cls.work()) else "pool"
-        yield _Row(stage, str(number), runs_on, str(node.gives), wire)
+        yield _StageLine(stage, str(number), runs_on, str(node.gives), wire)
         yield from _branches(graph, node.id, indent + below, where)
 
 
@@ -114,9 +122,9 @@ _SIZES = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")
 def _shown(kind: Any, value: Any) -> str:
     """A value as it would be written, with the unit that its type has."""
     if isinstance(value, Inner):
-        return f"({value.use} {said(value.options)})"
+        return f"({value.use} {option_words(value.options)})"
     if is_dataclass(value):
-        return f"({said(value, all=True)})"
+        return f"({option_words(value, all=True)})"
     if isinstance(value, bool) or value is None:
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, list):

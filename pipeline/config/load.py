@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tierloom.pipeline.config.coerce import fill, names_of
-from tierloom.pipeline.config.ports import Draft, connect
-from tierloom.pipeline.config.presets import Source, read
+from tierloom.pipeline.config.ports import Draft, connect_ports
+from tierloom.pipeline.config.presets import Source, read_config
 from tierloom.pipeline.config.problems import Findings, Place, Problem, nearest
 from tierloom.pipeline.config.resolve import class_of
 from tierloom.pipeline.config.spec import (
@@ -32,7 +32,7 @@ _OUTSIDE = {"version", "extends", "tiers", "graphs"}
 """Keys of a file that are not options."""
 
 
-def load(
+def load_config(
     source: Source, overrides: Mapping[str, Any] | None = None, *, said_in: str = ""
 ) -> PipelineSpec:
     """Read and check a preset, a file or a mapping. Imports the classes it names, opens nothing.
@@ -41,7 +41,7 @@ def load(
     what is in no file. Raises ConfigError, whose `problems` are all there are.
     """
     found = Findings()
-    tree = read(source, overrides, found, said_in)
+    tree = read_config(source, overrides, found, said_in)
     spec = _pipeline(tree, found) if tree is not None else None
     found.raise_all()
     assert spec is not None
@@ -80,7 +80,7 @@ def _pipeline(tree: Table, found: Findings) -> PipelineSpec | None:
         for id, stage, at in _entries(table, "stages", path, found):
             drafts.append(_stage(id, stage, at, found))
             _check_tier_names(drafts[-1], stage, names, tiers, found)
-        nodes = connect(drafts, found)
+        nodes = connect_ports(drafts, found)
         if options is not None and options.order == "native":
             _refuse_canonical(drafts, found)
         if name == "retrieve":

@@ -42,7 +42,7 @@ class Draft:
         return self.cls is not None and PortType.parse(self.cls.gives).kind == RECEIPT
 
 
-def connect(drafts: list[Draft], found: Findings) -> tuple[Node, ...]:
+def connect_ports(drafts: list[Draft], found: Findings) -> tuple[Node, ...]:
     """Nodes in running order. Every problem of the graph's shape and ports is noted in `found`.
 
     What is returned is whole only when nothing was found.
@@ -132,7 +132,7 @@ def _bridge(comes: PortType, wanted: PortType) -> str:
     fit = []
     for name in sorted(catalog.STAGES):
         try:
-            cls: type[Stage] = catalog.load("stage", name)
+            cls: type[Stage] = catalog.load_class("stage", name)
         except (ImportError, AttributeError):
             continue
         gives = PortType.parse(cls.gives)

@@ -25,7 +25,7 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """A preset's name, a path, or what a YAML file would hold."""
 
 
-def read(
+def read_config(
     source: Source, overrides: Mapping[str, Any] | None, found: Findings, said_in: str = ""
 ) -> Table | None:
     """The whole tree, bases merged and overrides applied. None: nothing could be read at all.

@@ -29,7 +29,7 @@ def class_of(
         found.add(use.at, path, *refusal(name))
         return name, None
     try:
-        cls = catalog.load(kind, name)
+        cls = catalog.load_class(kind, name)
     except KeyError:
         hint = nearest(name, catalog.names(kind))
         if kind == "tier" and name in catalog.SCHEMES.values():

@@ -55,7 +55,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-def written() -> str:
+def schema_text() -> str:
     """The text of `configs/schema.json`."""
     return json.dumps(schema(), indent=1) + "\n"
 
@@ -79,7 +79,7 @@ def _one_of(kind: catalog.Kind, names: dict[str, str], shared: dict[str, Any]) -
     defs: dict[str, Any] = {}
     picks = []
     for name in sorted(names):
-        cls = catalog.load(kind, name).Options
+        cls = catalog.load_class(kind, name).Options
         properties = {"use": {"const": name}} | shared | _properties(cls, without=set(shared))
         defs[f"{kind}.{name}"] = _object(properties, _required(cls))
         chosen = {"properties": {"use": {"const": name}}, "required": ["use"]}

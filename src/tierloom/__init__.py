@@ -81,10 +81,10 @@ def open(
     shared across different ones. Raises ConfigError with every problem of the configuration, and
     LayoutError if host memory cannot be page-locked for the GPU that the caches are on.
     """
-    from tierloom.pipeline.config.load import load
+    from tierloom.pipeline.config.load import load_config
     from tierloom.pipeline.pipeline import Pipeline
 
-    return Pipeline(load(config, overrides), layout, model=model, **identity)
+    return Pipeline(load_config(config, overrides), layout, model=model, **identity)
 
 
 def __getattr__(name: str) -> Any:

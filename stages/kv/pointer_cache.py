@@ -14,7 +14,7 @@ from tierloom.stages.kv.layout import KVLayout
 from tierloom.triton_kernels.memory.tables import PlaneTable
 
 
-class Tables:
+class PointerCache:
     """Remembers one table; holds no tensor alive. Used by the engine's threads, without a lock:
     what they race for is one tuple."""
 

@@ -50,7 +50,7 @@ class Decode(BatchStage):
             )
 
             for path in options.calibrations:
-                calibration.read(path)
+                calibration.read_calibration(path)
         self._keys = Keyring.read(options.keys) if options.keys else None
 
     async def prepare(self, batch: Batch) -> None:

@@ -19,8 +19,8 @@ from tierloom.triton_kernels.cachegen.symbols_triton import (
     launch_to_symbols,
 )
 from tierloom.triton_kernels.cachegen.triton import (
+    CodeTables,
     Sites,
-    Tables,
     launch_decode,
     launch_encode,
     launch_moments,
@@ -132,7 +132,7 @@ def flags(device: str) -> torch.Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
-def escapes(tables: Tables, device: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def escapes(tables: CodeTables, device: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each frame, by place."""
     lists = []
     for f, n in enumerate(tables.found.tolist()):
@@ -162,7 +162,7 @@ def check(
     costs = to_device(np.ascontiguousarray(case.costs.T))
     launch_choose_tables(q_frames, sites, costs, tabid, **both, width=width)
     lists = [
-        Tables(
+        CodeTables(
             tabid, to_device(REACH), torch.zeros(2 * ROOM, dtype=torch.uint32, device=device),
             torch.zeros(2 * ROOM, dtype=torch.int32, device=device), flags(device),
         )
@@ -308,7 +308,7 @@ def test_escapes_without_room(device: str) -> None:
     case = Case("pairs NHD", torch.bfloat16, 12, order="permuted")
     _cache, planes, slots = case.on(device)
     _room, frames = case.room(1, device)
-    made = Tables(
+    made = CodeTables(
         torch.full((6, case.channels), 2, dtype=torch.uint8, device=device),
         torch.from_numpy(REACH).to(device), torch.full((9,), 77, dtype=torch.uint32).to(device),
         torch.full((9,), 77, dtype=torch.int32).to(device), flags(device),

@@ -64,7 +64,7 @@ class Sites(NamedTuple):
     """Channels of a head, of which the first ``2 * half`` are turned."""
 
 
-class Tables(NamedTuple):
+class CodeTables(NamedTuple):
     """By which numbers become symbols, and where escapes go; tensors on the same device."""
 
     tabid: torch.Tensor
@@ -97,7 +97,7 @@ def launch_moments(
 
 def launch_encode(
     planes: DevicePlanes, frames: DeviceFrames, slots, sites: Sites, means, steps, bad, *,
-    kind: str, tables: Tables | None = None, shape: tuple[int, int] | None = None,
+    kind: str, tables: CodeTables | None = None, shape: tuple[int, int] | None = None,
 ) -> None:  # fmt: skip
     """The cache's rows as q int16, or with `tables` as symbols uint8, at the frames' addresses.
 

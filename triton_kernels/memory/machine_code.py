@@ -97,14 +97,14 @@ def _locators() -> list[Any]:
     return [c for c in theirs if not (homeless and "UserWide" in c.__name__)] + [_Temporary]
 
 
-class _Place(caching.CompileResultCacheImpl):
+class _CodeFolder(caching.CompileResultCacheImpl):
     _locator_classes = _locators()
 
 
 class _Kept(caching.FunctionCache):
     """numba's cache of one function, whose failures are misses."""
 
-    _impl_class = _Place
+    _impl_class = _CodeFolder
 
     def load_overload(self, *what: Any) -> Any:
         try:

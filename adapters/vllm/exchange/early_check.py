@@ -21,7 +21,7 @@ _known: set[str] = set()
 """Settings that were found right, as text."""
 
 
-def check(extra: Mapping[str, Any]) -> None:
+def check_settings(extra: Mapping[str, Any]) -> None:
     """Raise ConfigError, with every problem of the settings and of the pipeline that they name.
     Imports the classes that it names, opens nothing.
 
@@ -54,7 +54,7 @@ def check_early(factory: Any) -> None:
     def checked(cls: Any, kv_transfer_config: Any, *more: Any, **others: Any) -> Any:
         found = look_up(cls, kv_transfer_config, *more, **others)
         if found.__module__ == "tierloom.adapters.vllm.connector":
-            check(kv_transfer_config.kv_connector_extra_config)
+            check_settings(kv_transfer_config.kv_connector_extra_config)
         return found
 
     checked.checks = True  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from tierloom.stages.options import masked
 NAME = "tierloom"
 
 
-class Named(logging.Handler):
+class PrefixedRecords(logging.Handler):
     """Passes records on to another handler: our name, the message, then `extra`."""
 
     def __init__(self, to: logging.Handler) -> None:
@@ -35,5 +35,8 @@ def speak() -> None:
     """Let our lines appear where vLLM's do, unless the user has settled that already."""
     ours, theirs = logging.getLogger(NAME), logging.getLogger("vllm")
     if not ours.handlers and theirs.handlers:
-        ours.handlers, ours.propagate = [Named(handler) for handler in theirs.handlers], False
+        ours.handlers, ours.propagate = (
+            [PrefixedRecords(handler) for handler in theirs.handlers],
+            False,
+        )
         ours.setLevel(theirs.level)

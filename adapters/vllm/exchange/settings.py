@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tierloom.pipeline.config.coerce import fill
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import Findings, Place
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.config.yaml_tree import Table, dotted, from_python
@@ -83,7 +83,9 @@ class Configured:
 
     def pipeline(self, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
         """The pipeline, by `overrides` or those that the user gave. Raises ConfigError."""
-        return load(self.source, self.overrides if overrides is None else overrides, said_in=WHERE)
+        return load_config(
+            self.source, self.overrides if overrides is None else overrides, said_in=WHERE
+        )
 
 
 def configured(extra: Mapping[str, Any]) -> Configured:

@@ -16,7 +16,7 @@ from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 _MEDIA = {"memory": "CPU", "disk": "STORAGE", "files": "STORAGE"}
 
 
-class Named(NamedTuple):
+class DescribedChunk(NamedTuple):
     """A chunk as vLLM's events describe it."""
 
     hashes: list[Any]
@@ -31,7 +31,7 @@ class Events:
     def __init__(self, scheduler: SchedulerSide, block: int) -> None:
         """`block`: tokens of a block hash."""
         self._scheduler, self._block = scheduler, block
-        self._named: dict[bytes, Named] = {}
+        self._named: dict[bytes, DescribedChunk] = {}
         self._out: list[Any] = []
 
     @classmethod
@@ -55,7 +55,7 @@ class Events:
             if hashes:
                 parent = external(request.block_hashes[first - 1]) if first else None
                 tokens = list(request.all_token_ids[first * block : last * block])
-                self._named[key] = Named(hashes, parent, tokens, request.lora_request)
+                self._named[key] = DescribedChunk(hashes, parent, tokens, request.lora_request)
 
     def changed(self, key: bytes, kept: bool, tier: str) -> None:
         """A chunk can be loaded from now on, or no longer."""

@@ -22,7 +22,7 @@ from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.prefix import Chain
 
 
-class Job(NamedTuple):
+class SaveJob(NamedTuple):
     """A save on its way through the workers."""
 
     tracked: TrackedRequest
@@ -39,7 +39,7 @@ class Saves:
         """`groups`: tokens of a block in each KV group's tables."""
         self._drafted = drafted(vllm_config)
         workers = vllm_config.parallel_config.world_size
-        self.jobs: dict[int, Job] = {}
+        self.jobs: dict[int, SaveJob] = {}
         self.on_save: Callable[[Any, int, int, list[bytes]], None] | None = None
         """Called with (request, first token, one past the last, keys) when a save is planned."""
         self._groups, self._workers, self._settings = groups, workers, settings
@@ -165,7 +165,7 @@ class Saves:
         job.tracked.saved, job.tracked.prompt_saved = 0, False
         self._forget(number, job)
 
-    def _forget(self, number: int, job: Job) -> None:
+    def _forget(self, number: int, job: SaveJob) -> None:
         del self.jobs[number]
         for key in job.keys:
             if self._promised.get(key) == number:
@@ -198,7 +198,7 @@ class Saves:
         if not all(all(t.blocks) for t in tables):  # block 0: left its window, and was freed
             return
         self._number += 1
-        self.jobs[self._number] = Job(p, keys, set(), set())
+        self.jobs[self._number] = SaveJob(p, keys, set(), set())
         p.jobs.add(self._number)
         self._promised.update(dict.fromkeys(keys, self._number))
         assert p.chain is not None

@@ -85,12 +85,12 @@ def _sliced(c: Calibration, level: int, layers: range, channels: range) -> Any:
     return *arrays, c.books[level], tuple(t.reshape(-1, *t.shape[2:]).copy() for t in parts)
 
 
-def folder() -> Path:
+def calibrations_folder() -> Path:
     """Where calibrations lie."""
     return cache_folder() / "calibrations"
 
 
-def packed(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str]) -> bytes:
+def safetensors_bytes(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str]) -> bytes:
     """A safetensors file; the same bytes for the same values."""
     head: dict[str, Any] = {"__metadata__": {"tierloom": VERSION, **metadata}}
     at, parts = 0, []
@@ -106,7 +106,7 @@ def packed(tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str]) -> by
     return b"".join((_LENGTH.pack(len(text)), text, *parts))
 
 
-def read(path: str | Path) -> Calibration:
+def read_calibration(path: str | Path) -> Calibration:
     """Read and remember a file, for whatever frame names it. Raises ConfigError."""
     file = expanded(path)
     try:
@@ -140,8 +140,8 @@ def by_id(id: int) -> Calibration:
     if id not in _known:
         raise Unreadable(
             Lost.NO_CALIBRATION,
-            f"encoded by calibration {id:016x}, which is not in {folder()}: copy it there, or "
-            "name it in decode's `calibrations`",
+            f"encoded by calibration {id:016x}, which is not in {calibrations_folder()}: copy it "
+            "there, or name it in decode's `calibrations`",
         )
     return _known[id]
 
@@ -149,18 +149,20 @@ def by_id(id: int) -> Calibration:
 def _all() -> Iterator[Calibration]:
     """Those of the folder, newest first; what cannot be read is passed by."""
     try:
-        files = sorted(folder().glob(f"*{SUFFIX}"), key=lambda f: -f.stat().st_mtime_ns)
+        files = sorted(
+            calibrations_folder().glob(f"*{SUFFIX}"), key=lambda f: -f.stat().st_mtime_ns
+        )
     except OSError:
         return
     for file in files:
         with suppress(ConfigError):
-            yield read(file)
+            yield read_calibration(file)
 
 
 @lru_cache(32)
 def _read(path: str, _mtime: int, _size: int) -> Calibration:
     data = Path(path).read_bytes()
-    metadata, tensors = unpacked(data)
+    metadata, tensors = from_safetensors(data)
     if metadata["tierloom"] != VERSION:
         raise ValueError(f"version {metadata['tierloom']}")
     freqs, means, steps, tabid = (tensors[n] for n in ("freqs", "means", "steps", "tabid"))
@@ -193,7 +195,7 @@ def _with_inverse(matrices: npt.NDArray[Any], shape: tuple[int, ...]) -> tuple[A
     return matrices.astype(np.float32), inverse
 
 
-def unpacked(data: bytes) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
+def from_safetensors(data: bytes) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
     """Metadata and tensors of a safetensors file. Raises ValueError, KeyError or TypeError."""
     if len(data) < _LENGTH.size or (length := _LENGTH.unpack_from(data)[0]) > _MOST_HEAD:
         raise ValueError("no safetensors")

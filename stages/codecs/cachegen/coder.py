@@ -29,7 +29,7 @@ FIRST = 4
 """Tokens at the start of a sequence that are kept as they are."""
 
 
-class Head(NamedTuple):
+class CodedHead(NamedTuple):
     """What a frame begins with."""
 
     version: int
@@ -66,7 +66,7 @@ def grid_of(shape: FrameShape, first: int) -> StreamGrid | None:
         return None
 
 
-def coded_parts(shape: FrameShape, head: Head, grid: StreamGrid) -> tuple[Part, ...]:
+def coded_parts(shape: FrameShape, head: CodedHead, grid: StreamGrid) -> tuple[Part, ...]:
     """The arrays that follow every head: states and counts of the streams, places and values of the
     escapes, the first tokens, the streams' words."""
     planes = shape.planes
@@ -95,7 +95,7 @@ def coded(
 
 
 def framed(
-    head: Head, shape: FrameShape, grid: StreamGrid, parts: tuple[Array, ...],
+    head: CodedHead, shape: FrameShape, grid: StreamGrid, parts: tuple[Array, ...],
     own: tuple[Array, ...], own_parts: tuple[Part, ...],
 ) -> memoryview:  # fmt: skip
     """A frame's bytes: its head, `parts` as `coded` leaves them, and arrays of its own, if any."""

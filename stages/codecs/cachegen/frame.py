@@ -16,7 +16,7 @@ from tierloom.stages.codecs.cachegen.calibration import Calibration, by_id
 from tierloom.stages.codecs.cachegen.codebook import Codebook, standard
 from tierloom.stages.codecs.cachegen.coder import (
     HEAD,
-    Head,
+    CodedHead,
     coded,
     coded_parts,
     framed,
@@ -58,10 +58,10 @@ class Profile(NamedTuple):
     coefficients of what lies around the means, and steps and tables are theirs. None: channels."""
 
 
-class Frame:
+class CodedFrame:
     """One frame on its way in."""
 
-    def __init__(self, head: Head, shape: FrameShape, grid: StreamGrid, freqs: Array) -> None:
+    def __init__(self, head: CodedHead, shape: FrameShape, grid: StreamGrid, freqs: Array) -> None:
         self.head, self.shape, self.grid = head, shape, grid
         self.where = place(head, shape, freqs)
 
@@ -120,7 +120,7 @@ class Frame:
         return *scales, near.clip(-127, 127).astype(np.int8)
 
 
-def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
+def decoded_frame(data: Bytes, head: CodedHead, shape: FrameShape) -> Bytes:
     """Inverse of `Frame.encoded`. Raises BadObject, also where a calibration is not at hand."""
     grid = grid_of(shape, head.first)
     halved = head.half or head.calibration
@@ -156,7 +156,7 @@ def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
     return as_bytes(x)
 
 
-def modelled(model: Calibration, head: Head, shape: FrameShape) -> Profile:
+def modelled(model: Calibration, head: CodedHead, shape: FrameShape) -> Profile:
     """What a calibration says of a frame. Raises BadObject."""
     if head.level >= len(STEPS) or shape.dim != model.dim:
         raise BadObject(f"cachegen: {head} in {shape}")
@@ -165,13 +165,13 @@ def modelled(model: Calibration, head: Head, shape: FrameShape) -> Profile:
     return Profile(*model.slice(head.level, layers, range(at, at + shape.channels)))
 
 
-def place(head: Head, shape: FrameShape, freqs: Array) -> tuple[int, int, Array, Array, int]:
+def place(head: CodedHead, shape: FrameShape, freqs: Array) -> tuple[int, int, Array, Array, int]:
     """What the kernels must know of where a frame is: first, turned, cos, sin, dim."""
     turns = _turns(head.start, shape.tokens, freqs.tobytes())
     return head.first, shape.layers if len(freqs) else 0, *turns, shape.dim
 
 
-def own_parts(shape: FrameShape, head: Head) -> tuple[Part, ...]:
+def own_parts(shape: FrameShape, head: CodedHead) -> tuple[Part, ...]:
     planes, channels = shape.planes, shape.channels
     return (
         (np.float32, (head.half,)),

@@ -19,7 +19,7 @@ import numpy as np
 from tierloom.stages.codecs.cachegen.codebook import standard
 from tierloom.stages.codecs.cachegen.coder import (
     HEAD,
-    Head,
+    CodedHead,
     coded,
     coded_parts,
     framed,
@@ -50,7 +50,7 @@ def most_of(level: str, shape: FrameShape, first: int, depth: int) -> npt.NDArra
     return np.array(bins, np.int32) // 2 - 1
 
 
-def encoded(rows: Array, head: Head, shape: FrameShape, most: Array) -> memoryview | None:
+def encoded(rows: Array, head: CodedHead, shape: FrameShape, most: Array) -> memoryview | None:
     """The bytes of a frame of element bits [planes, tokens, channels]; None where a number is not
     finite, or nothing is there to code."""
     grid = grid_of(shape, 0)
@@ -68,7 +68,7 @@ def encoded(rows: Array, head: Head, shape: FrameShape, most: Array) -> memoryvi
     return framed(head, shape, grid, parts, (most, tops, centres, tabid), _own_parts(shape))
 
 
-def decoded(data: Bytes, head: Head, shape: FrameShape) -> Bytes:
+def decoded_paper(data: Bytes, head: CodedHead, shape: FrameShape) -> Bytes:
     """Inverse of `encoded`. Raises BadObject."""
     grid = grid_of(shape, 0)
     if grid is None or head.first or head.half or head.calibration:

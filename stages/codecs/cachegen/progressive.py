@@ -25,7 +25,7 @@ import numpy as np
 from tierloom.stages.codecs.cachegen.codebook import BITS, Codebook, shapes, standard
 from tierloom.stages.codecs.cachegen.coder import (
     HEAD,
-    Head,
+    CodedHead,
     coded,
     coded_parts,
     framed,
@@ -34,7 +34,7 @@ from tierloom.stages.codecs.cachegen.coder import (
     symbols_of,
     to_symbols,
 )  # fmt: skip
-from tierloom.stages.codecs.cachegen.frame import MOST, Frame, floats, own_parts, place, spread
+from tierloom.stages.codecs.cachegen.frame import MOST, CodedFrame, floats, own_parts, place, spread
 from tierloom.stages.codecs.contract.decoding import PROGRESSIVE
 from tierloom.stages.codecs.contract.frame_shape import (
     ELEMENTS,
@@ -87,7 +87,7 @@ class Progressive(Lossy):
         if shape.dtype in ELEMENTS:
             made = self._scans(elements(source.data, shape), shape)
         if made is None:
-            head = Head(1, _AS_IT_IS, 0, 0, 0, 0, 0, 0, 0, 0)
+            head = CodedHead(1, _AS_IT_IS, 0, 0, 0, 0, 0, 0, 0, 0)
             made = [HEAD.pack(*head) + bytes(source.data)]
             made += [HEAD.pack(*head._replace(level=_AS_IT_IS + k)) for k in range(1, self.scans)]
         return [EncodedFrame(scan, source.raw, bytes((PROGRESSIVE,))) for scan in made]
@@ -103,9 +103,9 @@ class Progressive(Lossy):
         if grid is None:
             return None
         freqs = self._freqs if shape.start >= 0 and shape.kv == 2 else NONE
-        head = Head(1, 0, first, len(freqs), 0, 0, max(shape.start, 0), 0, 0, 0)
+        head = CodedHead(1, 0, first, len(freqs), 0, 0, max(shape.start, 0), 0, 0, 0)
         rows = x.reshape(shape.planes, shape.tokens, shape.channels)
-        frame = Frame(head, shape, grid, freqs)
+        frame = CodedFrame(head, shape, grid, freqs)
         found = frame.own(rows, freqs, (STEP, STEP))
         if found is None:
             return None
@@ -138,7 +138,7 @@ def describe(data: bytes, codecs: bytes, scan: int) -> str:
     return f", to {LEVELS[scan]}" if scan < len(LEVELS) else ""
 
 
-def decoded(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
+def from_progressive(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
     """Inverse of `Progressive.parts`, of the scans that there are, one after another. Raises
     BadObject."""
     view, at = memoryview(data).cast("B"), 0
@@ -182,7 +182,7 @@ class _Scan:
         """`data` may go on after it. Raises BadObject."""
         if data.nbytes < HEAD.size or data[0] != 1:
             raise BadObject("progressive: no scan that this tierloom knows")
-        self.head = head = Head(*HEAD.unpack_from(data))
+        self.head = head = CodedHead(*HEAD.unpack_from(data))
         base = before[0].head if before else head
         kind = base.level & _AS_IT_IS
         if head.level != kind + len(before) or len(before) == len(LEVELS):

@@ -22,9 +22,9 @@ import numpy as np
 
 from tierloom.stages.codecs.cachegen import frame as cachegen_frame
 from tierloom.stages.codecs.cachegen import paper as cachegen_paper
-from tierloom.stages.codecs.cachegen.calibration import Calibration, for_model, read
-from tierloom.stages.codecs.cachegen.coder import HEAD, Head, grid_of, spared
-from tierloom.stages.codecs.cachegen.frame import STEPS, Frame, modelled
+from tierloom.stages.codecs.cachegen.calibration import Calibration, for_model, read_calibration
+from tierloom.stages.codecs.cachegen.coder import HEAD, CodedHead, grid_of, spared
+from tierloom.stages.codecs.cachegen.frame import STEPS, CodedFrame, modelled
 from tierloom.stages.codecs.contract.decoding import CACHEGEN
 from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
 from tierloom.stages.codecs.contract.lossy import Array, Lossy, head_of
@@ -69,7 +69,7 @@ class CacheGen(Lossy):
         if self.options.level in cachegen_paper.BINS:
             depth = max(self._depth, layer + shape.layers)
             most = cachegen_paper.most_of(self.options.level, shape, layer, depth)
-            head = Head(1, level, 0, 0, layer, self._head, 0, 0, 0, 0)
+            head = CodedHead(1, level, 0, 0, layer, self._head, 0, 0, 0, 0)
             return cachegen_paper.encoded(rows, head, shape, most)
         first = spared(shape)
         grid = grid_of(shape, first)
@@ -78,33 +78,33 @@ class CacheGen(Lossy):
         known = shape.start >= 0 and shape.kv == 2  # one plane of K and V is a latent
         model = self._model if known else None
         start, id = max(shape.start, 0), model.id if model else 0
-        head = Head(1, level, first, 0, layer, self._head, start, 0, 0, id)
+        head = CodedHead(1, level, first, 0, layer, self._head, start, 0, 0, id)
         if model:
-            frame = Frame(head, shape, grid, model.freqs)
+            frame = CodedFrame(head, shape, grid, model.freqs)
             made = frame.encoded(rows, modelled(model, head, shape), ())
             if made is not None:
                 return made  # else it is too far from what the model was seen to do
         freqs = self._freqs if known else NONE
-        frame = Frame(head._replace(half=len(freqs), calibration=0), shape, grid, freqs)
+        frame = CodedFrame(head._replace(half=len(freqs), calibration=0), shape, grid, freqs)
         own = frame.own(rows, freqs, STEPS[self.options.level])
         return None if own is None else frame.encoded(rows, *own)
 
 
 def from_cachegen(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
     """Inverse of `CacheGen.quantise`. Raises BadObject, also where a calibration is not at hand."""
-    head = Head(*head_of(data, HEAD, shape))
+    head = CodedHead(*head_of(data, HEAD, shape))
     if head.level >= len(LEVELS):
         raise BadObject(f"cachegen: level {head.level} is unknown to this tierloom")
     if LEVELS[head.level] in cachegen_paper.BINS:
-        return cachegen_paper.decoded(data, head, shape)
-    return cachegen_frame.decoded(data, head, shape)
+        return cachegen_paper.decoded_paper(data, head, shape)
+    return cachegen_frame.decoded_frame(data, head, shape)
 
 
 def describe(data: bytes, codecs: bytes, scan: int) -> str:
     """The level of a frame, where only cachegen wrote it, and its calibration."""
     if len(codecs) > 1 or len(data) < HEAD.size:
         return ""
-    head = Head(*HEAD.unpack_from(data))
+    head = CodedHead(*HEAD.unpack_from(data))
     level = LEVELS[head.level] if head.level < len(LEVELS) else f"level {head.level}"
     return f", {level}" + (f" by calibration {head.calibration:016x}" if head.calibration else "")
 
@@ -112,7 +112,7 @@ def describe(data: bytes, codecs: bytes, scan: int) -> str:
 def _model(options: CacheGenOptions, ctx: Context | None) -> Calibration | None:
     """The calibration to encode by. Raises ConfigError where one is named that does not fit."""
     if options.calibration is not None:
-        found = read(options.calibration)
+        found = read_calibration(options.calibration)
         if ctx is not None and not _fits(found, ctx):
             raise ConfigError(
                 f"calibration {options.calibration} is of another model: it has "

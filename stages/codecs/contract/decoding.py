@@ -42,7 +42,7 @@ def decoder(codec: int) -> Decoder:
     return found
 
 
-def name_of(codec: int) -> str:
+def codec_name(codec: int) -> str:
     return CODECS[codec].name if codec in CODECS else f"unknown ({codec})"
 
 

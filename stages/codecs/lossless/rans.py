@@ -32,9 +32,9 @@ from tierloom.stages.codecs.lossless.rans_side import (
     columns_of,
     freq_of,
     levels_of,
-    packed,
+    packed_bits,
     room_for,
-    unpacked,
+    unpacked_bits,
 )
 from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject
@@ -59,7 +59,7 @@ _MOST_ESCAPES = 64
 """One escape in this many elements at most: a frame with more does not shrink."""
 
 
-class _Sizes(NamedTuple):
+class _StreamSizes(NamedTuple):
     """What a frame begins with, after its version: bits of the frequencies; all else follows."""
 
     bits: int
@@ -141,13 +141,13 @@ def _encode(data: Bytes, shape: FrameShape) -> memoryview | None:
     words = encode_streams(streams, coder, cells, by_plane, room, *ends, status)
     assert (status == DONE).all(), "every symbol that was counted has a frequency"
 
-    sizes = _Sizes(_BITS, *tables.shape, columns, escapes, len(levels), words)
+    sizes = _StreamSizes(_BITS, *tables.shape, columns, escapes, len(levels), words)
     head = _HEAD.pack(1, _BITS, sizes.tables - 1, sizes.symbols - 1, *sizes[3:])
     made, parts = fresh(head, _parts(shape, streams, sizes))
     kept = (
         *ends, out.astype(np.uint32), x[out] >> np.uint16(shift), low, room[:words], rest,
-        packed(choice, _choice_bits(sizes.tables)), packed(known, 1), packed(present, 1),
-        packed(levels, LEVEL_BITS),
+        packed_bits(choice, _choice_bits(sizes.tables)), packed_bits(known, 1),
+        packed_bits(present, 1), packed_bits(levels, LEVEL_BITS),
     )  # fmt: skip
     for part, value in zip(parts, kept, strict=True):
         part[...] = value
@@ -162,18 +162,20 @@ def from_rans(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes
     parts = parted(data, _HEAD.size, _parts(shape, streams, sizes))
     counts, states, out, out_tops, low, words, rest, choices, known, present, levels = parts
 
-    tops = alphabet(unpacked(known, _tops(shape.dtype), 1).astype(bool))
-    has = unpacked(present, sizes.tables * sizes.symbols, 1).astype(bool)
+    tops = alphabet(unpacked_bits(known, _tops(shape.dtype), 1).astype(bool))
+    has = unpacked_bits(present, sizes.tables * sizes.symbols, 1).astype(bool)
     if len(tops) + (sizes.escapes > 0) != sizes.symbols or has.sum() != sizes.present:
         raise BadObject("rans: symbols that were not announced")
     try:
         freq = freq_of(
-            has.reshape(sizes.tables, -1), unpacked(levels, sizes.present, LEVEL_BITS), sizes.bits
+            has.reshape(sizes.tables, -1),
+            unpacked_bits(levels, sizes.present, LEVEL_BITS),
+            sizes.bits,
         )
         coder = RansTables.of(freq, sizes.bits)
     except ValueError as e:
         raise BadObject(f"rans: {e}") from e
-    choice = unpacked(choices, streams.planes * streams.channels, _choice_bits(sizes.tables))
+    choice = unpacked_bits(choices, streams.planes * streams.channels, _choice_bits(sizes.tables))
     symbols = np.empty((streams.planes, streams.tokens, streams.channels), np.uint8)
     status = np.empty(counts.shape, np.uint8)
     by_plane = choice.reshape(streams.planes, -1)
@@ -194,14 +196,14 @@ def from_rans(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes
     return whole.view(np.uint8).data
 
 
-def _read_head(data: Bytes, shape: FrameShape) -> tuple[_Sizes, StreamGrid]:
+def _read_head(data: Bytes, shape: FrameShape) -> tuple[_StreamSizes, StreamGrid]:
     """Sizes that no frame of this shape has are refused before any memory is taken for them."""
     if memoryview(data).nbytes < _HEAD.size:
         raise BadObject(f"cut short: {memoryview(data).nbytes} bytes")
     version, *fields = _HEAD.unpack_from(data)
     if version != 1:
         raise BadObject(f"version {version} of a codec is unknown to this tierloom")
-    sizes = _Sizes(*fields)
+    sizes = _StreamSizes(*fields)
     sizes = sizes._replace(tables=sizes.tables + 1, symbols=sizes.symbols + 1)
     each = shape.tokens * shape.channels
     if (
@@ -219,7 +221,7 @@ def _read_head(data: Bytes, shape: FrameShape) -> tuple[_Sizes, StreamGrid]:
         raise BadObject(f"rans: {e}") from e
 
 
-def _parts(shape: FrameShape, streams: StreamGrid, sizes: _Sizes) -> tuple[Part, ...]:
+def _parts(shape: FrameShape, streams: StreamGrid, sizes: _StreamSizes) -> tuple[Part, ...]:
     n = shape.planes * shape.tokens * shape.channels
     chosen = streams.planes * streams.channels
     return (

@@ -91,7 +91,7 @@ def room_for(values: int, bits: int) -> int:
     return -(-values * bits // 8)
 
 
-def packed(values: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+def packed_bits(values: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     """Values [n] below 2^bits, at most 8, side by side, low bits first."""
     flat = values.astype(np.uint8).reshape(-1, 1)
     return np.packbits(
@@ -99,7 +99,7 @@ def packed(values: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     )
 
 
-def unpacked(data: npt.NDArray[np.uint8], values: int, bits: int) -> npt.NDArray[np.uint8]:
+def unpacked_bits(data: npt.NDArray[np.uint8], values: int, bits: int) -> npt.NDArray[np.uint8]:
     """The inverse of `packed`."""
     if not bits:
         return np.zeros(values, np.uint8)

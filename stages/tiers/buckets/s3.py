@@ -130,7 +130,7 @@ class S3(ReadingTier):
             )
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await map_concurrently(self._bucket.size, [name_of(key) for key in keys], _WIDE)
+        found = await map_concurrently(self._bucket.size, [object_name(key) for key in keys], _WIDE)
         return [size is not None for size in found]  # an empty one too: the first reader deletes it
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -140,7 +140,7 @@ class S3(ReadingTier):
         return await map_concurrently(self._put, objects, self.options.depth)
 
     async def delete(self, keys: Sequence[bytes]) -> int:
-        return sum(await map_concurrently(self._drop, [name_of(key) for key in keys], _WIDE))
+        return sum(await map_concurrently(self._drop, [object_name(key) for key in keys], _WIDE))
 
     async def clear(self) -> int:
         return sum(await map_concurrently(self._drop, await self._bucket.list(), _WIDE))
@@ -160,7 +160,7 @@ class S3(ReadingTier):
                 return
             lease, boundaries = reader.lease(0), header.boundaries
             end = max(begin, boundaries[min(read.upto, len(header.frames))])
-            part = partial(self._part, name_of(read.key), lease, end)
+            part = partial(self._part, object_name(read.key), lease, end)
             await map_concurrently(part, range(begin, end, self.options.part), self.options.ranges)
             reader.deliver(header, max(n for n, stop in enumerate(boundaries) if stop <= end))
         if reader.proof is not None:
@@ -169,7 +169,7 @@ class S3(ReadingTier):
 
     async def _head(self, key: bytes, nbytes: int) -> bytes:
         try:
-            view, _ = await self._bucket.get(name_of(key), max(1, nbytes))
+            view, _ = await self._bucket.get(object_name(key), max(1, nbytes))
         except Damaged:  # it is empty
             return b""
         return bytes(view)
@@ -179,7 +179,7 @@ class S3(ReadingTier):
         are."""
         key = reader.read.key
         async with self._parts:
-            view, size = await self._bucket.get(name_of(key), PAGE + self.options.part)
+            view, size = await self._bucket.get(object_name(key), PAGE + self.options.part)
             reader.seen = bytes(view[:PAGE])
             header = self._header(view, key, size)
             lease = reader.lease(size)
@@ -202,7 +202,7 @@ class S3(ReadingTier):
     async def _put(self, obj: Object) -> Lost | None:
         require_sealed(obj)
         nbytes = obj.header.nbytes
-        if await self._bucket.put(name_of(obj.header.key), obj.lease, nbytes):
+        if await self._bucket.put(object_name(obj.header.key), obj.lease, nbytes):
             self.counts.puts += 1
             self.counts.bytes_in += nbytes
             self._holdings.add(1, nbytes)
@@ -217,7 +217,7 @@ class S3(ReadingTier):
         return True
 
 
-def name_of(key: bytes) -> str:
+def object_name(key: bytes) -> str:
     """What an object is called in its folder."""
     return f"{key.hex()}.tlm"
 

@@ -20,7 +20,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.memory.held import held
 from tierloom.stages.tiers.buckets.aws_profile import find_profile
-from tierloom.stages.tiers.buckets.s3 import S3, S3Options, name_of
+from tierloom.stages.tiers.buckets.s3 import S3, S3Options, object_name
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import TierContext
 from tierloom.stages.tiers.nixl.agent import Agent, Transfer
@@ -77,7 +77,7 @@ class NixlObjects(S3):
 
     async def _first(self, reader: ObjectReader) -> tuple[Header, int]:
         key = reader.read.key
-        name = name_of(key)
+        name = object_name(key)
         size = await self._bucket.size(name)
         if size is None:
             raise FileNotFoundError(name)

@@ -12,7 +12,7 @@ from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.pools.manifest import Manifest
 
 
-class Job(NamedTuple):
+class LoadJob(NamedTuple):
     """An object to load: parts `first` to `last` of what `manifest` says, into `lease`."""
 
     reader: ObjectReader
@@ -26,7 +26,7 @@ class Job(NamedTuple):
         return self.reader.read.key
 
 
-class Head(NamedTuple):
+class HeaderAtHand(NamedTuple):
     """What is at hand of an object of which more is wanted."""
 
     page: bytes
@@ -34,7 +34,7 @@ class Head(NamedTuple):
     boundaries: tuple[int, ...]
 
 
-def job_of(reader: ObjectReader, manifest: Manifest | Lost | BadObject) -> Job | None:
+def job_of(reader: ObjectReader, manifest: Manifest | Lost | BadObject) -> LoadJob | None:
     """What is to be loaded, with its lease; None: nothing, as the reader was told."""
     held = reader.held
     if not isinstance(manifest, Manifest):
@@ -46,19 +46,19 @@ def job_of(reader: ObjectReader, manifest: Manifest | Lost | BadObject) -> Job |
     first = held.loaded + 1 if held is not None else 0
     last = max(first, min(reader.read.upto, len(manifest.boundaries) - 1) + 1)
     try:
-        return Job(reader, manifest, reader.lease(manifest.boundaries[-1]), first, last)
+        return LoadJob(reader, manifest, reader.lease(manifest.boundaries[-1]), first, last)
     except ArenaFull:
         reader.miss(Lost.NO_ROOM)
         return None
 
 
-def head_of(obj: Object | None) -> Head | None:
+def header_at_hand(obj: Object | None) -> HeaderAtHand | None:
     if obj is None:
         return None
-    return Head(bytes(obj.lease.view[: obj.header.header_bytes]), obj.header.boundaries)
+    return HeaderAtHand(bytes(obj.lease.view[: obj.header.header_bytes]), obj.header.boundaries)
 
 
-def unpacked(raw: bytes | None) -> Manifest | Lost | BadObject:
+def manifest_of(raw: bytes | None) -> Manifest | Lost | BadObject:
     try:
         return Lost.ABSENT if raw is None else Manifest.unpack(raw)
     except BadObject as error:

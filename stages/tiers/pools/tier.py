@@ -28,7 +28,14 @@ from tierloom.stages.tiers.contract.tier import (
     require_sealed,
 )
 from tierloom.stages.tiers.pools.bounded_calls import BoundedCalls
-from tierloom.stages.tiers.pools.jobs import Head, Job, head_of, job_of, manifest_for, unpacked
+from tierloom.stages.tiers.pools.jobs import (
+    HeaderAtHand,
+    LoadJob,
+    header_at_hand,
+    job_of,
+    manifest_for,
+    manifest_of,
+)
 from tierloom.stages.tiers.pools.manifest import Manifest, Piece
 
 
@@ -86,7 +93,7 @@ class Pooled(Tier):
     async def read(self, reads: Sequence[Read]) -> None:
         if not reads:
             return
-        heads = [head_of(read.object) for read in reads]
+        heads = [header_at_hand(read.object) for read in reads]
         known = await self._calls(self._known, [read.key for read in reads], heads, leases=())
         with ExitStack() as stack:
             readers = [ObjectReader(read, self.ctx.arena, self.counts) for read in reads]
@@ -132,12 +139,12 @@ class Pooled(Tier):
     # What follows runs in the pool's threads.
 
     def _known(
-        self, keys: list[bytes], heads: list[Head | None]
+        self, keys: list[bytes], heads: list[HeaderAtHand | None]
     ) -> list[Manifest | Lost | BadObject]:
         """The manifest of each; ABSENT, too, where it is no longer that of the object at hand, by
         which bytes would land beside their place, or beyond the lease."""
         raws = self._peek([key.hex() for key in keys])
-        found = [unpacked(raw) for raw in raws]
+        found = [manifest_of(raw) for raw in raws]
         rows = zip(keys, raws, found, strict=True)
         self._expel([(key, raw, proof) for key, raw, proof in rows if isinstance(proof, Damaged)])
         names: dict[int, str] = {}
@@ -153,7 +160,7 @@ class Pooled(Tier):
                 found[i] = Lost.ABSENT
         return found
 
-    def _load(self, jobs: list[Job]) -> list[Header | Lost | BadObject]:
+    def _load(self, jobs: list[LoadJob]) -> list[Header | Lost | BadObject]:
         pieces, owners = [], []
         for i, job in enumerate(jobs):
             for name, at, size in job.manifest.names(job.key, self.piece, job.first, job.last):
@@ -175,7 +182,7 @@ class Pooled(Tier):
             raise TierDown("no piece could be read")
         return [self._checked(job, lost.get(i)) for i, job in enumerate(jobs)]
 
-    def _checked(self, job: Job, lost: Lost | None) -> Header | Lost | BadObject:
+    def _checked(self, job: LoadJob, lost: Lost | None) -> Header | Lost | BadObject:
         """The header of what was loaded. What is damaged or lacks a piece is forgotten."""
         proof = Damaged("a piece of it was evicted, or is of another length")
         if lost is None:
@@ -199,7 +206,7 @@ class Pooled(Tier):
         if bad:
             now = self._peek([key.hex() for key, _, _ in bad])
             same = [(key, raw) for (key, raw, _), one in zip(bad, now, strict=True) if one == raw]
-            self._forget([(key, unpacked(raw)) for key, raw in same])
+            self._forget([(key, manifest_of(raw)) for key, raw in same])
 
     def _save(self, objects: list[Object]) -> list[int | Lost]:
         """Bytes written of each: 0 when it is there already."""
@@ -239,7 +246,7 @@ class Pooled(Tier):
 
     def _drop(self, keys: list[bytes]) -> int:
         raws = self._peek([key.hex() for key in keys])
-        return self._forget([(k, unpacked(raw)) for k, raw in zip(keys, raws, strict=True)])
+        return self._forget([(k, manifest_of(raw)) for k, raw in zip(keys, raws, strict=True)])
 
     def _forget(self, found: Sequence[tuple[bytes, object]]) -> int:
         """Delete manifests, then their pieces; how many manifests there were."""

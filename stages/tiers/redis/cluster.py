@@ -11,7 +11,7 @@ from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.redis.connection import AuthError, Credentials, RespConnection
 from tierloom.stages.tiers.redis.resp import ErrorReply, Reply
-from tierloom.stages.tiers.redis.topology import REST, Node, Servers
+from tierloom.stages.tiers.redis.topology import REST, RedisNode, Servers
 
 SLOTS = 16384
 
@@ -31,8 +31,8 @@ class Cluster(Servers):
     ) -> None:
         super().__init__(hosts, enter, stall=stall, connections=connections)
         self.nodes = []
-        self._by_address: dict[Address, Node] = {}
-        self._slots: list[Node | None] = [None] * SLOTS
+        self._by_address: dict[Address, RedisNode] = {}
+        self._slots: list[RedisNode | None] = [None] * SLOTS
         self._ask_again, self._asked = True, 0.0
 
     async def open(self) -> None:
@@ -42,10 +42,10 @@ class Cluster(Servers):
             raise ConfigError(str(error)) from error
         self._opened = True
 
-    def node_of(self, key: bytes) -> Node | None:
+    def node_of(self, key: bytes) -> RedisNode | None:
         return self._slots[crc_hqx(key.hex().encode(), 0) % SLOTS]
 
-    def _may_try(self, node: Node) -> bool:
+    def _may_try(self, node: RedisNode) -> bool:
         now = time.monotonic()
         if node.error is not None:
             if now < node.retry:
@@ -53,7 +53,7 @@ class Cluster(Servers):
             node.retry = now + REST  # one call finds out; the others go on without
         return True
 
-    def _lost(self, node: Node) -> None:
+    def _lost(self, node: RedisNode) -> None:
         self._ask_again = True
 
     async def _look_around(self) -> None:
@@ -81,7 +81,7 @@ class Cluster(Servers):
         raise why
 
     def _take(self, ranges: list[tuple[int, int, Address]]) -> None:
-        slots: list[Node | None] = [None] * SLOTS
+        slots: list[RedisNode | None] = [None] * SLOTS
         used = {}
         for first, last, address in ranges:
             node = self._by_address.get(address)
@@ -90,7 +90,7 @@ class Cluster(Servers):
                 async def make(address: Address = address) -> RespConnection:
                     return await self._connect(address)
 
-                node = self._by_address[address] = Node(make, self._limit)
+                node = self._by_address[address] = RedisNode(make, self._limit)
             used[address] = node
             slots[first : last + 1] = [node] * (last + 1 - first)
         gone = [node for address, node in self._by_address.items() if address not in used]

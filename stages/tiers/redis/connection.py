@@ -173,7 +173,7 @@ class RespConnection(asyncio.BufferedProtocol):
             self.abort(TierDown(f"redis at {self._where}: no traffic for {self._stall:g} s"))
 
 
-async def connect(address: Address, login: Credentials, stall: float) -> RespConnection:
+async def connect_redis(address: Address, login: Credentials, stall: float) -> RespConnection:
     """A connection that is logged in. Raises AuthError, TierDown, OSError."""
     loop = asyncio.get_running_loop()
 

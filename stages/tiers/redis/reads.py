@@ -17,7 +17,7 @@ from tierloom.stages.tiers.net.connection_pool import ConnectionPool
 from tierloom.stages.tiers.redis.connection import RespConnection
 from tierloom.stages.tiers.redis.manifest import MANIFEST, Manifest, unpack_whole
 from tierloom.stages.tiers.redis.resp import ErrorReply, Reply
-from tierloom.stages.tiers.redis.topology import Node, error_of
+from tierloom.stages.tiers.redis.topology import RedisNode, reply_error
 
 _TURN = 8  # pieces after which a connection is left to another call that waits for one
 
@@ -117,7 +117,7 @@ class PendingRead(ObjectReader):
         return max(self.loaded, min(self.read.upto, len(header.frames)))
 
 
-async def fetch_pieces(node: Node, loads: Sequence[PendingRead], window: int) -> None:
+async def fetch_pieces(node: RedisNode, loads: Sequence[PendingRead], window: int) -> None:
     """Fetch all pieces, the first of each object first, on the connections that are free.
 
     However it ends, no byte lands afterwards. Raises TierDown.
@@ -160,5 +160,5 @@ async def _stream(
             jobs.extendleft(reversed([other for other, _ in under_way]))
             return
         if isinstance(got, ErrorReply) and got.code != "WRONGTYPE":
-            raise error_of(got)
+            raise reply_error(got)
         piece.load.took(piece, got)

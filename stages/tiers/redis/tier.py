@@ -40,7 +40,7 @@ from tierloom.stages.tiers.redis.connection import Credentials, RespConnection
 from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, dropping
 from tierloom.stages.tiers.redis.reads import PendingRead, fetch_pieces
 from tierloom.stages.tiers.redis.resp import Reply, command
-from tierloom.stages.tiers.redis.topology import Node, Sentinel, Servers
+from tierloom.stages.tiers.redis.topology import RedisNode, Sentinel, Servers
 from tierloom.stages.tiers.redis.url import parse_url, password_of
 from tierloom.stages.tiers.redis.writes import Written, write
 
@@ -131,7 +131,7 @@ class Redis(Tier):
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = [False] * len(keys)
 
-        async def ask(node: Node, which: list[int]) -> None:
+        async def ask(node: RedisNode, which: list[int]) -> None:
             asked = [command("EXISTS", self._name(keys[i])) for i in which]
             for i, there in zip(which, await node.ask(asked), strict=True):
                 found[i] = there == 1
@@ -166,7 +166,7 @@ class Redis(Tier):
     async def delete(self, keys: Sequence[bytes]) -> int:
         dropped = 0
 
-        async def forget(node: Node, which: list[int]) -> None:
+        async def forget(node: RedisNode, which: list[int]) -> None:
             nonlocal dropped
             dropped += await self._drop(node, [keys[i] for i in which])
 
@@ -215,7 +215,7 @@ class Redis(Tier):
     def _name(self, key: bytes) -> bytes:
         return b"%b{%b}" % (self._space, key.hex().encode())
 
-    async def _read(self, node: Node, loads: list[PendingRead]) -> None:
+    async def _read(self, node: RedisNode, loads: list[PendingRead]) -> None:
         """The manifests in one round trip; then the pieces, those of the first frames first."""
         wanted = [load for load in loads if load.due]
         asked = [word for load in wanted for word in self._ask(load.read.key)]
@@ -235,7 +235,7 @@ class Redis(Tier):
                 await self._expel(node, bad)
             await node.ask(again)
 
-    async def _expel(self, node: Node, bad: list[tuple[PendingRead, Damaged]]) -> None:
+    async def _expel(self, node: RedisNode, bad: list[tuple[PendingRead, Damaged]]) -> None:
         """Delete objects on proof of damage: those that were read, not what another has put there
         since."""
         await self._forget(node, [(self._name(load.read.key), load.seen) for load, _ in bad])
@@ -246,7 +246,11 @@ class Redis(Tier):
         return [command("PTTL", name), command("GETRANGE", name, 0, LARGEST)]
 
     async def _put(
-        self, objects: Sequence[Object], outcome: list[Lost | None], node: Node, which: list[int]
+        self,
+        objects: Sequence[Object],
+        outcome: list[Lost | None],
+        node: RedisNode,
+        which: list[int],
     ) -> None:
         names = {i: self._name(objects[i].header.key) for i in which}
         there = await node.ask([command("EXISTS", names[i]) for i in which])
@@ -271,13 +275,13 @@ class Redis(Tier):
             self._holdings.add(1, obj.header.nbytes)
         return None
 
-    async def _drop(self, node: Node, keys: Sequence[bytes]) -> int:
+    async def _drop(self, node: RedisNode, keys: Sequence[bytes]) -> int:
         names = [self._name(key) for key in keys]
         asked = [command("GETRANGE", name, 0, MANIFEST - 1) for name in names]
         answers = await node.ask(asked)
         return await self._forget(node, list(zip(names, answers, strict=True)))
 
-    async def _forget(self, node: Node, there: list[tuple[bytes, Reply]]) -> int:
+    async def _forget(self, node: RedisNode, there: list[tuple[bytes, Reply]]) -> int:
         """Delete these names if they still begin so; how many objects there were."""
         orders = [dropping(name, raw) for name, raw in there]
         dropped = 0

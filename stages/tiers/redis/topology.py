@@ -16,7 +16,12 @@ from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.net.connection_pool import ConnectionPool
-from tierloom.stages.tiers.redis.connection import AuthError, Credentials, RespConnection, connect
+from tierloom.stages.tiers.redis.connection import (
+    AuthError,
+    Credentials,
+    RespConnection,
+    connect_redis,
+)
 from tierloom.stages.tiers.redis.resp import ErrorReply, Reply, command
 
 log = logging.getLogger(__name__)
@@ -30,7 +35,7 @@ class Moved(TierDown):
     """The cluster has moved a key to another node."""
 
 
-def error_of(reply: ErrorReply) -> TierDown:
+def reply_error(reply: ErrorReply) -> TierDown:
     """What a refused command means for its server."""
     if reply.code in ("MOVED", "ASK", "TRYAGAIN"):
         return Moved(f"redis: {reply.code}; the url of a cluster begins with redis-cluster://")
@@ -39,7 +44,7 @@ def error_of(reply: ErrorReply) -> TierDown:
     return TierDown(f"redis refused a command: {reply.code}")
 
 
-class Node:
+class RedisNode:
     """One server: its connections, and whether it answers."""
 
     def __init__(self, make: Callable[[], Awaitable[RespConnection]], connections: int) -> None:
@@ -67,7 +72,7 @@ class Node:
                     replies += await connection.call(some, limit=max(limit, 256 * len(some)))
         for reply in replies:
             if isinstance(reply, ErrorReply) and reply.code != "WRONGTYPE":
-                raise error_of(reply)
+                raise reply_error(reply)
         return replies
 
     async def close(self) -> None:
@@ -103,7 +108,7 @@ class Servers:
         """`enter` says how to log in, and may raise ConfigError. `connections`: connections to each
         server for payloads. To be made on the loop."""
         self._hosts, self._enter, self._stall, self._limit = hosts, enter, stall, connections
-        self.nodes = [Node(self._make, connections)]
+        self.nodes = [RedisNode(self._make, connections)]
         self._opened = False
 
     async def open(self) -> None:
@@ -119,24 +124,24 @@ class Servers:
         for node in self.nodes:
             await node.close()
 
-    def node_of(self, key: bytes) -> Node | None:
+    def node_of(self, key: bytes) -> RedisNode | None:
         """The node that has a chunk's key; None if no node has its slot."""
         return self.nodes[0]
 
     async def each(
-        self, keys: Sequence[bytes], work: Callable[[Node, list[int]], Awaitable[None]]
+        self, keys: Sequence[bytes], work: Callable[[RedisNode, list[int]], Awaitable[None]]
     ) -> list[int]:
         """`work(node, which)` with each node that has some of the keys, all at once.
 
         Returns which keys no node could be asked for. Raises what the nodes did when none works.
         """
         await self._look_around()
-        groups: dict[Node | None, list[int]] = {}
+        groups: dict[RedisNode | None, list[int]] = {}
         for i, key in enumerate(keys):
             groups.setdefault(self.node_of(key), []).append(i)
         failed = groups.pop(None, [])
 
-        async def go(group: tuple[Node, list[int]]) -> None:
+        async def go(group: tuple[RedisNode, list[int]]) -> None:
             node, which = group
             if not self._may_try(node):
                 failed.extend(which)
@@ -157,10 +162,10 @@ class Servers:
             raise errors[0]
         return failed
 
-    def _may_try(self, node: Node) -> bool:
+    def _may_try(self, node: RedisNode) -> bool:
         return True
 
-    def _lost(self, node: Node) -> None:
+    def _lost(self, node: RedisNode) -> None:
         """It failed: what is known of the topology may be wrong."""
 
     async def _look_around(self) -> None:
@@ -188,11 +193,11 @@ class Servers:
             raise
         if sentinel:
             try:
-                return await connect(address, Credentials("", "", 0, entry.tls), self._stall)
+                return await connect_redis(address, Credentials("", "", 0, entry.tls), self._stall)
             except AuthError:
                 entry = entry._replace(db=0)
         try:
-            return await connect(address, entry, self._stall)
+            return await connect_redis(address, entry, self._stall)
         except OSError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error) and not self._opened:
                 raise ConfigError(
@@ -213,7 +218,7 @@ class Sentinel(Servers):
         self._service = service
         self._master: Address | None = None
 
-    def _lost(self, node: Node) -> None:
+    def _lost(self, node: RedisNode) -> None:
         self._master = None
 
     async def _make(self) -> RespConnection:

@@ -10,7 +10,7 @@ from tierloom.stages.kv.object import Object
 from tierloom.stages.tiers.redis.connection import RespConnection
 from tierloom.stages.tiers.redis.manifest import Manifest
 from tierloom.stages.tiers.redis.resp import ErrorReply, PendingReply, Reply, command
-from tierloom.stages.tiers.redis.topology import error_of
+from tierloom.stages.tiers.redis.topology import reply_error
 
 _AHEAD = 4  # pieces sent before the first of them was acknowledged
 
@@ -46,7 +46,7 @@ async def write(
     if not full:
         kept = (await connection.call([manifest.commit(view[:head], ttl)]))[0]
         if isinstance(kept, ErrorReply) and kept.code != "OOM":
-            raise error_of(kept)
+            raise reply_error(kept)
         if kept in (1, 2):
             return Written.KEPT if kept == 1 else Written.THERE
     await connection.call([command("UNLINK", each) for each in manifest.names()[1:]])
@@ -57,5 +57,5 @@ def _is_full(replies: list[Reply]) -> bool:
     """Whether the server had no room for a piece."""
     reply = replies[0]
     if isinstance(reply, ErrorReply) and reply.code != "OOM":
-        raise error_of(reply)
+        raise reply_error(reply)
     return isinstance(reply, ErrorReply)

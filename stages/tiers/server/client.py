@@ -52,7 +52,7 @@ def read_token(file: str) -> bytes:
     return token.strip().encode()
 
 
-async def connect(address: Address, context: ssl.SSLContext | None) -> Connection:
+async def connect_server(address: Address, context: ssl.SSLContext | None) -> Connection:
     """A connected connection. Raises OSError."""
     if address.path:
         return await _reach(socket.AF_UNIX, address.path)
@@ -195,7 +195,7 @@ class Client:
         return (await self._dial(memory=False))[0]
 
     async def _dial(self, *, memory: bool) -> tuple[Connection, Handshake]:
-        connection = await connect(self._address, self._context)
+        connection = await connect_server(self._address, self._context)
         try:
             known = await shake_hands(connection, self._token, self._namespace, memory=memory)
         except BaseException:

@@ -54,7 +54,7 @@ def test_the_prompt_is_the_document_and_then_the_question() -> None:
 @pytest.mark.slow
 def test_two_conversions_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2, "convert", fake_convert)
+    monkeypatch.setattr(smollm2, "convert_gguf", fake_convert)
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda _: smollm2.model_dir(progress=False), range(2)))
     assert made[0] == made[1]

@@ -14,9 +14,9 @@ import pytest
 
 from tierloom.adapters.demo import vllm_server as demo_server
 from tierloom.adapters.demo.on_vllm import SKIP_LOAD, OnVllm
-from tierloom.adapters.demo.run import Pair, judge
+from tierloom.adapters.demo.run import Pair, verdict_on
 from tierloom.adapters.demo.screen import Answer
-from tierloom.adapters.demo.vllm_server import Server
+from tierloom.adapters.demo.vllm_server import VllmServer
 from tierloom.stages.errors import TierloomError
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def serving() -> Iterator[Callable[..., tuple[Server, list[Any]]]]:
+def serving() -> Iterator[Callable[..., tuple[VllmServer, list[Any]]]]:
     """`serving(lines, status)`: a server that answers all requests with these lines."""
     running: list[HTTPServer] = []
 
-    def serve(lines: list[bytes], status: int = 200) -> tuple[Server, list[Any]]:
+    def serve(lines: list[bytes], status: int = 200) -> tuple[VllmServer, list[Any]]:
         asked: list[Any] = []
 
         class Answers(BaseHTTPRequestHandler):
@@ -43,7 +43,7 @@ def serving() -> Iterator[Callable[..., tuple[Server, list[Any]]]]:
         http = HTTPServer((demo_server.HOST, 0), Answers)
         running.append(http)
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        server = Server(Path("model"), {}, Path("log"))
+        server = VllmServer(Path("model"), {}, Path("log"))
         server.port = http.server_port
         return server, asked
 
@@ -99,11 +99,11 @@ def test_what_is_no_answer_is_an_error(serving, lines, status, words) -> None:
 
 def test_nobody_there_is_an_error() -> None:
     with pytest.raises(TierloomError, match="went away"):
-        Server(Path("model"), {}, Path("log")).ask("What?", 24, {}, lambda _: None)
+        VllmServer(Path("model"), {}, Path("log")).ask("What?", 24, {}, lambda _: None)
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
-    server = Server(Path("model"), {}, tmp_path / "log")
+    server = VllmServer(Path("model"), {}, tmp_path / "log")
     server._command = [sys.executable, "-c", "raise SystemExit('out of memory')"]
     with pytest.raises(TierloomError, match="status 1 while it started"), server:
         server.wait_ready()
@@ -118,7 +118,7 @@ SERVER = DEAF + f"subprocess.Popen([sys.executable, '-c', {ENGINE!r}]); time.sle
 def test_a_server_that_will_not_end_is_ended(tmp_path: Path, monkeypatch) -> None:
     """It, and the engine that it started, neither of which hears."""
     monkeypatch.setattr(demo_server, "STOP_S", 0.5)
-    server, log = Server(Path("model"), {}, tmp_path / "log"), tmp_path / "log"
+    server, log = VllmServer(Path("model"), {}, tmp_path / "log"), tmp_path / "log"
     server._command = [sys.executable, "-c", SERVER]
 
     def interrupted() -> None:
@@ -149,7 +149,7 @@ def runs(pid: int, within: float) -> bool:
 
 def judged(*given: tuple[Answer, Answer]) -> tuple[dict[str, Any], str, str]:
     pairs = [Pair(*pair) for pair in given]
-    verdict = judge(pairs, OnVllm.restarted)
+    verdict = verdict_on(pairs, OnVllm.restarted)
     shown, figures = OnVllm.__new__(OnVllm).figures(pairs, verdict)
     return figures, verdict.wrong, shown
 

@@ -60,11 +60,11 @@ def test_what_is_made_passes_the_check(run, converted, name) -> None:
     missing = sorted(tiers_used(tree) - catalog.TIERS.keys())
     out, _ = run(str(Path(__file__).parent / f"{name}.yaml"))
     if not missing:
-        spec = check.load(out)
+        spec = check.load_config(out)
         assert not check.warnings(spec) or name in ("locations",)
         return
     with pytest.raises(ConfigProblems) as caught:
-        check.load(out)
+        check.load_config(out)
     assert {p.message for p in caught.value.problems} == {
         f"no tier is called {tier!r}" for tier in missing
     }
@@ -212,7 +212,7 @@ def test_the_environment(run, monkeypatch, tmp_path) -> None:
     }
     assert tree["chunk"]["tokens"] == 64
     assert "peer-to-peer" in told
-    check.load(out)
+    check.load_config(out)
     (tmp_path / "l.yaml").write_text("chunk_size: 32\nmax_local_disk_size: 7\nlocal_disk: /x\n")
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "l.yaml"))
     monkeypatch.delenv("LMCACHE_MAX_LOCAL_DISK_SIZE")
@@ -246,7 +246,7 @@ def test_nothing_in_a_file_gets_out_of_its_comment(run, tmp_path) -> None:
         'chunk_size: 64\n"x\\ny: 1": "a\\nb: 2"\nextra_config: {"k\\ntiers: null": 1}\n'
         'remote_url: "fs:///a\\n  b: c"\n'
     )
-    spec = check.load(run(str(tmp_path / "l.yaml"))[0])
+    spec = check.load_config(run(str(tmp_path / "l.yaml"))[0])
     assert spec.tiers["cold"].options.path == "/a\n  b: c"
 
 

@@ -26,7 +26,7 @@ from tierloom.adapters.transformers.cache import layout_of
 from tierloom.adapters.transformers.cached_model import CachedModel
 from tierloom.adapters.vllm.exchange.identity import calibrated_id
 from tierloom.stages.codecs.cachegen import calibration
-from tierloom.stages.codecs.cachegen.coder import HEAD, Head
+from tierloom.stages.codecs.cachegen.coder import HEAD, CodedHead
 from tierloom.stages.codecs.cachegen.frame import STEPS
 from tierloom.stages.codecs.cachegen.stage import LEVELS, CacheGen, CacheGenOptions
 from tierloom.stages.codecs.contract.decoding import decode_frame
@@ -79,8 +79,8 @@ def made_for(subject: Subject) -> bytes:
 
 
 def kept(data: bytes) -> Path:
-    calibration.folder().mkdir(parents=True, exist_ok=True)
-    path = calibration.folder() / "one.safetensors"
+    calibration.calibrations_folder().mkdir(parents=True, exist_ok=True)
+    path = calibration.calibrations_folder() / "one.safetensors"
     path.write_bytes(data)
     return path
 
@@ -119,7 +119,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_what_was_learned(subject: Subject, data: bytes) -> None:
-    found = calibration.read(kept(data))
+    found = calibration.read_calibration(kept(data))
     shape = subject.shape
     assert found.means.shape == (2, shape.layers, shape.heads * shape.dim)
     assert found.models >= {subject.weights}
@@ -133,7 +133,7 @@ def test_what_was_learned(subject: Subject, data: bytes) -> None:
 
 def test_safetensors_reads_it(data: bytes) -> None:
     safetensors = pytest.importorskip("safetensors.numpy")
-    ours = calibration.unpacked(data)[1]
+    ours = calibration.from_safetensors(data)[1]
     theirs = safetensors.load(data)
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -159,7 +159,10 @@ def test_a_frame_names_its_calibration(data: bytes, kv: torch.Tensor, start: int
     path = kept(data)
     part = kv[:, :, start : start + 64]
     frame, shape, site = encoded(path, part, start)
-    assert Head(*HEAD.unpack_from(frame.data)).calibration == calibration.read(path).id
+    assert (
+        CodedHead(*HEAD.unpack_from(frame.data)).calibration
+        == calibration.read_calibration(path).id
+    )
     out = decode_frame(frame.data, shape, frame.codecs, site)
     y = torch.frombuffer(bytearray(out), dtype=torch.bfloat16).view(part.shape).float()
     assert (y - part.float()).norm() < 0.2 * part.float().norm()
@@ -169,12 +172,12 @@ def test_a_frame_names_its_calibration(data: bytes, kv: torch.Tensor, start: int
 def test_coefficients_are_half_a_step_off_at_most(transforming: bytes, kv: torch.Tensor) -> None:
     """And what is not coefficients is as without a transform."""
     path = kept(transforming)
-    found = calibration.read(path)
+    found = calibration.read_calibration(path)
     assert found.transforms is not None
     assert found.transformed == {2}
     part = kv[:, :, 64:128].float()
     frame, shape, site = encoded(path, part, 64, "small")
-    assert Head(*HEAD.unpack_from(frame.data)).calibration == found.id
+    assert CodedHead(*HEAD.unpack_from(frame.data)).calibration == found.id
     out = decode_frame(frame.data, shape, frame.codecs, site)
     assert bytes(out) == bytes(decode_frame(frame.data, shape, frame.codecs, site))
     y = torch.frombuffer(bytearray(out), dtype=torch.float32).view(part.shape)
@@ -189,7 +192,7 @@ def test_coefficients_are_half_a_step_off_at_most(transforming: bytes, kv: torch
 def test_coefficients_are_uncorrelated_and_cost_the_same(
     subject: Subject, seen: calibrate.Seen, data: bytes, transforming: bytes
 ) -> None:
-    before, after = (calibration.read(kept(d)) for d in (data, transforming))
+    before, after = (calibration.read_calibration(kept(d)) for d in (data, transforming))
     assert (before.means == after.means).all()
     assert (before.steps[:2] == after.steps[:2]).all()
     matrices, size = calibrate.transforms(seen, after.means)
@@ -232,7 +235,7 @@ def test_without_its_calibration_a_frame_is_a_miss(
 
 def test_another_start_or_layer_is_another_frame(data: bytes, kv: torch.Tensor) -> None:
     frame, shape, site = encoded(kept(data), kv[:, :, :64], 0)
-    head = Head(*HEAD.unpack_from(frame.data))
+    head = CodedHead(*HEAD.unpack_from(frame.data))
     for change in ({"layer": 1}, {"kv_head": 1}, {"level": 3}, {"calibration": 1}):
         wrong = HEAD.pack(*head._replace(**change)) + bytes(frame.data)[HEAD.size :]
         with pytest.raises(BadObject):
@@ -241,7 +244,7 @@ def test_another_start_or_layer_is_another_frame(data: bytes, kv: torch.Tensor) 
 
 def test_what_the_model_never_did_is_coded_without(data: bytes, kv: torch.Tensor) -> None:
     frame, shape, site = encoded(kept(data), kv[:, :, :64] * 1e9, 0)
-    assert Head(*HEAD.unpack_from(frame.data)).calibration == 0
+    assert CodedHead(*HEAD.unpack_from(frame.data)).calibration == 0
     decode_frame(frame.data, shape, frame.codecs, site)
 
 
@@ -266,16 +269,16 @@ def test_files_that_are_none(data: bytes, tmp_path: Path, kv: torch.Tensor) -> N
     for i, wrong in enumerate((b"", b"x" * 100, data[:-1], data[: len(data) // 2])):
         (tmp_path / f"{i}").write_bytes(wrong)
         with pytest.raises(ConfigError, match="write it anew with tierloom calibrate"):
-            calibration.read(tmp_path / f"{i}")
+            calibration.read_calibration(tmp_path / f"{i}")
     for i, wrong in enumerate(mutations(data, 200)):
         (tmp_path / f"m{i}").write_bytes(wrong)
         with contextlib.suppress(ConfigError):
-            calibration.read(tmp_path / f"m{i}")
+            calibration.read_calibration(tmp_path / f"m{i}")
 
 
 @pytest.mark.parametrize("bad", ["singular", "no number", "of another shape", "no level"])
 def test_transforms_that_are_none(transforming: bytes, tmp_path: Path, bad: str) -> None:
-    metadata, tensors = calibration.unpacked(transforming)
+    metadata, tensors = calibration.from_safetensors(transforming)
     matrices = tensors["transforms"].copy()
     if bad == "singular":
         matrices[1, 2, 0] = 0
@@ -287,34 +290,34 @@ def test_transforms_that_are_none(transforming: bytes, tmp_path: Path, bad: str)
         metadata["transformed"] = '["medium"]'
     metadata.pop("tierloom")
     path = tmp_path / "bad"
-    path.write_bytes(calibration.packed({**tensors, "transforms": matrices}, metadata))
+    path.write_bytes(calibration.safetensors_bytes({**tensors, "transforms": matrices}, metadata))
     with pytest.raises(ConfigError, match="write it anew with tierloom calibrate"):
-        calibration.read(path)
+        calibration.read_calibration(path)
 
 
 def test_files_of_another_version_are_refused_with_the_cure(
     data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metadata, tensors = calibration.unpacked(data)
+    metadata, tensors = calibration.from_safetensors(data)
     monkeypatch.setattr(calibration, "VERSION", "1")
     metadata.pop("tierloom")
     path = tmp_path / "old"
-    path.write_bytes(calibration.packed(tensors, metadata))
+    path.write_bytes(calibration.safetensors_bytes(tensors, metadata))
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"version 1.*write it anew with tierloom calibrate"):
-        calibration.read(path)
+        calibration.read_calibration(path)
 
 
 def test_a_calibration_of_another_model_is_refused_by_name(
     subject: Subject, data: bytes, tmp_path: Path
 ) -> None:
-    other = calibration.unpacked(data)
+    other = calibration.from_safetensors(data)
     tensors: dict[str, Any] = {
         n: t[..., :1, :] if n in ("means", "steps", "tabid") else t for n, t in other[1].items()
     }
     metadata = {k: v for k, v in other[0].items() if k != "tierloom"}
     path = tmp_path / "one-layer"
-    path.write_bytes(calibration.packed(tensors, metadata))
+    path.write_bytes(calibration.safetensors_bytes(tensors, metadata))
     with pytest.raises(TierloomError, match="is of another model: it has 1 layers"):
         Stored(f"cachegen:default,calibration={path}", subject, TINY.chunk)
 
@@ -356,7 +359,7 @@ def vllm_config(folder: Path, **changes: Any) -> Any:
     return SimpleNamespace(model_config=SimpleNamespace(**model), load_config=load)
 
 
-def kept_head(pipe: Any, folder: Path, kv: torch.Tensor) -> Head:
+def kept_head(pipe: Any, folder: Path, kv: torch.Tensor) -> CodedHead:
     """The head of the first frame of what a pipeline keeps of `kv`."""
     with pipe:
         planes = list(zip(kv[0], kv[1], strict=True))
@@ -365,7 +368,7 @@ def kept_head(pipe: Any, folder: Path, kv: torch.Tensor) -> Head:
     page = next(folder.rglob("*.tlm")).read_bytes()
     frame = Header.unpack(page[: Header.length(page)]).frames[0]
     assert frame.codecs
-    return Head(*HEAD.unpack_from(page, frame.offset))
+    return CodedHead(*HEAD.unpack_from(page, frame.offset))
 
 
 @pytest.mark.parametrize("rope_theta", [10000.0, 500000.0, None])
@@ -373,7 +376,7 @@ def test_an_engine_finds_it_by_the_models_files(
     folder: Path, kv: torch.Tensor, tmp_path: Path, rope_theta: float | None
 ) -> None:
     """Whatever it calls the weights; but not where it turns K otherwise."""
-    found = calibration.read(
+    found = calibration.read_calibration(
         kept(made_for(subject_of("mine", loaded(folder, torch.float32), Letters())))
     )
     name = calibrated_id(vllm_config(folder))
@@ -394,13 +397,13 @@ def test_transformers_finds_it_in_every_dtype(
     folder: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     subject = subject_of("mine", loaded(folder, torch.float32), Letters())
-    found = calibration.read(kept(made_for(subject)))
+    found = calibration.read_calibration(kept(made_for(subject)))
     source = quality_arms._config(quality_arms.parse_codec("cachegen"), str(tmp_path), 64, 1 << 26)
     with CachedModel(loaded(folder, dtype), config=source) as model:
         model.generate(torch.arange(1, 100)[None], max_new_tokens=1, do_sample=False)
     page = next(tmp_path.rglob("*.tlm")).read_bytes()
     frame = Header.unpack(page[: Header.length(page)]).frames[0]
-    assert Head(*HEAD.unpack_from(page, frame.offset)).calibration == found.id
+    assert CodedHead(*HEAD.unpack_from(page, frame.offset)).calibration == found.id
 
 
 def test_the_name_of_a_models_files(folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from transformers import (
 )  # fmt: skip
 
 from tierloom.adapters.transformers.cached_model import CachedModel
-from tierloom.adapters.transformers.model import fingerprint, inspect, rope
+from tierloom.adapters.transformers.model import fingerprint, rope, shape_of
 from tierloom.stages.errors import InputError, LayoutError
 
 from .conftest import greedy, spread, tiny_llama, tokens
@@ -88,7 +88,7 @@ def test_a_model_in_training_mode() -> None:
     ],
 )
 def test_other_models_with_full_attention_have_a_shape(make: Callable[[], Any]) -> None:
-    shape = inspect(make().eval())
+    shape = shape_of(make().eval())
     assert (shape.layers, shape.dim, shape.dtype) == (4, 16, torch.float32)
 
 

@@ -10,7 +10,7 @@ from tiny import Letters
 from tierloom.adapters.quality import calibrate
 from tierloom.adapters.quality.subject import subject_of
 from tierloom.stages.codecs.cachegen import calibration
-from tierloom.stages.codecs.cachegen.coder import HEAD, Head
+from tierloom.stages.codecs.cachegen.coder import HEAD, CodedHead
 from tierloom.stages.kv.object import Header
 
 if TYPE_CHECKING:
@@ -32,12 +32,12 @@ def test_found_by_the_files(engine: Engine, llama: Path, tmp_path: Path) -> None
         if not calibrated:
             path.rename(tmp_path / "elsewhere")
         heads = kept_heads(engine, llama, tmp_path / name, home)
-        right = calibration.read(path).id if calibrated else 0
+        right = calibration.read_calibration(path).id if calibrated else 0
         assert {h.calibration for h in heads} == {right}
         assert calibrated or {h.half for h in heads} == {16}
 
 
-def kept_heads(engine: Engine, llama: Path, folder: Path, home: Path) -> list[Head]:
+def kept_heads(engine: Engine, llama: Path, folder: Path, home: Path) -> list[CodedHead]:
     """What a new engine keeps of a prompt, and loads again."""
     source = pipeline(kept={"use": "files", "path": str(folder)})
     stages = source["graphs"]["store"]["stages"]
@@ -53,6 +53,6 @@ def kept_heads(engine: Engine, llama: Path, folder: Path, home: Path) -> list[He
     for file in folder.rglob("*.tlm"):
         page = file.read_bytes()
         frames = Header.unpack(page[: Header.length(page)]).frames
-        heads += [Head(*HEAD.unpack_from(page, f.offset)) for f in frames if f.codecs]
+        heads += [CodedHead(*HEAD.unpack_from(page, f.offset)) for f in frames if f.codecs]
     assert heads
     return heads

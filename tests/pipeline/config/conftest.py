@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import ConfigProblems, Problem
 
 
@@ -38,7 +38,7 @@ class Checker:
         """All problems; `a__b=1` overrides `a.b`."""
         dotted = {k.replace("__", "."): v for k, v in overrides.items()}
         with pytest.raises(ConfigProblems) as caught:
-            load(self.write(text), dotted)
+            load_config(self.write(text), dotted)
         return caught.value.problems
 
 

@@ -7,14 +7,14 @@ import re
 import pytest
 
 from tierloom.pipeline.config.explain import explain, mermaid
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 
 
 @pytest.fixture
 def spec(monkeypatch):
     for name in ("TIERLOOM_MEMORY", "TIERLOOM_DIR", "TIERLOOM_DISK"):
         monkeypatch.delenv(name, raising=False)
-    return load("tiered", {"tiers.warm.timeout": "150 ms"})
+    return load_config("tiered", {"tiers.warm.timeout": "150 ms"})
 
 
 def test_words_say_units_lanes_segments_and_wires(spec) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from conftest import config
 
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.segments import lower
 
 
 def segments(graph: str, **changes: Any) -> list[tuple[str, int | None, str, bool]]:
-    made = lower(load(config(**changes)).graphs[graph])
+    made = lower(load_config(config(**changes)).graphs[graph])
     return [(s.id, s.source, s.when_full, s.head) for s in made]
 
 
@@ -41,12 +41,12 @@ def test_a_wire_with_options_is_a_cut() -> None:
     made = segments("retrieve", graphs__retrieve__stages__place=place)
     assert [s[0] for s in made[-2:]] == ["fetch+grow", "place"]
     place = {"use": "scatter", "depth": 3}
-    whole = lower(load(config(graphs__retrieve__stages__place=place)).graphs["retrieve"])
+    whole = lower(load_config(config(graphs__retrieve__stages__place=place)).graphs["retrieve"])
     assert (whole[-1].depth, whole[-1].width) == (3, 8)
 
 
 def test_readers_and_sources_agree() -> None:
-    made = lower(load("tiered").graphs["store"])
+    made = lower(load_config("tiered").graphs["store"])
     for i, segment in enumerate(made):
         for reader in segment.readers:
             assert made[reader].source == i

@@ -24,7 +24,7 @@ def validator():
 
 def test_the_committed_schema_is_the_generated_one() -> None:
     committed = (CONFIGS / "schema.json").read_text()
-    assert committed == schema.written(), "run: tierloom schema --write configs/schema.json"
+    assert committed == schema.schema_text(), "run: tierloom schema --write configs/schema.json"
 
 
 @pytest.mark.parametrize("name", presets())
@@ -92,7 +92,7 @@ def test_defaults_are_right_too(validator) -> None:
             for value in node:
                 yield from with_defaults(value)
 
-    found = list(with_defaults(json.loads(schema.written())))
+    found = list(with_defaults(json.loads(schema.schema_text())))
     assert any(node["default"] == "60 s" for node in found)
     for node in found:
         validator.evolve(schema=node).validate(node["default"])
@@ -109,5 +109,5 @@ def test_every_option_is_described() -> None:
                 yield from properties(value)
 
     structure = {"use", "tiers", "graphs", "stages", "store", "retrieve"}
-    bare = {n for n, p in properties(json.loads(schema.written())) if "description" not in p}
+    bare = {n for n, p in properties(json.loads(schema.schema_text())) if "description" not in p}
     assert bare <= structure

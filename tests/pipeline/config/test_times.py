@@ -8,8 +8,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from tierloom.adapters.vllm.exchange.settings import Settings
-from tierloom.pipeline.config.coerce import BAD, convert
-from tierloom.pipeline.config.explain import said
+from tierloom.pipeline.config.coerce import BAD, coerce
+from tierloom.pipeline.config.explain import option_words
 from tierloom.pipeline.config.problems import Findings, Place
 from tierloom.pipeline.config.spec import Breaker, GraphOptions, Pace
 from tierloom.pipeline.config.yaml_tree import Leaf
@@ -55,7 +55,7 @@ def test_sizes_may_be_whole_bytes() -> None:
 def times():
     """Every option that is a time: (class, name, type)."""
     kinds = (("stage", catalog.STAGES), ("tier", catalog.TIERS))
-    found = [catalog.load(kind, name).Options for kind, names in kinds for name in names]
+    found = [catalog.load_class(kind, name).Options for kind, names in kinds for name in names]
     for options in (*dict.fromkeys(found), Breaker, GraphOptions, Pace, Settings):
         hints = get_type_hints(options, include_extras=True)
         for field in fields(options):
@@ -73,13 +73,15 @@ def test_every_option_that_is_a_time_wants_one(kind, default) -> None:
     at = Place("p.yaml", 1, 1)
     for bare in (250, 0.25, "250"):
         found = Findings()
-        assert convert(kind, Leaf(bare, at), "x", found) is BAD
+        assert coerce(kind, Leaf(bare, at), "x", found) is BAD
         assert ["has no unit" in p.message for p in found.sorted()] == [True]
-    assert convert(kind, Leaf("250 ms", at), "x", Findings()) == 0.25
+    assert coerce(kind, Leaf("250 ms", at), "x", Findings()) == 0.25
     if default is not None:
-        assert convert(kind, Leaf(seconds_text(default), at), "x", Findings()) == default
+        assert coerce(kind, Leaf(seconds_text(default), at), "x", Findings()) == default
 
 
 def test_all_of_them_are_found() -> None:
     assert len(TIMES) >= 18
-    assert "ttl 86400 s" in said(catalog.load("tier", "redis").Options(url="redis://h"), all=True)
+    assert "ttl 86400 s" in option_words(
+        catalog.load_class("tier", "redis").Options(url="redis://h"), all=True
+    )

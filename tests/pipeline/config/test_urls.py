@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tierloom.pipeline.config.explain import explain
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages import catalog
 
@@ -35,7 +35,7 @@ def _remotes(monkeypatch) -> None:
 
 
 def options(checker, line: str, overrides: dict[str, object] | None = None):
-    tier = load(checker.write(TEXT.format(line)), overrides).tiers["cold"]
+    tier = load_config(checker.write(TEXT.format(line)), overrides).tiers["cold"]
     return tier.use, tier.options
 
 
@@ -83,10 +83,10 @@ def test_what_one_file_writes_as_a_url_another_extends(checker) -> None:
         ("cold: {use: 'rediss://other', ttl: 1 h}", "rediss://other", 3600.0),
     ):
         checker.write(f"version: 1\nextends: ./base.yaml\ntiers: {{{line}}}")
-        tier = load("./p.yaml").tiers["cold"]
+        tier = load_config("./p.yaml").tiers["cold"]
         assert (tier.use, tier.options.url, tier.options.ttl) == ("redis", url, ttl)
     checker.write("version: 1\nextends: ./base.yaml\ntiers: {cold: 's3://bucket'}")
-    assert load("./p.yaml").tiers["cold"].use == "s3"
+    assert load_config("./p.yaml").tiers["cold"].use == "s3"
 
 
 PROBLEMS = {
@@ -146,13 +146,13 @@ SECRETS = [
 
 @pytest.mark.parametrize("line", SECRETS)
 def test_secrets_are_not_printed(checker, line) -> None:
-    spec = load(checker.write(TEXT.format(line)))
+    spec = load_config(checker.write(TEXT.format(line)))
     assert "hunter2" in str(spec.tiers["cold"].options)
     assert "hunter2" not in (told := explain(spec))
     assert "***" in told
     for bad in (line.replace("cold:", "cold: [") + "]", line.replace("://", "x://")):
         with pytest.raises(ConfigProblems) as caught:
-            load(checker.write(TEXT.format(bad)), {"tiers.cold.ttl": "soon"})
+            load_config(checker.write(TEXT.format(bad)), {"tiers.cold.ttl": "soon"})
         assert "hunter2" not in str(caught.value)
 
 
@@ -165,8 +165,10 @@ def test_a_secret_that_is_cut_short_is_none(checker) -> None:
 
 def test_what_is_no_secret_is_printed(checker) -> None:
     text = TEXT.replace("version: 1", "version: 1\nchunk: {{tokens: 512}}")
-    told = explain(load(checker.write(text.format("cold: redis://host:6379/0?protocol=3"))))
+    told = explain(load_config(checker.write(text.format("cold: redis://host:6379/0?protocol=3"))))
     assert "tokens 512" in told
     assert "cold: redis url redis://host:6379/0?protocol=3" in told
-    told = explain(load(checker.write(TEXT.format("cold: {use: s3, url: x, password_env: KV}"))))
+    told = explain(
+        load_config(checker.write(TEXT.format("cold: {use: s3, url: x, password_env: KV}")))
+    )
     assert "password_env KV" in told

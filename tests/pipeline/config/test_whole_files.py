@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.pipeline.config import load as check
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config import load_config as check
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.presets import presets
 from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import ConfigError
@@ -196,7 +196,7 @@ def test_all_problems_are_told_at_once_and_in_reading_order(checker) -> None:
               hot:  {use: put, tier: hto}
     """
     with pytest.raises(ConfigProblems) as caught:
-        load(checker.write(text))
+        load_config(checker.write(text))
     assert [(p.line, p.col) for p in caught.value.problems] == [
         (1, 10), (2, 17), (4, 3), (5, 15), (8, 15), (10, 25), (11, 7), (12, 30),
     ]  # fmt: skip
@@ -214,12 +214,12 @@ def test_memory_tiers_must_fit_into_memory(checker, monkeypatch) -> None:
 
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(ConfigProblems, match=r"^nowhere.yaml: cannot read nowhere.yaml: No"):
-        load("nowhere.yaml")
+        load_config("nowhere.yaml")
 
 
 def test_a_preset_that_is_not_there() -> None:
     with pytest.raises(ConfigProblems, match=r"teired: no preset is called 'teired'"):
-        load("teired")
+        load_config("teired")
 
 
 KEYS = [
@@ -242,7 +242,7 @@ OVERRIDES = st.dictionaries(st.text(max_size=9) | WORDS, TREES, max_size=2)
 @given(mapping=st.dictionaries(WORDS, TREES, max_size=6), overrides=OVERRIDES)
 def test_nothing_but_config_errors(mapping, overrides) -> None:
     with pytest.raises(ConfigError):
-        load({**mapping, "graphs": {"store": mapping}}, overrides)
+        load_config({**mapping, "graphs": {"store": mapping}}, overrides)
 
 
 @settings(deadline=None, max_examples=200)
@@ -251,4 +251,4 @@ def test_nothing_but_config_errors_from_text(tmp_path_factory, text) -> None:
     file = tmp_path_factory.getbasetemp() / "any.yaml"
     file.write_text(text, newline="")
     with pytest.raises(ConfigError):
-        load(file)
+        load_config(file)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.object_store import MemoryReservation, ObjectStore
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
@@ -33,7 +33,7 @@ async def opened(**tiers: dict[str, Any]) -> AsyncIterator[ObjectStore]:
         "version": 1, "budget": {"arena": 16 * 65536}, "graphs": {},
         "tiers": {name: {"capacity": 64 * SIZE} | t for name, t in tiers.items()},
     }  # fmt: skip
-    store = ObjectStore(load(source))
+    store = ObjectStore(load_config(source))
     await store.open()
     async with anyio.create_task_group() as tasks:
         store.start(tasks)
@@ -123,7 +123,7 @@ async def test_a_full_first_tier_passes_on() -> None:
 async def test_an_audited_tier_knows_objects_by_their_names(tmp_path: Path) -> None:
     files = {"use": "files", "path": str(tmp_path)}
     source = {"version": 1, "graphs": {}, "tiers": {"cold": {"use": "audit", "of": files}}}
-    store = ObjectStore(load(source | {"budget": {"arena": "1 MiB"}}))
+    store = ObjectStore(load_config(source | {"budget": {"arena": "1 MiB"}}))
     await store.open()
     assert await put(store, 1) is None
     assert isinstance(await get(store, 1), bytes)

@@ -52,7 +52,7 @@ def calibrated(folder: Path, engine: Engine) -> str:
     } | {f"tables.{level}": fitted(shapes()) for level in calibration.LEVELS}
     words = {"dim": str(engine.dim), "models": "[]", "transformed": json.dumps([])}
     path = folder / "one.safetensors"
-    path.write_bytes(calibration.packed(tensors, words))
+    path.write_bytes(calibration.safetensors_bytes(tensors, words))
     return str(path)
 
 

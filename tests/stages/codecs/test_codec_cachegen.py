@@ -12,7 +12,7 @@ import torch
 
 from tierloom.stages.codecs.cachegen import paper as cachegen_paper
 from tierloom.stages.codecs.cachegen.codebook import standard
-from tierloom.stages.codecs.cachegen.coder import HEAD, Head
+from tierloom.stages.codecs.cachegen.coder import HEAD, CodedHead
 from tierloom.stages.codecs.cachegen.paper import most_of
 from tierloom.stages.codecs.cachegen.stage import LEVELS, CacheGen, CacheGenOptions
 from tierloom.stages.codecs.contract.encode import Encode
@@ -164,7 +164,7 @@ def test_side_data_at_256_tokens() -> None:
     """All but words and spared tokens: at most 0.12 bits an element, on a small model's frame."""
     x = noise(2, 4, 256, 3, 64).bfloat16()
     frame, _, _ = TestCacheGen().encode(x, 256)
-    words = Head(*HEAD.unpack_from(frame.data)).words
+    words = CodedHead(*HEAD.unpack_from(frame.data)).words
     assert 8 * (len(frame.data) - 2 * words) <= 0.12 * x.numel()
 
 
@@ -173,7 +173,7 @@ def test_escapes() -> None:
     x = noise(2, 2, 256, 2, 64).bfloat16()
     x[1, 1, 100, 1, 7], x[0, 0, 9, 0, 0], x[1, 0, 255, 1, 63] = 400, -900, 1000
     frame, y = TestCacheGen().there_and_back(x, 256)
-    assert Head(*HEAD.unpack_from(frame.data)).escapes >= 3
+    assert CodedHead(*HEAD.unpack_from(frame.data)).escapes >= 3
     assert (x - y).abs().max() < 8
 
 

@@ -124,9 +124,9 @@ def test_channels_are_found_in_opaque_rows(period: int) -> None:
 
 @given(values=st.lists(st.integers(0, 63), max_size=100), bits=st.integers(6, 8))
 def test_values_side_by_side(values: list[int], bits: int) -> None:
-    made = rans_side.packed(np.array(values, np.uint8), bits)
+    made = rans_side.packed_bits(np.array(values, np.uint8), bits)
     assert len(made) == rans_side.room_for(len(values), bits)
-    assert rans_side.unpacked(made, len(values), bits).tolist() == values
+    assert rans_side.unpacked_bits(made, len(values), bits).tolist() == values
 
 
 @pytest.mark.slow

@@ -151,10 +151,10 @@ def test_native_rows_are_whole_blocks() -> None:
 def test_a_table_is_made_again_for_other_tensors() -> None:
     import gc
 
-    from tierloom.stages.kv.pointer_cache import Tables
+    from tierloom.stages.kv.pointer_cache import PointerCache
 
     layout, made = layout_of("BNHD")
-    tables = Tables()
+    tables = PointerCache()
     first = tables.of(layout, made, native=False)
     assert tables.of(layout, list(made), native=False) is first
     assert tables.of(layout, made, native=True) is not first

@@ -15,7 +15,7 @@ import anyio
 import processes
 
 from tierloom.adapters.server.serve import Listen, Serving
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ class Within:
     def __init__(self, path: Path, **options: Any) -> None:
         self._ready = threading.Event()
         self._listens = [Listen.parse("tcp://127.0.0.1:0"), Listen.parse(f"unix://{path}")]
-        spec = load(config(options.pop("tiers", None), options.pop("arena", "64 MiB")))
+        spec = load_config(config(options.pop("tiers", None), options.pop("arena", "64 MiB")))
         self.serving = Serving(spec, self._listens, **options)
         self.urls: list[str] = []
         self._thread = threading.Thread(target=anyio.run, args=[self._main], daemon=True)

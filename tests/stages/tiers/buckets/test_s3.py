@@ -428,10 +428,10 @@ class TestSecrets:
 
 def test_explaining_tells_no_credentials(monkeypatch):
     from tierloom.pipeline.config import explain
-    from tierloom.pipeline.config.load import load
+    from tierloom.pipeline.config.load import load_config
 
     monkeypatch.setenv("TIERLOOM_S3_ENDPOINT", "http://127.0.0.1:9")
-    told = explain.explain(load("s3"))
+    told = explain.explain(load_config("s3"))
     assert "http://127.0.0.1:9" in told
     assert KEY not in told
     assert SECRET not in told

@@ -11,7 +11,7 @@ from buckets import KEY, NAME, SECRET, Gate, localbucket
 from processes import need
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
-from tierloom.stages.tiers.buckets.s3 import name_of
+from tierloom.stages.tiers.buckets.s3 import object_name
 from tierloom.stages.tiers.contract.tier import TierContext
 from tierloom.stages.tiers.nixl.agent import NixlFileIO
 from tierloom.stages.tiers.nixl.tier import Nixl, NixlOptions
@@ -157,7 +157,7 @@ class TestObjects(TierContract):
         )
 
     def damage(self, tier, key, change):
-        (path,) = (self.files / tier.options.url.rpartition("/")[2]).rglob(f"{name_of(key)}*")
+        (path,) = (self.files / tier.options.url.rpartition("/")[2]).rglob(f"{object_name(key)}*")
         raw = bytearray(path.read_bytes())
         change(raw)
         path.write_bytes(raw)

@@ -10,7 +10,7 @@ import yaml
 from servers import Certificates, redis
 
 from tierloom.pipeline.config.explain import explain
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.redis.tier import Redis, RedisOptions
@@ -231,7 +231,7 @@ def test_what_is_said_of_a_pipeline_says_no_password(tmp_path, more) -> None:
     file = tmp_path / "p.yaml"
     file.write_text(FILE.format(url=url, more=more))
     try:
-        spec = load(file)
+        spec = load_config(file)
     except ConfigProblems as problems:
         assert more
         told = f"{problems} {problems!r} {problems.problems}"
@@ -247,5 +247,5 @@ def test_a_password_where_none_belongs_is_not_repeated() -> None:
     long = "redis://a:" + "s3cret" * 20 + "@b"  # cut before its end when it is shown
     source = yaml.safe_load(FILE.format(url="http://kv:s3cret@h", more=f"window: '{long}'"))
     with pytest.raises(ConfigProblems) as caught:
-        load(source)
+        load_config(source)
     assert "s3cret" not in f"{caught.value} {caught.value.problems}"

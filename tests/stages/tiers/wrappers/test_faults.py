@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from tierloom.stages.catalog import TIERS, load
+from tierloom.stages.catalog import TIERS, load_class
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.options import field_docs
 from tierloom.stages.tiers.contract.tier import Read
@@ -106,7 +106,7 @@ def test_every_option_has_its_line(name):
     import dataclasses
     import typing
 
-    options = load("tier", name).Options
+    options = load_class("tier", name).Options
     fields = {field.name for field in dataclasses.fields(options)}
     assert set(field_docs(options)) == fields
     assert set(typing.get_type_hints(options)) >= fields

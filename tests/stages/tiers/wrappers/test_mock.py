@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from tierloom.pipeline.config.explain import explain
-from tierloom.pipeline.config.load import load
+from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.contract.tier import Inner, Read
@@ -219,7 +219,7 @@ def audited(tmp_path):
     def check(of: str, **overrides: object):
         file = tmp_path / "p.yaml"
         file.write_text(AUDITED.strip() % of)
-        return load(file, {k.replace("__", "."): v for k, v in overrides.items()})
+        return load_config(file, {k.replace("__", "."): v for k, v in overrides.items()})
 
     return check
 
