@@ -118,14 +118,16 @@ class Mooncake(Pooled):
             return [code == 1 for code in codes]
 
     def _peek(self, names: Sequence[str]) -> list[bytes | None]:
-        with self._in_use() as client:
-            found = client.batch_get_buffer(self._full(names))
-            values = [_value(handle) for handle in found]
-        missing = [name for name, value in zip(names, values, strict=True) if value is None]
-        # Missing because the master is down (that raises), or the owner of the memory?
-        if missing and any(self._exists(missing)) and len(missing) == len(names):
-            raise TierDown("mooncake: the process that owns the memory does not answer")
-        return values
+        for _ in range(2):
+            with self._in_use() as client:
+                found = client.batch_get_buffer(self._full(names))
+                values = [_value(handle) for handle in found]
+            missing = [name for name, value in zip(names, values, strict=True) if value is None]
+            # Missing because the master is down (that raises), because the owner of the memory is,
+            # or only because it was put since? That a second look tells.
+            if not missing or not any(self._exists(missing)) or len(missing) < len(names):
+                return values
+        raise TierDown("mooncake: the process that owns the memory does not answer")
 
     def _fetch(self, pieces: Sequence[Piece]) -> list[Lost | None]:
         if not pieces:
