@@ -128,7 +128,7 @@ def _numba() -> Finding:
         return Finding("warn", f"{text}; no folder to cache its code", hint)
     if passing in kept.parents:
         hint = (
-            "deleted with it, and then a start is slow: set NUMBA_CACHE_DIR to a permanent folder"
+            "deleted with it, and then a start is slow: set NUMBA_CACHE_DIR to a folder that lasts"
         )
         return Finding("warn", f"{text}; caches its code in {passing}", hint)
     return Finding("ok", text)
