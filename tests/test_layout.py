@@ -16,7 +16,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ["triton_kernels", "stages", "pipeline", "adapters"]
 BANNED = {"utils", "util", "common", "helpers", "manager", "misc"}
-FILES = [p for floor in FLOORS for p in sorted((ROOT / floor).rglob("*.py"))]
+MOVED = {"stages/base.py", "stages/tiers/base.py", "stages/tiers/blobs.py"}
+"""Where contracts were in 0.1, for whoever still imports them from there; no rooms of ours."""
+FILES = [
+    p for floor in FLOORS for p in sorted((ROOT / floor).rglob("*.py"))
+    if str(p.relative_to(ROOT)) not in MOVED
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*FLOORS, "configs"])

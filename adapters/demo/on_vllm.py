@@ -49,7 +49,7 @@ class OnVllm:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("vLLM is not installed for this Python: run make demo-vllm")
         demo.console.print(
-            f"{smollm2.NAME} behind vLLM {_version()} in float32 on CPU, prefix caching off, "
+            f"{smollm2.NAME} on vLLM {_version()} in float32 on CPU, prefix caching off, "
             f"pipeline [bold]{config}[/]. Times are from sending a request to its first text.\n",
             highlight=False,
         )

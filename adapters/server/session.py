@@ -218,7 +218,7 @@ class Session:
                 count = await self._store.clear(self._space) if clears else 0
                 await self._holds(number, count)
         else:
-            raise wire.BadMessage(f"{kind.name} is no question")
+            raise wire.BadMessage(f"{kind.name} is not a question")
 
     async def _holds(self, number: int, count: int) -> None:
         await self._connection.send(wire.message(Kind.HOLDS, number, self._holdings(count)))

@@ -24,7 +24,7 @@ _PATIENCE = 0.25  # seconds after which an abandoned call counts as hanging
 
 
 @dataclass(eq=False, slots=True)
-class _Call:
+class _RunningCall:
     """One call. Good until its thread is through, or it was left before a thread took it."""
 
     begun: float
@@ -42,14 +42,14 @@ class BoundedCalls:
         self.limit = limit
         self._pool, self._counts = pool, counts
         self._lock = threading.Lock()
-        self._running: set[_Call] = set()
+        self._running: set[_RunningCall] = set()
         self._freed: anyio.Event | None = None
 
     async def __call__(
         self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = ()
     ) -> Any:
         """What `fn` returned or raised. Raises TierDown when `limit` calls hang."""
-        call = _Call(time.monotonic())
+        call = _RunningCall(time.monotonic())
         while not self._admit(call):
             self._freed = self._freed or anyio.Event()
             with anyio.move_on_after(_TURN):
@@ -66,7 +66,7 @@ class BoundedCalls:
                 await anyio.sleep(_TURN)
         return not self._running
 
-    def _admit(self, call: _Call) -> bool:
+    def _admit(self, call: _RunningCall) -> bool:
         with self._lock:
             if len(self._running) < self.limit:
                 call.begun = time.monotonic()
@@ -77,7 +77,7 @@ class BoundedCalls:
                 raise TierDown(f"{self.limit} calls of its client do not return")
             return False
 
-    def _run(self, call: _Call, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _run(self, call: _RunningCall, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         with self._lock:
             if call.left:  # before a thread was free
                 return None
@@ -88,7 +88,7 @@ class BoundedCalls:
             with self._lock:
                 self._running.discard(call)
 
-    def _leave(self, call: _Call) -> None:
+    def _leave(self, call: _RunningCall) -> None:
         with self._lock:
             if call in self._running:
                 call.left = True
