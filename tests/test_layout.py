@@ -105,6 +105,14 @@ def test_no_folder_is_crowded() -> None:
     assert not {str(folder): n for folder, n in tests.items() if n > 20}
 
 
+def test_a_full_room_has_a_readme_that_names_its_files() -> None:
+    count = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    for folder in (f for f, n in count.items() if n > 5):
+        text = (folder / "README.md").read_text()
+        names = {p.name for p in FILES if p.parent == folder and not p.name.startswith("__")}
+        assert not {n for n in names if f"`{n}`" not in text}, folder
+
+
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     ours = {p.stem for p in FILES} - {"__init__", "__main__"}
     assert not ours & sys.stdlib_module_names
