@@ -11,22 +11,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any
 
 import anyio
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.run.threads import Pool
+from tierloom.pipeline.tier_stack import open_tiers
 from tierloom.stages.directory.chunk_directory import ChunkDirectory
 from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of
 from tierloom.stages.memory.arena import Arena, Lease
 from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
-from tierloom.stages.tiers.contract.tier import Read, TierContext, TierStat
+from tierloom.stages.tiers.contract.tier import Read, TierStat
 
 log = logging.getLogger("tierloom.serve")
 
@@ -46,12 +46,12 @@ class ObjectDirectory:
         self._empty = ChunkDirectory(tiers)
         self._spaces: dict[bytes, ChunkDirectory] = defaultdict(partial(ChunkDirectory, tiers))
 
-    def note(self, tier: str, size: Callable[[bytes], int], kept: bool, links: bytes) -> None:
-        """A tier's `watch`. `size`: of an object that it keeps."""
+    def note(self, tier: str, nbytes: int, kept: bool, links: bytes) -> None:
+        """An object came to a tier, or went."""
         space, name = links[:LINK], links[-LINK:]
         with self._lock:
             objects = self._spaces[space]
-            objects.note(0, tier, kept, name, size(name) if kept else 0)
+            objects.note(0, tier, kept, name, nbytes)
             if not len(objects):
                 del self._spaces[space]
 
@@ -129,16 +129,14 @@ class ObjectStore:
 
     async def open(self) -> None:
         """Open the tiers. Raises ConfigError."""
-        for name, t in self.spec.tiers.items():
-            make: Any = t.cls  # every tier takes (options, context)
-            sizes: list[CircuitBreaker] = []
-            watch = partial(self._directory.note, name, partial(_size, sizes))
-            ctx = TierContext(self.arena, b"", self._io, watch)
-            tier = CircuitBreaker(make(t.options, ctx), name, t.breaker)
-            sizes.append(tier)
-            self._home.push_async_callback(tier.close)
-            await tier.open()
-            self.tiers.append(tier)
+        by_name: dict[str, CircuitBreaker] = {}
+
+        def note(tier: str, kept: bool, links: bytes) -> None:
+            found = by_name[tier].find(links[-LINK:]) if kept else None
+            self._directory.note(tier, found.nbytes if found is not None else 0, kept, links)
+
+        await open_tiers(self.spec, self.arena, self._io, by_name, self._home, note=note)
+        self.tiers = list(by_name.values())
 
     def start(self, tasks: anyio.abc.TaskGroup) -> None:
         """One task for each colder tier."""
@@ -298,9 +296,3 @@ def _named(obj: Object, space: bytes, name: bytes) -> Object:
     before = max(1, len(obj.header.links) // LINK - 1)
     header = obj.header._replace(key=name, links=space * before + name)
     return Object(header, obj.lease, loaded=obj.loaded, sealed=True)
-
-
-def _size(tier: list[CircuitBreaker], name: bytes) -> int:
-    """Bytes of an object that a tier with an index keeps."""
-    found = tier[0].find(name)
-    return found.nbytes if found is not None else 0

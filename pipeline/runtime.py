@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import anyio
 
@@ -17,6 +17,7 @@ from tierloom.pipeline.config.spec import Graph, PipelineSpec
 from tierloom.pipeline.run.graph_runner import GraphRunner
 from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
+from tierloom.pipeline.tier_stack import open_tiers
 from tierloom.stages.contract.stage import Context, ModelFacts, Stage
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.geometry import Geometry
@@ -25,7 +26,6 @@ from tierloom.stages.kv.paged_copy import warm_up
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
-from tierloom.stages.tiers.contract.tier import TierContext
 
 
 class Change(NamedTuple):
@@ -99,15 +99,13 @@ class Worker:
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            for name, t in self._spec.tiers.items():
-                make: Any = t.cls  # every tier takes (options, context)
-                watch = partial(self._note, name) if self._watch else None
-                ctx = TierContext(self.arena, self._names.digest, self._io, watch)
-                tier = CircuitBreaker(make(t.options, ctx), name, t.breaker)
-                tier.unread.watch = watch if tier.local else None
-                home.push_async_callback(tier.close)
-                await tier.open()
-                self.tiers[name] = tier
+            note = self._note if self._watch else None
+            await open_tiers(
+                self._spec, self.arena, self._io, self.tiers, home,
+                namespace=self._names.digest, note=note,
+            )  # fmt: skip
+            for name, tier in self.tiers.items():
+                tier.unread.watch = partial(note, name) if note and tier.local else None
             for graph in self._spec.graphs.values():  # a stage may refuse its options or the layout
                 self.runners[graph.name] = self._runner(graph)
             async with anyio.create_task_group() as tasks:

@@ -1,0 +1,35 @@
+"""A file's tiers, opened: each under its circuit breaker, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
+from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.contract.tier import TierContext
+
+Note = Callable[[str, bool, bytes], None]
+"""Called with a tier's name, whether an object came or went, and its links."""
+
+
+async def open_tiers(
+    spec: PipelineSpec, arena: Arena, pool: Pool, tiers: dict[str, CircuitBreaker],
+    closing: AsyncExitStack, *, namespace: bytes = b"", note: Note | None = None,
+) -> None:  # fmt: skip
+    """Fill `tiers` by name; `closing` closes them. A tier is in `tiers` before it opens, when it
+    tells `note` of what it kept. `namespace`: the digest that every object carries; empty: objects
+    of all. Raises ConfigError; a tier that cannot be reached is opened and down."""
+    for name, t in spec.tiers.items():
+        make: Any = t.cls  # every tier takes (options, context)
+        watch = partial(note, name) if note is not None else None
+        tier = CircuitBreaker(
+            make(t.options, TierContext(arena, namespace, pool, watch)), name, t.breaker
+        )
+        closing.push_async_callback(tier.close)
+        tiers[name] = tier
+        await tier.open()
