@@ -36,7 +36,7 @@ def test_each_floor_is_linked_and_has_no_init(name: str) -> None:
 def test_a_face_is_short() -> None:
     """`__init__.py` of a room names what outsiders import from it, and does nothing else."""
     faces = [p for p in FILES if p.name == "__init__.py"]
-    assert not [p for p in faces if len(p.read_text().splitlines()) > 22]
+    assert not [p for p in faces if len(p.read_text().splitlines()) > 25]
 
 
 def imported(path: Path) -> set[str]:

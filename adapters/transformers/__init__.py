@@ -10,13 +10,15 @@ if TYPE_CHECKING:
 
 __all__ = ["CachedModel", "TierloomCache"]
 
+_RENAMED = {"Kept": "CachedModel", "Request": "Generation"}
+_KNOWN = {*__all__, *_RENAMED, "Abandoned", "Generation", "KVShape", "KeptLayer"}
+
 
 def __getattr__(name: str) -> Any:
+    if name not in _KNOWN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from tierloom.adapters.transformers import cached_model
 
-    if name == "Kept":
-        warnings.warn("Kept is now called CachedModel", DeprecationWarning, stacklevel=2)
-        name = "CachedModel"
-    if name not in cached_model.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(cached_model, name)
+    if name in _RENAMED:
+        warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return getattr(cached_model, _RENAMED.get(name, name))

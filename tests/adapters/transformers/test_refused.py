@@ -203,5 +203,5 @@ def test_a_large_model_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_old_name_still_works_and_warns() -> None:
     import tierloom.adapters.transformers as face
 
-    with pytest.warns(DeprecationWarning, match="now called CachedModel"):
+    with pytest.warns(DeprecationWarning, match="Kept is now CachedModel"):
         assert face.Kept is CachedModel
