@@ -25,7 +25,7 @@ def test_a_line_for_each_load_and_store(engine: Engine, llama: Path, expect: Exp
     begun = len(engine.log_text())
     expect(engine, tokens, cached=0, name="first")
     engine.settle()
-    assert len(said(engine, r"request first-\w+: .*\b992 kept", begun)) == 1
+    assert len(said(engine, r"request first-\w+: .*\b992 stored", begun)) == 1
     assert not said(engine, r"request first-\w+: .*loaded", begun)
     expect(engine, tokens, cached=992, name="second")
     engine.settle()
