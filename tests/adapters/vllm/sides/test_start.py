@@ -53,7 +53,7 @@ def test_copies_and_engines_side_by_side(
         for cached in (0, 992):  # found again after a restart, though the first folder is taken
             engine.use(llama, kv, env=home, fresh=True)
             begun = engine.log_text()
-            assert re.search(r"tierloom: disk tier in \S+/tierloom-2: ", begun)
+            assert re.search(r"tierloom: disk tier uses \S+/tierloom-2: ", begun)
             assert re.search(r"tierloom: storing the KV of ", begun)
             expect(engine, other, cached=cached, name="one")
             engine.settle()
