@@ -18,7 +18,7 @@ from tierloom.adapters.cli import commands as cli
 from tierloom.adapters.model_identity.weights import files_id
 from tierloom.adapters.quality import arms as quality_arms
 from tierloom.adapters.quality import calibrate
-from tierloom.adapters.quality import measure as quality_measure
+from tierloom.adapters.quality import subject as quality_subject
 from tierloom.adapters.quality.arms import Stored
 from tierloom.adapters.quality.measure import references, score
 from tierloom.adapters.quality.subject import subject_of
@@ -327,7 +327,7 @@ def test_the_command_writes_where_it_is_found(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     words: list[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(quality_measure, "load_subject", lambda _: subject)
+    monkeypatch.setattr(quality_subject, "load_subject", lambda _: subject)
     monkeypatch.setattr("sys.argv", ["tierloom", "calibrate", "--model", "tiny", *words])
     with pytest.raises(SystemExit) as done:
         cli.main()
