@@ -54,7 +54,7 @@ CODECS = {
             11,
             "progressive",
             ".cachegen.progressive",
-            "decoded",
+            "from_progressive",
             "Progressive",
             describe="describe",
         ),
