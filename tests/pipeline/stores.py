@@ -314,7 +314,7 @@ class Pool(Store):
 
         from tierloom.stages.kv.prefix import grain_links
 
-        keys = grain_links(pipe._seed("", "", ()), IDS, 16)[3::4]
+        keys = grain_links(pipe._requests._seed("", "", ()), IDS, 16)[3::4]
         tier: Any = pipe.tiers["cold"].tier
         return [name for key in keys for name in (key.hex(), *names_of(tier, key))]
 

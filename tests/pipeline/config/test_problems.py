@@ -143,7 +143,7 @@ STAGES = {
         "x: {use: lookup, tiers: [hot, cold]}", "7:37", "graphs.store.stages.x.tiers",
         "there is no tier 'cold'", "known: hot",
     ),
-    "an id": ("a.b: {use: lookup}", "7:7", "graphs.store.stages", "'a.b' is no id",
+    "an id": ("a.b: {use: lookup}", "7:7", "graphs.store.stages", "'a.b' is not an id",
               "letters, digits, '-' and '_', a letter first"),
     "a stage that is no mapping": (
         "x: lookup", "7:7", "graphs.store.stages.x", "wants a mapping, got 'lookup'", "",
@@ -152,9 +152,9 @@ STAGES = {
         "x: null", "7:7", "graphs.store.stages.x", "wants a mapping, got nothing",
         "there is no 'x' to remove",
     ),
-    "a key that stands twice": (
+    "a key that occurs twice": (
         "keys: {use: hash}", "7:7", "graphs.store.stages",
-        "key 'keys' stands twice, first in line 6", "",
+        "key 'keys' occurs twice, first in line 6", "",
     ),
     "a tag": (
         "x: {use: !!python/name:os.system lookup}", "7:16", "graphs.store.stages.x.use",

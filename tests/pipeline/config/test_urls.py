@@ -109,7 +109,7 @@ PROBLEMS = {
     ),
     "two URLs": (
         "cold: {use: 's3://bucket', url: 's3://other'}", "3:30", "tiers.cold",
-        "'url' stands in `use` already", "write `use: s3`, or leave `url` out",
+        "'url' is in `use` already", "write `use: s3`, or leave `url` out",
     ),
     "a word": (
         "cold: redis", "3:3", "tiers.cold", "wants a mapping, got 'redis'",
