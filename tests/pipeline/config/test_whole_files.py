@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierloom.pipeline.config import load_config as check
+from tierloom.pipeline.config import load as check
 from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.presets import presets
 from tierloom.pipeline.config.problems import ConfigProblems
