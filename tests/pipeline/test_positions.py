@@ -116,7 +116,7 @@ def test_a_table_says_where_its_span_begins(opened: Open) -> None:
     assert list(table.after(6, 16)) == [-1, 3]
     assert table.split(2, 8)[1:] == (2, 4)
     assert list(table.split(2, 8).blocks) == [11, -1, -1, 6, 7]
-    with pytest.raises(InputError, match="3 blocks of 16 for 39 tokens behind 10 others"):
+    with pytest.raises(InputError, match="3 blocks of 16 for 39 tokens after 10 others"):
         table.rows(39, 16, native=False)
     with pytest.raises(InputError, match="native order keeps whole blocks"):
         table.rows(16, 16, native=True)
