@@ -157,7 +157,7 @@ def test_a_chain_grows_to_what_hashing_at_once_gives(parts: list[int]) -> None:
     whole, rest = chain.span(0, grains), chain.span(grains // 2, grains, wanted=5)
     assert whole == Span(b"".join(chain.links), b"s" * 32, grains * 16, 0, 0)
     assert rest.parent == (chain.links[grains // 2 - 1] if grains // 2 else b"s" * 32)
-    assert (rest.tokens, rest.place) == ((grains - grains // 2) * 16, 5)
+    assert (rest.tokens, rest.wanted) == ((grains - grains // 2) * 16, 5)
 
 
 @given(st.integers(1, 200), st.integers(0, 199))
