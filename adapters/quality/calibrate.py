@@ -26,7 +26,7 @@ from tierloom.stages.codecs.cachegen.codebook import Codebook, fitted, standard
 from tierloom.stages.codecs.cachegen.coder import FIRST
 from tierloom.stages.errors import LayoutError, require
 from tierloom.stages.kv.rope import frequencies
-from tierloom.triton_kernels.cachegen.cpu import CENTRE, SYMBOLS, turns
+from tierloom.triton_kernels.cachegen.cpu import CENTER, SYMBOLS, turns
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -214,7 +214,7 @@ def through(y: Floats, matrices: npt.NDArray[np.float16]) -> Floats:
 def _counts(around: Floats, steps: Floats) -> npt.NDArray[np.int64]:
     """How often each symbol comes, [2 * layers * channels, SYMBOLS]; what is far off escapes."""
     q = np.rint(around / steps[:, :, None]).transpose(0, 1, 3, 2)
-    symbols = (np.clip(q, -CENTRE, CENTRE).astype(np.int64) + CENTRE) % SYMBOLS
+    symbols = (np.clip(q, -CENTER, CENTER).astype(np.int64) + CENTER) % SYMBOLS
     rows = symbols.reshape(-1, symbols.shape[3])
     at = np.arange(len(rows))[:, None] * SYMBOLS + rows
     return np.bincount(at.ravel(), minlength=len(rows) * SYMBOLS).reshape(-1, SYMBOLS)

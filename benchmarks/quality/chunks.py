@@ -44,7 +44,7 @@ def in_groups(x: torch.Tensor, dim: int, group: int) -> torch.Tensor:
 
 
 def uniform(x: torch.Tensor, bits: int, dim: int, group: int) -> tuple[torch.Tensor, float]:
-    """Asymmetric uniform quantiser over groups along `dim`: minimum and step, fp16 each.
+    """Asymmetric uniform quantizer over groups along `dim`: minimum and step, fp16 each.
 
     Returns what comes back, and its bytes.
     """

@@ -28,18 +28,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(11, 6.8), dpi=110)
     labels = []
-    for kind, (colour, marker, label) in LOOKS.items():
+    for kind, (color, marker, label) in LOOKS.items():
         rows = {n: a for n, a in results["arms"].items() if a["kind"] == kind}
         if not rows:
             continue
         bits = [a["bits_per_element"] for a in rows.values()]
         kl = [a["kl"] for a in rows.values()]
         ends = [[abs(a["kl"] - a["kl_interval"][i]) for a in rows.values()] for i in (0, 1)]
-        style = {"color": colour, "fmt": marker, "ms": 6, "elinewidth": 0.8, "capsize": 2}
+        style = {"color": color, "fmt": marker, "ms": 6, "elinewidth": 0.8, "capsize": 2}
         axes.errorbar(bits, kl, yerr=ends, label=label, **style)
         for name, a in rows.items():
             at = (a["bits_per_element"], a["kl"])
-            labels.append((name.removeprefix("LMCache's "), at, colour))
+            labels.append((name.removeprefix("LMCache's "), at, color))
     floor = results["arms"].get("none")
     if floor:
         axes.axhline(floor["kl"], color="#999999", lw=0.8, ls=":")
@@ -64,10 +64,10 @@ def _label(figure: Any, axes: Any, labels: list[tuple[str, tuple[float, float], 
 
     points = [axes.transData.transform(at) for _, at, _ in labels]
     taken: list[Any] = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
-    for text, at, colour in labels:
+    for text, at, color in labels:
         for x, y, side in PLACES:
             label = axes.annotate(
-                text, at, (x, y), textcoords="offset points", ha=side, fontsize=8, color=colour
+                text, at, (x, y), textcoords="offset points", ha=side, fontsize=8, color=color
             )
             box = label.get_window_extent(figure.canvas.get_renderer())
             if box.x0 > axes.bbox.x0 and not any(box.overlaps(other) for other in taken):

@@ -1,4 +1,4 @@
-"""Who gets which bytes of a slab: best fit over holes binned by exact size, neighbours merged.
+"""Who gets which bytes of a slab: best fit over holes binned by exact size, neighbors merged.
 
 One allocator serves the arena (bytes of memory) and the disk tier (bytes of its segments). Sizes
 are whole pages, so the slots of equal objects are recycled exactly, and what differs in size (a
@@ -71,7 +71,7 @@ class Space:
         return taken
 
     def give(self, offset: int, nbytes: int) -> None:
-        """Give a piece back; it merges with free neighbours."""
+        """Give a piece back; it merges with free neighbors."""
         size = aligned(nbytes)
         after = self._at.get(offset + size)
         if after is not None:

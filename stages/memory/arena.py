@@ -148,7 +148,7 @@ class Arena(Slab):
         return self.working - self._reserved
 
     def lease(self, nbytes: int) -> Lease:
-        """Take page-aligned bytes, uninitialised. Waits for nobody: raises ArenaFull."""
+        """Take page-aligned bytes, uninitialized. Waits for nobody: raises ArenaFull."""
         need = aligned(nbytes)
         while True:
             with self.lock:

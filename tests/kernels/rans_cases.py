@@ -12,7 +12,7 @@ from paged_cases import POISON
 from tierloom.triton_kernels.rans import reference as rans_reference
 from tierloom.triton_kernels.rans.cpu import decode_streams, encode_streams
 from tierloom.triton_kernels.rans.format import StreamGrid
-from tierloom.triton_kernels.rans.tables import RansTables, normalise
+from tierloom.triton_kernels.rans.tables import RansTables, normalize
 
 NO_ACCESS = 0
 """PROT_NONE of mprotect(2), which the mmap module does not name."""
@@ -119,7 +119,7 @@ def make_case(
         alphabet = 1
     width = np.geomspace(alphabet, 0.3, tables)[:, None]
     away = np.abs(np.arange(alphabet) - alphabet // 2)
-    freq = normalise((1e9 * np.exp(-away / width)).astype(np.int64), bits)
+    freq = normalize((1e9 * np.exp(-away / width)).astype(np.int64), bits)
     tabid = rng.integers(0, tables, (grid.planes, grid.channels), dtype=np.uint8)
     shape = (grid.planes, grid.tokens, grid.channels)
     if kind == "likely":

@@ -90,8 +90,8 @@ def coder(fn: Any, lanes: int) -> Kernel:
     return Kernel(fn, signature, constants, warps=4 if fn is rans_compact else 1)
 
 
-def quantiser(fn: Any, constants: dict[str, Any]) -> Kernel:
-    """A quantiser of bfloat16, 4 layers of 8 heads of 128."""
+def quantizer(fn: Any, constants: dict[str, Any]) -> Kernel:
+    """A quantizer of bfloat16, 4 layers of 8 heads of 128."""
     types = {
         "x": "*i16", "scales": "*fp32" if fn is fp8_groups else "*i16", "means": "*i16",
         "steps": "*i16", "gains": "*i16", "signs": "*fp32", "y": "*fp32", "bad": "*i32",
@@ -101,19 +101,19 @@ def quantiser(fn: Any, constants: dict[str, Any]) -> Kernel:
     return Kernel(fn, signature, {"KIND": 0, **constants})
 
 
-def quantisers() -> dict[str, Kernel]:
+def quantizers() -> dict[str, Kernel]:
     """Both ways of each, as launched."""
     rows, heads = ELEMENTS // 128, {"HEADS": 8, "DIM": 128, "BLOCK": 128, "ROWS": ELEMENTS // 128}
     int4 = {"CHANNELS": 1024, "GROUPS": 32, "GROUP": 32, "ROWS": ELEMENTS // 32}
-    made = {"channel means": quantiser(channel_means, {"BLOCK": 128})}
+    made = {"channel means": quantizer(channel_means, {"BLOCK": 128})}
     for way, encode in (("encode", True), ("decode", False)):
         one = {"ENCODE": encode}
         wide = {"WIDTH": 128, "BLOCK": 128, "ROWS": rows}
-        made[f"int8 {way}"] = quantiser(int8_groups, one | wide)
-        made[f"fp8 {way}"] = quantiser(fp8_groups, one | heads)
-        made[f"int4 {way}"] = quantiser(int4_groups, one | int4)
+        made[f"int8 {way}"] = quantizer(int8_groups, one | wide)
+        made[f"fp8 {way}"] = quantizer(fp8_groups, one | heads)
+        made[f"int4 {way}"] = quantizer(int4_groups, one | int4)
         turn = {"BACK": not encode, "DIM": 128, "STEPS": 7, "ROWS": rows}
-        made[f"Hadamard {way}"] = quantiser(hadamard, turn)
+        made[f"Hadamard {way}"] = quantizer(hadamard, turn)
     return made
 
 
@@ -164,7 +164,7 @@ def cachegens() -> dict[str, Kernel]:
 
 
 CACHEGEN = cachegens()
-QUANTISERS = quantisers()
+QUANTIZERS = quantizers()
 SPLITTERS = {
     f"{name} {way}": splitter(shift, split=way == "split")
     for name, shift in (("bf16", 6), ("fp16", 8))
@@ -191,7 +191,7 @@ CODERS = {
 MOST_PER_SYMBOL = 2.0
 """Instructions of a warp for each symbol, where it has 32 lanes, whatever was accepted before."""
 
-KERNELS = WIDE | OTHERS | CODERS | QUANTISERS | SPLITTERS | CACHEGEN
+KERNELS = WIDE | OTHERS | CODERS | QUANTIZERS | SPLITTERS | CACHEGEN
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_gate(name: str, target: str, baseline: dict) -> None:
     if name in WIDE:
         assert 128 in report.load_bits, report
         assert 128 in report.store_bits, report
-    if name in QUANTISERS and name != "channel means":
+    if name in QUANTIZERS and name != "channel means":
         assert 128 in report.load_bits, report
     if name in SPLITTERS:
         moved = report.load_bits if "split" in name else report.store_bits

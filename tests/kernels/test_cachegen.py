@@ -33,9 +33,9 @@ def test_there_and_back(dtype: torch.dtype, first: int, turned: int, half: int) 
     freqs = (10000.0 ** -(np.arange(half) / max(half, 1))).astype(np.float32)
     place = first, turned, *cpu.turns(512, 37, freqs), 64
     q = np.full((4, 37 - first, 192), 77, np.int16)
-    assert cpu.quantise(bits_of(x), *place, means, steps, q)
+    assert cpu.quantize(bits_of(x), *place, means, steps, q)
     plain = x.float().numpy()
-    wanted = reference.quantise_reference(plain, *place, means, steps)
+    wanted = reference.quantize_reference(plain, *place, means, steps)
     assert np.array_equal(q, wanted)
 
     reach = np.array([127, 9, 1], np.int32)
@@ -52,8 +52,8 @@ def test_there_and_back(dtype: torch.dtype, first: int, turned: int, half: int) 
 
     back = np.full(x.shape, 77, BITS[dtype])
     escapes = places[:found].copy(), values[:found].copy()
-    assert cpu.dequantise(symbols, *place, means, steps, *escapes, back) == found
-    exact = reference.dequantise_reference(q.astype(np.int32), *place, means, steps)
+    assert cpu.dequantize(symbols, *place, means, steps, *escapes, back) == found
+    exact = reference.dequantize_reference(q.astype(np.int32), *place, means, steps)
     assert (back[:, :first] == 77).all()
     assert np.array_equal(back[:, first:], bits_of(torch.from_numpy(exact).to(dtype)))
 
@@ -66,15 +66,15 @@ def test_tokens_there_and_back(dtype: torch.dtype) -> None:
     x[1, 5] = 0
     most = np.array([15, 7, 5, 1], np.int32)
     q, tops = np.full(x.shape, 77, np.int16), np.full(x.shape[:2], 77, BITS[dtype])
-    assert cpu.quantise_tokens(bits_of(x), most, tops, q)
-    wanted, largest = reference.quantise_tokens_reference(x.float().numpy(), most)
+    assert cpu.quantize_tokens(bits_of(x), most, tops, q)
+    wanted, largest = reference.quantize_tokens_reference(x.float().numpy(), most)
     assert np.array_equal(q, wanted)
     assert np.array_equal(tops, bits_of(torch.from_numpy(largest).to(dtype)))
     assert np.abs(q).max((1, 2)).tolist() == most.tolist()
 
-    centres = np.rint(wanted.mean(1)).astype(np.int8)
-    centres[2] = -9
-    q -= centres[:, None]
+    centers = np.rint(wanted.mean(1)).astype(np.int8)
+    centers[2] = -9
+    q -= centers[:, None]
     reach, tabid = np.array([127, 3], np.int32), np.zeros((4, 192), np.uint8)
     tabid[0, ::2] = 1
     symbols = np.full(q.shape, 77, np.uint8)
@@ -82,11 +82,11 @@ def test_tokens_there_and_back(dtype: torch.dtype) -> None:
     found = cpu.to_symbols(q, reach, tabid, symbols, places, values)
     back = np.full(x.shape, 77, BITS[dtype])
     escapes = places[:found].copy(), values[:found].copy()
-    assert cpu.dequantise_tokens(symbols, centres, most, tops, *escapes, back) == found > 0
-    exact = reference.dequantise_tokens_reference(wanted.astype(np.int32), most, largest)
+    assert cpu.dequantize_tokens(symbols, centers, most, tops, *escapes, back) == found > 0
+    exact = reference.dequantize_tokens_reference(wanted.astype(np.int32), most, largest)
     assert np.array_equal(back, bits_of(torch.from_numpy(exact).to(dtype)))
     tops[3, 36] = bits_of(torch.tensor([float("inf")], dtype=dtype))[0]
-    assert cpu.dequantise_tokens(symbols, centres, most, tops, *escapes, back) == -1
+    assert cpu.dequantize_tokens(symbols, centers, most, tops, *escapes, back) == -1
 
 
 def test_moments() -> None:
@@ -96,7 +96,7 @@ def test_moments() -> None:
     means, spreads = np.empty((2, 2, 64))
     assert cpu.moments(bits_of(x), 3, 1, cos, sin, 64, means, spreads)
     steps = np.full((2, 64), 2.0**-6, np.float32)
-    q = reference.quantise_reference(x.numpy(), 3, 1, cos, sin, 64, 0 * steps, steps) * 2.0**-6
+    q = reference.quantize_reference(x.numpy(), 3, 1, cos, sin, 64, 0 * steps, steps) * 2.0**-6
     np.testing.assert_allclose(means, q.mean(1), atol=2.0**-7)
     np.testing.assert_allclose(spreads, q.var(1), rtol=1e-4, atol=0.02)
 
@@ -108,18 +108,18 @@ def test_around_the_means_and_back(dtype: torch.dtype) -> None:
     freqs = (10000.0 ** -(np.arange(8) / 8)).astype(np.float32)
     place = 2, 1, *cpu.turns(50, 20, freqs), 32
     y = np.full((3, 18, 64), 77, np.float32)
-    assert cpu.centred(bits_of(x), *place, means, y)
+    assert cpu.centered(bits_of(x), *place, means, y)
     one = np.ones_like(means)
-    q = reference.quantise_reference(256 * x.float().numpy(), *place, 256 * means, one)
+    q = reference.quantize_reference(256 * x.float().numpy(), *place, 256 * means, one)
     np.testing.assert_allclose(y, q / 256, atol=2.0**-8)
     back = np.full(x.shape, 77, BITS[dtype])
-    cpu.uncentred(y, *place, means, back)
+    cpu.uncentered(y, *place, means, back)
     assert (back[:, :2] == 77).all()
     again = torch.from_numpy(back.view(np.int32 if dtype == torch.float32 else np.int16))
     torch.testing.assert_close(again.view(dtype)[:, 2:], x[:, 2:])
     broken = x.clone()
     broken[2, 19, 63] = float("nan")
-    assert not cpu.centred(bits_of(broken), *place, means, y)
+    assert not cpu.centered(bits_of(broken), *place, means, y)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
@@ -129,10 +129,10 @@ def test_what_cannot_be_rounded(bad: float) -> None:
     none = np.zeros((3, 0), np.float32)
     scales = np.zeros((1, 64), np.float32), np.ones((1, 64), np.float32)
     q = np.empty((1, 3, 64), np.int16)
-    assert not cpu.quantise(bits_of(x), 0, 0, none, none, 64, *scales, q)
+    assert not cpu.quantize(bits_of(x), 0, 0, none, none, 64, *scales, q)
     if not np.isfinite(bad):
         most, tops = np.ones(1, np.int32), np.empty((1, 3), np.uint32)
-        assert not cpu.quantise_tokens(bits_of(x), most, tops, q)
+        assert not cpu.quantize_tokens(bits_of(x), most, tops, q)
 
 
 def test_the_cheapest_table_is_chosen() -> None:

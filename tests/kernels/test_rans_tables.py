@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierloom.triton_kernels.rans.format import StreamGrid
-from tierloom.triton_kernels.rans.tables import UNCODABLE, RansTables, normalise
+from tierloom.triton_kernels.rans.tables import UNCODABLE, RansTables, normalize
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from tierloom.triton_kernels.rans.tables import UNCODABLE, RansTables, normalise
     ],
 )
 def test_frequencies_are_these_on_every_machine(counts: list[int], freq: list[int]) -> None:
-    got = normalise(np.array([counts]), 10)
+    got = normalize(np.array([counts]), 10)
     assert got.dtype == np.uint16
     assert got.tolist() == [freq]
 
@@ -41,7 +41,7 @@ def test_frequencies_are_these_on_every_machine(counts: list[int], freq: list[in
 def test_rows_add_up_and_keep_their_order(counts: list[int], bits: int, floor: int) -> None:
     if not any(counts) and not floor:
         counts[0] = 1
-    freq = normalise(np.array([counts]), bits, floor)[0]
+    freq = normalize(np.array([counts]), bits, floor)[0]
     assert freq.sum() == 1 << bits
     assert freq.min() >= floor
     assert freq[np.array(counts) == 0].max(initial=0) <= (1 if any(counts) else 1 << bits)
@@ -58,7 +58,7 @@ def test_normalised_tables_code_nearly_as_well_as_exact_ones() -> None:
         width = rng.uniform(0.5, 8, 40)[:, None]
         share = np.exp(-0.5 * ((np.arange(31) - 15) / width) ** 2) + 1e-6
         share /= share.sum(axis=1, keepdims=True)
-        freq = normalise((share * 1e9).astype(np.int64), bits) / (1 << bits)
+        freq = normalize((share * 1e9).astype(np.int64), bits) / (1 << bits)
         excess = (share * np.log2(share / freq)).sum(axis=1)
         assert excess.min() >= 0
         assert excess.max() < np.log2(1 / (1 - 31 / (1 << bits)))  # what the floor may take
@@ -68,7 +68,7 @@ def test_normalised_tables_code_nearly_as_well_as_exact_ones() -> None:
 def test_a_floor_of_0_leaves_symbols_out() -> None:
     counts = np.array([[0, 7, 0, 1], [0, 0, 0, 0]])
     floor = np.array([[0, 0, 0, 0], [0, 1, 0, 0]])
-    assert normalise(counts, 10, floor).tolist() == [[0, 896, 0, 128], [0, 1024, 0, 0]]
+    assert normalize(counts, 10, floor).tolist() == [[0, 896, 0, 128], [0, 1024, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_floor_of_0_leaves_symbols_out() -> None:
 )
 def test_counts_that_make_no_table(counts: np.ndarray, floor: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        normalise(counts, 10, floor)
+        normalize(counts, 10, floor)
 
 
 @pytest.mark.parametrize(

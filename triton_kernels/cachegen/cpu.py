@@ -1,11 +1,11 @@
-"""numba: the quantiser of `cachegen`: K turned back, means subtracted, steps per channel; and back.
+"""numba: the quantizer of `cachegen`: K turned back, means subtracted, steps per channel; and back.
 
-CacheGen (Liu et al., arXiv 2310.07240) quantises KV and entropy-codes it. Here K's rotary position
+CacheGen (Liu et al., arXiv 2310.07240) quantizes KV and entropy-codes it. Here K's rotary position
 embedding is undone first (arXiv 2104.09864, in halves of a head apart: channel i goes with channel
 i + half), so that its channels keep their means over all tokens; what is left around the means is
 rounded half to even to steps: ``x ~ turn(q * step + mean)``.
 
-Element bits, failures and rounding are those of `quantise_cpu.py`. `x` is bits [planes, tokens,
+Element bits, failures and rounding are those of `quantize_cpu.py`. `x` is bits [planes, tokens,
 channels]; its first `first` tokens are left alone; its first `turned` planes are K that is turned;
 `cos` and `sin` are float32 [tokens, half] (`turns`), for heads of `dim` channels of which the first
 ``2 * half`` are turned. Numbers q become symbols: q + 128, or 0, the *escape*, where the channel's
@@ -20,7 +20,7 @@ from numba import njit
 from tierloom.triton_kernels.memory.floats import as_like, infinite, magnitude, to_bits, to_float
 from tierloom.triton_kernels.memory.machine_code import compiled
 
-CENTRE = 128
+CENTER = 128
 """The symbol of q = 0."""
 ESCAPE = 0
 ESCAPE_BITS = 64
@@ -69,7 +69,7 @@ def moments(x, first, turned, cos, sin, dim, means, spreads):
 
 
 @compiled(nogil=True)
-def quantise(x, first, turned, cos, sin, dim, means, steps, q):
+def quantize(x, first, turned, cos, sin, dim, means, steps, q):
     """q int16 [planes, tokens - first, channels] for means and steps float32 [planes, channels],
     where a step of 0 makes 0. False where a number is not finite or is too many steps off."""
     planes, tokens, channels = x.shape
@@ -108,7 +108,7 @@ def choose_tables(q, costs, tabid):
         for t in range(tokens):
             row = q[p, t]
             for c in range(channels):
-                s = np.int32(row[c]) + np.int32(CENTRE)
+                s = np.int32(row[c]) + np.int32(CENTER)
                 counts[c, min(max(s, np.int32(0)), np.int32(SYMBOLS - 1))] += 1
         for c in range(channels):
             low, high = 0, SYMBOLS
@@ -144,7 +144,7 @@ def to_symbols(q, reach, tabid, symbols, places, values):
                 n = np.int32(row[c])
                 over = np.int32(abs(n) > limit[c])
                 far += over
-                out[c] = np.uint8((n + np.int32(CENTRE)) * (np.int32(1) - over))
+                out[c] = np.uint8((n + np.int32(CENTER)) * (np.int32(1) - over))
             if far == 0:
                 continue
             for c in range(channels):
@@ -157,8 +157,8 @@ def to_symbols(q, reach, tabid, symbols, places, values):
 
 
 @compiled(nogil=True)
-def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, values, x):
-    """The inverse of `quantise` and `to_symbols`; fills `x` from token `first` on. Returns how many
+def dequantize(symbols, first, turned, cos, sin, dim, means, steps, places, values, x):
+    """The inverse of `quantize` and `to_symbols`; fills `x` from token `first` on. Returns how many
     escapes of the list found their places: all of them, if the places are in order."""
     planes, tokens, channels = symbols.shape
     y = np.empty(channels, np.float32)
@@ -169,7 +169,7 @@ def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, valu
         for t in range(tokens):
             row = symbols[p, t]
             for c in range(channels):
-                y[c] = _F(np.int32(row[c]) - np.int32(CENTRE)) * step[c] + mean[c]
+                y[c] = _F(np.int32(row[c]) - np.int32(CENTER)) * step[c] + mean[c]
             while used < len(places):
                 at = np.int64(places[used]) - row_at
                 if at < 0 or at >= channels:
@@ -186,7 +186,7 @@ def dequantise(symbols, first, turned, cos, sin, dim, means, steps, places, valu
 
 
 @compiled(nogil=True)
-def centred(x, first, turned, cos, sin, dim, means, y):
+def centered(x, first, turned, cos, sin, dim, means, y):
     """`y` float32 [planes, tokens - first, channels] becomes turned-back x around its means, for a
     transform that no kernel applies. False where a number is not finite."""
     planes, tokens, channels = x.shape
@@ -203,8 +203,8 @@ def centred(x, first, turned, cos, sin, dim, means, y):
 
 
 @compiled(nogil=True)
-def uncentred(y, first, turned, cos, sin, dim, means, x):
-    """The inverse of `centred`: fills `x` from token `first` on; `y` is spoilt."""
+def uncentered(y, first, turned, cos, sin, dim, means, x):
+    """The inverse of `centered`: fills `x` from token `first` on; `y` is overwritten."""
     planes, tokens, channels = y.shape
     for p in range(planes):
         for t in range(tokens):
@@ -218,7 +218,7 @@ def uncentred(y, first, turned, cos, sin, dim, means, x):
 
 
 @compiled(nogil=True)
-def quantise_tokens(x, most, tops, q):
+def quantize_tokens(x, most, tops, q):
     """CacheGen's own rule: ``x ~ q / most * top``, where `top` is the largest |x| of a token.
 
     x bits [planes, tokens, channels]; `most` int32 [planes], the largest q; `tops` bits like x
@@ -244,9 +244,9 @@ def quantise_tokens(x, most, tops, q):
 
 
 @compiled(nogil=True)
-def dequantise_tokens(symbols, centres, most, tops, places, values, x):
-    """The inverse of `quantise_tokens` and `to_symbols`, between which `centres` int8 [planes,
-    channels] were taken from q; fills `x`. Returns what `dequantise` does; -1 where a top is not
+def dequantize_tokens(symbols, centers, most, tops, places, values, x):
+    """The inverse of `quantize_tokens` and `to_symbols`, between which `centers` int8 [planes,
+    channels] were taken from q; fills `x`. Returns what `dequantize` does; -1 where a top is not
     finite."""
     planes, tokens, channels = symbols.shape
     y = np.empty(channels, np.float32)
@@ -259,13 +259,13 @@ def dequantise_tokens(symbols, centres, most, tops, places, values, x):
                 return np.int64(-1)
             row, top = symbols[p, t], to_float(tops[p, t])
             for c in range(channels):
-                q = np.int32(row[c]) - np.int32(CENTRE) + np.int32(centres[p, c])
+                q = np.int32(row[c]) - np.int32(CENTER) + np.int32(centers[p, c])
                 y[c] = _F(q) / limit * top
             while used < len(places):
                 at = np.int64(places[used]) - row_at
                 if at < 0 or at >= channels:
                     break
-                y[at] = _F(values[used] + centres[p, at]) / limit * top
+                y[at] = _F(values[used] + centers[p, at]) / limit * top
                 used += 1
             row_at += channels
             out = x[p, t]

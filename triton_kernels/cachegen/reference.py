@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float32]
 
 
-def quantise_reference(
+def quantize_reference(
     x: Floats, first: int, turned: int, cos: Floats, sin: Floats, dim: int,
     means: Floats, steps: Floats,
 ) -> npt.NDArray[np.int16]:  # fmt: skip
@@ -34,7 +34,7 @@ def symbols_reference(
     return np.where(far, 0, q + 128).astype(np.uint8), places, q[far].astype(np.int32)
 
 
-def dequantise_reference(
+def dequantize_reference(
     q: npt.NDArray[np.int32], first: int, turned: int, cos: Floats, sin: Floats, dim: int,
     means: Floats, steps: Floats,
 ) -> Floats:  # fmt: skip
@@ -44,7 +44,7 @@ def dequantise_reference(
     return y
 
 
-def quantise_tokens_reference(
+def quantize_tokens_reference(
     x: Floats, most: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int16], Floats]:
     """q like x [planes, tokens, channels], and the largest |x| of each token."""
@@ -55,7 +55,7 @@ def quantise_tokens_reference(
     return q, tops
 
 
-def dequantise_tokens_reference(
+def dequantize_tokens_reference(
     q: npt.NDArray[np.int32], most: npt.NDArray[np.int32], tops: Floats
 ) -> Floats:
     """x like q, before it is rounded to its dtype."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tierloom.triton_kernels.cachegen.cpu import CENTRE, SYMBOLS
+from tierloom.triton_kernels.cachegen.cpu import CENTER, SYMBOLS
 from tierloom.triton_kernels.memory.launch import vendor_of
 
-_CENTRE, _SYMBOLS = tl.constexpr(CENTRE), tl.constexpr(SYMBOLS)
+_CENTRE, _SYMBOLS = tl.constexpr(CENTER), tl.constexpr(SYMBOLS)
 _NEVER = tl.constexpr(1 << 54)
 ELEMENTS = 2048
 """Of a program that makes symbols: 16 a thread."""
@@ -53,7 +53,7 @@ def launch_to_symbols(
 
 def launch_check_escapes(frames, sites, places, bad, *, kv: int, channels: int) -> None:
     """`bad` becomes 1 for frames whose escapes no encoder writes: places that do not ascend, or
-    where the symbol is not an escape. Stricter than numba's `dequantise`, which takes any order
+    where the symbol is not an escape. Stricter than numba's `dequantize`, which takes any order
     within a row, and any symbol."""
     check_escapes[(len(frames.table),)](
         frames.table, sites.table, places, bad, kv,

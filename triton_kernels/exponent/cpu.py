@@ -37,7 +37,7 @@ def run_of(n: int) -> int:
 @compiled(nogil=True)
 def count_tops(x, shift, counts):
     """Add to ``counts`` int64 [2^(16 - shift)] how often each top occurs in x uint16 [n]."""
-    # Neighbours are often equal: in one table each would wait for the last one's store.
+    # Neighbors are often equal: in one table each would wait for the last one's store.
     other = np.zeros((3, counts.shape[0]), np.int64)
     s = np.uint16(shift)
     quads = x.shape[0] // 4

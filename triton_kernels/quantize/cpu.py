@@ -1,4 +1,4 @@
-"""numba: KV elements to 8 and 4 bits and back, group by group; the twins of `quantise.py`.
+"""numba: KV elements to 8 and 4 bits and back, group by group; the twins of `quantize.py`.
 
 Arrays of elements hold bits (uint16 bfloat16, int16 float16, uint32 float32; see `floats.py`) and
 are C-contiguous. Nothing is allocated but a group's worth of scratch, nothing is written outside
@@ -147,19 +147,19 @@ def int4_encode(x, first, means, steps, codes):
     y = np.zeros(groups * GROUP, np.float32)
     low, high = np.empty(groups, np.float32), np.empty(groups, np.float32)
     q = np.empty(GROUP, np.int32)
-    centre = np.zeros(channels, np.float32)
+    center = np.zeros(channels, np.float32)
     for p in range(planes):
-        _centre(means, p, centre)
+        _center(means, p, center)
         for t in range(tokens - first):
             row, step = x[p, first + t], steps[p, t]
             if infinite(_top(row)):
                 return False
             for c in range(channels):
-                y[c] = to_float(row[c]) - centre[c]
+                y[c] = to_float(row[c]) - center[c]
             for g in range(groups):
                 low[g], high[g] = extremes(y[g * GROUP : (g + 1) * GROUP])
             # Scales of a whole row at once: one after another, their divisions would take longer
-            # than all else. `low` and `high` then hold what the quantiser needs of them.
+            # than all else. `low` and `high` then hold what the quantizer needs of them.
             worst = np.int32(0)
             for g in range(groups):
                 code = (
@@ -189,10 +189,10 @@ def int4_decode(codes, first, means, steps, x):
     """The inverse of `int4_encode`; fills `x` from token `first` on."""
     planes, tokens, channels = x.shape
     half = GROUP // 2
-    centre = np.zeros(channels, np.float32)
+    center = np.zeros(channels, np.float32)
     y = np.empty(GROUP, np.float32)
     for p in range(planes):
-        _centre(means, p, centre)
+        _center(means, p, center)
         for t in range(tokens - first):
             row = x[p, first + t]
             for g in range(steps.shape[2]):
@@ -205,12 +205,12 @@ def int4_decode(codes, first, means, steps, x):
                     y[c + half] = (_F(byte >> 4) - shift) * scale
                 at = g * GROUP
                 if at + GROUP <= channels:
-                    out, mid = row[at : at + GROUP], centre[at : at + GROUP]
+                    out, mid = row[at : at + GROUP], center[at : at + GROUP]
                     for c in range(GROUP):
                         out[c] = to_bits(y[c] + mid[c], out[c])
                 else:
                     for c in range(channels - at):
-                        row[at + c] = to_bits(y[c] + centre[at + c], row[at + c])
+                        row[at + c] = to_bits(y[c] + center[at + c], row[at + c])
 
 
 @njit(nogil=True, inline="always")
@@ -223,6 +223,6 @@ def _top(row):
 
 
 @njit(nogil=True, inline="always")
-def _centre(means, p, centre):
-    for c in range(centre.shape[0]):
-        centre[c] = to_float(means[p, c]) if p < means.shape[0] else _F(0)
+def _center(means, p, center):
+    for c in range(center.shape[0]):
+        center[c] = to_float(means[p, c]) if p < means.shape[0] else _F(0)

@@ -1,4 +1,4 @@
-"""What the quantisers must do, in plain torch: the oracle of the tests, and slow.
+"""What the quantizers must do, in plain torch: the oracle of the tests, and slow.
 
 Elements are tensors of their own dtype here, on a CPU; codes and scales are as the kernels write
 them. Numbers are taken to be finite, and scales to fit.
@@ -51,7 +51,7 @@ def int4_encode(x: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, tor
     """x [planes, tokens, channels], channels a multiple of 32; means float16 [some planes,
     channels]. To (steps int16 [planes, tokens, groups], codes uint8 [planes, tokens, groups,
     16])."""
-    y = (x.float() - _centre(x.shape, means)).unflatten(2, (-1, 32))
+    y = (x.float() - _center(x.shape, means)).unflatten(2, (-1, 32))
     low, high = y.amin(3).clamp(max=0), y.amax(3).clamp(min=0)
     code = (((high - low) / 15.25).half().view(torch.int16).int() + 15) >> 4
     inverse = _inverse((code << 4).to(torch.int16).view(torch.float16).float())
@@ -68,11 +68,11 @@ def int4_decode(
     scale = ((step >> 5) << 4).to(torch.int16).view(torch.float16).float()
     q = torch.cat([codes & 15, codes >> 4], -1).float()
     y = ((q - ((step & 31) * 0.5)[..., None]) * scale[..., None]).flatten(2)
-    return saturated(y + _centre(y.shape, means), dtype)
+    return saturated(y + _center(y.shape, means), dtype)
 
 
 def hadamard(v: torch.Tensor) -> torch.Tensor:
-    """The Walsh-Hadamard transform of the last axis, not normalised."""
+    """The Walsh-Hadamard transform of the last axis, not normalized."""
     for _ in range(int(math.log2(v.shape[-1]))):
         a, b = v.chunk(2, -1)
         v = torch.stack([a + b, a - b], -1).flatten(-2)
@@ -122,7 +122,7 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, 1 / scale, 0)
 
 
-def _centre(shape: torch.Size, means: torch.Tensor) -> torch.Tensor:
-    centre = torch.zeros(shape[0], 1, shape[2])
-    centre[: len(means), 0] = means.float()
-    return centre
+def _center(shape: torch.Size, means: torch.Tensor) -> torch.Tensor:
+    center = torch.zeros(shape[0], 1, shape[2])
+    center[: len(means), 0] = means.float()
+    return center

@@ -1,4 +1,4 @@
-"""Triton: KV elements to 8 and 4 bits and back; the same bytes as `quantise_cpu.py` writes.
+"""Triton: KV elements to 8 and 4 bits and back; the same bytes as `quantize_cpu.py` writes.
 
 Elements travel as their bits and are rounded in integers, so that no compiler's conversion decides;
 divisions are IEEE's, and launches forbid fused multiply-adds. An encoder sets `bad` to 1 where a
@@ -165,7 +165,7 @@ def channel_means(x, means, bad, tokens, first, channels, KIND: tl.constexpr, BL
 
 @triton.jit
 def int4_groups(
-    x, means, steps, codes, bad, tokens, first, centred,
+    x, means, steps, codes, bad, tokens, first, centered,
     KIND: tl.constexpr, ENCODE: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def int4_groups(
     else:  # groups side by side: visible to the compiler, which then moves 16 bytes at once
         at = ((p.to(tl.int64) * tokens + first) * GROUPS + n)[:, None] * GROUP + c[None, :]
     # A limit, since a scalar bool cannot be and-ed into a mask under the interpreter.
-    limit = tl.where(p < centred, CHANNELS, 0)
+    limit = tl.where(p < centered, CHANNELS, 0)
     mean = tl.load(means + p.to(tl.int64) * CHANNELS + channel, mask=channel < limit, other=0)
     mean = mean.to(tl.float16, bitcast=True).to(tl.float32)
     own = p.to(tl.int64) * count + n

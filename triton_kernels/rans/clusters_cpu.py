@@ -2,7 +2,7 @@
 
 Channels differ in scale and offset, and so do their symbols. A table for each would cost more than
 it saves, one for all saves little; so columns are clustered by Lloyd's rule with the bits that
-coding takes as distance (entropy-constrained vector quantisation, Chou, Lookabaugh and Gray 1989).
+coding takes as distance (entropy-constrained vector quantization, Chou, Lookabaugh and Gray 1989).
 Only the encoder does this: tables and choices are stored, so the result need not be the same on
 every machine, but it is the same for the same symbols on one.
 """

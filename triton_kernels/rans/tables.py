@@ -27,7 +27,7 @@ _HEAD_ROOM = 42
 """Bits of the largest count that is used exactly: with 20 more, int64 holds a priority."""
 
 
-def normalise(
+def normalize(
     counts: npt.NDArray[np.integer], bits: int, floor: npt.ArrayLike = 1
 ) -> npt.NDArray[np.uint16]:
     """Frequencies u16 [K, NS], each row adding up to 2^bits, in proportion to `counts` [K, NS].

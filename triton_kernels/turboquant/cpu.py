@@ -1,4 +1,4 @@
-"""numba: TurboQuant, the scalar quantiser of vectors that were rotated at random.
+"""numba: TurboQuant, the scalar quantizer of vectors that were rotated at random.
 
 Zandieh, Daliri, Hadian, Mirrokni, "TurboQuant: Online Vector Quantization with Near-optimal
 Distortion Rate", arXiv 2504.19874: after a random rotation each coordinate of a unit vector is
@@ -6,7 +6,7 @@ close to N(0, 1/dim), whatever the vector was, so one codebook serves all. The r
 flip of signs and an orthonormal Walsh-Hadamard transform. What is stored beside the codes is the
 factor that gives the decoded vector its length back.
 
-Element bits, rounding and failures are those of `quantise_cpu.py`. Sums run in the order that
+Element bits, rounding and failures are those of `quantize_cpu.py`. Sums run in the order that
 `hadamard.py` has on a GPU: halves onto halves.
 """
 
@@ -98,7 +98,7 @@ def turboquant_decode(codes, signs, levels, gains, x):
 
 @njit(nogil=True)
 def _hadamard(v, w):
-    """The Walsh-Hadamard transform of `v`, in place and not normalised; `w` is scratch."""
+    """The Walsh-Hadamard transform of `v`, in place and not normalized; `w` is scratch."""
     half = len(v) // 2
     left = len(v)
     while left > 1:

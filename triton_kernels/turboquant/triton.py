@@ -14,7 +14,7 @@ _LEFT = tl.constexpr(2)
 
 
 def launch_hadamard(x, signs, gains, y, *, kind: str, back: bool, rows: int | None = None) -> None:
-    """``y = H (signs * x)``, or back, ``x = (signs * H y) * gains``; H is not normalised.
+    """``y = H (signs * x)``, or back, ``x = (signs * H y) * gains``; H is not normalized.
 
     x element bits int16 or int32 [planes, vectors, dim], dim a power of two; signs float32 [planes,
     dim]; gains float16 bits [planes, vectors], read on the way back only; y float32 like x.

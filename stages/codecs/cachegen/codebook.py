@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tierloom.triton_kernels.cachegen.cpu import CENTRE, ESCAPE, ESCAPE_BITS, SYMBOLS
-from tierloom.triton_kernels.rans.tables import RansTables, normalise
+from tierloom.triton_kernels.cachegen.cpu import CENTER, ESCAPE, ESCAPE_BITS, SYMBOLS
+from tierloom.triton_kernels.rans.tables import RansTables, normalize
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -27,12 +27,12 @@ _UNIT = Decimal(1 << 40)
 _HALF, _ROOT = Decimal("-0.5"), Decimal("-1.41421356237309504880169")  # -sqrt(2)
 _RARE = 1 << 14
 """What is rarer than one in this many, on both sides together, is left to escapes."""
-_FAR = CENTRE - 1
+_FAR = CENTER - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Codebook:
-    """Tables, and what the quantiser must know of them."""
+    """Tables, and what the quantizer must know of them."""
 
     tables: RansTables
     reach: npt.NDArray[np.int32]
@@ -47,13 +47,13 @@ class Codebook:
         if freq.ndim != 2 or freq.shape[1] != SYMBOLS or (freq[:, ESCAPE] < 1).any():
             raise ValueError(f"tables must be [tables, {SYMBOLS}] and know the escape")
         tables = RansTables.of(freq, BITS)
-        both = np.minimum(freq[:, CENTRE:], freq[:, CENTRE:0:-1])  # of q and -q
+        both = np.minimum(freq[:, CENTER:], freq[:, CENTER:0:-1])  # of q and -q
         gone = np.concatenate([both == 0, np.ones((len(freq), 1), bool)], axis=1)
         reach = gone.argmax(axis=1) - 1
         if (reach < 0).any():
             raise ValueError("a table does not know zero")
         bits = BITS - np.log2(np.maximum(freq, 1))
-        q = np.abs(np.arange(SYMBOLS) - CENTRE)
+        q = np.abs(np.arange(SYMBOLS) - CENTER)
         escaped = bits[:, ESCAPE, None] + ESCAPE_BITS
         cost = np.where(q <= reach[:, None], bits, escaped)
         return cls(tables, reach.astype(np.int32), np.rint(256 * cost).astype(np.int32))
@@ -63,11 +63,11 @@ def fitted(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.uint16]:
     """Frequencies for counts [tables, SYMBOLS] of symbols: each table reaches, on both sides, as
     far as one number in `_RARE` lies, and can escape."""
     counts = np.asarray(counts, np.int64)
-    q = np.abs(np.arange(SYMBOLS) - CENTRE)
+    q = np.abs(np.arange(SYMBOLS) - CENTER)
     inside = np.zeros(counts.shape, bool)
     for k, row in enumerate(counts):
-        tail = np.bincount(q, row, CENTRE + 1)[::-1].cumsum()[::-1]  # [n]: of |q| >= n
-        rare = np.flatnonzero(tail[: CENTRE + 1] * _RARE <= tail[0])
+        tail = np.bincount(q, row, CENTER + 1)[::-1].cumsum()[::-1]  # [n]: of |q| >= n
+        rare = np.flatnonzero(tail[: CENTER + 1] * _RARE <= tail[0])
         reach = min(int(rare[0]) if len(rare) else _FAR, _FAR)
         inside[k] = q <= max(reach, 1)
     inside[:, ESCAPE] = False
@@ -75,7 +75,7 @@ def fitted(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.uint16]:
     kept[:, ESCAPE] = counts.sum(axis=1) - kept.sum(axis=1)
     floor = inside.copy()
     floor[:, ESCAPE] = True
-    return normalise(kept, BITS, floor)
+    return normalize(kept, BITS, floor)
 
 
 @lru_cache(1)
@@ -106,8 +106,8 @@ def _shape(width: Decimal, square: bool) -> list[int]:
     """Counts of symbols for a Gaussian, or a Laplacian, of this standard deviation in steps: the
     density at points spread evenly over each step."""
     points = 16 if width < 2 else 4
-    half = [0] * CENTRE
-    for q in range(CENTRE):
+    half = [0] * CENTER
+    for q in range(CENTER):
         for j in range(points):
             x = _EXACT.divide(Decimal(2 * (q * points + j) + 1 - points), Decimal(2 * points))
             z = _EXACT.divide(x.copy_abs(), width)

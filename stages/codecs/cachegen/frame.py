@@ -83,22 +83,22 @@ class CodedFrame:
         then chosen here. None where a number is not finite or too many steps off."""
         shape, grid = self.shape, self.grid
         q = np.empty((shape.planes, grid.tokens, shape.channels), np.int16)
-        if not self._quantised(rows, profile, q):
+        if not self._quantized(rows, profile, q):
             return None
         if own:
             cpu.choose_tables(q, profile.book.costs, profile.tabid)
         parts = coded(q, profile.book, profile.tabid, grid, rows[:, : self.head.first])
         return framed(self.head, shape, grid, parts, own, own_parts(shape, self.head))
 
-    def _quantised(self, rows: Array, profile: Profile, q: Array) -> bool:
+    def _quantized(self, rows: Array, profile: Profile, q: Array) -> bool:
         means, steps = profile.means, profile.steps
         if profile.transform is None:
-            return bool(cpu.quantise(rows, *self.where, means, steps, q))
+            return bool(cpu.quantize(rows, *self.where, means, steps, q))
         y = np.empty(q.shape, np.float32)
-        if not cpu.centred(rows, *self.where, means, y):
+        if not cpu.centered(rows, *self.where, means, y):
             return False
         y = read_only(_through(y, profile.transform[0]).view(np.uint32))
-        return bool(cpu.quantise(y, *_NOWHERE, self.shape.dim, np.zeros_like(means), steps, q))
+        return bool(cpu.quantize(y, *_NOWHERE, self.shape.dim, np.zeros_like(means), steps, q))
 
     def _measured(
         self, rows: Array, factors: tuple[float, float]
@@ -146,11 +146,11 @@ def decoded_frame(data: Bytes, head: CodedHead, shape: FrameShape) -> Bytes:
     where = place(head, shape, freqs)
     means, steps = profile.means, profile.steps
     if profile.transform is None:
-        used = cpu.dequantise(symbols, *where, means, steps, places, values, rows)
+        used = cpu.dequantize(symbols, *where, means, steps, places, values, rows)
     else:
         y, flat = np.empty(symbols.shape, np.uint32), np.zeros_like(means)
-        used = cpu.dequantise(symbols, *_NOWHERE, shape.dim, flat, steps, places, values, y)
-        cpu.uncentred(_through(y.view(np.float32), profile.transform[1]), *where, means, rows)
+        used = cpu.dequantize(symbols, *_NOWHERE, shape.dim, flat, steps, places, values, y)
+        cpu.uncentered(_through(y.view(np.float32), profile.transform[1]), *where, means, rows)
     if used != len(places):
         raise BadObject("cachegen: escapes out of their places")
     return as_bytes(x)

@@ -1,4 +1,4 @@
-"""The levels `paper-1` to `paper-3` of `cachegen`: CacheGen's own quantiser, to compare with.
+"""The levels `paper-1` to `paper-3` of `cachegen`: CacheGen's own quantizer, to compare with.
 
 As the code released with CacheGen has it (Liu et al., arXiv 2310.07240): K as it is kept, turned,
 and no means; per layer and token one scale, the largest number of all its heads; more bins for the
@@ -6,7 +6,7 @@ first layers, cut at layers 10, 20 and 2 of 32, and in that share of other depth
 how the symbols are coded: by this codec's tables, not by a table per channel in each chunk.
 
 Head; what `coded_parts` has; the largest number of each plane, uint8 [planes]; each token's scale,
-an element [planes, tokens]; centres int8 [planes, channels], around which a channel's numbers lie
+an element [planes, tokens]; centers int8 [planes, channels], around which a channel's numbers lie
 as the tables want it; tables' numbers uint8 [planes, channels].
 """
 
@@ -58,14 +58,14 @@ def encoded(rows: Array, head: CodedHead, shape: FrameShape, most: Array) -> mem
         return None
     q = np.empty(rows.shape, np.int16)
     tops = np.empty(rows.shape[:2], rows.dtype)
-    if not cpu.quantise_tokens(rows, most, tops, q):
+    if not cpu.quantize_tokens(rows, most, tops, q):
         return None
-    centres = np.rint(q.mean(axis=1)).astype(np.int8)
-    q -= centres[:, None]
-    tabid = np.empty(centres.shape, np.uint8)
+    centers = np.rint(q.mean(axis=1)).astype(np.int8)
+    q -= centers[:, None]
+    tabid = np.empty(centers.shape, np.uint8)
     cpu.choose_tables(q, standard().costs, tabid)
     parts = coded(q, standard(), tabid, grid, rows[:, :0])
-    return framed(head, shape, grid, parts, (most, tops, centres, tabid), _own_parts(shape))
+    return framed(head, shape, grid, parts, (most, tops, centers, tabid), _own_parts(shape))
 
 
 def decoded_paper(data: Bytes, head: CodedHead, shape: FrameShape) -> Bytes:
@@ -75,14 +75,14 @@ def decoded_paper(data: Bytes, head: CodedHead, shape: FrameShape) -> Bytes:
         raise BadObject(f"cachegen: {head} in {shape}")
     parts = parted(data, HEAD.size, (*coded_parts(shape, head, grid), *_own_parts(shape)))
     parts = [part.copy() for part in parts]  # writable, as compiled code knows its arrays
-    states, counts, places, values, _, words, most, tops, centres, tabid = parts
+    states, counts, places, values, _, words, most, tops, centers, tabid = parts
     if not most.all():
         raise BadObject("cachegen: a plane of no numbers")
     symbols = symbols_of(states, counts, words, standard(), tabid, grid)
     x = blank(shape)
     rows = x.reshape(shape.planes, shape.tokens, shape.channels)
     scales = most.astype(np.int32), tops
-    used = cpu.dequantise_tokens(symbols, centres, *scales, places, values, rows)
+    used = cpu.dequantize_tokens(symbols, centers, *scales, places, values, rows)
     if used != len(places):
         raise BadObject("cachegen: escapes out of place, or a scale that is not a number")
     return as_bytes(x)

@@ -5,7 +5,7 @@
 
 Lossy. The first scan holds what cachegen's level `small` would, in steps three times as wide as
 those of `default`; the second says in which third of its step each number lies, and the third in
-which ninth. A third of a step around zero is a step around zero: each level is a uniform quantiser,
+which ninth. A third of a step around zero is a step around zero: each level is a uniform quantizer,
 as fine as if it stood alone, and all three together take 1 to 3 per cent more bytes than the
 finest alone. What `get` has no time to read, nobody misses (CacheGen, arXiv 2310.07240, section
 5.3, keeps one stream per level instead).
@@ -51,7 +51,7 @@ from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject
 from tierloom.stages.kv.rope import NONE, frequencies
 from tierloom.triton_kernels.cachegen import cpu, thirds_cpu
-from tierloom.triton_kernels.rans.tables import normalise
+from tierloom.triton_kernels.rans.tables import normalize
 
 LEVELS = ("small", "default", "high")
 """The level that one, two or three scans amount to."""
@@ -92,7 +92,7 @@ class Progressive(Lossy):
             made += [HEAD.pack(*head._replace(level=_AS_IT_IS + k)) for k in range(1, self.scans)]
         return [EncodedFrame(scan, source.raw, bytes((PROGRESSIVE,))) for scan in made]
 
-    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+    def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
         """All scans, one after another."""
         made = self._scans(x, shape)
         return None if made is None else memoryview(b"".join(made))
@@ -112,7 +112,7 @@ class Progressive(Lossy):
         profile, own = found
         finest = profile.steps / np.float32(3 ** (self.scans - 1))
         q = np.empty((shape.planes, grid.tokens, shape.channels), np.int16)
-        if not cpu.quantise(rows, *frame.where, profile.means, finest, q):
+        if not cpu.quantize(rows, *frame.where, profile.means, finest, q):
             return None
         if np.abs(q).max() > thirds_cpu.FAR:
             return None
@@ -155,7 +155,7 @@ def from_progressive(data: Bytes, shape: FrameShape, site: Site | None = None) -
         raise BadObject("progressive: scales that no encoder writes")
     symbols, places, values = base.symbols(standard(), tabid), base.places, base.values
     if len(scans) > 1:
-        q = symbols.astype(np.int16) - np.int16(cpu.CENTRE)
+        q = symbols.astype(np.int16) - np.int16(cpu.CENTER)
         flat = q.reshape(-1)
         far = thirds_cpu.FAR // 3 ** (len(scans) - 1)
         if (places >= flat.size).any() or (np.abs(values) > far).any():
@@ -169,7 +169,7 @@ def from_progressive(data: Bytes, shape: FrameShape, site: Site | None = None) -
     rows[:, : head.first] = base.spared
     step = spread(steps / np.float32(3 ** (len(scans) - 1)), means.shape)
     where = place(head, shape, freqs)
-    used = cpu.dequantise(symbols, *where, floats(means, units), step, places, values, rows)
+    used = cpu.dequantize(symbols, *where, floats(means, units), step, places, values, rows)
     if used != len(places):
         raise BadObject("progressive: escapes out of their places")
     return as_bytes(x)
@@ -213,15 +213,15 @@ class _Scan:
 def thirds_book() -> Codebook:
     """Tables of thirds, for each of the shapes that `standard` has tables for."""
     counts = shapes()
-    q = np.arange(-cpu.CENTRE, cpu.CENTRE, dtype=np.int16)
+    q = np.arange(-cpu.CENTER, cpu.CENTER, dtype=np.int16)
     third = np.empty_like(q)
     thirds_cpu.part(q, np.empty_like(q), third)
     made = np.zeros(counts.shape, np.int64)
     for t in (-1, 0, 1):
-        made[:, cpu.CENTRE + t] = counts[:, third == t].sum(axis=1)
+        made[:, cpu.CENTER + t] = counts[:, third == t].sum(axis=1)
     floor = np.zeros(cpu.SYMBOLS, np.int64)
-    floor[[cpu.ESCAPE, cpu.CENTRE - 1, cpu.CENTRE, cpu.CENTRE + 1]] = 1
-    return Codebook.of(normalise(made, BITS, floor))
+    floor[[cpu.ESCAPE, cpu.CENTER - 1, cpu.CENTER, cpu.CENTER + 1]] = 1
+    return Codebook.of(normalize(made, BITS, floor))
 
 
 @lru_cache(1)

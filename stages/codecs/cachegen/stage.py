@@ -42,7 +42,7 @@ class CacheGenOptions:
 
     level: Literal["high", "default", "small", "paper-1", "paper-2", "paper-3"] = "default"
     """About 5, 3.4 and 2.4 bits an element; KL on a small model 7e-4, 7e-3 and 3e-2 nats. Those
-    of `paper` quantise as CacheGen's released code does (3 loses least), for comparison."""
+    of `paper` quantize as CacheGen's released code does (3 loses least), for comparison."""
     calibration: str | None = None
     """A file that `tierloom calibrate` wrote; none: that of the model, where there is one in
     ~/.cache/tierloom/calibrations. Readers need it too."""
@@ -63,7 +63,7 @@ class CacheGen(Lossy):
         self._model = _model(options, ctx)
         super().__init__(options, ctx)
 
-    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+    def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
         rows = x.reshape(shape.planes, shape.tokens, shape.channels)
         layer, level = self._layer + shape.first_layer, LEVELS.index(self.options.level)
         if self.options.level in cachegen_paper.BINS:
@@ -91,7 +91,7 @@ class CacheGen(Lossy):
 
 
 def from_cachegen(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
-    """Inverse of `CacheGen.quantise`. Raises BadObject, also where a calibration is not at hand."""
+    """Inverse of `CacheGen.quantize`. Raises BadObject, also where a calibration is not at hand."""
     head = CodedHead(*head_of(data, HEAD, shape))
     if head.level >= len(LEVELS):
         raise BadObject(f"cachegen: level {head.level} is unknown to this tierloom")

@@ -1,4 +1,4 @@
-"""What the lossy codecs share: they quantise plain frames of floats in canonical order."""
+"""What the lossy codecs share: they quantize plain frames of floats in canonical order."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Array = Any
 
 
 class Lossy(Encode):
-    """Frames of bfloat16, float16 and float32 are quantised; others pass as they are, and so does
+    """Frames of bfloat16, float16 and float32 are quantized; others pass as they are, and so does
     a frame with a number that is not finite or that the codec's scales cannot reach: it would be
-    of no use to itself and would spoil its neighbours."""
+    of no use to itself and would spoil its neighbors."""
 
     takes = "kv@host/frame"
     canonical = True
@@ -36,14 +36,14 @@ class Lossy(Encode):
             self._warm_up()
 
     @abstractmethod
-    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+    def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
         """The encoded bytes of element bits ``[planes, tokens, heads, dim]``, read-only; None
         where a number is not finite, or too large."""
 
     def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
         if before or shape.dtype not in ELEMENTS:
             return None
-        made = self.quantise(elements(data, shape), shape)
+        made = self.quantize(elements(data, shape), shape)
         return None if made is None else (made, bytes((self.codec,)))
 
     def _warm_up(self) -> None:
@@ -59,7 +59,7 @@ def head_of(data: Bytes, layout: Struct, shape: FrameShape) -> tuple[int, ...]:
     """The fields that encoded bytes begin with, the first of which is a version, 1. Raises
     BadObject, also where a lossy codec does not take the frame's elements."""
     if shape.dtype not in ELEMENTS or not shape.nbytes:
-        raise BadObject(f"quantised, but {shape}")
+        raise BadObject(f"quantized, but {shape}")
     if memoryview(data).nbytes < layout.size:
         raise BadObject(f"cut short: {memoryview(data).nbytes} bytes")
     fields: tuple[int, ...] = layout.unpack_from(data)
@@ -75,7 +75,7 @@ def elements(data: Bytes, shape: FrameShape) -> npt.NDArray[Any]:
 
 
 def blank(shape: FrameShape) -> npt.NDArray[Any]:
-    """Room for a decoded frame: element bits ``[planes, tokens, heads, dim]``, not initialised."""
+    """Room for a decoded frame: element bits ``[planes, tokens, heads, dim]``, not initialized."""
     return np.empty((shape.planes, shape.tokens, shape.heads, shape.dim), ELEMENTS[shape.dtype])
 
 

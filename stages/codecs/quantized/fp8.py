@@ -41,14 +41,14 @@ class Fp8(Lossy):
     Options = Fp8Options
     codec = FP8
 
-    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+    def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
         group = self.options.group
         made, (scales, codes) = fresh(_HEAD.pack(1, group), _parts(shape, group))
         return made if fp8_encode(x, group, scales, codes) else None
 
 
 def from_fp8(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
-    """Inverse of `Fp8.quantise`. Raises BadObject."""
+    """Inverse of `Fp8.quantize`. Raises BadObject."""
     _, group = head_of(data, _HEAD, shape)
     if not group:
         raise BadObject("fp8: groups of no tokens")

@@ -3,7 +3,7 @@
     small: {use: int4, from: host}
 
 Lossy: 4.5 bits an element. K has channels that are far from zero for all tokens; without their
-means its groups are narrower (KIVI, arXiv 2402.02750, quantises K per channel for the same reason).
+means its groups are narrower (KIVI, arXiv 2402.02750, quantizes K per channel for the same reason).
 The first tokens of a sequence draw most attention and lie far out: they are kept as they are.
 Groups are asymmetric: a float16 scale has no use for its sign and its last four bits, and the zero
 point has. An element is off by at most half its scale, which is its group's range / 15.25.
@@ -52,7 +52,7 @@ class Int4(Lossy):
     Options = Int4Options
     codec = INT4
 
-    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+    def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
         first = 0
         if 0 <= shape.start < self.options.first:
             first = min(self.options.first - shape.start, shape.tokens)
@@ -65,7 +65,7 @@ class Int4(Lossy):
 
 
 def from_int4(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
-    """Inverse of `Int4.quantise`. Raises BadObject."""
+    """Inverse of `Int4.quantize`. Raises BadObject."""
     _, first = head_of(data, _HEAD, shape)
     if first > shape.tokens:
         raise BadObject(f"int4: {first} tokens spared of {shape.tokens}")

@@ -28,13 +28,13 @@ class Int8(Lossy):
     Options = NoOptions
     codec = INT8
 
-    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+    def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
         made, (scales, codes) = fresh(_HEAD.pack(1), _parts(shape))
         return made if int8_encode(x.reshape(codes.shape), scales, codes) else None
 
 
 def from_int8(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
-    """Inverse of `Int8.quantise`. Raises BadObject."""
+    """Inverse of `Int8.quantize`. Raises BadObject."""
     head_of(data, _HEAD, shape)
     scales, codes = parted(data, _HEAD.size, _parts(shape))
     x = blank(shape)

@@ -61,7 +61,7 @@ class TurboQuant(Lossy):
             )
         super().__init__(options, ctx)
 
-    def quantise(self, x: Array, shape: FrameShape) -> memoryview | None:
+    def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
         bits, seed = self.options.bits, self.options.seed
         made, (gains, codes) = fresh(_HEAD.pack(1, bits, seed), _parts(shape, bits))
         levels, bounds = codebook(bits)
@@ -71,7 +71,7 @@ class TurboQuant(Lossy):
 
 
 def from_turboquant(data: Bytes, shape: FrameShape, site: Site | None = None) -> Bytes:
-    """Inverse of `TurboQuant.quantise`. Raises BadObject."""
+    """Inverse of `TurboQuant.quantize`. Raises BadObject."""
     _, bits, seed = head_of(data, _HEAD, shape)
     if bits not in (3, 4) or not _fits(shape.dim):
         raise BadObject(f"turboquant: {bits} bits for heads of {shape.dim}")

@@ -1,6 +1,6 @@
 """The blocking half of the disk tier: objects in segment files, called from threads of the pool.
 
-Space is found by exact size first, and neighbours that fall free are merged; an object that no
+Space is found by exact size first, and neighbors that fall free are merged; an object that no
 single hole can take is spread over up to four. Fixed size classes, which calcify when the mix of
 sizes changes, and compaction are not needed: with mixed sizes some 99 % of the capacity hold
 objects. Nothing is unlinked to evict, and nothing is synced on the way: a power cut may cost what

@@ -263,11 +263,11 @@ def test_weights_made_in_inference_mode(keep: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_no_tensor_of_a_quantised_model(keep: Any, model: Any) -> None:
+def test_what_is_no_tensor_of_a_quantized_model(keep: Any, model: Any) -> None:
     """Its weights are packed where neither torch nor we can see them."""
-    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}).eval()
     with pytest.raises(TierloomError, match="weights="):
-        keep(quantised)
+        keep(quantized)
 
 
 def test_it_changes_between_the_plan_and_the_forward(keep: Any, model: Any) -> None:

@@ -76,7 +76,7 @@ class TestSmall(TestCacheGen):
 
 
 class TestPaper(CodecContract):
-    """CacheGen's own quantiser: half of a token's largest number over the largest symbol."""
+    """CacheGen's own quantizer: half of a token's largest number over the largest symbol."""
 
     level = "paper-3"
     per_element = 4.3

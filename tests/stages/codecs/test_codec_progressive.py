@@ -104,7 +104,7 @@ def test_scans_cost_little_more_than_the_level_alone(
         alone = CacheGen(CacheGenOptions(level="high"), None)  # type: ignore[arg-type]
         alone._freqs = frequencies(ROPE, 64)
         bits = x.contiguous().view(torch.int32).numpy().view(np.uint32)
-        made = alone.quantise(bits.reshape(8, 256, 3, 64), shape)
+        made = alone.quantize(bits.reshape(8, 256, 3, 64), shape)
         assert made is not None
         assert len(joined(scans[:n])) <= 1.06 * made.nbytes
         plain = cachegen.from_cachegen(made, shape._replace(start=-1))

@@ -1,4 +1,4 @@
-"""The quantisers: numba against plain torch, and Triton against numba, byte for byte.
+"""The quantizers: numba against plain torch, and Triton against numba, byte for byte.
 
 The Triton tests run twice: under the interpreter, in a child process that this file starts, and on
 a CUDA device.
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from interpreter import run_interpreted
-from quantise_cases import (
+from quantize_cases import (
     Case,
     as_bytes,
     bits,
@@ -21,7 +21,7 @@ from quantise_cases import (
     make_case,
 )  # fmt: skip
 
-from tierloom.triton_kernels.quantize import cpu as quantise_cpu
+from tierloom.triton_kernels.quantize import cpu as quantize_cpu
 from tierloom.triton_kernels.quantize import reference
 from tierloom.triton_kernels.turboquant import cpu as turboquant_cpu
 
@@ -59,7 +59,7 @@ def test_triton_tells_what_numba_refuses(bad: float, device: str) -> None:
     with pytest.raises(AssertionError, match="bad"):
         by_triton(case, device)
     x = bits(case.x).reshape(-1, 32)
-    assert not quantise_cpu.int8_encode(x, np.zeros(len(x), np.int16), np.zeros(x.shape, np.int8))
+    assert not quantize_cpu.int8_encode(x, np.zeros(len(x), np.int16), np.zeros(x.shape, np.int8))
 
 
 def turned(dtype: torch.dtype, dim: int) -> tuple[Case, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Frames for the quantisers, and one set of calls for three implementations."""
+"""Frames for the quantizers, and one set of calls for three implementations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tierloom.triton_kernels.quantize import cpu as quantise_cpu
+from tierloom.triton_kernels.quantize import cpu as quantize_cpu
 from tierloom.triton_kernels.quantize import reference
 from tierloom.triton_kernels.quantize.triton import launch_fp8, launch_int4, launch_int8
 from tierloom.triton_kernels.turboquant import cpu as turboquant_cpu
@@ -75,19 +75,19 @@ def by_numba(case: Case) -> dict[str, Any]:
     out, (planes, tokens, heads, dim) = {}, x.shape
     rows = x.reshape(planes, tokens, heads * dim)
     s = _arrays(case)
-    assert quantise_cpu.int8_encode(x.reshape(-1, dim), s["int8 scales"], s["int8 codes"])
+    assert quantize_cpu.int8_encode(x.reshape(-1, dim), s["int8 scales"], s["int8 codes"])
     back = np.empty_like(x)
-    quantise_cpu.int8_decode(s["int8 codes"], s["int8 scales"], back.reshape(-1, dim))
+    quantize_cpu.int8_decode(s["int8 codes"], s["int8 scales"], back.reshape(-1, dim))
     out["int8 back"] = back
-    assert quantise_cpu.fp8_encode(x, case.group, s["fp8 scales"], s["fp8 codes"])
+    assert quantize_cpu.fp8_encode(x, case.group, s["fp8 scales"], s["fp8 codes"])
     back = np.empty_like(x)
-    quantise_cpu.fp8_decode(s["fp8 codes"], case.group, s["fp8 scales"], back)
+    quantize_cpu.fp8_decode(s["fp8 codes"], case.group, s["fp8 scales"], back)
     out["fp8 back"] = back
-    assert quantise_cpu.channel_means(rows, case.first, s["int4 means"])
+    assert quantize_cpu.channel_means(rows, case.first, s["int4 means"])
     steps = s["int4 steps"].view(np.uint16)
-    assert quantise_cpu.int4_encode(rows, case.first, s["int4 means"], steps, s["int4 codes"])
+    assert quantize_cpu.int4_encode(rows, case.first, s["int4 means"], steps, s["int4 codes"])
     back = rows.copy()
-    quantise_cpu.int4_decode(s["int4 codes"], case.first, s["int4 means"], steps, back)
+    quantize_cpu.int4_decode(s["int4 codes"], case.first, s["int4 means"], steps, back)
     out["int4 back"] = back[:, case.first :]
     return {name: np.ascontiguousarray(a).tobytes() for name, a in (s | out).items()}
 

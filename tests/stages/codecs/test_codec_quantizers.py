@@ -162,5 +162,5 @@ class TestTurboQuant3(TestTurboQuant):
 @pytest.mark.slow
 def test_nothing_is_touched_outside_of_buffers(tmp_path: Path) -> None:
     lossy = ("TestInt8", "TestFp8", "TestInt4", "TestTurboQuant", "TestTurboQuant3")
-    mine = [f"test_codec_quantisers:{name}" for name in lossy]
+    mine = [f"test_codec_quantizers:{name}" for name in lossy]
     fuzz_with_bounds_checks(tmp_path, *mine, "test_codec_cachegen:TestCacheGen")
