@@ -37,10 +37,16 @@ def strings_of(path: Path) -> list[tuple[int, str]]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     return [
-        (node.lineno, node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
-    ]
+        *((n.lineno, n.value) for n in ast.walk(tree)
+          if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docs),
+        *((n.lineno, filled(n)) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr)),
+    ]  # fmt: skip
+
+
+def filled(text: ast.JoinedStr) -> str:
+    """An f-string as it is read, with a word in place of each value."""
+    parts = (p.value if isinstance(p, ast.Constant) else "thing" for p in text.values)
+    return "".join(map(str, parts))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -64,6 +70,11 @@ def test_help() -> None:
     for name, command in {"": group, **group.commands}.items():  # type: ignore[attr-defined]
         texts = [command.help or "", *(getattr(p, "help", "") or "" for p in command.params)]
         assert not [text for text in texts if HARD.search(text)], name
+
+
+def test_a_phrase_that_ends_in_a_value_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text('f"{name!r} is no {kind}"')
+    assert [text for _, text in strings_of(tmp_path / "x.py") if HARD.search(text)]
 
 
 @pytest.mark.parametrize("text", ["x is no id", "waits behind it", "None: there is one way"])

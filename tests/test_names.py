@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ("triton_kernels", "stages", "pipeline", "adapters")
-MOVED = {"stages/base.py", "stages/tiers/base.py", "stages/tiers/blobs.py"}
-"""Where contracts were in 0.1."""
-FILES = [
-    path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))
-    if str(path.relative_to(ROOT)) not in MOVED
-]  # fmt: skip
+from .test_layout import FILES, ROOT
 
 TWICE = {
     "Manifest": "what says which parts an object has, of Redis and of pools: two formats",

@@ -44,5 +44,5 @@ def class_of(
     else:
         if isinstance(cls, type) and issubclass(cls, base) and hasattr(cls, "Options"):
             return name, cls
-        found.add(use.at, path, f"{name!r} is no {kind}", f"a {kind} subclasses {base.__name__}")
+        found.add(use.at, path, f"{name!r} is not a {kind}", f"a {kind} subclasses {base.__name__}")
     return name, None

@@ -57,7 +57,7 @@ FILES = {
     ),
     "a tier that is a stage": (
         "version: 1\ntiers: {hot: {use: 'standins:Sorts'}}", "2:20", "tiers.hot",
-        "'standins:Sorts' is no tier", "a tier subclasses Tier",
+        "'standins:Sorts' is not a tier", "a tier subclasses Tier",
     ),
     "an option of a tier": (
         "version: 1\ntiers: {hot: {use: 'standins:Box', capcity: 1}}", "2:36", "tiers.hot",
