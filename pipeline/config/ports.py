@@ -13,7 +13,7 @@ from typing import Any
 from tierloom.pipeline.config.problems import Findings, Place, nearest
 from tierloom.pipeline.config.spec import Node, Wire
 from tierloom.stages import catalog
-from tierloom.stages.contract.stage import PortType, Stage
+from tierloom.stages.contract.stage import BatchStage, PortType, RequestStage, Stage
 
 INPUT = PortType("tokens", "host", "request")
 """What a request brings into either graph."""
@@ -121,6 +121,10 @@ def _fit(order: list[Draft], by_id: dict[str, Draft], found: Findings) -> Iterat
             message = f"{sender} gives {comes} but {draft.use} takes {takes} ({differ})"
             found.add(draft.at, draft.path, message, _bridge(comes, takes))
         flows[draft.id] = gives = gives.after(comes or takes)
+        kind = RequestStage if gives.is_plan else BatchStage
+        if not issubclass(draft.cls, kind):
+            message = f"{draft.use} gives {gives}, so it must be a {kind.__name__}"
+            found.add(draft.at, draft.path, message, "subclass that, or correct takes and gives")
         yield Node(
             id=draft.id, use=draft.use, cls=draft.cls, options=draft.options, source=draft.source,
             takes=takes, gives=gives, wire=draft.wire or Wire(), place=str(draft.at),

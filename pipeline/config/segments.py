@@ -12,7 +12,7 @@ from tierloom.pipeline.config.spec import Graph, Node, WhenFull
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Stages that hand batches on by a plain call, each in its own lane."""
+    """Stages that hand batches on by a plain call."""
 
     nodes: tuple[Node, ...]
     source: int | None
@@ -32,8 +32,8 @@ class Segment:
 def lower(graph: Graph) -> tuple[Segment, ...]:
     """Cut where a wire forks or has options of its own, and after the plan.
 
-    Not where the lane changes: a hop over a queue is not free, and batches overlap anyway, as each
-    segment has several workers.
+    Not where loop and pool change: a hop over a queue is not free, and batches overlap anyway, as
+    each segment has several workers.
     """
     groups: list[list[Node]] = []
     source: list[int | None] = []
@@ -57,7 +57,7 @@ def lower(graph: Graph) -> tuple[Segment, ...]:
             when_full=nodes[0].wire.when_full or _default(i, source[i], readers),
             depth=nodes[0].wire.depth,
             width=nodes[0].wire.width,
-            head=_is_head(nodes[0]),
+            head=nodes[0].gives.is_plan,
         )
         for i, nodes in enumerate(groups)
     )
@@ -67,13 +67,9 @@ def _fuses(graph: Graph, last: Node, node: Node) -> bool:
     return (
         node.source == last.id
         and len(graph.readers(last.id)) == 1
-        and _is_head(last) == _is_head(node)
+        and last.gives.is_plan == node.gives.is_plan
         and node.wire == type(node.wire)()
     )
-
-
-def _is_head(node: Node) -> bool:
-    return node.gives.unit == "request" and node.gives.kind != "receipt"
 
 
 def _default(i: int, source: int | None, readers: list[tuple[int, ...]]) -> WhenFull:

@@ -53,6 +53,11 @@ class PortType(NamedTuple):
         """This output with each word `same` replaced by that of the input."""
         return PortType(*(b if a == "same" else a for a, b in zip(self, comes, strict=True)))
 
+    @property
+    def is_plan(self) -> bool:
+        """A `RequestStage` gives it: more is to be known of the whole request, before batches."""
+        return self.unit == "request" and self.kind != "receipt"
+
     def __str__(self) -> str:
         return f"{self.kind}@{self.place}/{self.unit}"
 
@@ -156,7 +161,7 @@ class RequestStage(Stage):
     def peek(self, request: Request) -> None:
         """`plan` by what this process knows alone: any thread, no I/O, nothing changed. To be
         written where `plan` is a coroutine."""
-        assert not iscoroutinefunction(self.plan), f"{type(self).__name__} has no peek"
+        assert not runs_on_loop(self.plan), f"{type(self).__name__} has no peek"
         self.plan(request)
 
 

@@ -58,6 +58,16 @@ class ToRemote(BatchStage):
     def apply(self, batch: Batch) -> None: ...
 
 
+class WrongKind(BatchStage):
+    """Gives what only a stage of requests can."""
+
+    Options = NoOptions
+    takes = "keys@host/request"
+    gives = "keys@host/request"
+
+    def apply(self, batch: Batch) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoxOptions:
     """A tier."""

@@ -52,7 +52,7 @@ STAGES = {
     ),
     "not a stage": (
         "x: {use: 'standins:NO_STAGE'}", "7:16", "graphs.store.stages.x",
-        "'standins:NO_STAGE' is no stage", "a stage subclasses Stage",
+        "'standins:NO_STAGE' is not a stage", "a stage subclasses Stage",
     ),
     "a missing option": (
         "x: {use: 'standins:Sorts'}", "7:7", "graphs.store.stages.x", "option 'must' is missing",
@@ -138,6 +138,11 @@ STAGES = {
         "x: {use: 'standins:ToRemote', from: keys}", "7:7", "graphs.store.stages.x",
         ("keys gives keys@host/request but standins:ToRemote takes bytes@device/frame "
          "(kind and place and unit differ)"), "",
+    ),
+    "a kind of stage that its ports contradict": (
+        "x: {use: 'standins:WrongKind', from: keys}", "7:7", "graphs.store.stages.x",
+        "standins:WrongKind gives keys@host/request, so it must be a RequestStage",
+        "subclass that, or correct takes and gives",
     ),
     "a tier that is not there": (
         "x: {use: lookup, tiers: [hot, cold]}", "7:37", "graphs.store.stages.x.tiers",
