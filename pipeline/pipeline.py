@@ -248,7 +248,8 @@ class Pipeline:
         if graph not in self._runners:
             raise ConfigError(f"{self.spec.source} has no graph '{graph}'")
         if layout is not None and layout is not self.layout:
-            self.off = self._requests.failure(layout) or self.off
+            failure = self._requests.failure(layout)
+            self.off = self.off or failure
         options, runner = self.spec.graphs[graph].options, self._runners[graph]
         seconds, idle = deadline or options.deadline, options.pace.idle if layered else 0.0
         request = self._requests.make(
