@@ -12,6 +12,8 @@ import numpy as np
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.stages.contract.request import EngineMemory, Request
 from tierloom.stages.errors import ConfigError, InputError, LayoutError
+from tierloom.stages.kv.block_table import block_table
+from tierloom.stages.kv.chain_seed import chain_seed
 from tierloom.stages.kv.layout import KVLayout
 from tierloom.stages.kv.layout_check import SelfTests
 from tierloom.stages.kv.namespace import Namespace
@@ -49,14 +51,18 @@ class Requests:
             raise InputError("pass either slots= or blocks=")
         if blocks is not None:
             rows = layout.rows_of_blocks(blocks, wanted, native=self._native)
-            if graph == "store" and len(rows) and int(rows.min()) < 0:
+            spare = block_table(blocks).spare if graph == "store" else 0
+            if graph == "store" and (rows[0 if self._native else spare :] < 0).any():
                 raise InputError("blocks leave some out (-1): what is stored is stored whole")
         else:
+            spare = 0
             rows = layout.check_slots(slots, wanted)
             rows = layout.block_rows(rows) if self._native else rows
         table = self._tables.of(layout, caches, native=self._native)
         memory = EngineMemory(table, rows, (caches, rows), self.event())
-        return self._request(graph, tokens, memory, seconds=seconds, **names)
+        request = self._request(graph, tokens, memory, seconds=seconds, **names)
+        request.spare = spare
+        return request
 
     def question(self, tokens: Any, *, deadline: float | None = None, **names: Any) -> Request:
         """A retrieve that is only planned."""
@@ -95,7 +101,8 @@ class Requests:
 
     def _seed_of(self, salt: str, adapter: str, tags: tuple[tuple[str, str], ...]) -> bytes:
         """The digest that starts a tenant's chains."""
-        return self._names.of(salt=salt, adapter=adapter, tags=tags).digest
+        names = self._names.of(salt=salt, adapter=adapter, tags=tags)
+        return chain_seed(names, self._spec.chunk.keys)
 
 
 def native_order(spec: PipelineSpec, layout: KVLayout) -> bool:

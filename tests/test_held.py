@@ -24,6 +24,7 @@ THREADS = {
 }
 """Where threads are made or used at all."""
 ADDRESSES = {
+    "stages/ops/frame_copy.py": "join _planes",
     "stages/ops/gather.py": "Gather.apply",
     "stages/ops/scatter.py": "Scatter._place",
     "stages/tiers/pools/tier.py": "Pooled._load Pooled._save",

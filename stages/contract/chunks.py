@@ -44,11 +44,14 @@ class Chunk:
     position: int = -1
     """Its first token, as the whole prompt counts them; -1: not known."""
     source: Source | None = None
-    """Retrieve: where it is read; None: nothing of it is found."""
+    """Retrieve: where it is read; None: nothing of it is found. Store: where its first tokens are
+    read, which the caller does not have."""
     missing_in: list[str] = field(default_factory=list)
     """Store: tiers that do not have it."""
     object: Object | None = None
     """As stored. The batch's resources hold its lease."""
+    head: Object | None = None
+    """Store: what `source` names, as it was read."""
     plain: Object | None = None
     """Decoded, where `object` is encoded; its frames are verified already."""
     checksums: npt.NDArray[np.uint64] | None = None
@@ -78,7 +81,7 @@ class Chunk:
     def leases(self) -> list[Lease]:
         """All that holds it, in whatever form: what a call on it may touch."""
         encoded = tuple(self.encoded.values())  # a copy: another branch may add its own meanwhile
-        forms = (self.object, self.plain, *[e.object for e in encoded])
+        forms = (self.object, self.head, self.plain, *[e.object for e in encoded])
         return [form.lease for form in forms if form is not None]
 
 

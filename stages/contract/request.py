@@ -79,6 +79,9 @@ class Request:
         """Retrieve: from this chunk on, computing is quicker than reading."""
         self.kept_already = 0
         """Store: tokens that every tier had."""
+        self.spare = 0
+        """Store: tokens, from the first on, that `memory` does not hold; whole grains, of which a
+        chunk takes those that it needs from what is kept."""
         self.cancelled: Lost | None = None
         self.lost: dict[Lost, int] = {}
         self.delivered: dict[str, int] = {}

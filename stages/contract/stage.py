@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import Request
+from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.memory.arena import Arena
@@ -74,6 +75,9 @@ class ChunkOptions:
     """Layers of a frame: the unit of pipelining."""
     partial: bool = True
     """Keep a prompt's last chunk even when it is not full."""
+    keys: Keys = "own"
+    """`own`: keys that name model and tenant as well; `sglang`: SGLang's page hashes, to share with
+    it (`grain` must be its page size)."""
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.grain, self.group) < 1:

@@ -1,4 +1,5 @@
-"""A request's frames between its cache and leases: frame tables, and the guarded copy."""
+"""A request's frames between its cache and leases: frame tables, the guarded copy, and the joining
+of a chunk that comes in parts with what is kept of it."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import numpy as np
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import EngineMemory
 from tierloom.stages.kv.geometry import Geometry
-from tierloom.stages.kv.object import Header
+from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.kv.paged_copy import gather_now, scatter_now
-from tierloom.triton_kernels.memory.tables import PLACED, FrameTable
+from tierloom.triton_kernels.memory.tables import PLACED, FrameTable, PlaneTable
 
 
 def frame_table(
@@ -57,3 +58,49 @@ def scatter(memory: EngineMemory, frames: FrameTable, device: str, *, verify: bo
                 memory.table, frames, memory.slots, memory.stop, device, memory.event,
                 verify=verify,
             )  # fmt: skip
+
+
+def can_join(head: Header, whole: Header, tokens: int) -> bool:
+    """Whether the first `tokens` tokens of an object can be the beginning of another."""
+    same = (
+        head.geometry == whole.geometry and head.group == whole.group and not whole.geometry.native
+    )
+    return same and head.tokens >= tokens and not any(f.codecs for f in head.frames)
+
+
+def join(geometry: Geometry, chunk: Chunk, head: Object, frames: range, tokens: int) -> bool:
+    """Copy the first `tokens` tokens of `frames` from `head` into the chunk's object and put their
+    new checksums into `chunk.checksums`; False where a frame of `head` is damaged.
+
+    Both leases are held by the caller. Blocks; frees the GIL while it copies.
+    """
+    from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
+
+    whole = chunk.object
+    assert whole is not None
+    assert chunk.checksums is not None
+    base = head.lease.at(0, head.header.nbytes)
+    source = frame_table(geometry, [(chunk, head.header, base, frames, tokens)])
+    slots = np.arange(chunk.start + tokens) - chunk.start
+    stop = np.zeros(1, np.uint8)
+    scatter_now(_planes(geometry, whole), source, slots, stop, "cpu", verify=True)
+    at = whole.lease.at(0, whole.header.nbytes)
+    for i in frames:
+        frame = whole.header.frames[i]
+        chunk.checksums[i] = xxh3_64(at + frame.offset, frame.stored)
+    return bool((source.status == PLACED).all())
+
+
+def _planes(g: Geometry, whole: Object) -> PlaneTable:
+    """An object's frames as if they were an engine's cache of one block."""
+    header, start = whole.header, whole.lease.at(0, whole.header.nbytes)
+    plane = header.tokens * g.row_bytes
+    base = np.empty((g.kv, g.layers), np.int64)
+    for i, frame in enumerate(header.frames):
+        first = i * header.group
+        layers = min(header.group, g.layers - first)
+        here = start + frame.offset + plane * np.arange(g.kv * layers).reshape(g.kv, layers)
+        base[:, first : first + layers] = here
+    step = [plane, g.row_bytes, g.dim * g.itemsize, g.itemsize]
+    stride = np.tile(np.array(step, np.int64), (g.kv * g.layers, 1))
+    return PlaneTable(base.reshape(-1), stride, g.kv, header.tokens, g.heads, g.dim, g.itemsize)

@@ -7,7 +7,7 @@ A chunk's frames lie in one lease from the start, after room for its header.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 
 import numpy as np
@@ -16,12 +16,13 @@ from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import Request
 from tierloom.stages.contract.stage import BatchStage, Context
-from tierloom.stages.errors import ArenaFull, Lost
+from tierloom.stages.errors import ArenaFull, Damaged, Lost
 from tierloom.stages.kv.object import LINK, Frame, Header, Object, header_size, plan_frames
 from tierloom.stages.memory.allocator import PAGE, aligned
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.ops import frame_copy
 from tierloom.stages.options import NoOptions
+from tierloom.stages.tiers.contract.tier import Read
 
 UNKNOWN = bytes(32)
 """Token digest of a chunk whose caller named it and did not say its tokens."""
@@ -43,11 +44,14 @@ class Gather(BatchStage):
         self._plan = lru_cache(256)(self._plan_of)
 
     async def prepare(self, batch: Batch) -> None:
-        """Lease memory for whole objects when their first frames come."""
+        """Lease memory for whole objects when their first frames come, and read what is kept of
+        those that come in part."""
         for chunk in batch.live:
             if chunk.object is not None:
                 continue
             header = self._header(batch.request, chunk)
+            if chunk.source is not None and not await self._read_head(batch, chunk, header):
+                continue
             try:
                 lease = self.ctx.arena.lease(header.nbytes)
             except ArenaFull:
@@ -73,13 +77,49 @@ class Gather(BatchStage):
             for chunk in live:
                 batch.lose(chunk, batch.request.cancelled or Lost.CANCELLED)
             return
-        part, n = slice(batch.frames.start, batch.frames.stop), len(batch.frames)
+        part, n, g = (
+            slice(batch.frames.start, batch.frames.stop),
+            len(batch.frames),
+            self.ctx.geometry,
+        )
         for i, chunk in enumerate(live):
             assert chunk.checksums is not None
             assert chunk.object is not None
             chunk.checksums[part] = frames.checksum[i * n : (i + 1) * n]
+            if chunk.head is not None and not frame_copy.join(
+                g, chunk, chunk.head, batch.frames, chunk.wanted
+            ):
+                batch.refuse(chunk, Damaged("a frame of what is kept does not match its checksum"))
+                continue
             if batch.request.done_with(chunk, batch.frames):
                 chunk.object.seal(chunk.checksums.tolist())
+
+    async def _read_head(self, batch: Batch, chunk: Chunk, header: Header) -> bool:
+        """Read what is kept of a chunk; False: it is lost, as it cannot be had any more."""
+        assert chunk.source is not None
+        tier, arena = self.ctx.tiers[chunk.source.tiers[0]], self.ctx.arena
+        if not tier.in_arena:  # nobody was promised memory for it
+            if header.nbytes > arena.spare:
+                batch.lose(chunk, Lost.NO_ROOM)
+                return False
+            await arena.reserve(header.nbytes)
+            batch.defer(partial(arena.unreserve, header.nbytes))
+        read = Read(chunk.source.key, len(header.frames))
+        try:
+            await tier.read([read])
+        finally:
+            if read.object is not None:
+                batch.defer(read.object.lease.release)
+        head = read.object
+        if (
+            read.lost is None
+            and head is not None
+            and frame_copy.can_join(head.header, header, chunk.wanted)
+        ):
+            chunk.head = head
+        else:
+            batch.lose(chunk, read.lost or Lost.BAD_LAYOUT)
+        return chunk.head is not None
 
     def _header(self, request: Request, chunk: Chunk) -> Header:
         g, c = self.ctx.geometry, self.ctx.chunk

@@ -25,7 +25,7 @@ from tierloom.stages.contract.chunks import Chunk, Source
 from tierloom.stages.contract.stage import BatchStage, Context
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.geometry import Geometry
-from tierloom.stages.kv.object import Object
+from tierloom.stages.kv.object import LINK, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.ops.hedge import race
 from tierloom.stages.ops.promote import settle
@@ -268,5 +268,8 @@ def _why_lost(batch: Batch, chunk: Chunk, read: Read, geometry: Geometry) -> Los
         return Lost.LATE
     header = read.object.header
     if header.geometry != geometry or header.tokens < chunk.wanted:
+        return Lost.BAD_LAYOUT
+    wanted = -(-chunk.wanted // header.grain) * LINK
+    if header.links[:wanted] != chunk.links[:wanted]:  # it begins elsewhere in the text
         return Lost.BAD_LAYOUT
     return Lost.LATE if read.object.loaded < batch.frames_of(header).stop else None

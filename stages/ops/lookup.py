@@ -19,6 +19,7 @@ from tierloom.stages.contract.chunks import Chunk, Source
 from tierloom.stages.contract.request import Request
 from tierloom.stages.contract.stage import Context, RequestStage
 from tierloom.stages.errors import Lost
+from tierloom.stages.kv.object import LINK
 from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.ops.load_or_recompute import worth_loading
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
@@ -100,13 +101,29 @@ class Lookup(RequestStage):
                     kept = known[name][chunk.index]
                 if not kept:
                     chunk.missing_in.append(name)
-            if chunk.missing_in:
+            if not chunk.missing_in:
+                request.kept_already += chunk.tokens
+            elif request.spare <= chunk.start or self._head(chunk, request.spare, tiers):
                 missing.append(chunk)
             else:
-                request.kept_already += chunk.tokens
+                request.tally(Lost.ABSENT)
             if chunk.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
         request.chunks = missing
+
+    def _head(self, chunk: Chunk, spare: int, tiers: dict[str, CircuitBreaker]) -> bool:
+        """Plan where the tokens of a chunk that the caller does not have are to be read; False:
+        nowhere."""
+        tokens = spare - chunk.start
+        if tokens >= chunk.tokens or tokens % self.ctx.chunk.grain:
+            return False
+        wanted = chunk.links[: tokens // self.ctx.chunk.grain * LINK]
+        for name, tier in tiers.items():
+            found = tier.find(wanted) if tier.local else None
+            if found is not None and found.grains * LINK == len(wanted):
+                chunk.source = Source(found.key, tokens, [name])
+                return True
+        return False
 
     async def _prefix(
         self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]

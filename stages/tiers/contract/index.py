@@ -107,7 +107,11 @@ class Index(Generic[P]):
         for grains in range(len(asked), 0, -1):
             link = asked[grains - 1]
             entry = self.get(link) or self.get(self._aliases.get(link, b""))
-            if entry is not None:
+            # An object that begins elsewhere in the text has the link at another position. A key
+            # alone asks for its object, wherever that begins.
+            if entry is not None and (
+                entry.links.startswith(links[: grains * LINK]) or entry.key == links
+            ):
                 return Found(entry.key, grains, entry.nbytes)
         return None
 
