@@ -20,6 +20,10 @@ _NOT_THE_MODEL = {
 }  # fmt: skip
 """Keys of a config that change no KV; nor do those that begin with `_` or `output_`."""
 
+BY_LENGTH = ('"longrope"', '"su"', "llama4")
+"""What the text of a config holds whose KV depends on an engine's longest prompt: it chooses the
+long RoPE factors (longrope, su) and switches temperature tuning on (llama4)."""
+
 
 def config_text(config: Mapping[str, Any]) -> str:
     """A Hugging Face config as canonical JSON, without what changes no KV or names a place."""

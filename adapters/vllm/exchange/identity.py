@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tierloom.adapters.model_identity.config import canonical, config_text
+from tierloom.adapters.model_identity.config import BY_LENGTH, canonical, config_text
 from tierloom.adapters.model_identity.weights import KINDS, files_id, find, hash_files
 from tierloom.stages.errors import InputError
 from tierloom.stages.kv.namespace import tlv
@@ -26,9 +26,6 @@ _FIRST = {"pt": "*.pt", "npcache": "*.bin", "gguf": "*.gguf"}
 _OF_FILES = {"auto", "bitsandbytes", "fastsafetensors", "hf", "instanttensor", "mistral",
              "safetensors", *_FIRST}  # fmt: skip
 """Load formats that take what the folder holds; others say in an option where they take it from."""
-_BY_LENGTH = ('"longrope"', '"su"', "llama4")
-"""Configs whose KV depends on `max_model_len`: it chooses vLLM's long RoPE factors (longrope, su)
-and switches temperature tuning on (llama4)."""
 _NOT_THE_ADAPTER = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "task_type",
@@ -57,7 +54,7 @@ def weights_id(vllm_config: Any) -> str:
         "cache_dtype": str(cache.cache_dtype),
         "unquantized_layers": list(getattr(cache, "kv_cache_dtype_skip_layers", ())),
     }
-    if any(mark in config for mark in _BY_LENGTH):
+    if any(mark in config for mark in BY_LENGTH):
         facts["max_model_len"] = model.max_model_len
     how = str(load.load_format)
     if how == "dummy":
