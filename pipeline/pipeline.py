@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,8 @@ from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import Closed, ConfigError, Lost, TierDown
 from tierloom.stages.kv.layout import KVLayout
 from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.object import LINK, Object
+from tierloom.stages.kv.prefix import Span
 
 
 class Pipeline:
@@ -42,11 +44,12 @@ class Pipeline:
         backend: str = "",
         facts: ModelFacts | None = None,
         replica: bool = False,
-        watch: bool = False,
+        watch: bool | Callable[[Change], None] = False,
     ) -> None:
         """`layers`, `heads`, `part`: which share of the model's KV `layout` holds. `backend`: whose
         native blocks these are, where the layout alone does not say it. `replica`: another process
-        has the same KV. `watch`: `changes()` will be called. A layout that fails its self-test
+        has the same KV. `watch`: `changes()` will be called; or a function that is told of each,
+        on whatever thread it happens. A layout that fails its self-test
         turns caching `off`. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given
         the arena."""
         self.spec, self.layout = spec, layout
@@ -220,6 +223,40 @@ class Pipeline:
 
         count: int = self._portal.call(all_tiers)
         return count
+
+    def hold(self, span: Span) -> dict[bytes, Object] | None:
+        """The objects of a span of whole chunks, by key, where all of them lie in a memory tier.
+        They stay there until the caller releases each one's lease; `held=` of `begin_retrieve` then
+        brings them without a lookup. None: not all are there. No I/O, no wait; any thread."""
+        self._check_open()
+        tiers = [t for t in self.tiers.values() if t.in_arena and t.available]
+        step = self.spec.chunk.tokens // self.spec.chunk.grain * LINK
+        held: dict[bytes, Object] = {}
+        for at in range(0, len(span.links), step):
+            chunk = span.links[at : at + step]
+            object = next((o for t in tiers if (o := t.hold(chunk[-LINK:])) is not None), None)
+            if (
+                object is None
+                or object.header.links != chunk
+                or object.header.geometry != self.geometry
+            ):
+                for other in (*held.values(), *([object] if object is not None else [])):
+                    other.lease.release()
+                return None
+            held[chunk[-LINK:]] = object
+        return held
+
+    def prefetch(self, span: Callable[[], Span], caches: Sequence[Any]) -> None:
+        """Have what of a span lies in colder tiers read, verified and promoted, and placed nowhere.
+        Returns at once: all of it, `span()` included, is done on the pipeline's own thread.
+        `caches`: as for `retrieve`."""
+        self._check_open()
+        self._portal.post(self._prefetch, span, caches)
+
+    def _prefetch(self, span: Callable[[], Span], caches: Sequence[Any]) -> None:
+        named = span()
+        blocks = [-1] * -(-named.tokens // self.layout.block_tokens)
+        self.retrieve(named, caches, blocks=blocks)
 
     def explain(self) -> str:
         """What runs, as text."""

@@ -17,6 +17,7 @@ from tierloom.stages.kv.chain_seed import chain_seed
 from tierloom.stages.kv.layout import KVLayout
 from tierloom.stages.kv.layout_check import SelfTests
 from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.paged_copy import fence
 from tierloom.stages.kv.pointer_cache import PointerCache
 from tierloom.stages.kv.prefix import Span
@@ -43,7 +44,7 @@ class Requests:
 
     def make(
         self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *, layout: KVLayout,
-        seconds: float, blocks: Any = None, **names: Any,
+        seconds: float, blocks: Any = None, held: dict[bytes, Object] | None = None, **names: Any,
     ) -> Request:  # fmt: skip
         """A store or retrieve; arguments as for `Pipeline.store`. Raises InputError."""
         wanted = (tokens.wanted or tokens.tokens) if isinstance(tokens, Span) else len(tokens)
@@ -61,7 +62,7 @@ class Requests:
         table = self._tables.of(layout, caches, native=self._native)
         memory = EngineMemory(table, rows, (caches, rows), self.event())
         request = self._request(graph, tokens, memory, seconds=seconds, **names)
-        request.spare = spare
+        request.spare, request.held = spare, held or {}
         return request
 
     def question(self, tokens: Any, *, deadline: float | None = None, **names: Any) -> Request:

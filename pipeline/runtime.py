@@ -42,11 +42,12 @@ class Worker:
 
     def __init__(
         self, spec: PipelineSpec, geometry: Geometry, device: str, names: Namespace,
-        facts: ModelFacts | None = None, *, replica: bool = False, watch: bool = False,
+        facts: ModelFacts | None = None, *, replica: bool = False,
+        watch: bool | Callable[[Change], None] = False,
     ) -> None:  # fmt: skip
         """`names`: whose digest every object carries. `watch`: keep `changes`, which the
-        caller must empty. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given the
-        arena."""
+        caller must empty, or tell a function of each. Raises ConfigError, TierDown; LayoutError
+        where a GPU cannot be given the arena."""
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
         self._facts = facts or ModelFacts()
@@ -118,7 +119,11 @@ class Worker:
                 tasks.cancel_scope.cancel()
 
     def _note(self, tier: str, kept: bool, links: bytes) -> None:
-        self.changes.append(Change(tier, kept, links))
+        change = Change(tier, kept, links)
+        if callable(self._watch):
+            self._watch(change)
+        else:
+            self.changes.append(change)
 
     def _runner(self, graph: Graph) -> GraphRunner:
         g = self._geometry

@@ -13,6 +13,7 @@ import numpy as np
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.gates import InUseCounter, LayerGates
 from tierloom.stages.errors import Lost
+from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.prefix import Span
 from tierloom.stages.memory.arena import Lease
 from tierloom.triton_kernels.memory.tables import PlaneTable
@@ -79,6 +80,8 @@ class Request:
         """Retrieve: from this chunk on, computing is quicker than reading."""
         self.kept_already = 0
         """Store: tokens that every tier had."""
+        self.held: dict[bytes, Object] = {}
+        """Retrieve: objects by key that the caller holds until it is done; nothing is looked up."""
         self.spare = 0
         """Store: tokens, from the first on, that `memory` does not hold; whole grains, of which a
         chunk takes those that it needs from what is kept."""

@@ -53,6 +53,9 @@ class Lookup(RequestStage):
         self.names = options.tiers or list(ctx.tiers)
 
     async def plan(self, request: Request) -> None:
+        if request.held:
+            self._take_held(request)
+            return
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).available}
         absent = self.options.want == "absent"
         if absent and self.ctx.replica:  # another process puts the same bytes where both can read
@@ -110,6 +113,14 @@ class Lookup(RequestStage):
             if chunk.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
         request.chunks = missing
+
+    def _take_held(self, request: Request) -> None:
+        """The plan of a request whose caller holds the objects of all its chunks, in memory."""
+        memory = [name for name in self.names if self.ctx.tiers[name].in_arena]
+        for chunk in request.chunks:
+            chunk.object = request.held[chunk.key]
+            chunk.source = Source(chunk.key, chunk.tokens, [])
+            chunk.took = {memory[0]}
 
     def _head(self, chunk: Chunk, spare: int, tiers: dict[str, CircuitBreaker]) -> bool:
         """Plan where the tokens of a chunk that the caller does not have are to be read; False:

@@ -165,6 +165,11 @@ class Tier(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no index in this process")
 
+    def hold(self, key: bytes) -> Object | None:
+        """An object that lies in the arena, its lease retained for the caller, who releases it;
+        None where it must be read. No I/O; any thread."""
+        return None
+
     def touch(self, keys: Sequence[bytes]) -> None:  # noqa: B027
         """These objects, head of the prompt first, were used: the tail is evicted first."""
 

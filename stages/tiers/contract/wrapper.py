@@ -29,6 +29,9 @@ class WrapperTier(Tier):
     def find(self, links: bytes) -> Found | None:
         return self.tier.find(links)
 
+    def hold(self, key: bytes) -> Object | None:
+        return self.tier.hold(key)
+
     def touch(self, keys: Sequence[bytes]) -> None:
         self.tier.touch(keys)
 

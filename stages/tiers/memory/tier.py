@@ -65,19 +65,22 @@ class Memory(IndexedTier[Object]):
         for read in reads:
             if read.object is not None:  # came whole the first time
                 continue
-            with self._index.lock:  # between finding and holding it, it must not be evicted
-                entry = self._index.get(read.key)
-                if entry is not None:
-                    entry.place.lease.retain()
-            if entry is None:
+            read.object = self.hold(read.key)
+            if read.object is None:
                 read.lost = Lost.ABSENT
-                self.counts.misses += 1
-                continue
-            header = entry.place.header
-            loaded = len(header.frames)
-            read.object = Object(header, entry.place.lease, loaded=loaded, sealed=True)
-            self.counts.hits += 1
-            self.counts.bytes_out += header.nbytes
+
+    def hold(self, key: bytes) -> Object | None:
+        with self._index.lock:  # between finding and holding it, it must not be evicted
+            entry = self._index.get(key)
+            if entry is not None:
+                entry.place.lease.retain()
+        if entry is None:
+            self.counts.misses += 1
+            return None
+        header = entry.place.header
+        self.counts.hits += 1
+        self.counts.bytes_out += header.nbytes
+        return Object(header, entry.place.lease, loaded=len(header.frames), sealed=True)
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         self._expire()

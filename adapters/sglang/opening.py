@@ -1,0 +1,92 @@
+"""Opens the pipelines of SGLang's pools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tierloom.adapters.engine.extra_config import Configured
+from tierloom.adapters.engine.rank import Rank
+from tierloom.adapters.sglang.identity import share_of, side_weights
+from tierloom.adapters.sglang.page_store import PageStore
+from tierloom.adapters.sglang.pool import Pages, opaque_pages
+from tierloom.adapters.sglang.settings import Settings
+from tierloom.pipeline.pipeline import Pipeline
+from tierloom.pipeline.runtime import Change
+from tierloom.stages.errors import LayoutError
+
+
+def open_pages(
+    said: Configured[Settings], overrides: Mapping[str, Any], pages: Pages, rank: Rank, *,
+    args: Any, start_layer: int, watch: Callable[[Change], None] | bool = False,
+) -> PageStore:  # fmt: skip
+    """The KV pool's pages in a pipeline. `args`: SGLang's ServerArgs. Raises ConfigError,
+    LayoutError."""
+    share = share_of(args, said.settings, rank, pages, start_layer=start_layer)
+    spec = said.pipeline(own_folders(said, overrides, rank.folder))
+    pipeline = Pipeline(
+        spec, pages.layout, model=share.model, weights=share.weights, rope=share.rope,
+        layers=share.layers, heads=share.heads, part=share.part, replica=share.replica,
+        facts=share.facts, watch=watch,
+    )  # fmt: skip
+    return PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=said.settings.min_tokens)
+
+
+def open_side_pool(
+    said: Configured[Settings], main: PageStore, pool: Any, name: str, rank: Rank
+) -> PageStore:
+    """A side pool's pages, one object each, in a pipeline of their own whose tiers are as large as
+    their share of a page's bytes. Raises LayoutError, ConfigError."""
+    pages = opaque_pages(pool)
+    base, ratio = main.pipeline, pages.nbytes / main.pages.nbytes
+    if base.spec.order == "native" or any(
+        n.cls.canonical for g in base.spec.graphs.values() for n in g.nodes
+    ):
+        raise LayoutError("a stage of the pipeline works on tokens and heads, which these are not")
+    folder = "-".join(part for part in (rank.folder, name) if part)
+    overrides = own_folders(
+        said,
+        {**said.overrides, "chunk.tokens": 1, "chunk.grain": 1, "chunk.keys": "sglang"},
+        folder,
+    )
+    for tier, spec in said.pipeline().tiers.items():
+        if spec.cls.local and hasattr(spec.options, "capacity"):
+            overrides[f"tiers.{tier}.capacity"] = max(8 << 20, int(spec.options.capacity * ratio))
+    names = base._base
+    pipeline = Pipeline(
+        said.pipeline(overrides), pages.layout, model=names.model,
+        weights=side_weights(names.weights, name, pool), layers=names.layers,
+        heads=(rank.tp, rank.tp + 1), part=f"{names.part}{name}",
+    )  # fmt: skip
+    return PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=0)
+
+
+def own_folders(
+    said: Configured[Settings], overrides: Mapping[str, Any], folder: str
+) -> dict[str, Any]:
+    """The overrides, with folders that only one process may use below `folder`."""
+    out = dict(overrides)
+    for name, tier in said.pipeline(overrides).tiers.items() if folder else ():
+        if tier.cls.local and hasattr(tier.options, "path"):
+            out[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
+    return out
+
+
+def rank_here() -> Rank:
+    """The position of this process, once SGLang has placed it."""
+    from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+    from sglang.srt.runtime_context import get_parallel
+
+    p, split = get_parallel(), is_dp_attention_enabled()
+    tp = (p.attn_tp_rank, p.attn_tp_size) if split else (p.tp_rank, p.tp_size)
+    return Rank(*tp, p.pp_rank, p.pp_size, replica() or (p.attn_dp_rank if split else 0), 1)
+
+
+def replica() -> int:
+    """Numbers the copies of a model that SGLang runs beside each other."""
+    from sglang.srt.runtime_context import get_parallel
+
+    try:
+        return int(getattr(get_parallel(), "dp_rank", 0) or 0)
+    except RuntimeError:  # no such controller has said it
+        return 0

@@ -1,0 +1,217 @@
+"""A pool's pages in a pipeline, by the page hashes that SGLang names them with.
+
+SGLang's hashes are a chain, as our grain links are: a page is a grain, and a run of pages a chunk.
+Which chunk a page is in follows from how many pages are before it in the prompt, so a call wants
+their hashes as well (`prefix`). Whatever fails here is a miss, said once in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from tierloom.adapters.sglang.pool import Pages, page_numbers
+from tierloom.pipeline.pipeline import Pipeline
+from tierloom.stages.contract.ticket import Ticket
+from tierloom.stages.errors import Closed, TierDown
+from tierloom.stages.kv.block_table import BlockTable
+from tierloom.stages.kv.object import LINK
+from tierloom.stages.kv.prefix import Span
+from tierloom.stages.ops.lookup import Lookup
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("tierloom.sglang")
+
+R = TypeVar("R")
+
+
+class Run(NamedTuple):
+    """Pages that follow one another, from the beginning of a chunk on."""
+
+    span: Span
+    """Names them all, those that are only named included."""
+    lead: int
+    """How many of them, from the first on, are only named."""
+
+
+def never_raises(answer: Callable[..., R]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Answer `answer(*args)` where a method raises: SGLang's threads are not to end for us."""
+
+    def wrap(method: Callable[..., R]) -> Callable[..., R]:
+        @functools.wraps(method)
+        def safe(self: Any, *args: Any, **named: Any) -> R:
+            try:
+                return method(self, *args, **named)
+            except Closed:
+                return answer(*args, **named)
+            except Exception as error:
+                say_once(f"{method.__name__}: {type(error).__name__}: {error}")
+                log.debug("%s failed", method.__name__, exc_info=True)
+                return answer(*args, **named)
+
+        return safe
+
+    return wrap
+
+
+@functools.lru_cache(256)
+def say_once(what: str) -> None:
+    """Log a warning, the first time that it comes up."""
+    log.warning("%s: such pages are computed, as if they were not stored", what)
+
+
+def none_found(keys: Sequence[str], *_: Any, **__: Any) -> list[bool]:
+    return [False] * len(keys)
+
+
+class PageStore:
+    """The pages of one pool. Its calls may come from several threads; each returns when nothing
+    touches the pool's memory any more. Owns its pipeline."""
+
+    def __init__(self, pages: Pages, pipeline: Pipeline, *, wait: float, min_tokens: int) -> None:
+        """`wait`: seconds for a question to tiers without an index here. `min_tokens`: fewer are
+        not worth loading."""
+        self.pages, self.pipeline = pages, pipeline
+        self.per_chunk = pipeline.spec.chunk.tokens // pages.tokens
+        """Pages of a chunk."""
+        self._wait, self._least = wait, min_tokens
+        spec = pipeline.spec
+        graph = spec.graphs.get("retrieve")
+        nodes = graph.nodes if graph is not None else ()
+        plan = next((n for n in nodes if issubclass(n.cls, Lookup)), None)
+        asked = (plan.options.tiers if plan is not None else None) or list(spec.tiers)
+        self._local = [pipeline.tiers[n] for n in asked if spec.tiers[n].cls.local]
+        self._remote = [pipeline.tiers[n] for n in asked if not spec.tiers[n].cls.local]
+        self._storing: dict[str, Ticket] = {}
+        """Stores that end within a chunk, by their last page: one that goes on there waits."""
+
+    @never_raises(lambda *_: 0)
+    def count(self, keys: Sequence[str], prefix: Sequence[str] = ()) -> int:
+        """How many of `keys`, from the first on, are stored: by this process's indexes, and where
+        these do not have all, by asking the other tiers."""
+        if self.pipeline.off is not None or not keys:
+            return 0
+        run = self._run(keys, prefix)
+        found = self._kept_here(run.span.links)
+        if found < run.lead + len(keys) and any(t.available for t in self._remote):
+            found = max(found, self._kept_elsewhere(run.span))
+        found = max(0, found - run.lead)
+        return found if found * self.pages.tokens >= self._least else 0
+
+    @never_raises(none_found)
+    def load(
+        self, keys: Sequence[str], indices: torch.Tensor, prefix: Sequence[str] = ()
+    ) -> list[bool]:
+        """Fill pages of the pool, which token slots `indices` name; which came. After a page that
+        did not come, none is said to have."""
+        numbers = page_numbers(indices, self.pages.slots, len(keys))
+        if numbers is None:
+            say_once(f"{len(indices)} slots for {len(keys)} pages that are not whole pages")
+            return none_found(keys)
+        run = self._run(keys, prefix)
+        receipt = self.pipeline.retrieve(
+            run.span._replace(wanted=run.span.tokens), self.pages.caches,
+            blocks=self._table(run, numbers),
+        ).wait()  # fmt: skip
+        came = max(0, receipt.tokens // self.pages.tokens - run.lead)
+        return [i < came for i in range(len(keys))]
+
+    @never_raises(none_found)
+    def save(
+        self, keys: Sequence[str], indices: torch.Tensor, prefix: Sequence[str] = ()
+    ) -> list[bool]:
+        """Store pages of the pool; returns when they have been read, whatever tiers take them."""
+        numbers = page_numbers(indices, self.pages.slots, len(keys))
+        if numbers is None:
+            say_once(f"{len(indices)} slots for {len(keys)} pages that are not whole pages")
+            return none_found(keys)
+        run = self._run(keys, prefix)
+        if run.lead:
+            self._wait_for(prefix[-1])
+        ticket = self.pipeline.store(run.span, self.pages.caches, blocks=self._table(run, numbers))
+        if (run.lead + len(keys)) % self.per_chunk:
+            self._storing = {k: t for k, t in self._storing.items() if not t.future.done()}
+            self._storing[keys[-1]] = ticket
+        return [ticket.captured()] * len(keys)
+
+    def clear(self, *, local: bool) -> None:
+        """Delete what is stored; `local`: only what no other engine can read."""
+        try:
+            self.pipeline.clear(local=local)
+        except TierDown as error:
+            log.warning("%s", error)
+
+    def close(self) -> None:
+        self.pipeline.close()
+
+    def _wait_for(self, last: str) -> None:
+        """Until a store that ended with page `last` has ended: what goes on there joins it."""
+        if (before := self._storing.pop(last, None)) is not None:
+            before.wait()
+
+    def _run(self, keys: Sequence[str], prefix: Sequence[str]) -> Run:
+        lead = len(prefix) % self.per_chunk
+        first = len(prefix) - lead
+        links = bytes.fromhex("".join((*prefix[first:], *keys)))
+        if len(links) != LINK * (lead + len(keys)):
+            raise ValueError("page hashes are not SHA-256 in hexadecimal")
+        parent = bytes.fromhex(prefix[first - 1]) if first else b""
+        tokens, start = (lead + len(keys)) * self.pages.tokens, first * self.pages.tokens
+        return Run(Span(links, parent, tokens, start=start), lead)
+
+    def _table(self, run: Run, numbers: list[int]) -> BlockTable:
+        return BlockTable([-1] * run.lead + numbers, 0, run.lead * self.pages.tokens)
+
+    def _kept_here(self, links: bytes) -> int:
+        """Pages that the indexes of this process have, from the first on."""
+        tiers = [tier for tier in self._local if tier.available]
+        found, step = 0, self.per_chunk * LINK
+        for at in range(0, len(links), step):
+            chunk = links[at : at + step]
+            best = 0
+            for tier in tiers:
+                kept = tier.find(chunk)
+                if kept is not None and kept.grains > best and kept.key not in tier.unread:
+                    best = kept.grains
+                    if best * LINK == len(chunk):
+                        break
+            found += best
+            if best * LINK < len(chunk):
+                break
+        return found
+
+    def _kept_elsewhere(self, span: Span) -> int:
+        """Pages that all tiers together have, as far as they say so in time."""
+        asked = self.pipeline.begin_lookup(span, deadline=self._wait)
+        try:
+            return asked.result(self._wait) // self.pages.tokens
+        except futures.TimeoutError:
+            asked.cancel()
+            return 0
+
+
+class Traffic:
+    """What SGLang shows of a storage backend: pages and GB/s of each call since it last asked."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self._page_bytes = page_bytes
+        self.pages: list[int] = []
+        self.rates: list[float] = []
+
+    def note(self, pages: int, began: float) -> None:
+        """`began`: by `time.perf_counter()`."""
+        if pages:
+            self.pages.append(pages)
+            seconds = max(1e-9, time.perf_counter() - began)
+            self.rates.append(pages * self._page_bytes / seconds / 1e9)
+
+    def take(self) -> tuple[list[int], list[float]]:
+        taken = self.pages, self.rates
+        self.pages, self.rates = [], []
+        return taken
