@@ -14,8 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HERE = Path(__file__).resolve().parent
 
 # Imported by name once; this folder does not stay on the path, for it is called `vllm`.
-pytest.register_assert_rewrite("harness", "launch", "serving")
+pytest.register_assert_rewrite("driver_process", "harness", "launch", "serving")
 sys.path.append(str(HERE))
+import driver_process  # noqa: E402
 import harness  # noqa: E402
 import launch  # noqa: E402
 import models  # noqa: E402
@@ -61,10 +62,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     report = yield
     if report.failed and HERE in item.path.parents:
         folder = item.config.stash.get(_LOG_FOLDER, HERE)
-        for log in sorted(folder.glob("*.log"), key=lambda f: f.stat().st_mtime)[-2:]:
-            lines = log.read_text(errors="replace").splitlines()
-            telling = [line for line in lines if not any(said in line for said in _NOISE)]
-            report.sections.append((log.name, "\n".join(telling[-50:])))
+        report.sections.extend(driver_process.ends_of_logs(folder, _NOISE))
     return report
 
 

@@ -5,19 +5,14 @@ Nothing here imports vLLM: it lives in `.venv-vllm`, behind `engine.py`.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import select
-import shutil
-import subprocess
-import tempfile
-import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from launch import VENV, end_group, environment, start
+import driver_process
+from driver_process import DriverProcess, EngineError
+from launch import VENV, environment, start
 
 DRIVER = Path(__file__).with_name("engine.py")
 
@@ -26,10 +21,7 @@ BLOCK = 32
 
 def why_not() -> str | None:
     """Why there is no vLLM to test with, or None."""
-    if (VENV / ".ready").exists():
-        return None
-    failed = VENV / "failed.txt"
-    return failed.read_text().strip() if failed.exists() else "it is not installed"
+    return driver_process.why_not(VENV)
 
 
 def prompt(length: int, seed: int = 1, vocab: int = 512) -> list[int]:
@@ -95,73 +87,15 @@ def pipeline(**tiers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class EngineError(AssertionError):
-    """What an engine's process answered, or that it did not."""
-
-
-class Process:
+class Process(DriverProcess):
     """One process of `engine.py`."""
 
     def __init__(self, log: Path, **env: str) -> None:
-        self.log = log
-        self._tmp = tempfile.mkdtemp(prefix="vllm-")  # vLLM leaves sockets and files behind
-        commands, self._write = os.pipe()
-        self._read, answers = os.pipe()
-        with log.open("ab") as out:
-            self._child = start(
-                DRIVER,
-                env=environment(TMPDIR=self._tmp, **env),
-                out=out,
-                err=out,
-                cwd=log.parent,
-                fds=(commands, answers),
-            )
-        os.close(commands)
-        os.close(answers)
-        self._buffer = b""
-        self.alive = True
+        def begin(folder: str, out: IO[Any], fds: tuple[int, int]) -> Any:
+            surroundings = environment(TMPDIR=folder, **env)
+            return start(DRIVER, env=surroundings, out=out, err=out, cwd=log.parent, fds=fds)
 
-    def ask(self, do: str, *, timeout: float = 110.0, **arguments: Any) -> Any:
-        """What `Driver.do(**arguments)` gives; EngineError when it raises or does not answer."""
-        if not self.alive:
-            raise EngineError(f"{do}: the engine's process has ended; see {self.log}")
-        os.write(self._write, json.dumps({"do": do, **arguments}).encode() + b"\n")
-        answer = json.loads(self._line(do, time.monotonic() + timeout))
-        if "error" in answer:
-            raise EngineError(f"{do}: {answer['error'].strip().splitlines()[-1]}; see {self.log}")
-        return answer["ok"]
-
-    def _line(self, do: str, end: float) -> bytes:
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([self._read], [], [], max(0.0, end - time.monotonic()))
-            some = os.read(self._read, 1 << 16) if ready else b""
-            if not some:
-                what = "ended" if ready else "does not answer"
-                self.kill()
-                raise EngineError(f"{do}: the engine's process {what}; see {self.log}")
-            self._buffer += some
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-    def close(self) -> None:
-        """Let it end by itself, as a server does on SIGTERM; kill it if it does not."""
-        if self.alive:
-            os.close(self._write)
-            self._write = -1
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(20)
-        self.kill()
-
-    def kill(self) -> None:
-        """End it now, with all its children, as a power cut would."""
-        if not self.alive:
-            return
-        self.alive = False
-        end_group(self._child)
-        shutil.rmtree(self._tmp, ignore_errors=True)
-        os.close(self._read)
-        if self._write >= 0:
-            os.close(self._write)
+        super().__init__(log, begin)
 
 
 class Engine:

@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import select
-import signal
 import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import IO, Any
+
+from driver_process import end_group
 
 ROOT = Path(__file__).resolve().parents[3]
 VENV = ROOT / ".venv-vllm"
@@ -92,13 +93,6 @@ def finish(
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode(errors="replace")
-
-
-def end_group(child: Forked | subprocess.Popen[Any]) -> None:
-    """Kill a process that leads a session of its own, and what it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait(10)
 
 
 def _read_early(env: dict[str, str]) -> dict[str, str]:

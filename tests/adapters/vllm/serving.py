@@ -14,8 +14,8 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from harness import EngineError
-from launch import end_group, environment, start
+from driver_process import EngineError, end_group
+from launch import environment, start
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import driver_process
 import launch
 import pytest
 
@@ -78,7 +79,7 @@ def test_all_of_it_ends(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         first[0].wait(0)
     assert first[0].poll() is None
-    launch.end_group(first[0])
+    driver_process.end_group(first[0])
     assert first[0].poll() == -9
     assert select.select([watched[0]], [], [], 10)[0]
     server.close()

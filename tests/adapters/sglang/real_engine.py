@@ -1,0 +1,204 @@
+"""Processes with a real SGLang in them, and what tests say to them.
+
+Nothing here imports SGLang: it lives in `.venv-sglang`, beyond `engine.py`. It runs on the CPU,
+with `cpu_engine/` in place of what needs a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+import driver_process
+from driver_process import DriverProcess, EngineError
+from processes import die_with_parent, free_port
+
+ROOT = Path(__file__).resolve().parents[3]
+VENV = ROOT / ".venv-sglang"
+PYTHON = VENV / "bin" / "python"
+DRIVER = Path(__file__).with_name("engine.py")
+
+PAGE = 32
+START = 400.0
+"""Seconds that an engine may take to start: three processes import SGLang, on busy cores."""
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT / "src"),  # this checkout's, whichever is installed
+    "PYTHONSAFEPATH": "1",  # the checkout and this folder must not pass for packages
+    "SGLANG_USE_CPU_ENGINE": "1",
+}
+MODELS = {"llama"}
+"""The modules of SGLang with the models of the tests."""
+
+_OURS = ("TIERLOOM_", "SGLANG_", "PYTHONDONTWRITEBYTECODE")
+_SURROUNDINGS = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
+
+
+def why_not() -> str | None:
+    """Why there is no SGLang to test with, or None."""
+    return driver_process.why_not(VENV)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What a process with SGLang is to see of the environment."""
+    return _SURROUNDINGS | ENVIRONMENT | {"SGLANG_DISABLED_MODEL_ARCHS": _not_wanted()} | more
+
+
+def _not_wanted() -> str:
+    """SGLang's modules of models that no test needs: it would import them all at its start."""
+    files = VENV.glob("lib/python*/site-packages/sglang/srt/models/*.py")
+    return ",".join(sorted({file.stem for file in files} - MODELS - {"__init__", "registry"}))
+
+
+def prompt(length: int, seed: int = 1, vocab: int = 512) -> list[int]:
+    """Random token ids, the same for the same `seed`; a longer one begins with a shorter one."""
+    random_ = random.Random(seed)
+    return [random_.randrange(3, vocab) for _ in range(length)]
+
+
+def hicache(
+    extra: dict[str, Any] | None, *, layout: str = "layer_first", policy: str = "wait_complete",
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Server arguments for HiCache with the dynamic backend of `extra`; None: host memory alone."""
+    storage = {
+        "hicache_storage_backend": "dynamic",
+        "hicache_storage_prefetch_policy": policy,
+        "hicache_storage_backend_extra_config": json.dumps(extra),
+    }
+    return {
+        "enable_hierarchical_cache": True,
+        "hicache_size": 0,
+        "hicache_ratio": 2.0,
+        "hicache_write_policy": "write_through",
+        "hicache_io_backend": "direct",
+        "hicache_mem_layout": layout,
+        **(storage if extra is not None else {}),
+        **options,
+    }
+
+
+def linker(name: str, module: str, extra: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Server arguments for the cache linker `module.name`."""
+    config = {"linker": name, "linker_module_path": module, "linker_extra_config": extra}
+    return {
+        "enable_unified_cache_external_linker": True,
+        "unified_cache_external_linker_backend": "dynamic",
+        "unified_cache_external_linker_config": config,
+        **options,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came out of one request; `cached` tokens of its prompt were not computed."""
+
+    ids: list[int]
+    cached: int
+    details: dict[str, Any] | None
+    logprobs: list[float]
+    seconds: float
+    reason: str | None
+
+
+class Engine:
+    """A process with one engine in it, and a new process for each engine that differs.
+
+    `use` is cheap when what is asked for is running already, so tests of one engine stand together.
+    """
+
+    def __init__(self, folder: Path, name: str = "engine") -> None:
+        self._folder, self._name = folder, name
+        self._process: DriverProcess | None = None
+        self._using = ""
+        self._count = 0
+        self.log = folder / "none.log"
+
+    def use(
+        self, model: Path | str, *, env: dict[str, str] | None = None, fresh: bool = False,
+        **options: Any,
+    ) -> Engine:  # fmt: skip
+        """Have an engine of `model` running; `options` are SGLang's server arguments."""
+        options = {"model_path": str(model), **options}
+        wanted = json.dumps([options, env], sort_keys=True)
+        if wanted == self._using and self._process and self._process.alive and not fresh:
+            return self
+        self.close()
+        self._count += 1
+        self.log = self._folder / f"{self._name}-{self._count}.log"
+
+        def begin(folder: str, out: IO[Any], fds: tuple[int, int]) -> Any:
+            return subprocess.Popen(
+                ["nice", str(PYTHON), str(DRIVER), *map(str, fds)],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=fds,
+                cwd=folder, env=environment(TMPDIR=folder, **(env or {})),
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+
+        self._process = DriverProcess(self.log, begin)
+        try:
+            self._process.ask("start", timeout=START, **{"port": free_port()} | options)
+        except EngineError:
+            self.kill()
+            raise
+        self._using = wanted
+        return self
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        assert self._process is not None, "no engine is running"
+        return self._process.ask(do, **arguments)
+
+    def generate(self, *prompts: list[int] | dict[str, Any], **common: Any) -> list[Answer]:
+        """All at once; a prompt is a list of token ids or a request of `Driver.generate`."""
+        requests = [common | (p if isinstance(p, dict) else {"tokens": p}) for p in prompts]
+        return [Answer(**answer) for answer in self.ask("generate", requests=requests)]
+
+    def one(self, tokens: list[int], **common: Any) -> Answer:
+        """`max_tokens=8`, `cache_salt`, `extra_key`; `max_tokens=1` times the first token."""
+        return self.generate(tokens, **common)[0]
+
+    def flush(self) -> None:
+        """Empty SGLang's own caches of device and host; what a backend keeps stays."""
+        self.ask("flush")
+
+    def attach(self, extra: dict[str, Any]) -> None:
+        said = self.ask("attach", extra=extra)
+        assert said["success"], said["message"]
+
+    def detach(self) -> None:
+        said = self.ask("detach")
+        assert said["success"], said["message"]
+
+    def clear(self) -> None:
+        """Empty the storage backend."""
+        said = self.ask("clear")
+        assert said["success"], said["message"]
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "no engine is running"
+        return self._process.pid
+
+    def log_text(self) -> str:
+        """What the process and its children have written so far."""
+        return self.log.read_text(errors="replace")
+
+    def close(self) -> None:
+        """End the engine in good order."""
+        self._end("close")
+
+    def kill(self) -> None:
+        """End it with all its processes, as a power cut would."""
+        self._end("kill")
+
+    def _end(self, how: str) -> None:
+        process, self._process, self._using = self._process, None, ""
+        if process is not None:
+            getattr(process, how)()
