@@ -10,40 +10,30 @@ and one short request that warms vLLM up are not in them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
-import signal
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from tierloom.adapters.demo import smollm2
-from tierloom.adapters.demo.questions import QUESTIONS, asked
-from tierloom.adapters.demo.run import NEW_TOKENS, Demo, Pair, Verdict, disks, run_demo
-from tierloom.adapters.demo.screen import Answer
+from tierloom.adapters.demo.questions import QUESTIONS
+from tierloom.adapters.demo.run import Demo, Pair, Verdict, disks
+from tierloom.adapters.demo.served import Served, run_as_command, serving, streamed
 from tierloom.adapters.demo.vllm_server import VllmServer
 from tierloom.stages.errors import ConfigError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-SKIP_LOAD = {"tierloom.skip_load": True, "tierloom.skip_save": True}
+SKIP_LOAD = {"kv_transfer_params": {"tierloom.skip_load": True, "tierloom.skip_save": True}}
 
 
-class OnVllm:
+class OnVllm(Served):
     """The demo's backend that starts a vLLM server."""
 
     restarted = "3 and 4 are after the restart"
 
     def __init__(self) -> None:
-        fd, name = tempfile.mkstemp(prefix="tierloom-vllm-", suffix=".log")
-        os.close(fd)
-        self.log = Path(name)
+        super().__init__("vLLM")
 
     def run(self, demo: Demo, config: str, folder: Path) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -62,7 +52,7 @@ class OnVllm:
         }
         for what, label in (("Starting", "first request"), ("Restarting", "after restart")):
             server = VllmServer(model, connector, self.log)
-            with _serving(demo.console, server, f"{what} vLLM"):
+            with serving(demo.console, server, self.engine, what, SKIP_LOAD):
                 _ask_both(demo, server, QUESTIONS[0], label)
                 _ask_both(demo, server, QUESTIONS[1], "same document")
 
@@ -84,58 +74,13 @@ class OnVllm:
             "identical": verdict.identical,
         }
 
-    def close(self, console: Console, *, failed: bool) -> None:
-        if failed and self.log.stat().st_size:
-            console.print(f"Log of the server: {self.log}", markup=False, soft_wrap=True)
-        else:
-            self.log.unlink()
-
-
-@contextlib.contextmanager
-def _serving(console: Console, server: VllmServer, what: str) -> Iterator[None]:
-    """The server, ready and warm; stopped afterwards."""
-    with server:
-        with _waiting(console, f"{what}: imports, model, KV cache"):
-            server.wait_ready()
-            words = " ".join(str(i) for i in range(150))
-            server.ask(words, 2, SKIP_LOAD, lambda _: None)
-        yield
-        with _waiting(console, "Stopping vLLM"):
-            server.stop()
-
 
 def _ask_both(demo: Demo, server: VllmServer, question: str, label: str) -> None:
     """Ask with the cache, then without, and show both."""
     demo.title(question)
-    kept = _streamed(demo.console, server, question, {})
-    plain = _streamed(demo.console, server, question, SKIP_LOAD)
+    kept = streamed(demo.console, server, question, "vLLM looks for the document", {})
+    plain = streamed(demo.console, server, question, "vLLM reads the document", SKIP_LOAD)
     demo.show(kept, plain, ("without loading", label))
-
-
-def _streamed(
-    console: Console, server: VllmServer, question: str, params: Mapping[str, Any]
-) -> Answer:
-    """The answer, shown while it arrives; until then, what is waited for."""
-    with contextlib.ExitStack() as spinner:
-        what = "reads the document" if params else "looks for the document"
-        spinner.enter_context(_waiting(console, f"vLLM {what}", say=False))
-
-        def said(piece: str) -> None:
-            spinner.close()
-            console.print(piece, end="", markup=False, highlight=False)
-
-        answer = server.ask(asked(question), NEW_TOKENS, params, said)
-    console.print()
-    return answer
-
-
-@contextlib.contextmanager
-def _waiting(console: Console, what: str, *, say: bool = True) -> Iterator[None]:
-    """A spinner; in a log, a line if `say`."""
-    if say and not console.is_terminal:
-        console.print(f"{what} ...", highlight=False)
-    with console.status(what):
-        yield
 
 
 def _version() -> str:
@@ -145,16 +90,5 @@ def _version() -> str:
     return "(unknown version)"
 
 
-def _ended(number: int, _: object) -> NoReturn:
-    """A signal that ends this process must end the server first: `with` and `finally` do."""
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    for end in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(end, _ended)
-    parser = argparse.ArgumentParser(description="vLLM with tierloom, restarted on the way.")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to a file")
-    parser.add_argument("--config", default="tiered", help="the pipeline to run")
-    given = parser.parse_args()
-    sys.exit(run_demo(OnVllm(), given.json, given.config))
+    run_as_command(OnVllm, "vLLM with tierloom, restarted on the way.")

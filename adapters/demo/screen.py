@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,3 +42,12 @@ def bars(console: Console, rows: Sequence[tuple[str, Answer]]) -> None:
             f"{answer.ttft_s:7.3f} s   [dim]{share}[/]",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def waiting(console: Console, what: str, *, say: bool = True) -> Iterator[None]:
+    """A spinner; in a log, a line if `say`."""
+    if say and not console.is_terminal:
+        console.print(f"{what} ...", highlight=False)
+    with console.status(what):
+        yield

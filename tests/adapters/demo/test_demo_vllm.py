@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tierloom.adapters.demo import vllm_server as demo_server
+from tierloom.adapters.demo import engine_server as demo_server
 from tierloom.adapters.demo.on_vllm import SKIP_LOAD, OnVllm
 from tierloom.adapters.demo.run import Pair, verdict_on
 from tierloom.adapters.demo.screen import Answer
@@ -72,7 +72,7 @@ def test_an_answer_is_put_together_from_its_pieces(serving) -> None:
     assert (reply.prompt_tokens, reply.hit_tokens) == (9, 8)
     assert 0 < reply.ttft_s < 60
     assert asked[0]["temperature"] == 0
-    assert asked[0]["kv_transfer_params"] == SKIP_LOAD
+    assert asked[0]["kv_transfer_params"] == SKIP_LOAD["kv_transfer_params"]
 
 
 def test_no_details_are_no_hits(serving) -> None:
