@@ -234,6 +234,44 @@ def serve(
     )  # fmt: skip
 
 
+@app.command()
+def sglang(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGS]", help="With --exec: SGLang's other arguments."),
+    ] = None,
+    linker: Annotated[
+        bool, typer.Option("--linker", help="SGLang's cache linker in place of HiCache.")
+    ] = False,
+    config: Annotated[
+        str, typer.Option(envvar="TIERLOOM_CONFIG", help="A preset's name or a YAML file.")
+    ] = "tiered",
+    page_size: Annotated[int, typer.Option(help="Tokens of a page of SGLang's.")] = 32,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One more option; may be repeated."),
+    ] = None,
+    execute: Annotated[
+        bool, typer.Option("--exec", help="Start sglang.launch_server with the flags and ARGS.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what would be refused here; no model is loaded.")
+    ] = False,
+) -> None:
+    """Print the flags by which SGLang uses tierloom, for a shell; or start SGLang with them.
+
+    tierloom sglang --set tiers.hot.capacity='64 GiB' --exec -- --model-path MODEL
+    """
+    from tierloom.adapters.cli.sglang_launch import run_sglang
+
+    raise typer.Exit(
+        run_sglang(
+            config, settings or [], page_size, arguments or [], linker=linker, execute=execute,
+            check=check,
+        )
+    )  # fmt: skip
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Measure store and retrieve on this machine.

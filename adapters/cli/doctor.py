@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tierloom.adapters.cli.sglang_check import NO_GPU, missing_compilers
+from tierloom.adapters.cli.sglang_launch import TESTED
 from tierloom.pipeline.config.load import memory_here
 from tierloom.stages.tiers.disk.default_folder import DEFAULT
 from tierloom.stages.user_home import expanded
@@ -148,6 +150,28 @@ def _nixl() -> Finding:
     return _client("nixl", *WHEELS)
 
 
+def _sglang() -> Finding:
+    if not find_spec("sglang"):
+        return Finding("absent", "no sglang", f"pip install sglang=={TESTED}, for tierloom sglang")
+    import torch
+
+    found = version("sglang")
+    if found != TESTED:
+        return Finding("warn", f"sglang {found}", f"tested: {TESTED}; see tierloom sglang --check")
+    if not torch.cuda.is_available():
+        return Finding("warn", f"sglang {found}", NO_GPU)
+    return Finding("ok", f"sglang {found}")
+
+
+def _page_hash() -> Finding:
+    packages = missing_compilers()
+    if not packages:
+        return Finding("ok", "g++ and ninja, with which SGLang compiles it")
+    state: Literal["warn", "absent"] = "warn" if find_spec("sglang") else "absent"
+    hint = f"apt-get install {' '.join(packages)}: SGLang compiles it at its first use"
+    return Finding(state, f"no {', '.join(packages)}", hint)
+
+
 def _redis() -> Finding:
     found = shutil.which("redis-server") or shutil.which("valkey-server")
     if found:
@@ -168,5 +192,6 @@ LOOKS: dict[str, Callable[[], Finding]] = {
     "disk": _free_disk, "GPU": _gpu, "triton": _triton, "numba": _numba,
     "redis": _redis, "s3": partial(_client, "s3", "obstore"),
     "nixl": _nixl, "gds": partial(_client, "gds", "kvikio"),
-    "mooncake": partial(_client, "mooncake", "mooncake"), "model": _model,
+    "mooncake": partial(_client, "mooncake", "mooncake"),
+    "SGLang": _sglang, "page hash": _page_hash, "model": _model,
 }  # fmt: skip

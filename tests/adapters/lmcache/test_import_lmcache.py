@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from tierloom.adapters.cli.commands import app
 from tierloom.adapters.lmcache.options import CONVERTED, REASONS
+from tierloom.adapters.sglang.settings import chunked, hicache_config, linker_config
 from tierloom.pipeline.config import load as check
 from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages import catalog
+from tierloom.stages.errors import ConfigError
 
 FILES = sorted((Path(__file__).parent).glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
@@ -69,6 +71,29 @@ def test_what_is_made_passes_the_check(run, converted, name) -> None:
         f"no tier is called {tier!r}" for tier in missing
     }
     pytest.skip(f"tier {', '.join(missing)} is not registered")
+
+
+@pytest.mark.parametrize("name", ["cpu", "redis", "server", "s3"])
+def test_what_is_made_opens_for_sglang(run, name) -> None:
+    """Named by `tierloom.config`, as for vLLM; the grain is then SGLang's page."""
+    out, _ = run(str(Path(__file__).parent / f"{name}.yaml"))
+    extra = {"tierloom.config": str(out)}
+    hicache, linker = hicache_config({"interface_v1": 1, **extra}), linker_config(extra)
+    for spec in (
+        hicache.pipeline(chunked(hicache, 32)),
+        linker.pipeline(chunked(linker, 32, chunk=32)),
+    ):
+        assert spec.tiers.keys() == check.load_config(out).tiers.keys()
+        assert (spec.chunk.grain, spec.chunk.keys) == (32, "sglang")
+
+
+def test_chunks_that_sglangs_page_does_not_divide_are_told(run) -> None:
+    out, _ = run(str(Path(__file__).parent / "disk.yaml"))
+    extra = {"interface_v1": 1, "tierloom.config": str(out)}
+    with pytest.raises(ConfigError, match=r"chunk.tokens 48: set chunk.tokens to 32"):
+        chunked(hicache_config(extra), 32)
+    said = hicache_config({**extra, "chunk.tokens": 32})
+    assert said.pipeline(chunked(said, 32)).chunk.tokens == 32
 
 
 @pytest.mark.parametrize("name", NAMES)
