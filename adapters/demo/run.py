@@ -1,7 +1,8 @@
-"""`tierloom demo` and `make demo-vllm`: questions about one document, and again after a restart.
+"""The demos: questions about one document, and again after a restart.
 
-Each is answered without tierloom and with it, by a model in this process (`in_process.py`) or by a
-vLLM server (`on_vllm.py`). Answers are greedy and must be the same with and without the cache.
+Each is answered without tierloom and with it, by a model in this process (`in_process.py`), by a
+vLLM server (`on_vllm.py`) or by an SGLang server (`on_sglang.py`). Answers are greedy and must be
+the same with and without the cache.
 """
 
 from __future__ import annotations

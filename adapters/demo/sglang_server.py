@@ -1,0 +1,75 @@
+"""SGLang's OpenAI-compatible server, as `tierloom sglang --exec` starts it; on a CPU by stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from tierloom.adapters.demo.engine_server import EngineServer
+from tierloom.adapters.demo.smollm2 import NAME
+from tierloom.stages.errors import TierloomError
+
+FLUSH_S = 60.0
+"""Seconds that SGLang may be busy after an answer."""
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+OPTIONS = (
+    "--page-size", "32", "--context-length", "4096", "--enable-cache-report",
+    "--skip-server-warmup", "--log-level", "warning",
+)  # fmt: skip
+HICACHE = ("--hicache-storage-prefetch-policy", "wait_complete")
+PATIENT = {"graphs.store.deadline": "60 s", "graphs.retrieve.deadline": "60 s"}
+"""The demo shows what is stored on a busy machine too, where an engine would rather compute."""
+
+# What SGLang needs where there is no GPU: the stand-ins for CUDA's copies, one thread (more spin
+# when anything else runs), and float32 (without AMX bfloat16 is ten times slower).
+CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+CPU_OPTIONS = (
+    "--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32",
+    "--disable-cuda-graph", "--disable-overlap-schedule", "--mem-fraction-static", "0.2",
+    "--max-total-tokens", "4608",
+)  # fmt: skip
+CPU_HICACHE = (
+    "--hicache-ratio", "2", "--hicache-io-backend", "direct", "--hicache-mem-layout", "layer_first",
+)  # fmt: skip
+
+
+class SglangServer(EngineServer):
+    """One SGLang server."""
+
+    def __init__(
+        self, model: Path, settings: Mapping[str, Any], log: Path, *, linker: bool, gpu: bool
+    ) -> None:
+        """`settings`: what `tierloom sglang --set` takes."""
+        ours = ["--linker"] if linker else ["--set", "prefetch_threshold=32"]
+        for key, value in (PATIENT | dict(settings)).items():
+            ours += ["--set", f"{key}={value}"]
+        options = [*OPTIONS, *(() if gpu else CPU_OPTIONS)]
+        if not linker:
+            options += [*HICACHE, *(() if gpu else CPU_HICACHE)]
+        command = [
+            sys.executable, "-m", "tierloom.adapters.cli", "sglang", *ours, "--exec", "--",
+            "--model-path", str(model), "--served-model-name", NAME, *options,
+        ]  # fmt: skip
+        super().__init__(command, ENVIRONMENT | ({} if gpu else CPU_ENVIRONMENT), log)
+
+    def warm_up(self, more: Mapping[str, Any]) -> None:
+        """Twice, so that loading is warm as well."""
+        super().warm_up(more)
+        self.flush()
+        super().warm_up(more)
+
+    def flush(self) -> None:
+        """Empty SGLang's own caches. Raises TierloomError when it does not become idle."""
+        end = time.monotonic() + FLUSH_S
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, HTTPException):
+                if self.send("POST", "/flush_cache") == 200:
+                    return
+            time.sleep(0.25)
+        raise TierloomError(f"SGLang did not empty its caches within {FLUSH_S:.0f} s")
