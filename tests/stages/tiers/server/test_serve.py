@@ -379,19 +379,27 @@ def test_pings_and_an_empty_log(tmp_path: Path) -> None:
         assert not re.search("Traceback|rror", server.log.read_text())
 
 
-@pytest.mark.parametrize("name", ["tierloom.service", "docker-compose.yaml"])
-def test_what_is_deployed_can_be_said(name: str) -> None:
-    """Each option of the command connections in configs/deploy is one of `tierloom serve`."""
+@pytest.mark.parametrize(
+    ("name", "service", "command", "wanted"),
+    [
+        ("tierloom.service", "", "serve", {"--config", "--listen", "--token-file"}),
+        ("docker-compose.yaml", "tierloom", "serve", {"--config", "--listen", "--token-file"}),
+        ("docker-compose.sglang.yaml", "sglang", "sglang", {"--config", "--exec", "--page-size"}),
+    ],
+)
+def test_what_is_deployed_can_be_said(name, service, command, wanted) -> None:
+    """Each option of the command lines in configs/deploy is one of the command's."""
     text = (ROOT / "configs" / "deploy" / name).read_text()
-    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    known = {option for param in command.params for option in param.opts}
+    options = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    known = {option for param in options for option in param.opts}
     if name.endswith(".yaml"):
-        service = yaml.safe_load(text)["services"]["tierloom"]
-        words = service["command"]
-        assert service["build"]["dockerfile_inline"].startswith("FROM ")
+        container = yaml.safe_load(text)["services"][service]
+        words = container["command"]
+        assert container["build"]["dockerfile_inline"].startswith("FROM ")
     else:
-        (connection,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
-        words = connection.split()
-    said = {word.split("=")[0] for word in words if word.startswith("--")}
-    assert {"--config", "--listen", "--token-file"} <= said <= known
-    assert "serve" in words
+        (line,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
+        words = line.split()
+    ours = words[: words.index("--")] if "--" in words else words  # the rest is the engine's
+    said = {word.split("=")[0] for word in ours if word.startswith("--")}
+    assert wanted <= said <= known
+    assert command in words
