@@ -18,7 +18,8 @@ CHUNK = PAGE * PER_CHUNK
 BASE: dict[str, Any] = {
     "backend_name": "tierloom", "module_path": "tierloom.adapters.sglang.hicache",
     "class_name": "TierloomHiCache", "interface_v1": 1, "tierloom.config": "minimal",
-    "chunk.tokens": CHUNK, "chunk.group": 2, "tiers.hot.capacity": "16 MiB", "budget.arena": "8 MiB",
+    "chunk.tokens": CHUNK, "chunk.group": 2, "tiers.hot.capacity": "16 MiB",
+    "budget.arena": "8 MiB",
 }  # fmt: skip
 
 
