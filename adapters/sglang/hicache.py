@@ -31,11 +31,11 @@ from sglang.srt.mem_cache.hicache_storage import (
 from sglang.srt.runtime_context import get_server_args
 
 from tierloom.adapters.engine.rank import Rank
-from tierloom.adapters.sglang.share import refuse
 from tierloom.adapters.sglang.opening import open_pages, open_side_pool, replica
 from tierloom.adapters.sglang.page_store import PageStore, Traffic, none_found, say_once
 from tierloom.adapters.sglang.pool import host_pages
 from tierloom.adapters.sglang.settings import any_grain, chunked, hicache_config
+from tierloom.adapters.sglang.share import refuse
 from tierloom.adapters.sglang.weights import WeightsWatch
 from tierloom.stages.errors import LayoutError
 

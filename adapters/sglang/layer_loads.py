@@ -54,8 +54,8 @@ class Load:
 
 
 class LayerLoads:
-    """What SGLang's pools wait at (its `layer_done_counter`): batches by index, layers of the running
-    one by number. Used by the scheduler's thread and by the one that runs the model."""
+    """What SGLang's pools wait at (its `layer_done_counter`): batches by index, layers of the one
+    that runs by number. Used by the scheduler's thread and by the one that runs the model."""
 
     def __init__(self) -> None:
         self._batches: dict[int, Sequence[Load]] = {}

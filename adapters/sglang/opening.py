@@ -7,10 +7,10 @@ from typing import Any
 
 from tierloom.adapters.engine.extra_config import Configured
 from tierloom.adapters.engine.rank import Rank
-from tierloom.adapters.sglang.share import share_of, side_weights
 from tierloom.adapters.sglang.page_store import PageStore
 from tierloom.adapters.sglang.pool import Pages, opaque_pages
 from tierloom.adapters.sglang.settings import Settings
+from tierloom.adapters.sglang.share import share_of, side_weights
 from tierloom.pipeline.pipeline import Pipeline
 from tierloom.pipeline.runtime import Change
 from tierloom.stages.errors import LayoutError

@@ -32,7 +32,7 @@ class Settings:
     """Loads of fewer tokens than this are not worth it."""
     wait: Seconds = 0.25
     """How long a question may take that only tiers without an index here can answer."""
-    tags: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     """Names that keep the KV of this engine apart from that of others."""
     reset: Literal["local", "all", "none"] = "local"
     """What clearing the storage deletes: `local`, what only this engine has; `all`, what

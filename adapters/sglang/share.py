@@ -40,12 +40,14 @@ def share_of(args: Any, settings: Settings, rank: Rank, pages: Pages, *, start_l
     heads, twin = rank.heads(
         layout.heads if rank.tp_size == 1 else _total_heads(args, rank, layout)
     )
-    if heads[1] - heads[0] != layout.heads:  # not split as is usual: by its own rank
+    part = _part(args, settings)
+    if not latent and heads[1] - heads[0] != layout.heads:  # not split as is usual
         heads, twin = (rank.tp * layout.heads, (rank.tp + 1) * layout.heads), False
+        part += f"rank {rank.tp} of {rank.tp_size}"
     return Share(
         model=settings.name, weights=named.weights, rope=named.rope,
         layers=None if rank.pp_size == 1 else (start_layer, start_layer + layout.layers),
-        heads=None if latent else heads, part=_part(args, settings),
+        heads=None if latent else heads, part=part,
         replica=rank.tp > 0 if latent else twin,
         facts=ModelFacts(layout.layers if rank.pp_size == 1 else 0, _files(args)),
     )  # fmt: skip
@@ -86,6 +88,9 @@ def _part(args: Any, settings: Settings) -> str:
     said: dict[str, Any] = {}
     if settings.tags:
         said["tags"] = {str(k): str(v) for k, v in settings.tags.items()}
+    overridden = str(getattr(args, "json_model_override_args", None) or "{}")
+    if overridden != "{}":  # what the model's files say is not what is run
+        said["model"] = overridden
     if drafted := bigram_keys(args):
         said["keys"] = drafted
     return canonical(said) if said else ""

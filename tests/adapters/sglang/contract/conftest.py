@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
+import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +31,8 @@ else:
         from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
         from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
         from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
+
+sys.path.append(str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,6 +64,31 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with runtime_context.get_parallel().override(**{k: ALONE[k] for k in ALONE if k in known}):
         yield
     dist.destroy_process_group()
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": HEADS, "head_dim": DIM,
+    "max_position_embeddings": 4096, "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a model, as far as they name it."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 16)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _published(_alone: None, model: Path) -> None:
+    """SGLang's configuration, as a server's process publishes it."""
+    from sglang.srt.server_args import ServerArgs
+
+    runtime_context.publish(ServerArgs(model_path=str(model), device="cpu"), role="test")
 
 
 @pytest.fixture(autouse=True)
