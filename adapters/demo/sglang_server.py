@@ -1,4 +1,4 @@
-"""SGLang's OpenAI-compatible server, as `tierloom sglang --exec` starts it; on a CPU by stand-ins."""
+"""SGLang's OpenAI server, as `tierloom sglang --exec` starts it: on a GPU, or by stand-ins."""
 
 from __future__ import annotations
 
