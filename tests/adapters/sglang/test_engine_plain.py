@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,3 +56,25 @@ def test_salts_do_not_share(plain: Engine) -> None:
     assert plain.one(tokens, cache_salt="one").cached == 288
     assert plain.one(tokens, cache_salt="two").cached == 0
     assert plain.one(tokens, extra_key="one").cached == 0
+
+
+def running(group: int) -> list[str]:
+    """Names of the processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().rpartition(") ")
+            state, _, its_group = rest.split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(name)
+    return found
+
+
+def test_nothing_is_left_of_it_when_it_is_killed(plain: Engine) -> None:
+    group = plain.pid
+    assert len(running(group)) >= 3  # with SGLang's scheduler and detokenizer
+    plain.kill()
+    end = time.monotonic() + 10
+    while left := running(group):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
