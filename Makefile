@@ -17,7 +17,7 @@ SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reord
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test check test-vllm test-sglang architectures lint bench bench-remote bench-vllm quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-vllm quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -34,6 +34,7 @@ help:
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make sglang  SGLang on the CPU, in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
+	@echo "make demo-sglang   one of them to an SGLang server, with HiCache and with the cache linker"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 
 $(READY): pyproject.toml
@@ -69,6 +70,9 @@ sglang: $(SGLANG_READY)
 
 demo-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m tierloom.adapters.demo.on_vllm --json demo-vllm.json
+
+demo-sglang: $(SGLANG_READY)
+	$(SGLANG)/bin/python -m tierloom.adapters.demo.on_sglang --json demo-sglang.json
 
 # Quick where nothing is to do. TIERLOOM_REQUIRE_ENGINES=1 makes a missing one a failure.
 engines: $(READY)
@@ -118,4 +122,5 @@ quality: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  benchmarks/.bench-* bench.json bench-remote.json bench-vllm.json demo.json demo-vllm.json
+	  benchmarks/.bench-* bench.json bench-remote.json bench-vllm.json demo.json demo-vllm.json \
+	  demo-sglang.json

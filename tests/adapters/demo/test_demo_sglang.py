@@ -108,3 +108,12 @@ def test_a_flush_waits_until_sglang_is_idle(answering, monkeypatch) -> None:
     monkeypatch.setattr(sglang_server, "FLUSH_S", 0.3)
     with pytest.raises(TierloomError, match="did not empty"):
         server.flush()
+
+
+def test_loading_is_warm_before_it_is_timed(monkeypatch) -> None:
+    server = SglangServer(Path("m"), {}, Path("log"), linker=False, gpu=False)
+    done: list[str] = []
+    monkeypatch.setattr(server, "ask", lambda *_: done.append("ask"))
+    monkeypatch.setattr(server, "flush", lambda: done.append("flush"))
+    server.warm_up({})
+    assert done == ["ask", "flush", "ask"]
