@@ -254,6 +254,8 @@ class Pipeline:
         self._portal.post(self._prefetch, span, caches)
 
     def _prefetch(self, span: Callable[[], Span], caches: Sequence[Any]) -> None:
+        if self._closed:
+            return
         named = span()
         blocks = [-1] * -(-named.tokens // self.layout.block_tokens)
         self.retrieve(named, caches, blocks=blocks)
