@@ -10,18 +10,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
+SGLANG := .venv-sglang
+SGLANG_READY := $(SGLANG)/.ready
 # Files side by side, as they stand: tests of one file share their servers.
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:benchmark
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm test check test-vllm architectures lint bench bench-remote bench-vllm quality vllm engines clean
+.PHONY: help demo demo-vllm test check test-vllm test-sglang architectures lint bench bench-remote bench-vllm quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
 	@echo "make check   ruff, mypy, and the tests that need no engine and no server: in three minutes"
 	@echo "make test    every test: a quarter of an hour"
 	@echo "make test-vllm   the long campaigns around vLLM, of which make test runs a slice"
+	@echo "make test-sglang   the long campaigns around SGLang"
 	@echo "make architectures   every causal LM class of transformers, with and without a cache of ours"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
@@ -29,6 +32,7 @@ help:
 	@echo "make engines   what tiers are tested against: Redis, Valkey, buckets, NIXL, kvikio, pools (make test does this, too)"
 	@echo "make bench-remote   tiers behind a server: copies, bare clients, lookups, faults; writes bench-remote.json"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
+	@echo "make sglang  SGLang on the CPU, in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 
@@ -45,13 +49,23 @@ demo: $(READY)
 	$(BIN)/tierloom demo --json demo.json
 
 # vLLM pins its own torch and numba, so it has an environment of its own.
-$(VLLM_READY): pyproject.toml tests/adapters/vllm/install.py
+$(VLLM_READY): pyproject.toml tests/adapters/engine_venv.py tests/adapters/vllm/install.py
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@rm -f $@
 	$(VLLM)/bin/python tests/adapters/vllm/install.py
 	@touch $@
 
 vllm: $(VLLM_READY)
+
+# SGLang's GPU is replaced by tests/adapters/sglang/cpu_engine, of which a copy lies in its environment.
+$(SGLANG_READY): pyproject.toml tests/adapters/engine_venv.py $(wildcard tests/adapters/sglang/cpu_engine/*.py) \
+  tests/adapters/sglang/install.py
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	@rm -f $@
+	$(SGLANG)/bin/python tests/adapters/sglang/install.py
+	@touch $@
+
+sglang: $(SGLANG_READY)
 
 demo-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m tierloom.adapters.demo.on_vllm --json demo-vllm.json
@@ -63,6 +77,7 @@ engines: $(READY)
 test: $(READY)
 	@$(MAKE) --no-print-directory engines || echo "Not every engine: its tests are skipped."
 	@$(MAKE) --no-print-directory vllm || echo "No vLLM: tests/adapters/vllm are skipped."
+	@$(MAKE) --no-print-directory sglang || echo "No SGLang: tests/adapters/sglang are skipped."
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # Needs nothing but .venv; the slow ones, and those with a server or an engine, are `make test`'s.
@@ -74,6 +89,9 @@ test-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py tests/adapters/vllm/test_speculative.py \
 	  tests/adapters/vllm/test_block_sizes.py -m "campaign or not campaign"
 	TIERLOOM_CASES=20000 $(BIN)/python -m pytest tests/pipeline/test_positions.py --timeout 20000
+
+test-sglang: $(READY) $(SGLANG_READY)
+	$(BIN)/python -m pytest tests/adapters/sglang -m "campaign or not campaign"
 
 architectures: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/adapters/transformers/test_architectures.py -m "campaign or not campaign"
@@ -99,5 +117,5 @@ quality: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
 clean:
-	rm -rf $(VENV) $(VLLM) .venv-gds .venv-infinistore build dist src/*.egg-info \
+	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
 	  benchmarks/.bench-* bench.json bench-remote.json bench-vllm.json demo.json demo-vllm.json

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = ROOT / "tests" / "adapters" / "vllm"
+SGLANG = ROOT / "tests" / "adapters" / "sglang"
 TIERS = ROOT / "tests" / "stages" / "tiers"
-SERVED = [VLLM, ROOT / "tests" / "pipeline" / "remote"]
+SERVED = [VLLM, SGLANG, ROOT / "tests" / "pipeline" / "remote"]
 SERVED += [TIERS / folder for folder in ("buckets", "nixl", "pools", "redis", "server")]
 ALONE = {"test_vllm_sides.py", "test_redis_resp.py", "test_wire.py"}
 """Files of these folders that need neither a server nor an engine."""

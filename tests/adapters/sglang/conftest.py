@@ -79,7 +79,7 @@ def engine(
     failed = request.session.testsfailed
     yield _engines
     if request.session.testsfailed > failed:
-        _engines.kill()  # whatever state it is in, the next test begins with a new one
+        _engines.end()  # whatever state it is in, the next test begins with a new one
 
 
 @pytest.fixture(scope="session")

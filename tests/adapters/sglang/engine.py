@@ -4,14 +4,23 @@
 
 One JSON object a line, as `tests/adapters/vllm/driver_process.py` describes. Pipes of their own,
 since SGLang writes to stdout as it likes. What can be done are the methods of `Driver` without an
-underscore. An engine is started once in a process: its end takes all child processes with it.
+underscore.
+
+SGLang is imported once, which takes ten seconds of CPU. Each engine has a process that is forked
+from that one, and lives until `shutdown` or until it is killed; one that ended otherwise is
+answered for by its parent. SGLang's own processes are forked from the engine's: SGLang spawns them,
+for CUDA's sake, and each would import all of it again. That is the only difference.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import tempfile
 import time
 import traceback
 from typing import Any
@@ -38,15 +47,16 @@ class Driver:
     def __init__(self) -> None:
         self._engine: Any = None
 
-    def start(self, **options: Any) -> dict[str, float]:
+    def start(self, **options: Any) -> dict[str, Any]:
         """Start an engine; `options` are SGLang's server arguments, over `DEFAULTS`."""
         assert self._engine is None, "this process has had its engine"
-        begun = time.perf_counter()
         from sglang.srt.entrypoints.engine import Engine
 
-        imported = time.perf_counter()
+        multiprocessing.set_start_method("fork", force=True)
+        multiprocessing.set_start_method = lambda *_, **__: None
+        begun = time.perf_counter()
         self._engine = Engine(**{**DEFAULTS, **options})
-        return {"import_s": imported - begun, "start_s": time.perf_counter() - imported}
+        return {"pid": os.getpid(), "seconds": time.perf_counter() - begun}
 
     def generate(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """All of `requests` at once; what came out of each, in order.
@@ -120,21 +130,78 @@ def _result(answer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class Pipes:
+    """Commands that come in, and answers that go out."""
+
+    def __init__(self, read: int, write: int) -> None:
+        self._in, self._out = os.fdopen(read), os.fdopen(write, "w")
+
+    def next(self) -> dict[str, Any] | None:
+        line = self._in.readline()
+        return json.loads(line) if line else None
+
+    def answer(self, **what: Any) -> None:
+        self._out.write(json.dumps(what) + "\n")
+        self._out.flush()
+
+
+def serve(pipes: Pipes, command: dict[str, Any] | None) -> None:
+    """Run a `Driver` from its `start` to its `shutdown`, or to the end of all commands."""
+    driver = Driver()
+    while command is not None:
+        do = command.pop("do")
+        try:
+            pipes.answer(ok=getattr(driver, do)(**command))
+        except Exception:  # whatever it is, the test is told
+            error = traceback.format_exc()
+            print(error, file=sys.stderr, flush=True)
+            pipes.answer(error=error)
+        if do == "shutdown":
+            return
+        command = pipes.next()
+    driver.shutdown()
+
+
+def become(log: str, env: dict[str, str]) -> None:
+    """Take the log and the environment of an engine; be killed when the parent is."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    os.setpgid(0, 0)  # so that it can be killed with what it starts, and without the parent
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(out)
+    os.environ |= env
+    tempfile.tempdir = None  # TMPDIR is another
+
+
 def main(read: int, write: int) -> None:
     for fd in (read, write):
-        os.set_inheritable(fd, False)  # SGLang's own processes would keep the pipe open
-    driver = Driver()
-    with os.fdopen(read) as commands, os.fdopen(write, "w") as answers:
-        for line in commands:
-            command = json.loads(line)
+        os.set_inheritable(fd, False)
+    pipes = Pipes(read, write)
+    while (command := pipes.next()) is not None:
+        if command["do"] != "start":
+            pipes.answer(error="no engine is running")
+            continue
+        import sglang.srt.entrypoints.engine
+        import sglang.srt.models.llama  # noqa: F401
+
+        threads = len(os.listdir("/proc/self/task"))
+        assert threads == 1, f"SGLang's import has left {threads} threads: it cannot be forked"
+        child = os.fork()
+        if not child:
+            become(command.pop("log"), command.pop("env"))
+            status = 1
             try:
-                answer = {"ok": getattr(driver, command.pop("do"))(**command)}
-            except Exception:  # whatever it is, the test is told
-                answer = {"error": traceback.format_exc()}
-                print(answer["error"], file=sys.stderr, flush=True)
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-    driver.shutdown()
+                serve(pipes, command)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        if status:
+            pipes.answer(error=f"the engine's process has ended: {status}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ with `cpu_engine/` in place of what needs a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 from pathlib import Path
 from typing import IO, Any
@@ -109,7 +111,7 @@ class Answer:
 
 
 class Engine:
-    """A process with one engine in it, and a new process for each engine that differs.
+    """A process that runs one engine after another, and the engine that runs in it now.
 
     `use` is cheap when what is asked for is running already, so tests of one engine stand together.
     """
@@ -117,39 +119,55 @@ class Engine:
     def __init__(self, folder: Path, name: str = "engine") -> None:
         self._folder, self._name = folder, name
         self._process: DriverProcess | None = None
+        self._surroundings: dict[str, str] = {}
         self._using = ""
         self._count = 0
+        self._pid: int | None = None
         self.log = folder / "none.log"
 
     def use(
         self, model: Path | str, *, env: dict[str, str] | None = None, fresh: bool = False,
         **options: Any,
     ) -> Engine:  # fmt: skip
-        """Have an engine of `model` running; `options` are SGLang's server arguments."""
+        """Have an engine of `model` running; `options` are SGLang's server arguments.
+
+        `fresh`: start it again. Of `env` what is not tierloom's is read when SGLang is imported.
+        """
         options = {"model_path": str(model), **options}
         wanted = json.dumps([options, env], sort_keys=True)
-        if wanted == self._using and self._process and self._process.alive and not fresh:
+        if wanted == self._using and not fresh:
             return self
-        self.close()
+        self.stop()
+        late = {k: v for k, v in (env or {}).items() if k.startswith("TIERLOOM_")}
+        process = self._importing({k: v for k, v in (env or {}).items() if k not in late})
         self._count += 1
-        self.log = self._folder / f"{self._name}-{self._count}.log"
+        self.log = process.log = self._folder / f"{self._name}-{self._count}.log"
+        how = {"log": str(self.log), "env": late, "port": free_port(), **options}
+        try:
+            self._pid = process.ask("start", timeout=START, **how)["pid"]
+        except EngineError:
+            self.end()
+            raise
+        self._using = wanted
+        return self
+
+    def _importing(self, surroundings: dict[str, str]) -> DriverProcess:
+        """The process that has imported SGLang in these surroundings, or will."""
+        if self._process and self._process.alive and surroundings == self._surroundings:
+            return self._process
+        self.end()
 
         def begin(folder: str, out: IO[Any], fds: tuple[int, int]) -> Any:
             return subprocess.Popen(
                 ["nice", str(PYTHON), str(DRIVER), *map(str, fds)],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, pass_fds=fds,
-                cwd=folder, env=environment(TMPDIR=folder, **(env or {})),
+                cwd=folder, env=environment(TMPDIR=folder, **surroundings),
                 start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
 
-        self._process = DriverProcess(self.log, begin)
-        try:
-            self._process.ask("start", timeout=START, **{"port": free_port()} | options)
-        except EngineError:
-            self.kill()
-            raise
-        self._using = wanted
-        return self
+        self._surroundings = surroundings
+        self._process = DriverProcess(self._folder / f"{self._name}-import.log", begin)
+        return self._process
 
     def ask(self, do: str, **arguments: Any) -> Any:
         assert self._process is not None, "no engine is running"
@@ -183,22 +201,48 @@ class Engine:
 
     @property
     def pid(self) -> int:
-        assert self._process is not None, "no engine is running"
-        return self._process.pid
+        """The engine's process, which leads a group of its own."""
+        assert self._pid is not None, "no engine is running"
+        return self._pid
 
     def log_text(self) -> str:
-        """What the process and its children have written so far."""
+        """What the engine and its processes have written so far."""
         return self.log.read_text(errors="replace")
 
-    def close(self) -> None:
-        """End the engine in good order."""
-        self._end("close")
+    def stop(self) -> None:
+        """End the engine in good order, if there is one; what has imported SGLang stays."""
+        if self._pid is not None:
+            self._forget()
+            try:
+                self.ask("shutdown")
+            except EngineError:
+                self.end()
 
     def kill(self) -> None:
         """End it with all its processes, as a power cut would."""
-        self._end("kill")
+        if self._pid is not None and self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)
+            self._forget()
+            try:
+                self._process.answer("kill", 10)
+            except EngineError:  # as it is to be: its parent says that it has ended
+                return
 
-    def _end(self, how: str) -> None:
-        process, self._process, self._using = self._process, None, ""
+    def close(self) -> None:
+        """The session is over."""
+        self.stop()
+        self.end()
+
+    def end(self) -> None:
+        """Leave nothing of it, whatever state it is in."""
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)
+        self._forget()
+        process, self._process = self._process, None
         if process is not None:
-            getattr(process, how)()
+            process.kill()
+
+    def _forget(self) -> None:
+        self._pid, self._using = None, ""

@@ -79,6 +79,10 @@ class DriverProcess:
         if not self.alive:
             raise EngineError(f"{do}: the engine's process has ended; see {self.log}")
         os.write(self._write, json.dumps({"do": do, **arguments}).encode() + b"\n")
+        return self.answer(do, timeout)
+
+    def answer(self, do: str, timeout: float) -> Any:
+        """The next answer, to whatever was asked."""
         answer = json.loads(self._line(do, time.monotonic() + timeout))
         if "error" in answer:
             raise EngineError(f"{do}: {answer['error'].strip().splitlines()[-1]}; see {self.log}")
