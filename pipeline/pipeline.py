@@ -224,6 +224,11 @@ class Pipeline:
         count: int = self._portal.call(all_tiers)
         return count
 
+    @property
+    def names(self) -> Namespace:
+        """Whose KV this is, but for tenants."""
+        return self._base
+
     def hold(self, span: Span) -> dict[bytes, Object] | None:
         """The objects of a span of whole chunks, by key, where all of them lie in a memory tier.
         They stay there until the caller releases each one's lease; `held=` of `begin_retrieve` then
@@ -254,6 +259,8 @@ class Pipeline:
         self._portal.post(self._prefetch, span, caches)
 
     def _prefetch(self, span: Callable[[], Span], caches: Sequence[Any]) -> None:
+        if self._closed:
+            return
         named = span()
         blocks = [-1] * -(-named.tokens // self.layout.block_tokens)
         self.retrieve(named, caches, blocks=blocks)

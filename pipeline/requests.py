@@ -115,7 +115,8 @@ def native_order(spec: PipelineSpec, layout: KVLayout) -> bool:
             f"engine's block ({layout.block_tokens})"
         )
     if spec.order == "auto":
-        if any(n.cls.canonical for graph in spec.graphs.values() for n in graph.nodes):
+        shares = spec.chunk.keys == "sglang"  # with engines of another layout
+        if shares or any(n.cls.canonical for graph in spec.graphs.values() for n in graph.nodes):
             return False
         return fits and not layout.rows_contiguous and layout.dense_blocks
     return spec.order == "native"

@@ -61,7 +61,7 @@ class TierloomHiCache(HiCacheStorage):
         self.off = "no host pool was registered"
         """Why nothing is stored; empty: it is."""
         self._store: PageStore | None = None
-        self._sides: dict[Any, PageStore] = {}
+        self._sides: dict[Any, list[PageStore]] = {}
         self._loads, self._saves = Traffic(0), Traffic(0)
         self._weights = WeightsWatch()
 
@@ -175,23 +175,24 @@ class TierloomHiCache(HiCacheStorage):
         if transfer.name == PoolName.KV:
             kv = self.batch_get_v1 if act == "load" else self.batch_set_v1
             return kv(keys, indices, extra_info)
-        store = self._sides.get(transfer.name) if self._ready() is not None else None
-        if store is None or indices is None:
+        stores = self._sides.get(transfer.name) if self._ready() is not None else None
+        if not stores or indices is None:
             return none_found(keys)
-        slots, outcome = store.pages.slots, []
+        slots, outcome = stores[0].pages.slots, []
         if indices.numel() != slots * len(keys):
             say_once(f"pool {transfer.name}: {indices.numel()} slots for {len(keys)} pages")
             return none_found(keys)
         for i, key in enumerate(keys):  # each page by itself: a window's begin anywhere
-            outcome += getattr(store, act)([key], indices[i * slots : (i + 1) * slots])
+            at = indices[i * slots : (i + 1) * slots]
+            outcome.append(all(getattr(store, act)([key], at)[0] for store in stores))
         return outcome
 
     def _restorable(self, transfer: Any, keys: Sequence[str]) -> list[int]:
         """Lengths of prefixes, in pages, of which a side pool has what its policy wants."""
-        store = self._sides.get(transfer.name)
-        if store is None:
+        stores = self._sides.get(transfer.name)
+        if not stores:
             return []
-        has = [bool(store.count([key])) for key in keys]
+        has = [all(store.count([key]) for store in stores) for key in keys]
         if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
             window = max(1, len(transfer.keys or ()))
             return [n for n in range(1, len(keys) + 1) if all(has[max(0, n - window) : n])]
@@ -261,7 +262,8 @@ class TierloomHiCache(HiCacheStorage):
         return None if self.off else self._store
 
     def _all(self) -> list[PageStore]:
-        return [*([self._store] if self._store is not None else []), *self._sides.values()]
+        first = [self._store] if self._store is not None else []
+        return [*first, *(store for stores in self._sides.values() for store in stores)]
 
     def _warn_of_replicas(self) -> None:
         """SGLang lets the first rank alone write what all have; the others then want a tier that

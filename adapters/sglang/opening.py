@@ -34,31 +34,30 @@ def open_pages(
 
 def open_side_pool(
     said: Configured[Settings], main: PageStore, pool: Any, name: str, rank: Rank
-) -> PageStore:
-    """A side pool's pages, one object each, in a pipeline of their own whose tiers are as large as
-    their share of a page's bytes. Raises LayoutError, ConfigError."""
-    pages = opaque_pages(pool)
-    base, ratio = main.pipeline, pages.nbytes / main.pages.nbytes
-    if base.spec.order == "native" or any(
-        n.cls.canonical for g in base.spec.graphs.values() for n in g.nodes
-    ):
+) -> list[PageStore]:
+    """A side pool's pages, an object each, in pipelines of their own whose tiers are as large as
+    their share of a page's bytes; a page is there when all have it. Raises LayoutError,
+    ConfigError."""
+    stages = [n.cls for graph in main.pipeline.spec.graphs.values() for n in graph.nodes]
+    if any(cls.canonical for cls in stages):
         raise LayoutError("a stage of the pipeline works on tokens and heads, which these are not")
-    folder = "-".join(part for part in (rank.folder, name) if part)
-    overrides = own_folders(
-        said,
-        {**said.overrides, "chunk.tokens": 1, "chunk.grain": 1, "chunk.keys": "sglang"},
-        folder,
-    )
-    for tier, spec in said.pipeline().tiers.items():
-        if spec.cls.local and hasattr(spec.options, "capacity"):
-            overrides[f"tiers.{tier}.capacity"] = max(8 << 20, int(spec.options.capacity * ratio))
-    names = base._base
-    pipeline = Pipeline(
-        said.pipeline(overrides), pages.layout, model=names.model,
-        weights=side_weights(names.weights, name, pool), layers=names.layers,
-        heads=(rank.tp, rank.tp + 1), part=f"{names.part}{name}",
-    )  # fmt: skip
-    return PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=0)
+    whole, stores = main.pipeline.names, []
+    chunks = {"chunk.tokens": 1, "chunk.grain": 1, "chunk.keys": "sglang", "order": "canonical"}
+    for i, pages in enumerate(opaque_pages(pool)):
+        ours = f"{name}{i or ''}"
+        folder = "-".join(part for part in (rank.folder, ours) if part)
+        overrides = own_folders(said, said.overrides | chunks, folder)
+        for tier, spec in main.pipeline.spec.tiers.items():
+            if spec.cls.local and hasattr(spec.options, "capacity"):
+                share = int(spec.options.capacity * pages.nbytes / main.pages.nbytes)
+                overrides[f"tiers.{tier}.capacity"] = max(8 << 20, share)
+        pipeline = Pipeline(
+            said.pipeline(overrides), pages.layout, model=whole.model,
+            weights=side_weights(whole.weights, name, pool), layers=whole.layers,
+            heads=(rank.tp, rank.tp + 1), part=whole.part + ours,
+        )  # fmt: skip
+        stores.append(PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=0))
+    return stores
 
 
 def own_folders(

@@ -89,9 +89,9 @@ def device_pages(pool: Any, page: int) -> Pages:
     return Pages(KVLayout.from_tensors(layers, order=order), layers, page, page)
 
 
-def opaque_pages(pool: Any) -> Pages:
-    """The pages of any host pool, as bytes in SGLang's own order. Raises LayoutError where its
-    pages are not evenly spaced."""
+def opaque_pages(pool: Any) -> list[Pages]:
+    """The pages of any host pool, as bytes in SGLang's own order: one `Pages` for each distance
+    between the parts of two pages. Raises LayoutError where pages are not evenly spaced."""
     page = int(getattr(pool, "page_size", 1) or 1)
     count = int(pool.size) // page
     starts, sizes = _regions(pool, 0, page)
@@ -101,18 +101,20 @@ def opaque_pages(pool: Any) -> Pages:
     even = [a + s * (count - 1) for a, s in zip(starts, steps, strict=True)]
     if count < 2 or even != last or min(steps) <= 0:
         raise LayoutError(f"{type(pool).__name__}: its {count} pages are not evenly spaced")
-    unit = math.gcd(*sizes)
-    views = []
-    for start, step, size in zip(starts, steps, sizes, strict=True):
-        span = step * (count - 1) + size
-        whole = torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(start)))
-        views += [
-            whole[at:].as_strided((count, 1, unit), (step, unit, 1)) for at in range(0, size, unit)
-        ]
-    same = {v.stride(0) for v in views}
-    if len(same) > 1:
-        raise LayoutError(f"{type(pool).__name__}: its parts are {sorted(same)} bytes apart")
-    return Pages(KVLayout.from_tensors(views, order="BND"), views, 1, page)
+    found = []
+    for step in sorted(set(steps)):
+        parts = [(a, n) for a, n, s in zip(starts, sizes, steps, strict=True) if s == step]
+        unit = math.gcd(*(n for _, n in parts))
+        views = []
+        for start, size in parts:
+            memory = (ctypes.c_uint8 * (step * (count - 1) + size)).from_address(start)
+            whole = torch.from_numpy(np.ctypeslib.as_array(memory))
+            views += [
+                whole[at:].as_strided((count, 1, unit), (step, unit, 1))
+                for at in range(0, size, unit)
+            ]
+        found.append(Pages(KVLayout.from_tensors(views, order="BND"), views, 1, page))
+    return found
 
 
 def page_numbers(indices: torch.Tensor, page: int, pages: int) -> list[int] | None:

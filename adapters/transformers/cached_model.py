@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import tierloom
+from tierloom.adapters.model_identity.shared import SharedIdentity, shared_rope
 from tierloom.adapters.transformers.cache import (
     SPARE,
     Abandoned,
@@ -38,6 +39,7 @@ from tierloom.adapters.transformers.model import (
 from tierloom.adapters.transformers.model_state import State, rest_id
 from tierloom.adapters.transformers.shape import KVShape
 from tierloom.adapters.transformers.streamer import Watch
+from tierloom.pipeline.config.load import load_config
 from tierloom.stages.contract.request import Receipt
 from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.errors import InputError
@@ -74,8 +76,9 @@ class CachedModel:
     """
 
     def __init__(
-        self, model: Any, *, config: str = "tiered", name: str = "", weights: str = "",
-        salt: str = "", overrides: Mapping[str, Any] | None = None, store_decode: bool = False,
+        self, model: Any, *, config: str = "tiered", name: str = "",
+        weights: str | SharedIdentity = "", salt: str = "",
+        overrides: Mapping[str, Any] | None = None, store_decode: bool = False,
     ) -> None:  # fmt: skip
         """Open `config` for `model`, which must be in eval mode.
 
@@ -87,13 +90,29 @@ class CachedModel:
         with, instead of hashing it; then changes are refused. `salt`: the tenant's secret.
         `store_decode`: store the answer's KV too, so that the next turn of a chat hits all of this
         one.
+
+        With `chunk.keys: sglang`, vLLM and SGLang name the model by its files: `weights` must be
+        `shared_id(folder, dtype="float32")`, and `name` is then empty unless given.
         """
         self.model = getattr(model, "_orig_mod", model)  # of torch.compile, which wraps it
         self.store_decode, self._salt = store_decode, salt
         self.last = Generation(0)
         self._config, self._overrides = config, PACE | dict(overrides or {})
-        self._name = name or getattr(model.config, "name_or_path", "")
-        self._name = self._name or model.config.model_type or type(model).__name__
+        self._shares = load_config(config, self._overrides).chunk.keys == "sglang"
+        if self._shares and not weights:
+            raise InputError(
+                "chunk.keys is sglang, and a model in memory may differ from the files that other "
+                "engines name it by: pass weights=shared_id(folder, dtype='float32'), with its "
+                "dtype (tierloom.adapters.model_identity.shared), if they are the same"
+            )
+        self._name = name
+        if not self._shares:
+            self._name = self._name or getattr(model.config, "name_or_path", "")
+            self._name = self._name or model.config.model_type or type(model).__name__
+        self._rope: str | None = None
+        """As the user gave it."""
+        if isinstance(weights, SharedIdentity):
+            weights, self._rope = weights
         self._weights = weights
         self._touched: set[str] = set()
         """Tensors that were changed while this was open: all of their bytes are hashed."""
@@ -130,7 +149,10 @@ class CachedModel:
         with them, and the shape of its KV."""
         how = "" if self._weights else rest_id(self.model)
         weights = self._weights or fingerprint(self.model, self._touched)
-        return weights, rope(self.model), how, str(self.shape)
+        turns = self._rope
+        if turns is None:
+            turns = shared_rope(self.model.config.to_dict()) if self._shares else rope(self.model)
+        return weights, turns, how, str(self.shape)
 
     def _changed(self) -> str:
         """The part of the model that changed since the pipeline was opened; empty: none."""

@@ -7,6 +7,7 @@ once for a burst of posts (2.5 us); it never waits here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -17,6 +18,8 @@ import anyio
 
 from tierloom.stages.contract.request import Receipt
 from tierloom.stages.contract.ticket import Ticket
+
+log = logging.getLogger(__name__)
 
 
 class Portal:
@@ -73,7 +76,10 @@ class Portal:
         self._awake = False  # before the emptying, so that no post is missed
         while self._inbox:
             fn, args = self._inbox.popleft()
-            fn(*args)
+            try:
+                fn(*args)
+            except Exception:  # what was posted after it is not to wait for the next post
+                log.exception("%s failed on the loop", getattr(fn, "__qualname__", fn))
 
     def _run(self) -> None:
         try:

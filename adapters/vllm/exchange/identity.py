@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tierloom.adapters.model_identity.config import BY_LENGTH, canonical, config_text
+from tierloom.adapters.model_identity.shared import SharedIdentity, shared_id
 from tierloom.adapters.model_identity.weights import KINDS, files_id, find, hash_files
 from tierloom.stages.errors import InputError
 from tierloom.stages.kv.namespace import tlv
@@ -26,6 +27,10 @@ _FIRST = {"pt": "*.pt", "npcache": "*.bin", "gguf": "*.gguf"}
 _OF_FILES = {"auto", "bitsandbytes", "fastsafetensors", "hf", "instanttensor", "mistral",
              "safetensors", *_FIRST}  # fmt: skip
 """Load formats that take what the folder holds; others say in an option where they take it from."""
+_AS_ON_DISK = {"auto", "fastsafetensors", "hf", "instanttensor", "safetensors"}
+"""Load formats that take the files which every engine takes, as they are."""
+_PLAIN_KV = {"auto", "bfloat16", "float16", "float32"}
+"""Types of KV cache whose numbers are the model's own."""
 _NOT_THE_ADAPTER = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
     "task_type",
@@ -69,6 +74,36 @@ def weights_id(vllm_config: Any) -> str:
         if one is not None:
             _hash_weights(h, one, load)
     return h.hexdigest()
+
+
+def shared_identity(vllm_config: Any) -> SharedIdentity:
+    """What SGLang and transformers identify this model by as well. Raises InputError where more
+    than the files on disk makes this engine's KV what it is."""
+    model, load, cache = (
+        vllm_config.model_config, vllm_config.load_config, vllm_config.cache_config,
+    )  # fmt: skip
+    how, kv_dtype = str(load.load_format), str(cache.cache_dtype)
+    quantized = getattr(model.hf_config, "quantization_config", None)
+    more = {
+        f"load format {how}": how not in _AS_ON_DISK,
+        "weights in object storage": getattr(model, "model_weights", ""),
+        "hf_overrides": model.hf_overrides,
+        "hf_config_path": model.hf_config_path,
+        f"config format {model.config_format}": model.config_format not in ("auto", "hf"),
+        f"quantization {model.quantization} at load": model.quantization and not quantized,
+        "quantization_config": getattr(model, "quantization_config", None),
+        f"KV in {kv_dtype}": kv_dtype not in _PLAIN_KV,
+        "a draft model": draft_model(vllm_config),
+    }
+    if found := [what for what, is_so in more.items() if is_so]:
+        raise InputError(
+            f"{model.model} runs with {', '.join(found)}, which no other engine is known to do "
+            "alike: set tierloom.weights to the same id of your own in all of them if they do"
+        )
+    return shared_id(
+        model.model, revision=model.revision, download_dir=getattr(load, "download_dir", None),
+        dtype=str(model.dtype), kv_dtype=kv_dtype, quantization=model.quantization,
+    )  # fmt: skip
 
 
 def draft_model(vllm_config: Any) -> Any:

@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from tierloom.stages.kv.block_table import BlockTable
+from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.prefix import Span
 
@@ -73,6 +74,8 @@ class WorkerInfo(NamedTuple):
 
     namespace: Namespace
     """Seeds the chain of keys that all workers have in common."""
+    keys: Keys
+    """How it does."""
     grain: int
     chunk: int
     unit: int

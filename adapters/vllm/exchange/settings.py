@@ -21,6 +21,7 @@ from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import Findings, Place
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.config.yaml_tree import Table, dotted, from_python
+from tierloom.stages.errors import ConfigError
 from tierloom.stages.options import Seconds
 
 NAME = "tierloom"
@@ -40,9 +41,10 @@ class Settings:
     by layer on a GPU, by step on a CPU."""
     save_decode: bool = False
     """Store what is generated too, so that the next turn of a chat hits all of this one."""
-    keys: Literal["own", "engine"] = "own"
-    """`own`: keys that every engine shares; `engine`: from vLLM's block hashes, so that no token
-    is hashed twice, and only vLLM engines share."""
+    keys: Literal["own", "engine", "sglang"] = "own"
+    """`own`: keys that vLLM and transformers share; `engine`: from vLLM's block hashes, so that no
+    token is hashed twice, and only vLLM engines share; `sglang`: SGLang's page hashes, to share
+    with it as well (`chunk.grain` must be its page size)."""
     min_tokens: int = 0
     """Loads of fewer tokens than this are not worth it."""
     wait: Seconds = 0.25
@@ -83,9 +85,17 @@ class Configured:
 
     def pipeline(self, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
         """The pipeline, by `overrides` or those that the user gave. Raises ConfigError."""
-        return load_config(
+        spec = load_config(
             self.source, self.overrides if overrides is None else overrides, said_in=WHERE
         )
+        keys = self.settings.keys
+        if keys != "own" and (keys == "sglang") != (spec.chunk.keys == "sglang"):
+            raise ConfigError(
+                f"{WHERE}: tierloom.keys: {keys} and chunk.keys: {spec.chunk.keys} contradict each "
+                "other: `engine` names KV by vLLM's block hashes, `sglang` by SGLang's page hashes;"
+                " set tierloom.keys alone"
+            )
+        return spec
 
 
 def configured(extra: Mapping[str, Any]) -> Configured:
@@ -104,6 +114,7 @@ def configured(extra: Mapping[str, Any]) -> Configured:
     found.raise_all()
     assert settings is not None
     overrides = {"graphs.retrieve.pace.by": "layer"} if settings.load == "layer" else {}
+    overrides |= {"chunk.keys": "sglang"} if settings.keys == "sglang" else {}
     overrides |= {k: v for k, v in extra.items() if k != NAME and not k.startswith(PREFIX)}
     return Configured(settings, source, overrides)
 

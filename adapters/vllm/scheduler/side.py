@@ -22,6 +22,7 @@ from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.adapters.vllm.scheduler.saves import Saves
 from tierloom.stages.directory.chunk_directory import Part
 from tierloom.stages.kv.block_table import BlockTable
+from tierloom.stages.kv.chain_seed import chain_seed
 from tierloom.stages.kv.prefix import Chain, Span
 
 log = logging.getLogger("tierloom.vllm")
@@ -251,7 +252,8 @@ class SchedulerSide:
         return True
 
     def _seed_of(self, salt: str, adapter: str, tags: tuple[tuple[str, str], ...]) -> bytes:
-        return self.info.namespace.of(salt=salt, adapter=adapter, tags=tags).digest
+        names = self.info.namespace.of(salt=salt, adapter=adapter, tags=tags)
+        return chain_seed(names, self.info.keys)
 
     def _may_wait(self, p: TrackedRequest) -> bool:
         """A request has time left to learn what is stored of it."""

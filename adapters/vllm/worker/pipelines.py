@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierloom.adapters.model_identity.config import rope_text
-from tierloom.adapters.vllm.exchange.identity import calibrated_id, weights_id
+from tierloom.adapters.model_identity.shared import SharedIdentity, shared_rope
+from tierloom.adapters.vllm.exchange.identity import calibrated_id, shared_identity, weights_id
 from tierloom.adapters.vllm.exchange.messages import WorkerInfo
 from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.worker.layout import CacheGroup, cache_groups
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.pipeline import Pipeline
 from tierloom.stages.contract.stage import ModelFacts
-from tierloom.stages.errors import LayoutError
+from tierloom.stages.errors import InputError, LayoutError
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.rope import frequencies
 from tierloom.stages.ops.lookup import Lookup
@@ -104,7 +105,8 @@ def open_pipelines(
     groups = cache_groups(
         caches, kv_cache_config, vllm_config.compilation_config.static_forward_context
     )
-    weights = conf.settings.weights or weights_id(vllm_config)
+    shared = _shared(vllm_config, conf)
+    weights = shared.weights if shared else conf.settings.weights or weights_id(vllm_config)
     facts = ModelFacts(model.get_total_num_hidden_layers(), calibrated_id(vllm_config))
     alone = len(groups) == 1 and rank.pp_size == 1
     first, last = model.get_layers_start_end_indices(vllm_config.parallel_config)
@@ -115,10 +117,10 @@ def open_pipelines(
             overrides = _overrides(conf, rank, group, len(groups), kv_cache_config.hash_block_size)
             pipeline = Pipeline(
                 conf.pipeline(overrides), group.layout,
-                model=conf.settings.name, weights=weights, rope=_rope(model, group),
+                model=conf.settings.name, weights=weights,
+                rope=shared.rope if shared else _rope(model, group),
                 layers=None if alone else (first, last), heads=heads, part=group.part,
-                backend=group.backend, replica=twin, watch=True,
-                facts=facts,
+                backend=group.backend, replica=twin, watch=True, facts=facts,
             )  # fmt: skip
             pipelines.append(GroupPipeline(group, pipeline))
             _prove(group, pipeline)
@@ -136,7 +138,8 @@ def _prove(group: CacheGroup, pipeline: Pipeline) -> None:
     if group.opaque and not pipeline.native:
         raise LayoutError(
             f"how {group.backend.split()[1]} lays out K and V is unknown, so its blocks "
-            "can be stored in native order only: remove the stages that need another order"
+            "can be stored in native order only: remove what needs another order (stages that work "
+            "on tokens and heads, or SGLang's keys)"
         )
     if pipeline.off:
         raise LayoutError(pipeline.off)
@@ -154,6 +157,21 @@ def _rope(model: Any, group: CacheGroup) -> str:
     return found if len(frequencies(found, group.layout.dim)) else ""
 
 
+def _shared(vllm_config: Any, conf: Configured) -> SharedIdentity | None:
+    """What identifies the model to SGLang as well, if keys are to be SGLang's; None: only vLLM's
+    own engines come to the same names."""
+    if conf.pipeline().chunk.keys != "sglang":
+        return None
+    if conf.settings.weights:
+        config = vllm_config.model_config.hf_text_config.to_dict()
+        return SharedIdentity(conf.settings.weights, shared_rope(config))
+    try:
+        return shared_identity(vllm_config)
+    except InputError as error:
+        log.warning("what this engine keeps is shared with vLLM alone, not with SGLang: %s", error)
+        return None
+
+
 def _info(pipelines: list[GroupPipeline], layers: int, heads: int) -> WorkerInfo:
     pipeline = pipelines[0].pipeline
     spec = pipeline.spec
@@ -164,8 +182,9 @@ def _info(pipelines: list[GroupPipeline], layers: int, heads: int) -> WorkerInfo
         (p.pipeline.geometry.block_tokens for p in pipelines if p.pipeline.native), default=1
     )
     return WorkerInfo(
-        namespace=pipeline.whole(layers, heads), grain=spec.chunk.grain, chunk=spec.chunk.tokens,
-        unit=math.lcm(native, spec.chunk.grain), groups=len(pipelines), tiers=local,
+        namespace=pipeline.whole(layers, heads), keys=spec.chunk.keys, grain=spec.chunk.grain,
+        chunk=spec.chunk.tokens, unit=math.lcm(native, spec.chunk.grain),
+        groups=len(pipelines), tiers=local,
         remote=next((t for t in asked if not spec.tiers[t].cls.local), ""),
         uses={name: tier.use for name, tier in spec.tiers.items()},
         worth=plan.options.worth if plan else "never",

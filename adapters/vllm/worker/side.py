@@ -277,4 +277,4 @@ class WorkerSide:
 
 
 def _off(why: str) -> WorkerInfo:
-    return WorkerInfo(Namespace(model="off"), 1, 1, 1, 1, (), "", {}, "never", 0.0, 0, why)
+    return WorkerInfo(Namespace(model="off"), "own", 1, 1, 1, 1, (), "", {}, "never", 0.0, 0, why)

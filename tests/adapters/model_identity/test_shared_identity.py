@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tierloom.adapters.model_identity.shared import SharedIdentity, shared_id, shared_rope
+from tierloom.adapters.vllm.exchange.identity import shared_identity
 from tierloom.stages.errors import InputError
 from tierloom.stages.kv.rope import frequencies
 
@@ -165,3 +167,49 @@ def test_old_and_new_rope_are_one_text(old: dict[str, Any], new: dict[str, Any])
 )
 def test_rope_that_no_codec_can_use_is_left_out(config: dict[str, Any]) -> None:
     assert shared_rope(config) == ""
+
+
+def engine(folder: Path, **changes: Any) -> Any:
+    """As much of a VllmConfig as is read; `changes` go to whichever part has the name."""
+    config = json.loads((folder / "config.json").read_text())
+    parts = [
+        {"model": str(folder), "model_weights": "", "revision": None, "dtype": "torch.float32",
+         "hf_config": SimpleNamespace(**config), "hf_overrides": {}, "hf_config_path": None,
+         "config_format": "auto", "quantization": None, "quantization_config": None, "seed": 0},
+        {"load_format": "auto", "download_dir": None},
+        {"cache_dtype": "auto"},
+    ]  # fmt: skip
+    for name, value in changes.items():
+        (part,) = [p for p in parts if name in p]
+        part[name] = value
+    model, load, cache = (SimpleNamespace(**p) for p in parts)
+    return SimpleNamespace(model_config=model, load_config=load, cache_config=cache)
+
+
+def test_vllm_comes_to_the_same_id(folder: Path) -> None:
+    for same in ({}, {"load_format": "safetensors"}, {"cache_dtype": "float32"}, {"seed": 1}):
+        assert shared_identity(engine(folder, **same)) == of(folder), same
+    assert shared_identity(engine(folder, dtype="torch.float16")) == of(folder, dtype="float16")
+    configure(folder, quantization_config={"quant_method": "gptq"})
+    assert shared_identity(engine(folder, quantization="gptq_marlin")) == of(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"load_format": "dummy"}, "load format dummy"),
+        ({"load_format": "pt"}, "load format pt"),
+        ({"model_weights": "s3://bucket/one"}, "weights in object storage"),
+        ({"hf_overrides": {"rope_theta": 1.0}}, "hf_overrides"),
+        ({"hf_config_path": "/other"}, "hf_config_path"),
+        ({"config_format": "mistral"}, "config format mistral"),
+        ({"quantization": "fp8"}, "quantization fp8 at load"),
+        ({"quantization_config": {"moe": 1}}, "quantization_config"),
+        ({"cache_dtype": "fp8"}, "KV in fp8"),
+    ],
+)
+def test_what_no_file_says_of_a_vllm_keeps_it_to_itself(
+    folder: Path, change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError, match=rf"runs with {says}, which .* set tierloom\.weights"):
+        shared_identity(engine(folder, **change))

@@ -94,3 +94,19 @@ def test_promises_of_memory_are_kept_in_order() -> None:
     asyncio.run(life())
     assert sorted(got) == list(range(8))
     arena.close()
+
+
+def test_what_fails_on_the_loop_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A post that raised left those after it in the mailbox, until somebody posted again."""
+    portal, seen = Portal(until), threading.Event()
+    portal.start()
+
+    def burst() -> None:
+        portal.post(lambda: 1 / 0)
+        portal.post(seen.set)
+
+    portal.post(burst)
+    assert seen.wait(5)
+    assert "failed on the loop" in caplog.text
+    portal.close()
+    assert not portal.alive

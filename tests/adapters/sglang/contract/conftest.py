@@ -18,28 +18,26 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))
+
 if importlib.util.find_spec("sglang") is None or os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
     collect_ignore_glob = ["*"]
 else:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang's, and those of what it imports
         import torch
+        from device_pools import DIM, HEADS, LAYERS, PAGE, SLOTS, device_pool
         from sglang.srt import runtime_context
         from sglang.srt.managers.cache_controller import HiCacheController
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
         from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
         from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
         from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
-sys.path.append(str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PAGE, SLOTS, LAYERS = 4, 64, 3
-HEADS, DIM = 2, 8
-LATENT, ROPE = 16, 4
 ALONE = {
     "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "dp_size": 1, "dcp_size": 1,
     "attn_tp_rank": 0, "attn_tp_size": 1, "attn_dp_rank": 0, "attn_cp_size": 1,
@@ -66,7 +64,7 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-CONFIG = {
+CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256,
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "num_key_value_heads": HEADS, "head_dim": DIM,
@@ -96,16 +94,6 @@ def _host_memory() -> Iterator[None]:
     """A host pool wants 10 GiB of free memory beyond its own, or what this says there is."""
     with host_memory_budget_scope(1 << 30):
         yield
-
-
-def device_pool(
-    kind: str, *, dtype: Any = None, layers: int = LAYERS, slots: int = SLOTS, page: int = PAGE
-) -> Any:
-    """An empty device pool of `kind` (mha, mla) on the CPU."""
-    dtype = dtype or torch.float32
-    if kind == "mha":
-        return MHATokenToKVPool(slots, page, dtype, HEADS, DIM, layers, "cpu", False)
-    return MLATokenToKVPool(slots, page, dtype, LATENT, ROPE, layers, "cpu", False)
 
 
 @pytest.fixture

@@ -93,7 +93,9 @@ def test_who_shares_and_who_does_not(host_pool: Pools, tmp_path: Path, model: Pa
     assert found(half, extra, text) == 0
     for rank in (0, 1):
         assert found(host, extra, text, tp_size=2, tp_rank=rank) == 0
+    host.start_layer = 3
     assert found(host, extra, text, pp_size=2, pp_rank=1) == 0
+    host.start_layer = 0
     assert found(host, extra, text) == 8
 
 

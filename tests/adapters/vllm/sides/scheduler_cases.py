@@ -6,6 +6,7 @@ cases that held.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields
 from types import SimpleNamespace as Bag
 from typing import Any
@@ -23,6 +24,7 @@ from tierloom.adapters.vllm.exchange.settings import configured
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.adapters.vllm.worker.pipelines import _refuse
 from tierloom.stages.errors import LayoutError
+from tierloom.stages.kv.chain_seed import sglang_seed
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.prefix import Chain
 
@@ -45,8 +47,8 @@ def side(load: str = "async") -> SchedulerSide:
 
 def info() -> WorkerInfo:
     return WorkerInfo(
-        namespace=WHOLE, grain=32, chunk=256, unit=32, groups=1, tiers=("hot",), remote="", uses={},
-        worth="always", deadline=1.0, token_bytes=1000, off="",
+        namespace=WHOLE, keys="own", grain=32, chunk=256, unit=32, groups=1, tiers=("hot",),
+        remote="", uses={}, worth="always", deadline=1.0, token_bytes=1000, off="",
     )  # fmt: skip
 
 
@@ -285,6 +287,24 @@ def drafts_that_look_at_hidden_states_are_refused_by_name() -> None:
     assert said("mtp").startswith("speculative decoding by mtp")
 
 
+def keys_of_sglang_are_its_page_hashes() -> None:
+    """Until an image: SGLang has other tokens in its place."""
+    scheduler = side()
+    tell(scheduler, info=info()._replace(keys="sglang"))
+    image = Bag(mm_position=Bag(offset=70), mm_hash="cat", identifier="cat")
+    for salt, features, alike in ((None, [], 32), ("s", [], 32), (None, [image], 2)):
+        one = request()
+        one.cache_salt, one.mm_features = salt, features
+        scheduler.on_new_request(one)
+        pages, link = [], sglang_seed(None, salt)
+        for at in range(0, TOKENS, 32):
+            page = np.array(one.all_token_ids[at : at + 32], "<u4").tobytes()
+            link = hashlib.sha256(link + page).digest()
+            pages.append(link)
+        found = scheduler._requests.pop("r").links("sglang").links
+        assert [a == b for a, b in zip(found, pages, strict=True)] == [i < alike for i in range(32)]
+
+
 def in_doubt() -> tuple[SchedulerSide, Any]:
     """A request of which two chunks are loaded within the step, and the rest is computed."""
     scheduler, one = side("layer"), request()
@@ -310,6 +330,7 @@ CASES = [
     jobs_end_though_their_worker_told_twice_in_a_step,
     what_a_draft_model_did_not_see_is_not_kept,
     drafts_that_look_at_hidden_states_are_refused_by_name,
+    keys_of_sglang_are_its_page_hashes,
 ]
 
 if __name__ == "__main__":

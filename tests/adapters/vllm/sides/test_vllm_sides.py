@@ -111,6 +111,22 @@ def test_mistakes_of_the_pipeline_stand_where_they_were_written(extra, says: str
         configured(extra).pipeline()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"tierloom.keys": "sglang"}, {"chunk.keys": "sglang"}, {"chunk": {"keys": "sglang"}},
+     {"tierloom.keys": "sglang", "chunk.keys": "sglang"}],
+)  # fmt: skip
+def test_sglangs_keys_may_be_asked_for_in_two_ways(said) -> None:
+    assert configured(said).pipeline().chunk.keys == "sglang"
+
+
+@pytest.mark.parametrize(("keys", "other"), [("engine", "sglang"), ("sglang", "own")])
+def test_keys_of_two_kinds_are_refused(keys: str, other: str) -> None:
+    says = f"tierloom.keys: {keys} and chunk.keys: {other} contradict"
+    with pytest.raises(ConfigError, match=f"^kv_connector_extra_config: {says}"):
+        configured({"tierloom.keys": keys, "chunk.keys": other}).pipeline()
+
+
 def test_wishes_of_a_request() -> None:
     assert request_options(None) == request_options({"do_remote_decode": True}) == RequestOptions()
     got = request_options({"tierloom.skip_save": True, "tierloom.tags": {"b": 1, "a": "x"},
