@@ -7,9 +7,10 @@ of a codebook. What is further off than its table reaches escapes to a list.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.cachegen.codebook import BITS, Codebook
 from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, FrameShape, Part, fresh
@@ -19,10 +20,7 @@ from tierloom.triton_kernels.cachegen import cpu
 from tierloom.triton_kernels.rans.cpu import decode_streams, encode_streams
 from tierloom.triton_kernels.rans.format import DONE, StreamGrid
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Tables = npt.NDArray[np.uint8]
+Tables = npt.NDArray[np.uint8]
 
 HEAD = Struct("<BBBxHHHxxIIIQ")
 FIRST = 4

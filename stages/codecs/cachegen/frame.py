@@ -8,9 +8,10 @@ means int8 and tables' numbers [planes, channels].
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.cachegen.calibration import Calibration, by_id
 from tierloom.stages.codecs.cachegen.codebook import Codebook, standard
@@ -29,10 +30,7 @@ from tierloom.stages.errors import BadObject
 from tierloom.triton_kernels.cachegen import cpu
 from tierloom.triton_kernels.rans.format import StreamGrid
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Turns = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+Turns = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 STEPS = {"high": (0.13, 0.13), "default": (0.39, 0.39), "small": (0.85, 0.85)}
 """Of each level, steps of K and of V, as shares of a plane's deviation. Found

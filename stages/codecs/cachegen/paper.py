@@ -12,9 +12,8 @@ as the tables want it; tables' numbers uint8 [planes, channels].
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.cachegen.codebook import standard
 from tierloom.stages.codecs.cachegen.coder import (
@@ -30,9 +29,6 @@ from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameSh
 from tierloom.stages.codecs.contract.lossy import Array, as_bytes, blank
 from tierloom.stages.errors import BadObject
 from tierloom.triton_kernels.cachegen import cpu
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 BINS = {
     "paper-3": (((32, 32),), ((32, 32),)),

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from struct import Struct
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.contract.decoding import decode_frame
 from tierloom.stages.codecs.contract.encode import Encode
 from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, read_only
 from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 Array = Any
 """A NumPy array, whose type the compiled kernels check."""

@@ -11,9 +11,10 @@ of a language model takes about 10.4 bits an element, where byte planes and zstd
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.contract.decoding import RANS, decode_frame
 from tierloom.stages.codecs.contract.encode import Encode
@@ -44,9 +45,6 @@ from tierloom.triton_kernels.rans.clusters_cpu import cluster, count_columns
 from tierloom.triton_kernels.rans.cpu import decode_streams, encode_streams
 from tierloom.triton_kernels.rans.format import DONE, StreamGrid
 from tierloom.triton_kernels.rans.tables import BITS, RansTables
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _HEAD = Struct("<BBBBIIII")
 _SHIFT = {"bfloat16": 6, "float16": 8, "float32": 6}
