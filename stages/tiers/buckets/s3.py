@@ -25,13 +25,7 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.buckets.bucket import Bucket, S3Options
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
-from tierloom.stages.tiers.contract.tier import (
-    HoldingsCount,
-    Read,
-    TierContext,
-    TierStat,
-    require_sealed,
-)
+from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +33,7 @@ _PATIENCE = 5.0  # seconds that closing waits for transfers whose callers were c
 _WIDE = 16  # requests of one call at once that carry no data
 
 
-class S3(ReadingTier):
+class S3(ReadingTier, SharedTier):
     """Whole chunks only: inner links are found in local tiers. For asyncio."""
 
     Options = S3Options
@@ -49,7 +43,6 @@ class S3(ReadingTier):
         self.options = options
         self._bucket = Bucket(options, ctx.namespace.hex()[:32] or "any")
         self._parts = anyio.Semaphore(options.requests)
-        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         await self._bucket.open()
@@ -75,10 +68,6 @@ class S3(ReadingTier):
 
     async def clear(self) -> int:
         return sum(await map_concurrently(self._drop, await self._bucket.list(), _WIDE))
-
-    def stat(self) -> TierStat:
-        """What this process put and did not delete; other objects of the bucket are not known."""
-        return self._holdings.stat
 
     async def _read(self, read: Read) -> None:
         held = read.object

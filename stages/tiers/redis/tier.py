@@ -26,14 +26,7 @@ from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Object
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
-from tierloom.stages.tiers.contract.tier import (
-    HoldingsCount,
-    Read,
-    Tier,
-    TierContext,
-    TierStat,
-    require_sealed,
-)
+from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 from tierloom.stages.tiers.net.tls import client_context
 from tierloom.stages.tiers.redis.cluster import Cluster
 from tierloom.stages.tiers.redis.connection import Credentials, RespConnection
@@ -101,7 +94,7 @@ class RedisOptions:
             raise ValueError("stall must be greater than 0, and ttl not negative")
 
 
-class Redis(Tier):
+class Redis(SharedTier):
     """Whole chunks only: inner links are found in local tiers. For asyncio only."""
 
     Options = RedisOptions
@@ -113,7 +106,6 @@ class Redis(Tier):
         self._space = f"{options.prefix}:{ctx.namespace.hex()[:32] or 'any'}:".encode()
         self._ttl = round(options.ttl * 1000)
         self._servers: Servers | None = None
-        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         if self._servers is None:
@@ -123,10 +115,6 @@ class Redis(Tier):
     async def close(self) -> None:
         if self._servers is not None:
             await self._servers.close()
-
-    def stat(self) -> TierStat:
-        """What this process put and did not delete; the server may have evicted it since."""
-        return self._holdings.stat
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = [False] * len(keys)
