@@ -38,6 +38,7 @@ from tierloom.stages.tiers.redis.url import parse_url, password_of
 from tierloom.stages.tiers.redis.writes import Written, write
 
 _ABSENT = -2  # what PTTL says of a key that is not there
+_TOPOLOGIES = {"single": Servers, "sentinel": Sentinel, "cluster": Cluster}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,10 +196,7 @@ class Redis(SharedTier):
             password = password_of(url, o.password_env, o.password_file)
             return Credentials(url.user, password, url.db, tls)
 
-        if url.kind == "sentinel":
-            return Sentinel(url.hosts, enter, url.service, stall=o.stall, connections=o.connections)
-        kind = Cluster if url.kind == "cluster" else Servers
-        return kind(url.hosts, enter, stall=o.stall, connections=o.connections)
+        return _TOPOLOGIES[url.kind](url, enter, o.stall, o.connections)
 
     def _name(self, key: bytes) -> bytes:
         return b"%b{%b}" % (self._space, key.hex().encode())
