@@ -23,6 +23,10 @@ from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.ops.load_or_recompute import worth_loading
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
+Tiers = dict[str, CircuitBreaker]
+Answers = dict[str, list[bool]]
+"""Remote tiers to which of a request's chunks they have."""
+
 _SLICE = 16
 """Chunks looked up between two turns of the loop."""
 
@@ -68,11 +72,9 @@ class Lookup(RequestStage):
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}
         request.chunks = list(self._longest_prefix(request, tiers, {}))
 
-    async def _ask_remote(
-        self, tiers: dict[str, CircuitBreaker], chunks: list[Chunk]
-    ) -> dict[str, list[bool]]:
+    async def _ask_remote(self, tiers: Tiers, chunks: list[Chunk]) -> Answers:
         keys = [c.key for c in chunks]
-        known: dict[str, list[bool]] = {}
+        known: Answers = {}
 
         async def ask(name: str, tier: CircuitBreaker) -> None:
             known[name] = await tier.exists(keys)
@@ -84,9 +86,7 @@ class Lookup(RequestStage):
                     tg.start_soon(ask, name, tier)
         return known
 
-    async def _absent(
-        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
-    ) -> None:
+    async def _absent(self, request: Request, tiers: Tiers, known: Answers) -> None:
         if not tiers and not self.ctx.replica:
             request.tally(Lost.TIER_DOWN, len(request.chunks))
             request.chunks = []
@@ -108,9 +108,7 @@ class Lookup(RequestStage):
                 await anyio.lowlevel.checkpoint()
         request.chunks = missing
 
-    async def _prefix(
-        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
-    ) -> None:
+    async def _prefix(self, request: Request, tiers: Tiers, known: Answers) -> None:
         plan = []
         for chunk in self._longest_prefix(request, tiers, known):
             plan.append(chunk)
@@ -122,9 +120,7 @@ class Lookup(RequestStage):
             if tier.local:
                 await mark_in_turns(tier.touch, keys)
 
-    def _longest_prefix(
-        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
-    ) -> Iterator[Chunk]:
+    def _longest_prefix(self, request: Request, tiers: Tiers, known: Answers) -> Iterator[Chunk]:
         """The chunks that are kept from the first one on, each with its source; the last one may be
         kept in part."""
         for chunk in request.chunks:
@@ -135,11 +131,7 @@ class Lookup(RequestStage):
                 return
 
     def _source(
-        self,
-        request: Request,
-        chunk: Chunk,
-        tiers: dict[str, CircuitBreaker],
-        known: dict[str, list[bool]],
+        self, request: Request, chunk: Chunk, tiers: Tiers, known: Answers
     ) -> Source | None:
         """What serves most of a chunk, first tier first."""
         best: Source | None = None
