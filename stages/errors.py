@@ -10,81 +10,6 @@ import importlib.util
 from enum import IntEnum
 
 
-class TierloomError(Exception):
-    """Everything that tierloom raises on purpose."""
-
-
-class ConfigError(TierloomError):
-    """A YAML file or an option that cannot be run. Carries every problem found, not the first."""
-
-
-class MissingPackage(ConfigError):
-    """An optional package cannot be imported; the text says how to install it."""
-
-    def __init__(self, what: str, extra: str, more: str = "") -> None:
-        """`what`: the package, and what needs it. `extra`: of tierloom, which brings it."""
-        super().__init__(f"{what} is not installed: pip install 'tierloom[{extra}]'{more}")
-
-
-def require(extra: str, *modules: str) -> None:
-    """Raise MissingPackage unless all of these can be imported. Imports none of them."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise MissingPackage(module, extra)
-
-
-class InputError(TierloomError, ValueError):
-    """Tokens, slots or tensors that do not fit. Raised before any memory is touched."""
-
-
-class LayoutError(InputError):
-    """A cache layout that is unknown, ambiguous, or that failed its self-test."""
-
-
-class ArenaFull(TierloomError):
-    """No room for a lease, even after evicting what may be evicted."""
-
-
-class TierDown(TierloomError):
-    """A tier did not answer, or answered with a failure of its own. Opens its breaker."""
-
-
-class BadObject(TierloomError):
-    """Bytes that are of no use to this reader. No reason to drop them: others may read them."""
-
-    @property
-    def lost(self) -> Lost:
-        """The cause, for whoever asked for the object."""
-        return Lost.NO_CODEC
-
-
-class Damaged(BadObject):
-    """Proof that an object is of no use to anybody, the only reason for which a reader drops one: a
-    checksum that fails over bytes that came whole, or a header or a length that contradicts itself
-    in a version that we know. What drops objects for being bad takes one of these."""
-
-    @property
-    def lost(self) -> Lost:
-        return Lost.CORRUPT
-
-
-class Unreadable(BadObject):
-    """An object that may well be whole, but is not for this reader: a miss, and it stays."""
-
-    def __init__(self, cause: Lost, text: str) -> None:
-        """`cause`: one of those that are `unreadable`."""
-        super().__init__(text)
-        self._cause = cause
-
-    @property
-    def lost(self) -> Lost:
-        return self._cause
-
-
-class Closed(TierloomError):
-    """The pipeline was used after `close()`."""
-
-
 class Lost(IntEnum):
     """Why a chunk was not delivered, or not kept."""
 
@@ -141,3 +66,70 @@ _CURES = {
     Lost.NEWER: "let all who share the tier run the newest version of those that write",
     Lost.FOREIGN: "look who else writes there, and give this tier a place of its own",
 }
+
+
+class TierloomError(Exception):
+    """Everything that tierloom raises on purpose."""
+
+
+class ConfigError(TierloomError):
+    """A YAML file or an option that cannot be run. Carries every problem found, not the first."""
+
+
+class MissingPackage(ConfigError):
+    """An optional package cannot be imported; the text says how to install it."""
+
+    def __init__(self, what: str, extra: str, more: str = "") -> None:
+        """`what`: the package, and what needs it. `extra`: of tierloom, which brings it."""
+        super().__init__(f"{what} is not installed: pip install 'tierloom[{extra}]'{more}")
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise MissingPackage unless all of these can be imported. Imports none of them."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackage(module, extra)
+
+
+class InputError(TierloomError, ValueError):
+    """Tokens, slots or tensors that do not fit. Raised before any memory is touched."""
+
+
+class LayoutError(InputError):
+    """A cache layout that is unknown, ambiguous, or that failed its self-test."""
+
+
+class ArenaFull(TierloomError):
+    """No room for a lease, even after evicting what may be evicted."""
+
+
+class TierDown(TierloomError):
+    """A tier did not answer, or answered with a failure of its own. Opens its breaker."""
+
+
+class BadObject(TierloomError):
+    """Bytes that are of no use to this reader. No reason to drop them: others may read them."""
+
+    lost = Lost.NO_CODEC
+    """The cause, for whoever asked for the object."""
+
+
+class Damaged(BadObject):
+    """Proof that an object is of no use to anybody, the only reason for which a reader drops one: a
+    checksum that fails over bytes that came whole, or a header or a length that contradicts itself
+    in a version that we know. What drops objects for being bad takes one of these."""
+
+    lost = Lost.CORRUPT
+
+
+class Unreadable(BadObject):
+    """An object that may well be whole, but is not for this reader: a miss, and it stays."""
+
+    def __init__(self, cause: Lost, text: str) -> None:
+        """`cause`: one of those that are `unreadable`."""
+        super().__init__(text)
+        self.lost = cause
+
+
+class Closed(TierloomError):
+    """The pipeline was used after `close()`."""

@@ -22,6 +22,9 @@ app = typer.Typer(
 )
 
 Config = Annotated[str, typer.Argument(help="A preset's name (tiered) or a YAML file (./my.yaml).")]
+Figures = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to a file.")
+]
 
 
 def main() -> None:
@@ -141,9 +144,7 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    json: Annotated[
-        Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to a file.")
-    ] = None,
+    json: Figures = None,
     config: Annotated[str, typer.Option(help="The pipeline to run.")] = "tiered",
     keep: Annotated[bool, typer.Option("--keep", help="Do not remove the demo's folder.")] = False,
 ) -> None:
@@ -162,9 +163,7 @@ def quality(
     model: Annotated[
         str, typer.Option(metavar="smollm2|DIR", help="The model to measure on.")
     ] = "smollm2",
-    json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
-    ] = None,
+    json: Figures = None,
     documents: Annotated[
         int | None, typer.Option(min=1, help="Use fewer documents: faster, and less certain.")
     ] = None,

@@ -50,15 +50,12 @@ class Backend(Protocol):
 
     def run(self, demo: Demo, config: str, folder: Path) -> None:
         """Ask everything, in order, with `config` and its KV in `folder`."""
-        ...
 
     def figures(self, pairs: Sequence[Pair], verdict: Verdict) -> tuple[str, dict[str, Any]]:
         """The closing sentence, and the figures."""
-        ...
 
     def close(self, console: Console, *, failed: bool) -> None:
         """Remove what was needed only for the run."""
-        ...
 
 
 class Demo:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 
 from tierloom.adapters.lmcache.options import Given, from_environment, from_file
 from tierloom.adapters.lmcache.remote_tiers import (
@@ -36,7 +37,6 @@ _PLACES = {
 }  # fmt: skip
 """LMCache's names of its tiers in `store_location` and `retrieve_locations`; `RemoteBackend` is
 every remote one."""
-_PLAIN = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~+-]*( [A-Za-z]+)?")
 
 
 @dataclass(slots=True)
@@ -265,19 +265,8 @@ def _comment(text: str) -> str:
 
 def _flow(value: Any) -> str:
     """A value as YAML in one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_flow(str(k))}: {_flow(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    if not isinstance(value, str) or (_PLAIN.fullmatch(text) and not _reads_otherwise(text)):
-        return text
-    return json.dumps(text)
-
-
-def _reads_otherwise(text: str) -> bool:
-    """Whether a plain scalar would be read as something else than text."""
-    return text in ("true", "false", "null", "~") or bool(re.fullmatch(r"[0-9.eE+-]+", text))
+    listed = yaml.safe_dump([value], default_flow_style=True, width=math.inf, sort_keys=False)
+    return str(listed.strip()[1:-1])
 
 
 def _shell(path: Path) -> str:

@@ -14,9 +14,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
@@ -28,11 +29,8 @@ from tierloom.stages.errors import LayoutError, require
 from tierloom.stages.kv.rope import frequencies
 from tierloom.triton_kernels.cachegen.cpu import CENTER, SYMBOLS, turns
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Floats = npt.NDArray[np.float32]
-    Factors = Mapping[str, tuple[float, float]]
+Floats = npt.NDArray[np.float32]
+Factors = Mapping[str, tuple[float, float]]
 
 TOKENS = 1024
 """Of each text, at most."""

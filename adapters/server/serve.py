@@ -16,7 +16,6 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -38,16 +37,13 @@ _HELLO, _STALL = 5.0, 10.0
 """Seconds for a client to say who it is, and for a message to come to its end."""
 
 
-class Listen(NamedTuple):
+class Listen(Address):
     """Where to listen."""
 
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    tls: bool = False
+    __slots__ = ()
 
     @classmethod
-    def parse(cls, url: str) -> Listen:
+    def at(cls, url: str) -> Listen:
         """`tcp://HOST:PORT`, `tls://HOST:PORT` or `unix:///PATH`. Raises ConfigError."""
         try:
             return cls(*Address.parse(url, "tcp", tls="tls", unix="unix", port=PORT))
@@ -74,8 +70,7 @@ class Listen(NamedTuple):
             )[0]
             return socket.create_server(where[:2], family=family, backlog=512)
         except OSError as error:
-            where_ = self.path or f"{self.host}:{self.port}"
-            raise ConfigError(f"--listen {where_}: {error.strerror or error}") from None
+            raise ConfigError(f"--listen {self}: {error.strerror or error}") from None
 
     def _bind_path(self) -> socket.socket:
         """A socket for our own user alone. One that nobody listens at any more is replaced."""
@@ -228,12 +223,12 @@ def run_serve(
     """What the command does, until SIGTERM or SIGINT. Raises ConfigError."""
     from tierloom.pipeline.config.load import load_config
 
-    listens = [Listen.parse(url) for url in urls]
+    listens = [Listen.at(url) for url in urls]
     token = read_token(token_file)
     for listen in listens:
         if not listen.is_local and not token and not without_token:
             raise ConfigError(
-                f"--listen {listen.host}:{listen.port} can be reached from other hosts: name a "
+                f"--listen {listen} can be reached from other hosts: name a "
                 f"--token-file, or set {TOKEN}; or pass --without-token"
             )
     if (cert is None) != (key is None):

@@ -9,18 +9,16 @@ reads, and what the model computes is copied there once. The model sees the usua
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tierloom.adapters.transformers.shape import KVShape
 from tierloom.stages.errors import InputError, LayoutError, TierloomError
 from tierloom.stages.kv.layout import KVLayout
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 SPARE = 64
 """Token slots added when a request outgrows its memory by one."""

@@ -27,8 +27,11 @@ from tierloom.adapters.transformers.cache import (
     TierloomCache,
     layout_of,
 )
-from tierloom.adapters.transformers.generate_options import check_options, prompt_of
-from tierloom.adapters.transformers.generate_options import room as room_of
+from tierloom.adapters.transformers.generate_options import (
+    check_options,
+    prompt_of,
+    room as room_of,
+)
 from tierloom.adapters.transformers.model import (
     fingerprint,
     generated_with,

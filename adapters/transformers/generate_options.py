@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import GenerationMixin
 
 from tierloom.adapters.transformers.cache import SPARE
 from tierloom.stages.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _REFUSED = {
     "cache": "CachedModel makes the cache itself: call its method cache()",

@@ -12,18 +12,16 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.modules import module as torch_module
 from transformers import PretrainedConfig
 
 from tierloom.adapters.model_identity.config import canonical, config_text
 from tierloom.stages.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 SAMPLES = 64
 """Values of each tensor that are compared with every call."""

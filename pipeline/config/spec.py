@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tierloom.pipeline.config.problems import Place
 from tierloom.stages.contract.stage import ChunkOptions, PortType, Stage
-from tierloom.stages.options import Seconds, Size, parse_seconds, parse_size
+from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.tier import Tier
 
 WhenFull = Literal["block", "drop", "spill"]
@@ -18,7 +18,7 @@ WhenFull = Literal["block", "drop", "spill"]
 class Budget:
     """How much may be under way at once."""
 
-    arena: Annotated[int, parse_size] = 1 << 30
+    arena: Size = 1 << 30
     """Bytes of host memory for requests under way; memory tiers have theirs on top."""
     inflight: int = 512
     """Requests under way; more are refused, as misses and skipped stores."""
@@ -40,7 +40,7 @@ class Pace:
     """`layer`: frames travel in model order and each has a gate; `request`: all at once."""
     window: int = 2
     """Layer groups in flight beyond the one that the model is at."""
-    idle: Annotated[float, parse_seconds] = 60.0
+    idle: Seconds = 60.0
     """Layer-wise calls only: a request is cancelled this long after the model's last call. The
     graph's deadline then bounds each of the model's waits, not the time between them."""
 
@@ -75,7 +75,7 @@ class GraphOptions:
 
     pace: Pace = Pace()
     """Whether frames travel layer by layer."""
-    deadline: Annotated[float, parse_seconds] = 5.0
+    deadline: Seconds = 5.0
     """Time a request may take, from the call on; then it is a miss or a skipped store."""
     on_error: Literal["skip", "partial"] = "partial"
     """`skip`: one lost chunk cancels the rest of its request; `partial`: the others go on."""
@@ -143,11 +143,11 @@ class TierSpec:
 class Breaker:
     """When a failing tier is left alone; may stand on any tier."""
 
-    timeout: Annotated[float, parse_seconds] = 2.0
+    timeout: Seconds = 2.0
     """Longest wait for one call to the tier; its request's deadline may be sooner."""
     fails: int = 3
     """Failures in a row that open the breaker."""
-    probe: Annotated[float, parse_seconds] = 1.0
+    probe: Seconds = 1.0
     """How long an open breaker waits before it lets one call through."""
 
     def __post_init__(self) -> None:
@@ -184,9 +184,3 @@ class PipelineSpec(PipelineOptions):
 
 def _is_list(kind: Any) -> bool:
     return list in {get_origin(k) for k in (kind, *get_args(kind))}
-
-
-__all__ = [
-    "Breaker", "Budget", "ChunkOptions", "Graph", "GraphOptions", "Node", "Pace", "PipelineOptions",
-    "PipelineSpec", "Seconds", "Size", "TierSpec", "WhenFull", "Wire",
-]  # fmt: skip

@@ -20,19 +20,17 @@ from tierloom.stages.kv.object import Header
 from tierloom.stages.memory.arena import Lease
 
 
+@dataclass(slots=True, eq=False)
 class BatchResources:
     """What the chunks of a batch hold while any of its branches or waves is under way."""
 
-    __slots__ = ("chunks", "closing", "lock", "open")
-
-    def __init__(self, chunks: list[Chunk], waves: int = 1) -> None:
-        self.chunks = chunks
-        self.open = waves
-        """Branches and waves that are still to end."""
-        self.closing = ExitStack()
-        """Run when the last of them has ended."""
-        self.lock = anyio.Lock()
-        """Held by a wave that reads into leases which the waves after it read into as well."""
+    chunks: list[Chunk]
+    open: int = 1
+    """Branches and waves that are still to end."""
+    closing: ExitStack = field(default_factory=ExitStack)
+    """Run when the last of them has ended."""
+    lock: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held by a wave that reads into leases which the waves after it read into as well."""
 
 
 @dataclass(slots=True)

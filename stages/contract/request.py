@@ -6,9 +6,10 @@ import threading
 import time
 import warnings
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.gates import InUseCounter, LayerGates
@@ -17,9 +18,6 @@ from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.prefix import Span
 from tierloom.stages.memory.arena import Lease
 from tierloom.triton_kernels.memory.tables import PlaneTable
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 
 class Receipt(NamedTuple):

@@ -8,22 +8,22 @@ tier.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tierloom.stages.tiers.contract.index import split
 
 
+@dataclass(slots=True, eq=False)
 class HeldChunk:
     """One chunk, and who holds it where."""
 
-    __slots__ = ("key", "nbytes", "tier", "tiers")
-
-    def __init__(self, key: bytes, nbytes: int) -> None:
-        self.key, self.nbytes = key, nbytes
-        self.tiers: dict[str, int] = {}
-        """Tier to a bit for each holder that has it there."""
-        self.tier = ""
-        """The slowest tier from which a part must be loaded; empty: a part is missing."""
+    key: bytes
+    nbytes: int
+    tiers: dict[str, int] = field(default_factory=dict)
+    """Tier to a bit for each holder that has it there."""
+    tier: str = ""
+    """The slowest tier from which a part must be loaded; empty: a part is missing."""
 
 
 class Part(NamedTuple):

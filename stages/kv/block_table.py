@@ -7,14 +7,12 @@ Whoever hands over a table hands over where.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 
 class BlockTable(NamedTuple):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.errors import InputError, LayoutError
 from tierloom.stages.kv.block_table import block_table
@@ -26,7 +27,6 @@ from tierloom.stages.kv.geometry import DTYPES, Geometry
 from tierloom.triton_kernels.memory.tables import PlaneTable
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     import torch
 
 ORDERS = (

@@ -11,9 +11,10 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tierloom.stages.errors import LayoutError
@@ -22,10 +23,7 @@ from tierloom.stages.kv.layout import PAIRS, KVLayout
 from tierloom.stages.memory.arena import Arena
 from tierloom.triton_kernels.memory.tables import PLACED, FrameTable
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[np.uint8]
 
 log = logging.getLogger("tierloom")
 

@@ -6,18 +6,16 @@ kernels read and write the page-locked arena directly, so frames need no staging
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.memory.page_lock import is_locked
 from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable, PlaneTable
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Slots = npt.NDArray[np.int64]
-    Stop = npt.NDArray[np.uint8]
+Slots = npt.NDArray[np.int64]
+Stop = npt.NDArray[np.uint8]
 
 
 def fence(device: str) -> Any:

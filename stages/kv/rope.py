@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
+import numpy.typing as npt
 
 NONE: npt.NDArray[np.float32] = np.zeros(0, np.float32)
 """Nothing turns, or nobody knows how."""

@@ -10,14 +10,12 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.errors import LayoutError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 CHUNK = 16 << 30
 """Bytes of one call. One call for hundreds of GiB of small pages is refused by drivers from R580

@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import anyio
 
@@ -30,7 +29,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.ops.hedge import race
 from tierloom.stages.ops.promote import settle
 from tierloom.stages.ops.scan_budget import ScanBudget
-from tierloom.stages.options import parse_seconds
+from tierloom.stages.options import Seconds
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read
 
@@ -41,10 +40,10 @@ class GetOptions:
 
     promote: str | None = None
     """Memory tier that takes what a colder tier delivered."""
-    hedge: Annotated[float, parse_seconds] | None = None
+    hedge: Seconds | None = None
     """Ask the next tier that has an object, too, when the first has not answered for this long, and
     take what comes first. Where there is no memory for both, the first is cancelled."""
-    within: Annotated[float, parse_seconds] | None = None
+    within: Seconds | None = None
     """Progressive objects: read as much of each as keeps this time to the first token, counted from
     the request's start. Default: as much as comes before the deadline."""
 

@@ -24,6 +24,10 @@ from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.ops.load_or_recompute import worth_loading
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
+Tiers = dict[str, CircuitBreaker]
+Answers = dict[str, list[bool]]
+"""Remote tiers to which of a request's chunks they have."""
+
 _SLICE = 16
 """Chunks looked up between two turns of the loop."""
 
@@ -72,11 +76,9 @@ class Lookup(RequestStage):
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}
         request.chunks = list(self._longest_prefix(request, tiers, {}))
 
-    async def _ask_remote(
-        self, tiers: dict[str, CircuitBreaker], chunks: list[Chunk]
-    ) -> dict[str, list[bool]]:
+    async def _ask_remote(self, tiers: Tiers, chunks: list[Chunk]) -> Answers:
         keys = [c.key for c in chunks]
-        known: dict[str, list[bool]] = {}
+        known: Answers = {}
 
         async def ask(name: str, tier: CircuitBreaker) -> None:
             known[name] = await tier.exists(keys)
@@ -88,9 +90,7 @@ class Lookup(RequestStage):
                     tg.start_soon(ask, name, tier)
         return known
 
-    async def _absent(
-        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
-    ) -> None:
+    async def _absent(self, request: Request, tiers: Tiers, known: Answers) -> None:
         if not tiers and not self.ctx.replica:
             request.tally(Lost.TIER_DOWN, len(request.chunks))
             request.chunks = []
@@ -122,7 +122,7 @@ class Lookup(RequestStage):
             chunk.source = Source(chunk.key, chunk.tokens, [])
             chunk.took = {memory[0]}
 
-    def _head(self, chunk: Chunk, spare: int, tiers: dict[str, CircuitBreaker]) -> bool:
+    def _head(self, chunk: Chunk, spare: int, tiers: Tiers) -> bool:
         """Plan where the tokens of a chunk that the caller does not have are to be read; False:
         nowhere."""
         tokens = spare - chunk.start
@@ -136,9 +136,7 @@ class Lookup(RequestStage):
                 return True
         return False
 
-    async def _prefix(
-        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
-    ) -> None:
+    async def _prefix(self, request: Request, tiers: Tiers, known: Answers) -> None:
         plan = []
         for chunk in self._longest_prefix(request, tiers, known):
             plan.append(chunk)
@@ -150,9 +148,7 @@ class Lookup(RequestStage):
             if tier.local:
                 await mark_in_turns(tier.touch, keys)
 
-    def _longest_prefix(
-        self, request: Request, tiers: dict[str, CircuitBreaker], known: dict[str, list[bool]]
-    ) -> Iterator[Chunk]:
+    def _longest_prefix(self, request: Request, tiers: Tiers, known: Answers) -> Iterator[Chunk]:
         """The chunks that are kept from the first one on, each with its source; the last one may be
         kept in part."""
         for chunk in request.chunks:
@@ -163,11 +159,7 @@ class Lookup(RequestStage):
                 return
 
     def _source(
-        self,
-        request: Request,
-        chunk: Chunk,
-        tiers: dict[str, CircuitBreaker],
-        known: dict[str, list[bool]],
+        self, request: Request, chunk: Chunk, tiers: Tiers, known: Answers
     ) -> Source | None:
         """What serves most of a chunk, first tier first."""
         best: Source | None = None

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tierloom.triton_kernels.quantize import cpu as quantize_cpu
-from tierloom.triton_kernels.quantize import reference
+from tierloom.triton_kernels.quantize import cpu as quantize_cpu, reference
 from tierloom.triton_kernels.quantize.triton import launch_fp8, launch_int4, launch_int8
 from tierloom.triton_kernels.turboquant import cpu as turboquant_cpu
 from tierloom.triton_kernels.turboquant.triton import launch_hadamard

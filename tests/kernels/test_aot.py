@@ -15,18 +15,21 @@ import pytest
 import triton
 from aot import TARGETS, Kernel, compile_for
 
-from tierloom.triton_kernels.cachegen.symbols_triton import ELEMENTS as SYMBOL_ELEMENTS
-from tierloom.triton_kernels.cachegen.symbols_triton import check_escapes, choose_tables, to_symbols
-from tierloom.triton_kernels.cachegen.triton import ELEMENTS as CACHEGEN_ELEMENTS
+from tierloom.triton_kernels.cachegen.symbols_triton import (
+    ELEMENTS as SYMBOL_ELEMENTS,
+    check_escapes,
+    choose_tables,
+    to_symbols,
+)
 from tierloom.triton_kernels.cachegen.triton import (
+    ELEMENTS as CACHEGEN_ELEMENTS,
     TOGETHER,
     WIDTH,
     decode_pages,
     encode_pages,
     moments,
 )
-from tierloom.triton_kernels.exponent.triton import ELEMENTS as SPLIT_ELEMENTS
-from tierloom.triton_kernels.exponent.triton import exponents
+from tierloom.triton_kernels.exponent.triton import ELEMENTS as SPLIT_ELEMENTS, exponents
 from tierloom.triton_kernels.memory.launch import tile_for
 from tierloom.triton_kernels.paged_copy.triton import paged_copy
 from tierloom.triton_kernels.quantize.triton import (

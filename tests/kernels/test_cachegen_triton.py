@@ -11,8 +11,7 @@ import torch
 from interpreter import run_interpreted
 from paged_cases import Cache, Frames, make_cache, make_frames, make_slots
 
-from tierloom.triton_kernels.cachegen import cpu
-from tierloom.triton_kernels.cachegen import reference as cachegen_reference
+from tierloom.triton_kernels.cachegen import cpu, reference as cachegen_reference
 from tierloom.triton_kernels.cachegen.symbols_triton import (
     launch_check_escapes,
     launch_choose_tables,

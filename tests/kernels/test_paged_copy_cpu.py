@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from paged_cases import LAYOUTS, NATIVE, Cache, make_cache, make_frames, make_slots
 
 from tierloom.triton_kernels.memory.tables import CORRUPT, PENDING, PLACED, FrameTable, PlaneTable

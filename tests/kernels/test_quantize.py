@@ -21,8 +21,7 @@ from quantize_cases import (
     make_case,
 )  # fmt: skip
 
-from tierloom.triton_kernels.quantize import cpu as quantize_cpu
-from tierloom.triton_kernels.quantize import reference
+from tierloom.triton_kernels.quantize import cpu as quantize_cpu, reference
 from tierloom.triton_kernels.turboquant import cpu as turboquant_cpu
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from rans_cases import KINDS, Case, Streams, fenced, make_case, poisoned
 
 from tierloom.triton_kernels.rans import reference as rans_reference

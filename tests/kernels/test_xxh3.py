@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tierloom.triton_kernels.checksum.xxh3_cpu import XXH3_START, xxh3_64, xxh3_absorb, xxh3_end
 

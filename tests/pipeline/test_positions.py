@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Engine, config, tokens
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import tierloom
 from tierloom import BlockTable, InputError

@@ -17,47 +17,28 @@ pytest.register_assert_rewrite(
     "tierloom.testing.bench", "tierloom.testing.codecs", "tierloom.testing.tiers"
 )
 
-from tierloom.testing.arena import PoisonArena  # noqa: E402
+from tierloom.testing.arena import PoisonArena as PoisonArena  # noqa: E402
 from tierloom.testing.bench import (  # noqa: E402
-    ALL,
-    FRAMES,
-    GEOMETRY,
-    GRAIN,
-    GROUP,
-    NAMESPACE,
-    SIZE,
-    Clock,
-    Pool,
-    TierBench,
-    encrypted_anew,
-    key_of,
-    links_of,
-    make_object,
-    verify,
+    ALL as ALL,
+    FRAMES as FRAMES,
+    GEOMETRY as GEOMETRY,
+    GRAIN as GRAIN,
+    GROUP as GROUP,
+    NAMESPACE as NAMESPACE,
+    SIZE as SIZE,
+    Clock as Clock,
+    Pool as Pool,
+    TierBench as TierBench,
+    encrypted_anew as encrypted_anew,
+    key_of as key_of,
+    links_of as links_of,
+    make_object as make_object,
+    verify as verify,
 )
-from tierloom.testing.codecs import CodecContract, header_of, mutations, noise  # noqa: E402
-from tierloom.testing.tiers import TierContract  # noqa: E402
-
-__all__ = [
-    "ALL",
-    "FRAMES",
-    "GEOMETRY",
-    "GRAIN",
-    "GROUP",
-    "NAMESPACE",
-    "SIZE",
-    "Clock",
-    "CodecContract",
-    "PoisonArena",
-    "Pool",
-    "TierBench",
-    "TierContract",
-    "encrypted_anew",
-    "header_of",
-    "key_of",
-    "links_of",
-    "make_object",
-    "mutations",
-    "noise",
-    "verify",
-]
+from tierloom.testing.codecs import (  # noqa: E402
+    CodecContract as CodecContract,
+    header_of as header_of,
+    mutations as mutations,
+    noise as noise,
+)
+from tierloom.testing.tiers import TierContract as TierContract  # noqa: E402

@@ -186,6 +186,13 @@ class TierBench:
             for obj in objects:
                 obj.lease.release()
 
+    async def first_frame(self, tier: Tier, seed: int) -> Object:
+        """An object of which its header and first frame are read; the caller has its lease."""
+        read = Read(key_of(seed), 1)
+        await tier.read([read])
+        assert read.object is not None
+        return read.object
+
     async def get(self, tier: Tier, seed: int, tokens: int = 64) -> bytes | Lost:
         """The verified bytes of one object, or why there are none."""
         read = Read(key_of(seed, tokens), ALL)

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import anyio
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tierloom.stages.errors import BadObject, Damaged, Lost
 from tierloom.stages.memory.arena import Arena
@@ -41,13 +40,14 @@ class _Limits(NamedTuple):
 class TierContract(TierBench):
     """`make` builds a tier in `folder`; the attributes say which promises it makes."""
 
+    pytestmark = pytest.mark.anyio
+
     local = False
     ttl = True
     bounded = True
     damage: Any = None
     """`damage(tier, key, change)` calls `change(bytearray)` on what is kept; it may be cut."""
 
-    @pytest.mark.anyio
     async def test_what_was_put_comes_back(self, tier: Tier, arena: Arena) -> None:
         assert await self.put(tier, 1, 2, 3) == [None] * 3
         for seed in (3, 1, 2):
@@ -57,21 +57,18 @@ class TierContract(TierBench):
         assert tier.counts.hits == 3
         assert tier.counts.bytes_in == 3 * SIZE
 
-    @pytest.mark.anyio
     async def test_absent_is_data(self, tier: Tier) -> None:
         assert await self.get(tier, 1) is Lost.ABSENT
         assert await tier.exists([key_of(1)]) == [False]
         assert await tier.delete([key_of(1)]) == 0
         assert tier.counts.misses == 1
 
-    @pytest.mark.anyio
     async def test_empty_batches(self, tier: Tier) -> None:
         assert await tier.exists([]) == []
         assert await tier.put([]) == []
         await tier.read([])
         assert await tier.delete([]) == 0
 
-    @pytest.mark.anyio
     async def test_one_bad_read_spoils_no_other(self, tier: Tier, arena: Arena) -> None:
         await self.put(tier, *range(0, 20, 2))
         reads = [Read(key_of(seed), ALL) for seed in range(20)]
@@ -86,13 +83,9 @@ class TierContract(TierBench):
                 read.object.lease.release()
         assert await tier.exists([r.key for r in reads]) == [seed % 2 == 0 for seed in range(20)]
 
-    @pytest.mark.anyio
     async def test_layer_by_layer(self, tier: Tier, arena: Arena) -> None:
         await self.put(tier, 1)
-        read = Read(key_of(1), 1)
-        await tier.read([read])
-        held = read.object
-        assert held is not None
+        held = await self.first_frame(tier, 1)
         for upto in (1, 2, 2, FRAMES, ALL):
             read = Read(key_of(1), upto, held)
             await tier.read([read])
@@ -104,21 +97,16 @@ class TierContract(TierBench):
         assert verify(held, key_of(1)) == self.bytes_of(arena, 1)
         held.lease.release()
 
-    @pytest.mark.anyio
     async def test_gone_between_two_layers(self, tier: Tier) -> None:
         await self.put(tier, 1)
-        read = Read(key_of(1), 1)
-        await tier.read([read])
-        held = read.object
-        assert held is not None
+        held = await self.first_frame(tier, 1)
         await tier.delete([key_of(1)])
         again = Read(key_of(1), ALL, held)
         await tier.read([again])
         assert again.lost is Lost.ABSENT or held.loaded == FRAMES
-        verify(held, read.key)
+        verify(held, key_of(1))
         held.lease.release()
 
-    @pytest.mark.anyio
     async def test_another_in_its_place_is_not_to_blame(
         self, ctx: TierContext, tmp_path: Path, clock: Clock
     ) -> None:
@@ -130,10 +118,7 @@ class TierContract(TierBench):
         other = encrypted_anew(ctx.arena, 1)
         try:
             await self.put(breaker, 1)
-            read = Read(key_of(1), 1)
-            await breaker.read([read])
-            held = read.object
-            assert held is not None
+            held = await self.first_frame(breaker, 1)
             await breaker.delete([key_of(1)])
             assert await breaker.put([other]) == [None]
             await breaker.read([Read(key_of(1), ALL, held)])
@@ -149,14 +134,12 @@ class TierContract(TierBench):
             other.lease.release()
             await breaker.close()
 
-    @pytest.mark.anyio
     async def test_put_twice_keeps_one(self, tier: Tier, arena: Arena) -> None:
         assert await self.put(tier, 1) == [None]
         assert await self.put(tier, 1, 2) == [None, None]
         assert tier.stat()[:2] == (2, 2 * SIZE)
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 
-    @pytest.mark.anyio
     async def test_unsealed_objects_are_a_mistake(self, tier: Tier, arena: Arena) -> None:
         obj = make_object(arena, 1)
         obj.sealed = False
@@ -164,7 +147,6 @@ class TierContract(TierBench):
             await tier.put([obj])
         obj.lease.release()
 
-    @pytest.mark.anyio
     async def test_drop_and_clear(self, tier: Tier) -> None:
         await self.put(tier, 1, 2, 3, 4)
         assert await tier.delete([key_of(1), key_of(9), key_of(2)]) == 2
@@ -174,7 +156,6 @@ class TierContract(TierBench):
         assert tier.stat()[:2] == (0, 0)
         assert await self.put(tier, 1) == [None]
 
-    @pytest.mark.anyio
     async def test_no_room_in_the_arena(self, tier: Tier, arena: Arena) -> None:
         await self.put(tier, 1)
         held = arena.lease(arena.working)
@@ -182,7 +163,6 @@ class TierContract(TierBench):
         held.release()
         assert isinstance(got, bytes) if tier.in_arena else got is Lost.NO_ROOM
 
-    @pytest.mark.anyio
     async def test_time_is_over(self, ctx: TierContext, tmp_path: Path, clock: Clock) -> None:
         if not self.ttl:
             pytest.skip("no ttl")
@@ -199,7 +179,6 @@ class TierContract(TierBench):
             assert isinstance(await self.get(tier, 1), bytes)
             assert tier.stat().objects == 1
 
-    @pytest.mark.anyio
     async def test_capacity_is_exact(self, ctx: TierContext, tmp_path: Path, clock: Clock) -> None:
         if not self.bounded:
             pytest.skip("unbounded")
@@ -214,7 +193,6 @@ class TierContract(TierBench):
                 assert kept[seed]
             assert tier.counts.evicted >= 7
 
-    @pytest.mark.anyio
     async def test_larger_than_the_tier(
         self, ctx: TierContext, tmp_path: Path, clock: Clock
     ) -> None:
@@ -225,7 +203,6 @@ class TierContract(TierBench):
             assert await self.put(tier, 2, tokens=16) == [None]
             assert tier.counts.refused == 1
 
-    @pytest.mark.anyio
     async def test_pins(self, ctx: TierContext, tmp_path: Path, clock: Clock) -> None:
         if not self.local:
             pytest.skip("cannot pin")
@@ -240,7 +217,6 @@ class TierContract(TierBench):
             assert tier.pin([key_of(s) for s in range(20, 30)]) == 3
             assert await self.put(tier, 40) == [Lost.NO_ROOM]
 
-    @pytest.mark.anyio
     async def test_inner_links(self, tier: Tier) -> None:
         if not self.local:
             with pytest.raises(NotImplementedError):
@@ -257,7 +233,6 @@ class TierContract(TierBench):
         await tier.delete([key_of(1)])
         assert tier.find(links) == (key_of(1, 32), 2, 4096 + FRAMES * 8192)
 
-    @pytest.mark.anyio
     async def test_a_cancelled_put_is_whole_or_invisible(
         self, tier: Tier, arena: Arena, pool: Pool
     ) -> None:
@@ -275,7 +250,6 @@ class TierContract(TierBench):
             await anyio.sleep(0.002)
         assert await self.put(tier, 1, 2) == [None, None]
 
-    @pytest.mark.anyio
     async def test_a_cancelled_read_leaves_nothing(self, tier: Tier, pool: Pool) -> None:
         await self.put(tier, 1, 2)
         pool.gate.clear()
@@ -291,7 +265,6 @@ class TierContract(TierBench):
                 read.object.lease.release()
         assert isinstance(await self.get(tier, 1), bytes)
 
-    @pytest.mark.anyio
     async def test_many_at_once(self, ctx: TierContext, tmp_path: Path, clock: Clock) -> None:
         """Puts, reads and drops of a few keys by many tasks: never a wrong byte."""
         right = {seed: self.bytes_of(ctx.arena, seed) for seed in range(12)}
@@ -315,7 +288,6 @@ class TierContract(TierBench):
                     group.start_soon(client, number)
             assert tier.stat().nbytes <= (6 if self.bounded else 12) * SIZE
 
-    @pytest.mark.anyio
     @settings(
         max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
@@ -347,7 +319,6 @@ class TierContract(TierBench):
         assert await self.get(tier, 1) in (Lost.ABSENT, right)
         await tier.clear()
 
-    @pytest.mark.anyio
     async def test_what_is_of_a_later_format_stays(self, tier: Tier, arena: Arena) -> None:
         """It may be whole, for whoever knows the format: a miss, and nothing is put over it."""
         if self.damage is None:
@@ -365,7 +336,6 @@ class TierContract(TierBench):
         self.damage(tier, key_of(1), lambda raw: raw.__setitem__(4, 1))
         assert await self.get(tier, 1) == self.bytes_of(arena, 1)
 
-    @pytest.mark.anyio
     async def test_swapped_objects_are_misses(self, tier: Tier) -> None:
         if self.damage is None:
             pytest.skip("cannot be damaged")

@@ -19,16 +19,14 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from struct import Struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.cachegen.codebook import Codebook
 from tierloom.stages.errors import ConfigError, Lost, Unreadable
 from tierloom.stages.user_home import cache_folder, expanded
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 VERSION = "2"
 LEVELS = ("high", "default", "small")

@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.triton_kernels.cachegen.cpu import CENTER, ESCAPE, ESCAPE_BITS, SYMBOLS
 from tierloom.triton_kernels.rans.tables import RansTables, normalize
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 BITS = 12
 WIDTHS = 32

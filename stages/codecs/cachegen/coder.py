@@ -7,22 +7,28 @@ of a codebook. What is further off than its table reaches escapes to a list.
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.cachegen.codebook import BITS, Codebook
-from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, FrameShape, Part, fresh
+from tierloom.stages.codecs.contract.frame_shape import (
+    ELEMENTS,
+    Bytes,
+    FrameShape,
+    Part,
+    fresh,
+    parted,
+    sized,
+)
 from tierloom.stages.codecs.contract.lossy import Array
 from tierloom.stages.errors import BadObject
 from tierloom.triton_kernels.cachegen import cpu
 from tierloom.triton_kernels.rans.cpu import decode_streams, encode_streams
 from tierloom.triton_kernels.rans.format import DONE, StreamGrid
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Tables = npt.NDArray[np.uint8]
+Tables = npt.NDArray[np.uint8]
 
 HEAD = Struct("<BBBxHHHxxIIIQ")
 FIRST = 4
@@ -107,17 +113,31 @@ def framed(
     return made
 
 
-def symbols_of(
-    states: Array, counts: Array, words: Array, book: Codebook, tabid: Tables, grid: StreamGrid
-) -> Tables:
-    """The symbols uint8 [planes, tokens, channels] of writable arrays, as compiled code knows them.
-    Raises BadObject."""
-    symbols = np.empty((grid.planes, grid.tokens, grid.channels), np.uint8)
-    status = np.empty(counts.shape, np.uint8)
-    decode_streams(grid, book.tables, words, counts, states, tabid, symbols, status)
-    if (status != DONE).any():
-        raise BadObject("cachegen: a stream does not end where it should")
-    return symbols
+class CodedArrays:
+    """What follows a frame's head, as it was read; copies, since compiled code knows its arrays as
+    writable ones."""
+
+    def __init__(
+        self, data: Bytes, head: CodedHead, shape: FrameShape, grid: StreamGrid,
+        own_parts: tuple[Part, ...], *, goes_on: bool = False,
+    ) -> None:  # fmt: skip
+        """`goes_on`: there may be more of `data` after them. Raises BadObject."""
+        parts = coded_parts(shape, head, grid) + own_parts
+        self.nbytes = HEAD.size + sized(parts)
+        read = parted(data[: self.nbytes] if goes_on else data, HEAD.size, parts)
+        copies = [array.copy() for array in read]
+        states, counts, self.places, self.values, self.spared, words, *own = copies
+        self.own, self._grid, self._streams = own, grid, (words, counts, states)
+
+    def symbols(self, book: Codebook, tabid: Tables) -> Tables:
+        """The symbols uint8 [planes, tokens, channels]. Raises BadObject."""
+        grid = self._grid
+        symbols = np.empty((grid.planes, grid.tokens, grid.channels), np.uint8)
+        status = np.empty((grid.planes, grid.groups), np.uint8)
+        decode_streams(grid, book.tables, *self._streams, tabid, symbols, status)
+        if (status != DONE).any():
+            raise BadObject("cachegen: a stream does not end where it should")
+        return symbols
 
 
 def to_symbols(q: Array, book: Codebook, tabid: Tables) -> tuple[Array, Array, Array]:

@@ -8,31 +8,21 @@ means int8 and tables' numbers [planes, channels].
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.cachegen.calibration import Calibration, by_id
 from tierloom.stages.codecs.cachegen.codebook import Codebook, standard
-from tierloom.stages.codecs.cachegen.coder import (
-    HEAD,
-    CodedHead,
-    coded,
-    coded_parts,
-    framed,
-    grid_of,
-    symbols_of,
-)
-from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Part, parted, read_only
+from tierloom.stages.codecs.cachegen.coder import CodedArrays, CodedHead, coded, framed, grid_of
+from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Part, read_only
 from tierloom.stages.codecs.contract.lossy import Array, as_bytes, blank
 from tierloom.stages.errors import BadObject
 from tierloom.triton_kernels.cachegen import cpu
 from tierloom.triton_kernels.rans.format import StreamGrid
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Turns = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+Turns = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 STEPS = {"high": (0.13, 0.13), "default": (0.39, 0.39), "small": (0.85, 0.85)}
 """Of each level, steps of K and of V, as shares of a plane's deviation. Found
@@ -127,31 +117,29 @@ def decoded_frame(data: Bytes, head: CodedHead, shape: FrameShape) -> Bytes:
     if grid is None or 2 * head.half > shape.dim or (halved and shape.kv != 2):
         raise BadObject(f"cachegen: {head} in {shape}")
     more = () if head.calibration else own_parts(shape, head)
-    parts = parted(data, HEAD.size, (*coded_parts(shape, head, grid), *more))
-    # Copies are writable, as compiled code knows its arrays.
-    states, counts, places, values, spared, words, *own = (part.copy() for part in parts)
+    read = CodedArrays(data, head, shape, grid, more)
     if head.calibration:
         model = by_id(head.calibration)
         freqs, profile = model.freqs, modelled(model, head, shape)
     else:
-        freqs, steps, units, means, tabid = own
+        freqs, steps, units, means, tabid = read.own
         if not all((np.abs(a) <= MOST).all() for a in (freqs, steps, units)):
             raise BadObject("cachegen: scales that no encoder writes")
         scales = floats(means, units), spread(steps, means.shape)
         profile = Profile(*scales, tabid, standard())
-    symbols = symbols_of(states, counts, words, profile.book, profile.tabid, grid)
+    symbols, escapes = read.symbols(profile.book, profile.tabid), (read.places, read.values)
     x = blank(shape)
     rows = x.reshape(shape.planes, shape.tokens, shape.channels)
-    rows[:, : head.first] = spared
+    rows[:, : head.first] = read.spared
     where = place(head, shape, freqs)
     means, steps = profile.means, profile.steps
     if profile.transform is None:
-        used = cpu.dequantize(symbols, *where, means, steps, places, values, rows)
+        used = cpu.dequantize(symbols, *where, means, steps, *escapes, rows)
     else:
         y, flat = np.empty(symbols.shape, np.uint32), np.zeros_like(means)
-        used = cpu.dequantize(symbols, *_NOWHERE, shape.dim, flat, steps, places, values, y)
+        used = cpu.dequantize(symbols, *_NOWHERE, shape.dim, flat, steps, *escapes, y)
         cpu.uncentered(_through(y.view(np.float32), profile.transform[1]), *where, means, rows)
-    if used != len(places):
+    if used != len(read.places):
         raise BadObject("cachegen: escapes out of their places")
     return as_bytes(x)
 

@@ -12,27 +12,15 @@ as the tables want it; tables' numbers uint8 [planes, channels].
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.cachegen.codebook import standard
-from tierloom.stages.codecs.cachegen.coder import (
-    HEAD,
-    CodedHead,
-    coded,
-    coded_parts,
-    framed,
-    grid_of,
-    symbols_of,
-)
-from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, Part, parted
+from tierloom.stages.codecs.cachegen.coder import CodedArrays, CodedHead, coded, framed, grid_of
+from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, Part
 from tierloom.stages.codecs.contract.lossy import Array, as_bytes, blank
 from tierloom.stages.errors import BadObject
 from tierloom.triton_kernels.cachegen import cpu
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 BINS = {
     "paper-3": (((32, 32),), ((32, 32),)),
@@ -73,17 +61,16 @@ def decoded_paper(data: Bytes, head: CodedHead, shape: FrameShape) -> Bytes:
     grid = grid_of(shape, 0)
     if grid is None or head.first or head.half or head.calibration:
         raise BadObject(f"cachegen: {head} in {shape}")
-    parts = parted(data, HEAD.size, (*coded_parts(shape, head, grid), *_own_parts(shape)))
-    parts = [part.copy() for part in parts]  # writable, as compiled code knows its arrays
-    states, counts, places, values, _, words, most, tops, centers, tabid = parts
+    read = CodedArrays(data, head, shape, grid, _own_parts(shape))
+    most, tops, centers, tabid = read.own
     if not most.all():
         raise BadObject("cachegen: a plane of no numbers")
-    symbols = symbols_of(states, counts, words, standard(), tabid, grid)
+    symbols = read.symbols(standard(), tabid)
     x = blank(shape)
     rows = x.reshape(shape.planes, shape.tokens, shape.channels)
-    scales = most.astype(np.int32), tops
-    used = cpu.dequantize_tokens(symbols, centers, *scales, places, values, rows)
-    if used != len(places):
+    scales, escapes = (most.astype(np.int32), tops), (read.places, read.values)
+    used = cpu.dequantize_tokens(symbols, centers, *scales, *escapes, rows)
+    if used != len(read.places):
         raise BadObject("cachegen: escapes out of place, or a scale that is not a number")
     return as_bytes(x)
 

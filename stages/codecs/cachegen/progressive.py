@@ -25,26 +25,17 @@ import numpy as np
 from tierloom.stages.codecs.cachegen.codebook import BITS, Codebook, shapes, standard
 from tierloom.stages.codecs.cachegen.coder import (
     HEAD,
+    CodedArrays,
     CodedHead,
     coded,
-    coded_parts,
     framed,
     grid_of,
     spared,
-    symbols_of,
     to_symbols,
-)  # fmt: skip
+)
 from tierloom.stages.codecs.cachegen.frame import MOST, CodedFrame, floats, own_parts, place, spread
 from tierloom.stages.codecs.contract.decoding import PROGRESSIVE
-from tierloom.stages.codecs.contract.frame_shape import (
-    ELEMENTS,
-    Bytes,
-    FrameShape,
-    Part,
-    Site,
-    parted,
-    sized,
-)
+from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, Part, Site
 from tierloom.stages.codecs.contract.lossy import Array, Lossy, as_bytes, blank, elements
 from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.contract.stage import Context
@@ -147,9 +138,10 @@ def from_progressive(data: Bytes, shape: FrameShape, site: Site | None = None) -
         scan = _Scan(view[at:], shape, scans)
         scans.append(scan)
         at += scan.nbytes
-    base, head = scans[0], scans[0].head
+    head = scans[0].head
     if head.level == _AS_IT_IS:
-        return base.body
+        return scans[0].body
+    base = scans[0].arrays
     freqs, steps, units, means, tabid = base.own
     if not all((np.abs(a) <= MOST).all() for a in (freqs, steps, units)):
         raise BadObject("progressive: scales that no encoder writes")
@@ -161,8 +153,8 @@ def from_progressive(data: Bytes, shape: FrameShape, site: Site | None = None) -
         if (places >= flat.size).any() or (np.abs(values) > far).any():
             raise BadObject("progressive: escapes out of their places")
         flat[places] = values
-        for scan in scans[1:]:
-            thirds_cpu.join(flat, scan.symbols(thirds_book(), scan.own[0]).reshape(-1))
+        for finer in (scan.arrays for scan in scans[1:]):
+            thirds_cpu.join(flat, finer.symbols(thirds_book(), finer.own[0]).reshape(-1))
         symbols, places, values = to_symbols(q, _everything(), np.zeros_like(tabid))
     x = blank(shape)
     rows = x.reshape(shape.planes, shape.tokens, shape.channels)
@@ -197,16 +189,8 @@ class _Scan:
         if grid is None or not fits or (head.half and shape.kv != 2) or (before and head.first):
             raise BadObject(f"progressive: {head} in {shape}")
         more = _tables(shape) if before else own_parts(shape, head)
-        parts = (*coded_parts(shape, head, grid), *more)
-        self.grid, self.nbytes = grid, HEAD.size + sized(parts)
-        # Copies are writable, as compiled code knows its arrays.
-        arrays = [a.copy() for a in parted(data[: self.nbytes], HEAD.size, parts)]
-        self.states, self.counts, self.places, self.values, self.spared, self.words = arrays[:6]
-        self.own = arrays[6:]
-
-    def symbols(self, book: Codebook, tabid: Array) -> Array:
-        """Raises BadObject."""
-        return symbols_of(self.states, self.counts, self.words, book, tabid, self.grid)
+        self.arrays = CodedArrays(data, head, shape, grid, more, goes_on=True)
+        self.nbytes = self.arrays.nbytes
 
 
 @lru_cache(1)

@@ -20,8 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from tierloom.stages.codecs.cachegen import frame as cachegen_frame
-from tierloom.stages.codecs.cachegen import paper as cachegen_paper
+from tierloom.stages.codecs.cachegen import frame as cachegen_frame, paper as cachegen_paper
 from tierloom.stages.codecs.cachegen.calibration import Calibration, for_model, read_calibration
 from tierloom.stages.codecs.cachegen.coder import HEAD, CodedHead, grid_of, spared
 from tierloom.stages.codecs.cachegen.frame import STEPS, CodedFrame, modelled

@@ -4,13 +4,14 @@ untouched."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 from tierloom.stages.codecs.contract.byte_planes import split_planes
-from tierloom.stages.codecs.contract.decoding import AESGCM, MOST_CODECS, PLANES
-from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
+from tierloom.stages.codecs.contract.decoding import AESGCM, MOST_CODECS, PLANES, decode_frame
+from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, Site
 from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Encoded, EncodedFrame
-from tierloom.stages.contract.stage import BatchStage
+from tierloom.stages.contract.stage import BatchStage, Context
 
 
 class Encode(BatchStage):
@@ -64,6 +65,23 @@ class Encode(BatchStage):
         if made is None or memoryview(made[0]).nbytes >= memoryview(source.data).nbytes:
             return source
         return EncodedFrame(_plain(made[0]), source.raw, source.codecs + made[1])
+
+
+class Compiled(Encode):
+    """Encodes floats by code that numba compiles."""
+
+    def __init__(self, options: Any, ctx: Context) -> None:
+        super().__init__(options, ctx)
+        if ctx is not None and ctx.geometry.dtype in ELEMENTS:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile both ways now: numba would do it in the first request, and hold the GIL."""
+        g = self.ctx.geometry
+        shape = FrameShape(g.kv, 1, 8, g.heads, g.dim, g.dtype, start=0)
+        made = self.squeeze(bytes(shape.nbytes), shape, b"")
+        assert made is not None
+        decode_frame(made[0], shape, made[1])
 
 
 class PlanesThen(Encode):

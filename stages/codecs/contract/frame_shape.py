@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.contract.keyring import Keyring
 from tierloom.stages.errors import BadObject
 from tierloom.stages.kv.geometry import DTYPES
 from tierloom.stages.kv.object import Header
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 Bytes = bytes | memoryview
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from struct import Struct
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
-from tierloom.stages.codecs.contract.decoding import decode_frame
-from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.encode import Compiled
 from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, read_only
-from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 Array = Any
 """A NumPy array, whose type the compiled kernels check."""
 
 
-class Lossy(Encode):
+class Lossy(Compiled):
     """Frames of bfloat16, float16 and float32 are quantized; others pass as they are, and so does
     a frame with a number that is not finite or that the codec's scales cannot reach: it would be
     of no use to itself and would spoil its neighbors."""
@@ -29,11 +25,6 @@ class Lossy(Encode):
     takes = "kv@host/frame"
     canonical = True
     codec: ClassVar[int]
-
-    def __init__(self, options: Any, ctx: Context) -> None:
-        super().__init__(options, ctx)
-        if ctx is not None and ctx.geometry.dtype in ELEMENTS:
-            self._warm_up()
 
     @abstractmethod
     def quantize(self, x: Array, shape: FrameShape) -> memoryview | None:
@@ -45,14 +36,6 @@ class Lossy(Encode):
             return None
         made = self.quantize(elements(data, shape), shape)
         return None if made is None else (made, bytes((self.codec,)))
-
-    def _warm_up(self) -> None:
-        """Compile both ways now: numba would do it in the first request, and hold the GIL."""
-        g = self.ctx.geometry
-        shape = FrameShape(g.kv, 1, 8, g.heads, g.dim, g.dtype, start=0)
-        made = self.squeeze(bytes(shape.nbytes), shape, b"")
-        assert made is not None
-        decode_frame(made[0], shape, made[1])
 
 
 def head_of(data: Bytes, layout: Struct, shape: FrameShape) -> tuple[int, ...]:

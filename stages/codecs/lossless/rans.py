@@ -11,12 +11,13 @@ of a language model takes about 10.4 bits an element, where byte planes and zstd
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from tierloom.stages.codecs.contract.decoding import RANS, decode_frame
-from tierloom.stages.codecs.contract.encode import Encode
+from tierloom.stages.codecs.contract.decoding import RANS
+from tierloom.stages.codecs.contract.encode import Compiled
 from tierloom.stages.codecs.contract.frame_shape import (
     Bytes,
     FrameShape,
@@ -36,7 +37,6 @@ from tierloom.stages.codecs.lossless.rans_side import (
     room_for,
     unpacked_bits,
 )
-from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject
 from tierloom.stages.options import NoOptions
 from tierloom.triton_kernels.exponent.cpu import count_tops, merge, rest_bytes, split
@@ -44,9 +44,6 @@ from tierloom.triton_kernels.rans.clusters_cpu import cluster, count_columns
 from tierloom.triton_kernels.rans.cpu import decode_streams, encode_streams
 from tierloom.triton_kernels.rans.format import DONE, StreamGrid
 from tierloom.triton_kernels.rans.tables import BITS, RansTables
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _HEAD = Struct("<BBBBIIII")
 _SHIFT = {"bfloat16": 6, "float16": 8, "float32": 6}
@@ -76,7 +73,7 @@ class _StreamSizes(NamedTuple):
     words: int
 
 
-class Rans(Encode):
+class Rans(Compiled):
     """A version and sizes, then: counts u32 and states u32 of the streams (`rans_format`); escapes
     u32 (which elements), u16 (their tops); of float32 the low halves u16; words u16; the rest u8
     (`exponent_cpu`); packed, each column's table; which tops have symbols; of each table, which
@@ -84,24 +81,11 @@ class Rans(Encode):
 
     Options = NoOptions
 
-    def __init__(self, options: Any, ctx: Context) -> None:
-        super().__init__(options, ctx)
-        if ctx is not None and ctx.geometry.dtype in _SHIFT:
-            self._warm_up()
-
     def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> tuple[Bytes, bytes] | None:
         if before or shape.dtype not in _SHIFT or not shape.nbytes:
             return None
         made = _encode(data, shape)
         return None if made is None else (made, bytes((RANS,)))
-
-    def _warm_up(self) -> None:
-        """Compile both ways now: numba would do it in the first request, and hold the GIL."""
-        g = self.ctx.geometry
-        shape = FrameShape(g.kv, 1, 8, g.heads, g.dim, g.dtype)
-        made = self.squeeze(bytes(shape.nbytes), shape, b"")
-        assert made is not None
-        decode_frame(made[0], shape, made[1])
 
 
 def _encode(data: Bytes, shape: FrameShape) -> memoryview | None:

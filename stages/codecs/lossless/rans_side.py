@@ -7,12 +7,10 @@ error costs less than 0.002 bits a symbol, and 6 bits where a frequency would ta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
+import numpy.typing as npt
 
 _WEIGHTS = np.array([(4 + level % 4) << (level // 4) for level in range(64)], np.int64)
 LEVEL_BITS = 6

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import shake_128
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.codecs.contract.decoding import TURBOQUANT
 from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Part, Site, fresh, parted
@@ -25,9 +26,6 @@ from tierloom.stages.codecs.contract.lossy import Array, Lossy, as_bytes, blank,
 from tierloom.stages.contract.stage import Context
 from tierloom.stages.errors import BadObject, LayoutError
 from tierloom.triton_kernels.turboquant.cpu import codebook, turboquant_decode, turboquant_encode
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _HEAD = Struct("<BBxxI")
 

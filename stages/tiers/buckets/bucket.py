@@ -11,17 +11,19 @@ import ctypes
 import os
 import re
 import weakref
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tierloom.stages.errors import ConfigError, Damaged, MissingPackage, TierDown
+from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.memory.held import Transfers, held
+from tierloom.stages.options import Size
 from tierloom.stages.tiers.buckets.aws_profile import find_profile
 
-SCHEMES = ("s3", "gs", "az", "file")
-"""Beginnings of a bucket's address."""
+_SCHEMES = ("s3", "gs", "az", "file")
 _IDLE = "15s"  # how long a connection is kept unused; those to a host that is gone must not pile up
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist")
 _ANSWER = re.compile(r"(?<=status code: )\d{3} [A-Za-z ]+|(?<=<Code>)\w+|(?<=HTTP error: )[\w ]+")
@@ -31,19 +33,68 @@ _NEEDS = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and its key",
     "file": "choose a folder with write permission",
 }
+_LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class S3Options:
+    """Options of a bucket. Credentials are not among them: see `configs/s3.yaml`."""
+
+    url: str
+    """`s3://bucket/prefix`, `gs://...`, `az://container/prefix`, `file:///folder`."""
+    endpoint: str = ""
+    """Server to use instead of the cloud's, as in `http://127.0.0.1:9000` (s3, az)."""
+    region: str = ""
+    """The bucket's region. Default: from the environment or the profile."""
+    profile: str = ""
+    """A profile of `~/.aws`. Default: environment, profile `default`, the machine's role."""
+    path_style: bool = True
+    """`endpoint/bucket/key`; false: `bucket.endpoint/key`, and `endpoint` includes the bucket."""
+    unsigned: bool | Literal["auto"] = "auto"
+    """Send objects without hashing them for the signature (0.2 instead of 0.8 s of CPU per GB);
+    auto: over TLS. Every object carries its own checksums either way."""
+    if_absent: bool = True
+    """Let the bucket refuse objects that exist; false: ask first, for servers without
+    If-None-Match."""
+    retries: int = 2
+    """Retries of a request, within `timeout`."""
+    part: Size = 4 << 20
+    """Bytes of one ranged read."""
+    ranges: int = 4
+    """Most parts of one object that are read at once."""
+    depth: int = 4
+    """Most objects of one call that are read or written at once."""
+    requests: int = 8
+    """Most parts that are read at once in all; each needs memory outside the arena."""
+
+    def __post_init__(self) -> None:
+        try:
+            parts, base = urlsplit(self.url), urlsplit(self.endpoint)
+        except ValueError:
+            raise ValueError("url or endpoint is not a valid URL") from None
+        if parts.scheme not in _SCHEMES:
+            raise ValueError(f"url must begin with one of {', '.join(s + '://' for s in _SCHEMES)}")
+        if any("@" in each.netloc or each.query for each in (parts, base)):
+            raise ValueError("url and endpoint must not contain credentials or a query")
+        if parts.scheme in ("s3", "gs", "az") and not parts.netloc:
+            raise ValueError("url names no bucket: write s3://bucket/prefix")
+        if self.endpoint and (base.scheme not in ("http", "https") or not base.netloc):
+            raise ValueError("endpoint must begin with http:// or https://")
+        if self.endpoint and parts.scheme not in ("s3", "az"):
+            raise ValueError(f"endpoint is not supported for {parts.scheme}://")
+        if self.unsigned not in (True, False, "auto"):
+            raise ValueError(f"unsigned is {self.unsigned!r}; known: true, false, auto")
+        if self.part < _LEAST or self.part % PAGE:
+            raise ValueError(f"part must be a multiple of {PAGE}, and at least {_LEAST}")
+        if min(self.ranges, self.depth, self.requests) < 1 or self.retries < 0:
+            raise ValueError("ranges, depth and requests must be at least 1, retries at least 0")
 
 
 class Bucket:
     """The objects of one folder in a bucket. `open()` comes first."""
 
-    def __init__(
-        self, url: str, *, folder: str, endpoint: str, region: str, profile: str,
-        path_style: bool, unsigned: bool | Literal["auto"], if_absent: bool, retries: int,
-    ) -> None:  # fmt: skip
-        self._url, self._folder = url, folder
-        self._endpoint, self._region, self._profile = endpoint, region, profile
-        self._path_style, self._unsigned = path_style, unsigned
-        self._if_absent, self._retries = if_absent, retries
+    def __init__(self, options: S3Options, folder: str) -> None:
+        self._options, self._url, self._folder = options, options.url, folder
         self.transfers = Transfers()
         """What the client still sends for callers that were cancelled."""
         self._obs: Any = None
@@ -108,9 +159,9 @@ class Bucket:
 
     async def put(self, name: str, lease: Lease, nbytes: int) -> bool:
         """The lease's first bytes, whole or not at all; False: there is one already."""
-        if not self._if_absent and await self.size(name) is not None:
+        if not self._options.if_absent and await self.size(name) is not None:
             return False
-        mode = "create" if self._if_absent else "overwrite"
+        mode = "create" if self._options.if_absent else "overwrite"
         body = (ctypes.c_ubyte * nbytes).from_address(lease.at(0, nbytes))
         sent = weakref.ref(body)
         with held(lease):
@@ -155,7 +206,7 @@ class Bucket:
 
     def _settings(self) -> dict[str, Any]:
         """What the client is told beyond what it finds in the environment."""
-        scheme = self._url.partition(":")[0]
+        o, scheme = self._options, self._url.partition(":")[0]
         if scheme == "file":
             return {"mkdir": True}
         told: dict[str, Any] = {
@@ -165,7 +216,7 @@ class Bucket:
                 "pool_idle_timeout": _IDLE, "user_agent": "tierloom",
             },
             "retry_config": {
-                "max_retries": self._retries,
+                "max_retries": o.retries,
                 "retry_timeout": timedelta(seconds=60),
                 "backoff": {
                     "init_backoff": timedelta(milliseconds=50),
@@ -174,21 +225,20 @@ class Bucket:
                 },
             },
         }  # fmt: skip
-        if self._endpoint:
-            told["endpoint"] = self._endpoint
+        if o.endpoint:
+            told["endpoint"] = o.endpoint
         if scheme != "s3":
             return told
-        profile = find_profile(self._profile)
-        region = self._region or (profile.region if profile else "")
+        profile = find_profile(o.profile)
+        region = o.region or (profile.region if profile else "")
         if region:
             told["region"] = region
         if profile:
             told["credential_provider"] = profile
-        plain = self._endpoint or next(filter(None, map(os.environ.get, _ENDPOINTS)), "")
-        told["unsigned_payload"] = (
-            not plain.startswith("http:") if self._unsigned == "auto" else self._unsigned
-        )
-        told["virtual_hosted_style_request"] = not self._path_style
+        plain = o.endpoint or next(filter(None, map(os.environ.get, _ENDPOINTS)), "")
+        over_tls = not plain.startswith("http:")
+        told["unsigned_payload"] = over_tls if o.unsigned == "auto" else o.unsigned
+        told["virtual_hosted_style_request"] = not o.path_style
         told["disable_bulk_delete"] = True  # many servers do not know it, and we seldom delete
         return told
 

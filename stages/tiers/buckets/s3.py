@@ -13,10 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
-from urllib.parse import urlsplit
 
 import anyio
 import numpy as np
@@ -25,80 +22,18 @@ from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.options import Size
-from tierloom.stages.tiers.buckets.bucket import SCHEMES, Bucket
+from tierloom.stages.tiers.buckets.bucket import Bucket, S3Options
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
-from tierloom.stages.tiers.contract.tier import (
-    HoldingsCount,
-    Read,
-    TierContext,
-    TierStat,
-    require_sealed,
-)
+from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 
 log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds that closing waits for transfers whose callers were cancelled
 _WIDE = 16  # requests of one call at once that carry no data
-_LEAST = 64 * PAGE  # the longest header: the first part has the whole of it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class S3Options:
-    """Options of a bucket. Credentials are not among them: see `configs/s3.yaml`."""
-
-    url: str
-    """`s3://bucket/prefix`, `gs://...`, `az://container/prefix`, `file:///folder`."""
-    endpoint: str = ""
-    """Server to use instead of the cloud's, as in `http://127.0.0.1:9000` (s3, az)."""
-    region: str = ""
-    """The bucket's region. Default: from the environment or the profile."""
-    profile: str = ""
-    """A profile of `~/.aws`. Default: environment, profile `default`, the machine's role."""
-    path_style: bool = True
-    """`endpoint/bucket/key`; false: `bucket.endpoint/key`, and `endpoint` includes the bucket."""
-    unsigned: bool | Literal["auto"] = "auto"
-    """Send objects without hashing them for the signature (0.2 instead of 0.8 s of CPU per GB);
-    auto: over TLS. Every object carries its own checksums either way."""
-    if_absent: bool = True
-    """Let the bucket refuse objects that exist; false: ask first, for servers without
-    If-None-Match."""
-    retries: int = 2
-    """Retries of a request, within `timeout`."""
-    part: Size = 4 << 20
-    """Bytes of one ranged read."""
-    ranges: int = 4
-    """Most parts of one object that are read at once."""
-    depth: int = 4
-    """Most objects of one call that are read or written at once."""
-    requests: int = 8
-    """Most parts that are read at once in all; each needs memory outside the arena."""
-
-    def __post_init__(self) -> None:
-        try:
-            parts, base = urlsplit(self.url), urlsplit(self.endpoint)
-        except ValueError:
-            raise ValueError("url or endpoint is not a valid URL") from None
-        if parts.scheme not in SCHEMES:
-            raise ValueError(f"url must begin with one of {', '.join(s + '://' for s in SCHEMES)}")
-        if any("@" in each.netloc or each.query for each in (parts, base)):
-            raise ValueError("url and endpoint must not contain credentials or a query")
-        if parts.scheme in ("s3", "gs", "az") and not parts.netloc:
-            raise ValueError("url names no bucket: write s3://bucket/prefix")
-        if self.endpoint and (base.scheme not in ("http", "https") or not base.netloc):
-            raise ValueError("endpoint must begin with http:// or https://")
-        if self.endpoint and parts.scheme not in ("s3", "az"):
-            raise ValueError(f"endpoint is not supported for {parts.scheme}://")
-        if self.unsigned not in (True, False, "auto"):
-            raise ValueError(f"unsigned is {self.unsigned!r}; known: true, false, auto")
-        if self.part < _LEAST or self.part % PAGE:
-            raise ValueError(f"part must be a multiple of {PAGE}, and at least {_LEAST}")
-        if min(self.ranges, self.depth, self.requests) < 1 or self.retries < 0:
-            raise ValueError("ranges, depth and requests must be at least 1, retries at least 0")
-
-
-class S3(ReadingTier):
+class S3(ReadingTier, SharedTier):
     """Whole chunks only: inner links are found in local tiers. For asyncio."""
 
     Options = S3Options
@@ -106,19 +41,8 @@ class S3(ReadingTier):
     def __init__(self, options: S3Options, ctx: TierContext) -> None:
         super().__init__(ctx)
         self.options = options
-        self._bucket = Bucket(
-            options.url,
-            folder=ctx.namespace.hex()[:32] or "any",
-            endpoint=options.endpoint,
-            region=options.region,
-            profile=options.profile,
-            path_style=options.path_style,
-            unsigned=options.unsigned,
-            if_absent=options.if_absent,
-            retries=options.retries,
-        )
+        self._bucket = Bucket(options, ctx.namespace.hex()[:32] or "any")
         self._parts = anyio.Semaphore(options.requests)
-        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         await self._bucket.open()
@@ -144,10 +68,6 @@ class S3(ReadingTier):
 
     async def clear(self) -> int:
         return sum(await map_concurrently(self._drop, await self._bucket.list(), _WIDE))
-
-    def stat(self) -> TierStat:
-        """What this process put and did not delete; other objects of the bucket are not known."""
-        return self._holdings.stat
 
     async def _read(self, read: Read) -> None:
         held = read.object

@@ -20,14 +20,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
-from tierloom.stages.tiers.contract.tier import (
-    HoldingsCount,
-    Read,
-    Tier,
-    TierContext,
-    TierStat,
-    require_sealed,
-)
+from tierloom.stages.tiers.contract.tier import Read, SharedTier, Tier, TierContext, require_sealed
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -40,7 +33,7 @@ class BlobsOptions:
     """URL of the store."""
 
 
-class Blobs(ReadingTier):
+class Blobs(ReadingTier, SharedTier):
     """Names are text: this pipeline's namespace, a slash, the key. A value is a whole object."""
 
     Options: Any = BlobsOptions
@@ -58,7 +51,6 @@ class Blobs(ReadingTier):
         self.options = options
         self._prefix = f"{ctx.namespace.hex()[:32] or 'any'}/"
         self._storing: set[str] = set()
-        self._holdings = HoldingsCount()
 
     @abstractmethod
     async def size(self, name: str) -> int:
@@ -99,10 +91,6 @@ class Blobs(ReadingTier):
         return sum(
             await map_concurrently(self._drop, list(await self.names(self._prefix)), self.width)
         )
-
-    def stat(self) -> TierStat:
-        """What this process put and did not delete; it does not know of other objects."""
-        return self._holdings.stat
 
     def _named(self, keys: Sequence[bytes]) -> list[str]:
         return [self._prefix + key.hex() for key in keys]

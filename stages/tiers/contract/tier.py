@@ -204,3 +204,15 @@ class Tier(ABC):
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         """Protect objects from eviction, or stop that; how many were found (local tiers only)."""
         raise NotImplementedError(f"{type(self).__name__} cannot pin")
+
+
+class SharedTier(Tier):
+    """A tier over a store that others use too."""
+
+    def __init__(self, ctx: TierContext) -> None:
+        super().__init__(ctx)
+        self._holdings = HoldingsCount()
+
+    def stat(self) -> TierStat:
+        """What this process put and did not delete; it does not know what others did."""
+        return self._holdings.stat

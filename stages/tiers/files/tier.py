@@ -25,7 +25,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
-from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat, require_sealed
+from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
 from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, FileIO, begins_with, want_direct
 from tierloom.stages.tiers.files.space import FilesOptions, FolderSpace
@@ -34,7 +34,7 @@ from tierloom.stages.user_home import expanded
 _STALE = 3600.0  # seconds after which a file half written belongs to nobody
 
 
-class Files(Tier):
+class Files(SharedTier):
     """Whole chunks only: inner links are found in local tiers."""
 
     Options = FilesOptions
@@ -52,6 +52,7 @@ class Files(Tier):
         self._folder = expanded(options.path) / name
         self._writer = f"{socket.gethostname()}-{os.getpid()}"
         self._space = FolderSpace(self._folder, options, self.counts, clock)
+        self._holdings = self._space.holdings  # exact with one writer, if `capacity` is set
 
     async def open(self) -> None:
         await self.ctx.pool(self._open, leases=())
@@ -72,10 +73,6 @@ class Files(Tier):
 
     async def clear(self) -> int:
         return int(await self.ctx.pool(self._clear, leases=()))
-
-    def stat(self) -> TierStat:
-        """What this host knows: exact if it is the only writer, and `capacity` is set."""
-        return self._space.holdings.stat
 
     async def _read(self, read: Read) -> None:
         path = self._path(read.key)

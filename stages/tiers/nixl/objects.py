@@ -20,7 +20,8 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.memory.held import held
 from tierloom.stages.tiers.buckets.aws_profile import find_profile
-from tierloom.stages.tiers.buckets.s3 import S3, S3Options, object_name
+from tierloom.stages.tiers.buckets.bucket import S3Options
+from tierloom.stages.tiers.buckets.s3 import S3, object_name
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import TierContext
 from tierloom.stages.tiers.nixl.agent import Agent, Transfer

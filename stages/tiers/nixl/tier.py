@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Seconds, Size
-from tierloom.stages.tiers.buckets.s3 import S3Options
+from tierloom.stages.tiers.buckets.bucket import S3Options
 from tierloom.stages.tiers.contract.tier import Tier, TierContext
 from tierloom.stages.tiers.contract.wrapper import WrapperTier
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions

@@ -19,14 +19,7 @@ from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
-from tierloom.stages.tiers.contract.tier import (
-    HoldingsCount,
-    Read,
-    Tier,
-    TierContext,
-    TierStat,
-    require_sealed,
-)
+from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 from tierloom.stages.tiers.pools.bounded_calls import BoundedCalls
 from tierloom.stages.tiers.pools.jobs import (
     HeaderAtHand,
@@ -39,7 +32,7 @@ from tierloom.stages.tiers.pools.jobs import (
 from tierloom.stages.tiers.pools.manifest import Manifest, Piece
 
 
-class Pooled(Tier):
+class Pooled(SharedTier):
     """Whole chunks only: inner links are found in local tiers.
 
     Subclasses say how values are stored. Their methods block, free the GIL, may be called from
@@ -52,7 +45,6 @@ class Pooled(Tier):
         self.piece = piece
         self._calls = BoundedCalls(ctx.pool, threads, self.counts)
         self._committing = threading.Lock()
-        self._holdings = HoldingsCount()
 
     @abstractmethod
     def _exists(self, names: Sequence[str]) -> list[bool]: ...
@@ -131,10 +123,6 @@ class Pooled(Tier):
         cleared = int(await self._calls(self._wipe, leases=()))
         self._holdings.reset()
         return cleared
-
-    def stat(self) -> TierStat:
-        """What this process put and did not delete; it does not know what the pool evicted."""
-        return self._holdings.stat
 
     # What follows runs in the pool's threads.
 

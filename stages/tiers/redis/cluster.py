@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from binascii import crc_hqx
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.net.address import Address
-from tierloom.stages.tiers.redis.connection import AuthError, Credentials, RespConnection
+from tierloom.stages.tiers.redis.connection import AuthError, RespConnection
 from tierloom.stages.tiers.redis.resp import ErrorReply, Reply
-from tierloom.stages.tiers.redis.topology import REST, RedisNode, Servers
+from tierloom.stages.tiers.redis.topology import REST, LogIn, RedisNode, Servers
+from tierloom.stages.tiers.redis.url import Url
 
 SLOTS = 16384
 
@@ -21,15 +21,8 @@ class Cluster(Servers):
 
     moves = True
 
-    def __init__(
-        self,
-        hosts: Sequence[Address],
-        enter: Callable[[], Credentials],
-        *,
-        stall: float,
-        connections: int,
-    ) -> None:
-        super().__init__(hosts, enter, stall=stall, connections=connections)
+    def __init__(self, url: Url, enter: LogIn, stall: float, connections: int) -> None:
+        super().__init__(url, enter, stall, connections)
         self.nodes = []
         self._by_address: dict[Address, RedisNode] = {}
         self._slots: list[RedisNode | None] = [None] * SLOTS

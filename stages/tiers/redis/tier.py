@@ -26,14 +26,7 @@ from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Object
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
-from tierloom.stages.tiers.contract.tier import (
-    HoldingsCount,
-    Read,
-    Tier,
-    TierContext,
-    TierStat,
-    require_sealed,
-)
+from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 from tierloom.stages.tiers.net.tls import client_context
 from tierloom.stages.tiers.redis.cluster import Cluster
 from tierloom.stages.tiers.redis.connection import Credentials, RespConnection
@@ -45,6 +38,7 @@ from tierloom.stages.tiers.redis.url import parse_url, password_of
 from tierloom.stages.tiers.redis.writes import Written, write
 
 _ABSENT = -2  # what PTTL says of a key that is not there
+_TOPOLOGIES = {"single": Servers, "sentinel": Sentinel, "cluster": Cluster}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +95,7 @@ class RedisOptions:
             raise ValueError("stall must be greater than 0, and ttl not negative")
 
 
-class Redis(Tier):
+class Redis(SharedTier):
     """Whole chunks only: inner links are found in local tiers. For asyncio only."""
 
     Options = RedisOptions
@@ -113,7 +107,6 @@ class Redis(Tier):
         self._space = f"{options.prefix}:{ctx.namespace.hex()[:32] or 'any'}:".encode()
         self._ttl = round(options.ttl * 1000)
         self._servers: Servers | None = None
-        self._holdings = HoldingsCount()
 
     async def open(self) -> None:
         if self._servers is None:
@@ -123,10 +116,6 @@ class Redis(Tier):
     async def close(self) -> None:
         if self._servers is not None:
             await self._servers.close()
-
-    def stat(self) -> TierStat:
-        """What this process put and did not delete; the server may have evicted it since."""
-        return self._holdings.stat
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = [False] * len(keys)
@@ -207,10 +196,7 @@ class Redis(Tier):
             password = password_of(url, o.password_env, o.password_file)
             return Credentials(url.user, password, url.db, tls)
 
-        if url.kind == "sentinel":
-            return Sentinel(url.hosts, enter, url.service, stall=o.stall, connections=o.connections)
-        kind = Cluster if url.kind == "cluster" else Servers
-        return kind(url.hosts, enter, stall=o.stall, connections=o.connections)
+        return _TOPOLOGIES[url.kind](url, enter, o.stall, o.connections)
 
     def _name(self, key: bytes) -> bytes:
         return b"%b{%b}" % (self._space, key.hex().encode())

@@ -23,6 +23,9 @@ from tierloom.stages.tiers.redis.connection import (
     connect_redis,
 )
 from tierloom.stages.tiers.redis.resp import ErrorReply, Reply, command
+from tierloom.stages.tiers.redis.url import Url
+
+LogIn = Callable[[], Credentials]
 
 log = logging.getLogger(__name__)
 
@@ -97,17 +100,10 @@ class Servers:
     moves = False
     """Keys may move from node to node: that is not a failure of a node."""
 
-    def __init__(
-        self,
-        hosts: Sequence[Address],
-        enter: Callable[[], Credentials],
-        *,
-        stall: float,
-        connections: int,
-    ) -> None:
+    def __init__(self, url: Url, enter: LogIn, stall: float, connections: int) -> None:
         """`enter` says how to log in, and may raise ConfigError. `connections`: connections to each
         server for payloads. To be made on the loop."""
-        self._hosts, self._enter, self._stall, self._limit = hosts, enter, stall, connections
+        self._hosts, self._enter, self._stall, self._limit = url.hosts, enter, stall, connections
         self.nodes = [RedisNode(self._make, connections)]
         self._opened = False
 
@@ -209,13 +205,9 @@ class Servers:
 class Sentinel(Servers):
     """The master of a service, as sentinels name it; it may change at any time."""
 
-    def __init__(
-        self, hosts: Sequence[Address], enter: Callable[[], Credentials], service: str, *,
-        stall: float, connections: int,
-    ) -> None:  # fmt: skip
-        super().__init__(hosts, enter, stall=stall, connections=connections)
-        self._sentinels = deque(hosts)
-        self._service = service
+    def __init__(self, url: Url, enter: LogIn, stall: float, connections: int) -> None:
+        super().__init__(url, enter, stall, connections)
+        self._sentinels, self._service = deque(url.hosts), url.service
         self._master: Address | None = None
 
     def _lost(self, node: RedisNode) -> None:

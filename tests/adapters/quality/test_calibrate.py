@@ -16,9 +16,7 @@ from tiny import TINY, Letters, tiny_llama
 import tierloom
 from tierloom.adapters.cli import commands as cli
 from tierloom.adapters.model_identity.weights import files_id
-from tierloom.adapters.quality import arms as quality_arms
-from tierloom.adapters.quality import calibrate
-from tierloom.adapters.quality import subject as quality_subject
+from tierloom.adapters.quality import arms as quality_arms, calibrate, subject as quality_subject
 from tierloom.adapters.quality.arms import Stored
 from tierloom.adapters.quality.measure import references, score
 from tierloom.adapters.quality.subject import subject_of

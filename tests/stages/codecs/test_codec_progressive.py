@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tierloom.stages.codecs.cachegen import frame as cachegen_frame
-from tierloom.stages.codecs.cachegen import stage as cachegen
+from tierloom.stages.codecs.cachegen import frame as cachegen_frame, stage as cachegen
 from tierloom.stages.codecs.cachegen.progressive import STEP, Progressive, ProgressiveOptions
 from tierloom.stages.codecs.cachegen.stage import CacheGen, CacheGenOptions
 from tierloom.stages.codecs.contract.decoding import decode_frame

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bounds import fuzz_with_bounds_checks
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tierloom.stages.codecs.contract.decoding import RANS, decode_frame
 from tierloom.stages.codecs.contract.encode import Encode

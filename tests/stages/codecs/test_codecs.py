@@ -7,8 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tierloom.stages.codecs.contract import decoding as table
 from tierloom.stages.codecs.contract.byte_planes import join_planes, split_planes

@@ -7,8 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tierloom.stages.errors import ConfigError, InputError
 from tierloom.stages.kv.namespace import Namespace, tlv

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tierloom.stages.errors import BadObject
 from tierloom.stages.kv.geometry import Geometry

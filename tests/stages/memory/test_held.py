@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from tierloom.stages.memory.held import Transfers, held
-from tierloom.stages.tiers.buckets.bucket import Bucket
+from tierloom.stages.tiers.buckets.bucket import Bucket, S3Options
 from tierloom.testing import SIZE, PoisonArena
 
 pytestmark = pytest.mark.anyio
@@ -48,10 +48,7 @@ class Client:
 
 @pytest.fixture
 def bucket():
-    made = Bucket(
-        "s3://b", folder="f", endpoint="", region="", profile="", path_style=True, unsigned=True,
-        if_absent=True, retries=0,
-    )  # fmt: skip
+    made = Bucket(S3Options(url="s3://b", unsigned=True, retries=0), "f")
     made._obs = Client()
     return made
 

@@ -84,7 +84,7 @@ class Within:
 
     def __init__(self, path: Path, **options: Any) -> None:
         self._ready = threading.Event()
-        self._listens = [Listen.parse("tcp://127.0.0.1:0"), Listen.parse(f"unix://{path}")]
+        self._listens = [Listen.at("tcp://127.0.0.1:0"), Listen.at(f"unix://{path}")]
         spec = load_config(config(options.pop("tiers", None), options.pop("arena", "64 MiB")))
         self.serving = Serving(spec, self._listens, **options)
         self.urls: list[str] = []

@@ -15,8 +15,7 @@ import torch
 from vllm import _custom_ops as ops
 
 from tierloom.adapters.vllm.exchange.settings import configured
-from tierloom.adapters.vllm.worker import layout as vllm_layout
-from tierloom.adapters.vllm.worker import side as vllm_worker
+from tierloom.adapters.vllm.worker import layout as vllm_layout, side as vllm_worker
 from tierloom.stages.errors import ConfigError, LayoutError, TierDown
 from tierloom.stages.kv.layout import KVLayout
 

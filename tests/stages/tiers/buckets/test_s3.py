@@ -14,7 +14,8 @@ from buckets import KEY, NAME, SECRET, Gate, GatedPool, localbucket, moto, rclon
 from processes import need
 
 from tierloom.stages.errors import BadObject, ConfigError, Lost, TierDown
-from tierloom.stages.tiers.buckets.s3 import S3, S3Options
+from tierloom.stages.tiers.buckets.bucket import S3Options
+from tierloom.stages.tiers.buckets.s3 import S3
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext
 from tierloom.testing import ALL, FRAMES, SIZE, Pool, TierContract, key_of, make_object, verify

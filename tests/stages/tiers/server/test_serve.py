@@ -92,7 +92,7 @@ def test_mistakes_are_told_in_words(tmp_path: Path) -> None:
 )
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError, match="write tcp://"):
-        Listen.parse(url)
+        Listen.at(url)
 
 
 def test_a_unix_socket_is_ours_alone(tmp_path: Path) -> None:
