@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tierloom.adapters.cli import commands as cli
-from tierloom.adapters.cli import sglang_check, sglang_launch
+from tierloom.adapters.cli import commands as cli, sglang_check, sglang_launch
 from tierloom.adapters.sglang.settings import hicache_config, linker_config
 
 
