@@ -134,6 +134,12 @@ def test_native_order_needs_chunks_of_whole_blocks(opened: Open) -> None:
         opened(config(order="native"), Engine("BHND", block=48, blocks=4))
 
 
+def test_who_shares_with_sglang_keeps_no_native_blocks(opened: Open) -> None:
+    for keys, native in (("own", True), ("sglang", False)):
+        pipe = opened(config(order="auto", chunk__keys=keys), Engine("BHND"))
+        assert pipe.native == native
+
+
 def test_pins_clear_and_stats(opened: Open) -> None:
     engine = Engine(layers=6, heads=8, dim=64)
     pipe = opened(config(tiers__hot__capacity="6 MiB", tiers__hot__evict="lru"), engine)

@@ -19,12 +19,13 @@ from vllm.logger import init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tierloom import ConfigError
+from tierloom.adapters.model_identity.shared import shared_id
 from tierloom.adapters.vllm.connector import register
 from tierloom.adapters.vllm.exchange import early_check as vllm_check
 from tierloom.adapters.vllm.exchange.log import speak
 from tierloom.adapters.vllm.exchange.messages import Save
 from tierloom.adapters.vllm.exchange.settings import configured
-from tierloom.adapters.vllm.worker.pipelines import Rank
+from tierloom.adapters.vllm.worker.pipelines import Rank, _shared
 from tierloom.adapters.vllm.worker.transfer_log import TransferLog
 from tierloom.stages.kv.prefix import Span
 
@@ -137,6 +138,23 @@ def each_process_of_an_engine_has_a_folder_of_its_own() -> None:
     assert [Rank(*at).folder for at in names] == list(names.values())
 
 
+def what_no_file_says_of_a_model_is_not_shared_with_sglang() -> None:
+    shares = configured({"tierloom.keys": "sglang"})
+    plain, dummy = config(), config("--load-format", "dummy")
+    assert _shared(plain, configured({})) is None
+    assert _shared(plain, shares) == shared_id(MODEL, dtype="float32")
+    said: list[str] = []
+    ours, ear = logging.getLogger("tierloom.vllm"), logging.Handler()
+    ear.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    ours.addHandler(ear)
+    assert _shared(dummy, shares) is None
+    ours.removeHandler(ear)
+    assert "shared with vLLM alone, not with SGLang" in said[0]
+    assert "load format dummy" in said[0]
+    named = configured({"chunk.keys": "sglang", "tierloom.weights": "mine"})
+    assert _shared(dummy, named) == ("mine", shared_id(MODEL, dtype="float32").rope)
+
+
 def lines_name_us_and_say_what_stands_beside_them() -> None:
     heard: list[str] = []
 
@@ -172,6 +190,7 @@ CASES = [
     other_connectors_and_a_failing_check_are_left_alone,
     registering_again_changes_nothing,
     each_process_of_an_engine_has_a_folder_of_its_own,
+    what_no_file_says_of_a_model_is_not_shared_with_sglang,
     lines_name_us_and_say_what_stands_beside_them,
 ]
 
