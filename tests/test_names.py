@@ -12,6 +12,7 @@ TWICE = {
     "explain": "a command, and what it prints",
     "schema": "a command",
     "main": "the command line's face, and what it runs",
+    "Settings": "options of an engine's adapter",
     "describe": "what the registry calls of a codec, and the codecs' own",
 }
 """Names that are defined more than once, and why that is no second meaning."""
@@ -23,6 +24,7 @@ MODULES = {
     "manifest": "of Redis, of pools", "connection": "to Redis, to a server of ours",
     "layout": "of a cache; how vLLM's is described by one", "tables": "of pointers; of rANS",
     "request": "of a graph; as vLLM's scheduler follows it",
+    "settings": "of an engine's adapter",
 }  # fmt: skip
 """Modules that are read with the name of their room."""
 

@@ -29,7 +29,7 @@ S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True)
-class Configured(Generic[S]):
+class ExtraConfig(Generic[S]):
     """What such a mapping means."""
 
     settings: S
@@ -47,9 +47,9 @@ class Configured(Generic[S]):
         )
 
 
-def read_extra_config(extra: Mapping[str, Any], cls: type[S], where: str) -> Configured[S]:
+def read_extra_config(extra: Mapping[str, Any], cls: type[S], where: str) -> ExtraConfig[S]:
     """Read a mapping that the engine calls `where`. Raises ConfigError with every problem of our
-    own keys; `Configured.pipeline` tells those of the others."""
+    own keys; `ExtraConfig.pipeline` tells those of the others."""
     found, at = Findings(), Place(where)
     for path in set_twice(extra):
         found.add(at, path, "is set twice", "once with dots, and once in a mapping")
@@ -64,7 +64,7 @@ def read_extra_config(extra: Mapping[str, Any], cls: type[S], where: str) -> Con
     found.raise_all()
     assert settings is not None
     others = {k: v for k, v in extra.items() if k != NAME and not k.startswith(PREFIX)}
-    return Configured(settings, source, where, others)
+    return ExtraConfig(settings, source, where, others)
 
 
 def own_options(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from tierloom.adapters.sglang.opening import open_pages, open_side_pool, replica
 from tierloom.adapters.sglang.page_store import PageStore, Traffic, none_found, say_once
 from tierloom.adapters.sglang.pool import host_pages
 from tierloom.adapters.sglang.settings import any_grain, chunked, hicache_config
-from tierloom.adapters.sglang.share import refuse
-from tierloom.adapters.sglang.weights import WeightsWatch
+from tierloom.adapters.sglang.share import refuse_split_pages
+from tierloom.adapters.sglang.weights_watch import WeightsWatch
 from tierloom.stages.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TierloomHiCache(HiCacheStorage):
         super().register_mem_pool_host(mem_pool_host)
         overrides = chunked(self.said, int(mem_pool_host.page_size))
         try:
-            refuse(self.config)
+            refuse_split_pages(self.config)
             pages = host_pages(mem_pool_host)
             start = int(getattr(mem_pool_host, "start_layer", 0) or 0)
             self._store = open_pages(

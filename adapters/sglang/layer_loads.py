@@ -17,7 +17,7 @@ _PATIENCE = 60.0
 """Seconds for a layer that lies in memory: SGLang ends a request whose load fails."""
 
 
-class Load:
+class PageLoad:
     """One request's pages, held in memory from the promise until they are placed."""
 
     def __init__(
@@ -58,10 +58,10 @@ class LayerLoads:
     that runs by number. Used by the scheduler's thread and by the one that runs the model."""
 
     def __init__(self) -> None:
-        self._batches: dict[int, Sequence[Load]] = {}
+        self._batches: dict[int, Sequence[PageLoad]] = {}
         self._last = self._running = -1
 
-    def begin(self, loads: Sequence[Load]) -> int:
+    def begin(self, loads: Sequence[PageLoad]) -> int:
         """Loads that have started, as a batch; its index."""
         self._last += 1
         self._batches[self._last] = loads

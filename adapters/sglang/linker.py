@@ -28,12 +28,12 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
-from tierloom.adapters.sglang.layer_loads import LayerLoads, Load
-from tierloom.adapters.sglang.opening import open_pages, rank_here
+from tierloom.adapters.sglang.layer_loads import LayerLoads, PageLoad
+from tierloom.adapters.sglang.opening import open_pages, sglang_rank
 from tierloom.adapters.sglang.page_store import PageStore, say_once
 from tierloom.adapters.sglang.pool import device_pages, page_numbers
 from tierloom.adapters.sglang.settings import chunked, linker_config
-from tierloom.adapters.sglang.weights import WeightsWatch
+from tierloom.adapters.sglang.weights_watch import WeightsWatch
 from tierloom.pipeline.runtime import Change
 from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import LayoutError
@@ -70,7 +70,7 @@ class TierloomLinker(UnifiedCacheLinker):
         """Pages that lie in memory, by their names in SGLang."""
         self._asked: dict[str, None] = {}
         """Requests whose pages were sent for."""
-        self._queued: dict[str, Load] = {}
+        self._queued: dict[str, PageLoad] = {}
         self._offloads: deque[Ticket] = deque()
         self._weights = WeightsWatch()
         try:
@@ -106,7 +106,7 @@ class TierloomLinker(UnifiedCacheLinker):
         held = store.pipeline.hold(span) if numbers is not None else None
         if held is None or numbers is None:
             return False
-        self._queued[rid] = Load(store, span, numbers, held)
+        self._queued[rid] = PageLoad(store, span, numbers, held)
         return True
 
     def cancel_queued_load(self, rid: str) -> bool:
@@ -180,7 +180,7 @@ class TierloomLinker(UnifiedCacheLinker):
         overrides = chunked(self.said, self._page, chunk=self._page)
         overrides |= {"graphs.retrieve.pace.by": "layer"}
         self._store = open_pages(
-            self.said, overrides, device_pages(pool, self._page), rank_here(), args=args,
+            self.said, overrides, device_pages(pool, self._page), sglang_rank(), args=args,
             start_layer=int(getattr(pool, "start_layer", 0) or 0), watch=self._note,
         )  # fmt: skip
         tiers = self._store.pipeline.tiers

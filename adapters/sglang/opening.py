@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tierloom.adapters.engine.extra_config import Configured
+from tierloom.adapters.engine.extra_config import ExtraConfig
 from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.sglang.page_store import PageStore
 from tierloom.adapters.sglang.pool import Pages, opaque_pages
@@ -17,7 +17,7 @@ from tierloom.stages.errors import LayoutError
 
 
 def open_pages(
-    said: Configured[Settings], overrides: Mapping[str, Any], pages: Pages, rank: Rank, *,
+    said: ExtraConfig[Settings], overrides: Mapping[str, Any], pages: Pages, rank: Rank, *,
     args: Any, start_layer: int, watch: Callable[[Change], None] | bool = False,
 ) -> PageStore:  # fmt: skip
     """The KV pool's pages in a pipeline. `args`: SGLang's ServerArgs. Raises ConfigError,
@@ -33,7 +33,7 @@ def open_pages(
 
 
 def open_side_pool(
-    said: Configured[Settings], main: PageStore, pool: Any, name: str, rank: Rank
+    said: ExtraConfig[Settings], main: PageStore, pool: Any, name: str, rank: Rank
 ) -> list[PageStore]:
     """A side pool's pages, an object each, in pipelines of their own whose tiers are as large as
     their share of a page's bytes; a page is there when all have it. Raises LayoutError,
@@ -61,7 +61,7 @@ def open_side_pool(
 
 
 def own_folders(
-    said: Configured[Settings], overrides: Mapping[str, Any], folder: str
+    said: ExtraConfig[Settings], overrides: Mapping[str, Any], folder: str
 ) -> dict[str, Any]:
     """The overrides, with folders that only one process may use below `folder`."""
     out = dict(overrides)
@@ -71,7 +71,7 @@ def own_folders(
     return out
 
 
-def rank_here() -> Rank:
+def sglang_rank() -> Rank:
     """The position of this process, once SGLang has placed it."""
     from sglang.srt.layers.dp_attention import is_dp_attention_enabled
     from sglang.srt.runtime_context import get_parallel

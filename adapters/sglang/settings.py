@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tierloom.adapters.engine.extra_config import Configured, read_extra_config
+from tierloom.adapters.engine.extra_config import ExtraConfig, read_extra_config
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.options import Seconds
 
@@ -47,7 +47,7 @@ class Settings:
             raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
 
 
-def hicache_config(extra: Mapping[str, Any] | None) -> Configured[Settings]:
+def hicache_config(extra: Mapping[str, Any] | None) -> ExtraConfig[Settings]:
     """Read the extra config of a HiCache storage backend. Raises ConfigError, also where SGLang
     would copy each page through a tensor of its own."""
     given = dict(extra or {})
@@ -60,17 +60,17 @@ def hicache_config(extra: Mapping[str, Any] | None) -> Configured[Settings]:
     return read_extra_config(ours, Settings, HICACHE)
 
 
-def linker_config(extra: Mapping[str, Any] | None) -> Configured[Settings]:
+def linker_config(extra: Mapping[str, Any] | None) -> ExtraConfig[Settings]:
     """Read the `linker_extra_config` of an external cache linker. Raises ConfigError."""
     return read_extra_config(dict(extra or {}), Settings, LINKER)
 
 
-def any_grain(conf: Configured[Settings]) -> dict[str, Any]:
+def any_grain(conf: ExtraConfig[Settings]) -> dict[str, Any]:
     """The user's overrides, as long as SGLang's page size is not known."""
     return {**conf.overrides, "chunk.grain": 1}
 
 
-def chunked(conf: Configured[Settings], page: int, *, chunk: int | None = None) -> dict[str, Any]:
+def chunked(conf: ExtraConfig[Settings], page: int, *, chunk: int | None = None) -> dict[str, Any]:
     """The user's overrides, with SGLang's page as the grain and chunks of whole pages: of `chunk`
     tokens, or as the pipeline says. Raises ConfigError."""
     if page < 2:

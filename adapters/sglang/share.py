@@ -18,6 +18,9 @@ from tierloom.stages.kv.layout import KVLayout
 
 log = logging.getLogger("tierloom.sglang")
 
+_FROM_FILES = {"auto", "bitsandbytes", "fastsafetensors", "gguf", "npcache", "pt", "safetensors"}
+"""Load formats that take what the model's folder holds."""
+
 
 class Share(NamedTuple):
     """What a pipeline is told of the KV that it keeps: arguments of `Pipeline`."""
@@ -53,7 +56,7 @@ def share_of(args: Any, settings: Settings, rank: Rank, pages: Pages, *, start_l
     )  # fmt: skip
 
 
-def refuse(config: Any) -> None:
+def refuse_split_pages(config: Any) -> None:
     """Raise LayoutError for ways of running in which a page does not hold whole tokens. `config`:
     SGLang's HiCacheStorageConfig."""
     for name in ("attn_cp_size", "dcp_size"):
@@ -91,6 +94,9 @@ def _part(args: Any, settings: Settings) -> str:
     overridden = str(getattr(args, "json_model_override_args", None) or "{}")
     if overridden != "{}":  # what the model's files say is not what is run
         said["model"] = overridden
+    for name in ("quantization_param_path", "load_format"):
+        if str(found := getattr(args, name, None) or "auto") not in _FROM_FILES:
+            said[name] = str(found)
     if drafted := bigram_keys(args):
         said["keys"] = drafted
     return canonical(said) if said else ""

@@ -10,22 +10,21 @@ one value of the pipeline's configuration. vLLM makes mappings of its own dotted
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from tierloom.pipeline.config.coerce import fill
-from tierloom.pipeline.config.load import load_config
-from tierloom.pipeline.config.problems import Findings, Place
+from tierloom.adapters.engine.extra_config import (
+    PREFIX,
+    ExtraConfig,
+    own_options,
+    read_extra_config,
+    set_twice,
+)
 from tierloom.pipeline.config.spec import PipelineSpec
-from tierloom.pipeline.config.yaml_tree import Table, dotted, from_python
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.options import Seconds
 
-NAME = "tierloom"
-PREFIX = f"{NAME}."
 WHERE = "kv_connector_extra_config"
 
 
@@ -73,21 +72,11 @@ class Settings:
         return self.save == "layer" or (self.save == "auto" and device != "cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Configured:
+class Configured(ExtraConfig[Settings]):
     """What `kv_connector_extra_config` means."""
 
-    settings: Settings
-    source: Any
-    """A preset's name, a path, or a mapping: for `tierloom.open`."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Later ones win."""
-
     def pipeline(self, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
-        """The pipeline, by `overrides` or those that the user gave. Raises ConfigError."""
-        spec = load_config(
-            self.source, self.overrides if overrides is None else overrides, said_in=WHERE
-        )
+        spec = super().pipeline(overrides)
         keys = self.settings.keys
         if keys != "own" and (keys == "sglang") != (spec.chunk.keys == "sglang"):
             raise ConfigError(
@@ -100,46 +89,10 @@ class Configured:
 
 def configured(extra: Mapping[str, Any]) -> Configured:
     """Read `kv_connector_extra_config`. Raises ConfigError with every problem of our own keys."""
-    found, at = Findings(), Place(WHERE)
-    for path in _twice(extra):
-        found.add(at, path, "is set twice", "once with dots, and once in a mapping")
-    try:
-        own = _own(extra)
-    except ValueError as error:
-        found.add(at, "", str(error))
-        own = {}
-    source = own.pop("config", None) or os.environ.get("TIERLOOM_CONFIG") or "tiered"
-    tree = from_python(own, at, "", found)
-    settings = fill(Settings, tree, NAME, found) if isinstance(tree, Table) else None
-    found.raise_all()
-    assert settings is not None
-    overrides = {"graphs.retrieve.pace.by": "layer"} if settings.load == "layer" else {}
-    overrides |= {"chunk.keys": "sglang"} if settings.keys == "sglang" else {}
-    overrides |= {k: v for k, v in extra.items() if k != NAME and not k.startswith(PREFIX)}
-    return Configured(settings, source, overrides)
-
-
-def _own(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of tierloom itself: `tierloom.key`, and what a mapping `tierloom` holds.
-    Raises ValueError."""
-    nested = said.get(NAME, {})
-    if not isinstance(nested, Mapping):
-        raise ValueError(f"{NAME} wants a mapping, got {nested!r}")  # noqa: TRY004 (as the others)
-    return {**nested} | {k.removeprefix(PREFIX): v for k, v in said.items() if k.startswith(PREFIX)}
-
-
-def _twice(said: Mapping[str, Any]) -> list[str]:
-    """Dotted paths of what is set in both ways."""
-    return [path for path, times in Counter(_paths(said, "")).items() if times > 1]
-
-
-def _paths(value: Any, path: str) -> Iterator[str]:
-    """The dotted path of each value, however it was written."""
-    if not isinstance(value, Mapping) or not value:
-        yield path
-        return
-    for key, inner in value.items():
-        yield from _paths(inner, dotted(path, str(key)))
+    said = read_extra_config(extra, Settings, WHERE)
+    overrides = {"graphs.retrieve.pace.by": "layer"} if said.settings.load == "layer" else {}
+    overrides |= {"chunk.keys": "sglang"} if said.settings.keys == "sglang" else {}
+    return Configured(said.settings, said.source, WHERE, overrides | said.overrides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +109,11 @@ class RequestOptions:
 
 def request_options(params: Mapping[str, Any] | None) -> RequestOptions:
     """Read a request's options. Raises ValueError, naming the one that cannot be used."""
-    own = _own(params) if params else {}
+    own = own_options(params) if params else {}
     if not own:
         return RequestOptions()
     assert params is not None
-    if twice := _twice(params):
+    if twice := set_twice(params):
         raise ValueError(f"{', '.join(twice)}: set twice")
     known = {"skip_save", "skip_load", "tags", "max_tokens"}
     if unknown := own.keys() - known:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.model_identity.config import rope_text
 from tierloom.adapters.model_identity.shared import SharedIdentity, shared_rope
 from tierloom.adapters.vllm.exchange.identity import calibrated_id, shared_identity, weights_id
@@ -32,52 +32,16 @@ _SPECULATIVE = {"draft_model", "medusa", "mlp_speculator", "ngram", "ngram_gpu",
 """Ways of speculative decoding that keep no KV of their own, or one of tokens alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """The position of a worker in the engine."""
+def vllm_rank(parallel: Any) -> Rank:
+    """The position of this process, once vLLM's process groups exist."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
-    tp: int
-    tp_size: int
-    pp: int
-    pp_size: int
-    dp: int
-    """Numbers copies of the model that nothing else distinguishes."""
-    dp_size: int
-    """1 for dense models too: each copy is a separate engine to vLLM."""
-
-    @classmethod
-    def here(cls, parallel: Any) -> Rank:
-        """Of this process, once vLLM's process groups exist."""
-        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
-
-        tp, pp = get_tp_group(), get_pp_group()
-        return cls(
-            tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size,
-            # Of a dense model vLLM sets the rank back to 0, and the size to 1.
-            parallel.data_parallel_index, parallel.data_parallel_size,
-        )  # fmt: skip
-
-    @property
-    def index(self) -> int:
-        """Numbers this engine's workers."""
-        return self.pp * self.tp_size + self.tp
-
-    @property
-    def folder(self) -> str:
-        """Its part of paths that only one process may use; empty if it is alone."""
-        parts = [f"dp{self.dp}"] if self.dp else []
-        parts = [f"dp{self.dp}of{self.dp_size}"] if self.dp_size > 1 else parts
-        parts += [f"tp{self.tp}of{self.tp_size}"] if self.tp_size > 1 else []
-        parts += [f"pp{self.pp}of{self.pp_size}"] if self.pp_size > 1 else []
-        return "-".join(parts)
-
-    def heads(self, total: int) -> tuple[tuple[int, int], bool]:
-        """The KV heads that this rank holds, and whether an earlier rank holds the same ones."""
-        if total >= self.tp_size:
-            each = total // self.tp_size
-            return (self.tp * each, self.tp * each + each), False
-        first = self.tp * total // self.tp_size
-        return (first, first + 1), self.tp > 0 and (self.tp - 1) * total // self.tp_size == first
+    tp, pp = get_tp_group(), get_pp_group()
+    return Rank(
+        tp.rank_in_group, tp.world_size, pp.rank_in_group, pp.world_size,
+        # Of a dense model vLLM sets the rank back to 0, and the size to 1.
+        parallel.data_parallel_index, parallel.data_parallel_size,
+    )  # fmt: skip
 
 
 class GroupPipeline:

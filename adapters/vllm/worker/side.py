@@ -33,7 +33,7 @@ from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.worker.captures import Captures
 from tierloom.adapters.vllm.worker.layout import is_draft, overwrites_early
 from tierloom.adapters.vllm.worker.loads import Loading, Loads
-from tierloom.adapters.vllm.worker.pipelines import GroupPipeline, Rank, open_pipelines
+from tierloom.adapters.vllm.worker.pipelines import GroupPipeline, open_pipelines, vllm_rank
 from tierloom.adapters.vllm.worker.tickets import Tickets
 from tierloom.adapters.vllm.worker.transfer_log import TransferLog
 from tierloom.stages.errors import ConfigError, TierloomError
@@ -91,7 +91,7 @@ class WorkerSide:
 
     def register_kv_caches(self, caches: Mapping[str, Any]) -> None:
         """Open the pipelines over the KV tensors, or log why not. Raises ConfigError."""
-        rank = Rank.here(self._vllm.parallel_config)
+        rank = vllm_rank(self._vllm.parallel_config)
         self._rank, self.transfer_log = rank.index, TransferLog(first=rank.index == 0)
         try:
             self._reset_socket = ResetSocket(address(self._vllm, rank.index), self._tickets.reset)

@@ -14,7 +14,7 @@ VLLM = HERE.with_name("vllm")
 
 # Imported by name once; these folders do not stay on the path, for they are called like packages.
 pytest.register_assert_rewrite("driver_process", "real_engine")
-sys.path += [str(HERE), str(VLLM)]
+sys.path += [str(HERE), str(VLLM), str(HERE.parent)]
 import driver_process  # noqa: E402
 import models  # noqa: E402
 import processes  # noqa: E402
@@ -22,6 +22,7 @@ import real_engine  # noqa: E402
 
 sys.path.remove(str(HERE))
 sys.path.remove(str(VLLM))
+sys.path.remove(str(HERE.parent))
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

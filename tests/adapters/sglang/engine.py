@@ -2,7 +2,7 @@
 
     .venv-sglang/bin/python tests/adapters/sglang/engine.py READ_FD WRITE_FD
 
-One JSON object a line, as `tests/adapters/vllm/driver_process.py` describes. Pipes of their own,
+One JSON object a line, as `tests/adapters/driver_process.py` describes. Pipes of their own,
 since SGLang writes to stdout as it likes. What can be done are the methods of `Driver` without an
 underscore.
 

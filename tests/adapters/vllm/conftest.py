@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 # Imported by name once; this folder does not stay on the path, for it is called `vllm`.
 pytest.register_assert_rewrite("driver_process", "harness", "launch", "serving")
-sys.path.append(str(HERE))
+sys.path += [str(HERE), str(HERE.parent)]
 import driver_process  # noqa: E402
 import harness  # noqa: E402
 import launch  # noqa: E402
@@ -24,6 +24,7 @@ import processes  # noqa: E402
 import serving  # noqa: E402, F401
 
 sys.path.remove(str(HERE))
+sys.path.remove(str(HERE.parent))
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ import pytest
 import torch
 from backend import BASE, PAGE, PER_CHUNK, backend, info, on_disk, prompt
 
-from tierloom.adapters.sglang.weights import WeightsWatch
+from tierloom.adapters.sglang.weights_watch import WeightsWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

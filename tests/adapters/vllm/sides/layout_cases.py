@@ -89,12 +89,12 @@ def registered(error: Exception) -> Any:
     def refuses(*_: Any) -> Any:
         raise error
 
-    kept = vllm_worker.open_pipelines, vllm_worker.Rank
-    vllm_worker.open_pipelines, vllm_worker.Rank = refuses, Bag(here=lambda _: Bag(index=0))
+    kept = vllm_worker.open_pipelines, vllm_worker.vllm_rank
+    vllm_worker.open_pipelines, vllm_worker.vllm_rank = refuses, lambda _: Bag(index=0)
     try:
         worker.register_kv_caches({})
     finally:
-        vllm_worker.open_pipelines, vllm_worker.Rank = kept
+        vllm_worker.open_pipelines, vllm_worker.vllm_rank = kept
     return worker
 
 

@@ -28,7 +28,8 @@ from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-import tierloom.adapters.vllm.worker.pipelines as pipes
+import tierloom.adapters.vllm.worker.side as worker_side
+from tierloom.adapters.engine.rank import Rank
 from tierloom.stages.ops import frame_copy as copying
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ class World:
         kind = AsyncScheduler if case.ahead else Scheduler
         self.stages = []
         for i, (runner, layers) in enumerate(zip(case.runners, mine, strict=True)):
-            place = pipes.Rank(0, 1, i, stages, 0, 1)
-            pipes.Rank.here = lambda _, place=place: place  # type: ignore[method-assign, assignment, misc]
+            place = Rank(0, 1, i, stages, 0, 1)
+            worker_side.vllm_rank = lambda _, place=place: place  # type: ignore[misc]
             self.stages.append(Stage(self, runner, layers, cache_config(layers)))
         self.scheduler = kind(
             vllm_config=config, kv_cache_config=cache_config(every),

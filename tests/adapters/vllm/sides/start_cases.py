@@ -19,13 +19,14 @@ from vllm.logger import init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tierloom import ConfigError
+from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.model_identity.shared import shared_id
 from tierloom.adapters.vllm.connector import register
 from tierloom.adapters.vllm.exchange import early_check as vllm_check
 from tierloom.adapters.vllm.exchange.log import speak
 from tierloom.adapters.vllm.exchange.messages import Save
 from tierloom.adapters.vllm.exchange.settings import configured
-from tierloom.adapters.vllm.worker.pipelines import Rank, _shared
+from tierloom.adapters.vllm.worker.pipelines import _shared
 from tierloom.adapters.vllm.worker.transfer_log import TransferLog
 from tierloom.stages.kv.prefix import Span
 
