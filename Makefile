@@ -12,8 +12,10 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
 SGLANG := .venv-sglang
 SGLANG_READY := $(SGLANG)/.ready
-# Files side by side, as they stand: tests of one file share their servers.
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -p no:benchmark
+# Files side by side, as they stand: tests of one file share their servers. One more than there are
+# cores, as much of the time is waiting.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
@@ -85,8 +87,12 @@ test: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # Needs nothing but .venv; the slow ones, and those with a server or an engine, are `make test`'s.
-check: lint
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -q -m "not slow and not server"
+# mypy runs beside the tests, and speaks last.
+check: $(READY)
+	$(BIN)/ruff check .
+	@types=$$(mktemp); $(BIN)/mypy > $$types 2>&1 & mypy=$$!; \
+	  $(BIN)/python -m pytest $(SIDE_BY_SIDE) -q -m "not slow and not server"; tests=$$?; \
+	  wait $$mypy || tests=1; cat $$types; rm $$types; exit $$tests
 
 # All block sizes, all orders of hooks, also with the scheduler of vLLM's next release: an hour.
 test-vllm: $(READY) $(VLLM_READY)

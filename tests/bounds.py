@@ -26,6 +26,6 @@ def fuzz_with_bounds_checks(cache: Path, *contracts: str) -> None:
         env={**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert done.stdout == "done\n", done.stderr

@@ -19,6 +19,14 @@ ALONE = {"test_vllm_sides.py", "test_redis_resp.py", "test_wire.py"}
 """Files of these folders that need neither a server nor an engine."""
 sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 
+# Files run side by side on all cores: threads of torch, which spin while they wait for one
+# another, would cost several times what they compute. Read when torch is imported, by children too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # the same threads
+# Hundreds of processes are started, and each would compile all that it imports, this suite as well.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # What tests share is imported once by name. This folder does not stay on the path: its own folders
 # would pass for other people's packages, too.
 sys.path.append(str(ROOT / "tests"))
@@ -92,9 +100,10 @@ def pytest_collection_modifyitems(config, items):
     """
     if "campaign" not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker("campaign")]
-    items.sort(key=lambda item: VLLM not in item.path.parents)
+    parents = {path: set(path.parents) for path in {item.path for item in items}}
+    items.sort(key=lambda item: VLLM not in parents[item.path])
     for item in items:
         if item.name == "test_hostile_bytes":
             item.add_marker("slow")
-        if item.path.name not in ALONE and any(folder in item.path.parents for folder in SERVED):
+        if item.path.name not in ALONE and not parents[item.path].isdisjoint(SERVED):
             item.add_marker("server")

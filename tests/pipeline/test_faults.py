@@ -35,13 +35,13 @@ FAULTS: dict[str, dict[str, Any]] = {
 PACES = [None, {"by": "layer", "window": 1}]
 
 
-def faulty(fault: str, pace: Any, **changes: Any) -> dict[str, Any]:
+def faulty(fault: str, pace: Any, deadline: str = "400 ms", **changes: Any) -> dict[str, Any]:
     """A good memory tier in front of the faulty one; both are written to."""
     warm = FAULTS[fault] | {"capacity": "8 MiB", "timeout": "300 ms", "probe": "100 ms"}
     made = config(
         tiers__warm=warm,
-        graphs__store__deadline="400 ms",
-        graphs__retrieve__deadline="400 ms",
+        graphs__store__deadline=deadline,
+        graphs__retrieve__deadline=deadline,
         **changes,
     )
     made["graphs"]["store"]["stages"]["warm"] = {"use": "put", "tier": "warm", "when_full": "block"}
@@ -54,7 +54,8 @@ def faulty(fault: str, pace: Any, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_bad_tier_costs_its_own_chunks_and_no_more(opened: Open, fault: str, pace: Any) -> None:
     engine = Engine()
-    pipe = opened(faulty(fault, pace), engine)
+    # The faulty tier may take 300 ms of each request before the good one is asked.
+    pipe = opened(faulty(fault, pace, "1 s"), engine)
     requests = [tokens(150, seed=s) for s in range(6)]
     at = engine.slots(150)
     for ids in requests:
@@ -64,7 +65,7 @@ def test_a_bad_tier_costs_its_own_chunks_and_no_more(opened: Open, fault: str, p
         begun = time.monotonic()
         assert ticket.captured()
         receipt = ticket.wait()
-        assert time.monotonic() - begun < 10  # generous: a deadline of 0.4 s on a loaded machine
+        assert time.monotonic() - begun < 10  # generous: a deadline of 1 s on a loaded machine
         assert receipt.tokens == 150, "the good tier must have kept it"
     settle(pipe)
     for clear in (False, True):

@@ -22,11 +22,13 @@ MEMORY = {"use": "memory", "capacity": "8 MiB"}
 SLOW = {"use": "slow", "capacity": "8 MiB", "timeout": "10 s"}
 
 
-def hedged(hot: dict[str, Any], warm: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def hedged(
+    hot: dict[str, Any], warm: dict[str, Any], hedge: str = "20 ms", **changes: Any
+) -> dict[str, Any]:
     """Two tiers that both have everything, the first of which is hedged with the second."""
     source = config(
         tiers__hot=hot, tiers__warm=warm,
-        graphs__retrieve__stages__fetch={"use": "get", "hedge": "20 ms"},
+        graphs__retrieve__stages__fetch={"use": "get", "hedge": hedge},
         graphs__store__deadline="20 s", graphs__retrieve__deadline="5 s", **changes,
     )  # fmt: skip
     source["graphs"]["store"]["stages"]["warm"] = {
@@ -45,7 +47,7 @@ def hedged(hot: dict[str, Any], warm: dict[str, Any], **changes: Any) -> dict[st
         (MEMORY, {**MEMORY, "use": "stuck", "at": "read"}, "hot"),
         ({**MEMORY, "use": "stuck", "at": "first_byte"}, {"use": "mock"}, "warm"),
         ({"use": "mock", "loss": 1.0}, MEMORY, "warm"),
-        ({"use": "mock", "latency": "300 ms", "timeout": "9 s"},
+        ({"use": "mock", "latency": "700 ms", "timeout": "9 s"},
          {"use": "mock", "latency": "150 ms"}, "warm"),
     ],
 )  # fmt: skip
@@ -62,7 +64,7 @@ def test_what_comes_first_is_taken(opened: Open, hot: Any, warm: Any, delivers: 
 
 def test_what_answers_in_time_is_asked_alone(opened: Open) -> None:
     engine = Engine()
-    pipe, target, ids = opened(hedged(MEMORY, MEMORY), engine), engine.blank(), tokens(150)
+    pipe, target, ids = opened(hedged(MEMORY, MEMORY, "4 s"), engine), engine.blank(), tokens(150)
     at = engine.slots(150)
     pipe.store(ids, engine.caches, at).wait()
     assert pipe.retrieve(ids, target.caches, at).wait().tiers == {"hot": 3}
@@ -82,7 +84,7 @@ def test_neither_delivers(opened: Open) -> None:
 def test_layer_by_layer(opened: Open, tmp_path: Path) -> None:
     """The tier that delivered the first layers delivers the others."""
     engine = Engine()
-    far = {"use": "mock", "latency": "300 ms", "timeout": "9 s"}
+    far = {"use": "mock", "latency": "700 ms", "timeout": "9 s"}
     source = hedged(far, {"use": "files", "path": str(tmp_path)})
     source["graphs"]["retrieve"]["pace"] = {"by": "layer", "window": 1}
     pipe, target, ids = opened(source, engine), engine.blank(), tokens(150)

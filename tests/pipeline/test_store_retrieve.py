@@ -256,19 +256,19 @@ def test_no_layer_is_read_before_it_is_done(opened: Open, layers: int, by: str) 
 
 def test_a_deadline_bounds_the_waiting_not_the_computing(opened: Open) -> None:
     """A model that takes longer than the deadline between two layers still gets all of its KV."""
-    engine = Engine()
+    engine = Engine(layers=4)
     pace = {"by": "layer", "window": 1}
     source = config(graphs__store__pace=pace, graphs__retrieve__pace=pace)
-    source["graphs"]["store"]["deadline"] = source["graphs"]["retrieve"]["deadline"] = "200 ms"
+    source["graphs"]["store"]["deadline"] = source["graphs"]["retrieve"]["deadline"] = "500 ms"
     pipe, ids, at = opened(source, engine), tokens(64), engine.slots(64)
     wave = pipe.begin_store(ids, engine.caches, at)
     for i in range(engine.layers):
-        time.sleep(0.12)
+        time.sleep(0.3)
         wave.layer_done(i)
     assert wave.wait(5).tokens == 64
     wave = pipe.begin_retrieve(ids, engine.blank().caches, at)
     for i in range(engine.layers):
-        time.sleep(0.12)
+        time.sleep(0.3)
         assert wave.wait_layer(i) == 64
     assert wave.wait().tokens == 64
 

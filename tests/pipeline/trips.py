@@ -25,6 +25,9 @@ SHORT: dict[str, Any] = {
     "tiers__cold__timeout": "200 ms", "tiers__cold__fails": 2,
 }  # fmt: skip
 """For what is to fail: a breaker that opens at the second call in vain."""
+AMPLE = SHORT | {"graphs__store__deadline": "2 s", "graphs__retrieve__deadline": "2 s"}
+"""The same, for what must come out of memory all the same: a store that is gone takes its own limit
+of each request, and leaves time for the rest."""
 
 
 def layered(pipe: Pipeline) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tierloom.adapters.transformers.cached_model import CachedModel
 from tierloom.stages.errors import LayoutError
@@ -108,5 +109,6 @@ def off(logits: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def test_the_names_are_transformers_own() -> None:
+    assert set(names()) == {config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}
     assert {*names(), *VARIANTS} >= ALWAYS
     assert not (OWN.keys() | {base for base, _ in VARIANTS.values()}) - set(names())

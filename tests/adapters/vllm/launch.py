@@ -24,18 +24,24 @@ SERVER = Path(__file__).with_name("fork_server.py")
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    # Not beside the source: vLLM's numba is another one, and each would compile all anew.
+    "NUMBA_CACHE_DIR": str(VENV / "numba"),
     "OMP_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",  # engines run eagerly; some helpers of vLLM would be compiled
     "PYTHONSAFEPATH": "1",  # the checkout and this folder must not pass for packages
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # asks workers in other processes for their report
+    # Whatever HOME is: a class of models that it does not know there is looked at in a process of
+    # its own, which imports vLLM again.
+    "VLLM_CACHE_ROOT": str(VENV / "cache"),
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads starve each other on a shared machine
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }
 _OURS = ("TIERLOOM_", "VLLM_")  # settings of whoever runs the tests, which are not for the engines
-_LATE = ("TIERLOOM_", "TMPDIR", "VLLM_ENABLE_V1_MULTIPROCESSING")
-"""Nobody reads these while vLLM is imported: a fork may have others than who imported it."""
+_LATE = ("HOME", "TIERLOOM_", "TMPDIR", "VLLM_ENABLE_V1_MULTIPROCESSING", "XDG_CACHE_HOME")
+"""A fork may have others of these than who imported vLLM: what reads them is imported later, or is
+about downloads, of which there are none."""
 
 _SURROUNDINGS = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
 """Taken once: torch, which tests import into their own process, sets variables."""

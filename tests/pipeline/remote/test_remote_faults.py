@@ -10,7 +10,7 @@ import pytest
 from conftest import Engine, settle, tokens
 from kinds import SERVED, kinds
 from stores import IDS
-from trips import PACES, PATIENCE, SHORT, away, cold, get, given_up_at_random, lands, until
+from trips import AMPLE, PACES, PATIENCE, SHORT, away, cold, get, given_up_at_random, lands, until
 
 from tierloom import Lost
 
@@ -32,7 +32,7 @@ def test_a_server_that_is_gone_and_comes_back(
     """Memory before it goes on serving what it has acknowledged."""
     engine, victim = Engine(), store.victims[which]
     at = engine.slots(192)
-    pipes = [over(engine, hot=True, by=by, model=by, **SHORT) for by in PACES]
+    pipes = [over(engine, hot=True, by=by, model=by, **AMPLE) for by in PACES]
     for pipe in pipes:
         lands(pipe, engine, at)
         assert cold(pipe).store(WARM, engine.caches, at).wait().tiers.get("hot") == 3

@@ -160,6 +160,7 @@ class TestTurboQuant3(TestTurboQuant):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_nothing_is_touched_outside_of_buffers(tmp_path: Path) -> None:
     lossy = ("TestInt8", "TestFp8", "TestInt4", "TestTurboQuant", "TestTurboQuant3")
     mine = [f"test_codec_quantizers:{name}" for name in lossy]

@@ -129,5 +129,6 @@ def test_values_side_by_side(values: list[int], bits: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_nothing_is_touched_outside_of_buffers(tmp_path: Path) -> None:
     fuzz_with_bounds_checks(tmp_path, "test_codec_rans:TestRans")

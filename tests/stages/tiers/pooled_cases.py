@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import xxhash
 
@@ -37,6 +39,28 @@ def damaged(tier, key, change, replaced):
     for name, value in zip(names, values, strict=True):
         replaced(tier, name, bytes(raw[: len(value)]))
         del raw[: len(value)]
+
+
+async def give_up_a_read(tier, monkeypatch, freeze):
+    """`freeze` the server under a read of object 1, then cancel the read. Its thread is through
+    when the client has let go of it and the event that is returned is set, whichever is later."""
+    begun, through, fetch = anyio.Event(), threading.Event(), tier._fetch
+
+    def freezing(pieces):
+        freeze()
+        anyio.from_thread.run_sync(begun.set)
+        found = fetch(pieces)
+        assert through.wait(60)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier, "_fetch", freezing)
+        async with anyio.create_task_group() as group:
+            group.start_soon(tier.read, [Read(key_of(1), ALL)])
+            await begun.wait()
+            await anyio.sleep(0.2)  # for its request to set out
+            group.cancel_scope.cancel()
+    return through
 
 
 async def check_namespaces(bench, ctx, folder, clock, arena):

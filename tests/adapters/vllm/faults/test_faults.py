@@ -160,7 +160,7 @@ def test_disk_full(engine: Engine, llama: Path, expect: Expect, tmp_path: Path, 
 def test_killed_and_back(engine: Engine, llama: Path, expect: Expect, tmp_path: Path) -> None:
     """The folder of a `files` tier goes away under a running engine, and comes back."""
     folder = tmp_path / "shared"
-    files = {"use": "files", "path": str(folder), "timeout": "300 ms", "probe": "100 ms"}
+    files = {"use": "files", "path": str(folder), "timeout": "5 s", "probe": "100 ms"}
     engine.use(llama, transfer(pipeline(cold=files)))
     tokens = prompt(1025, seed=160)
     expect(engine, tokens, cached=0)

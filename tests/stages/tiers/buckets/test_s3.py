@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 from buckets import KEY, NAME, SECRET, Gate, GatedPool, localbucket, moto, rclone
 from processes import need
@@ -244,8 +245,11 @@ class TestLocalBucket(S3Contract):
     ):
         obj = make_object(arena, 1, tokens=4096)
         self.gate.open.clear()
-        with anyio.move_on_after(0.2):
-            await tier.put([obj])
+        self.gate.reached.clear()
+        async with anyio.create_task_group() as group:
+            group.start_soon(tier.put, [obj])
+            assert await anyio.to_thread.run_sync(self.gate.reached.wait, 30)
+            group.cancel_scope.cancel()
         obj.lease.release()  # the caller's
         self.gate.open.set()
         for _ in range(200):
@@ -321,9 +325,10 @@ class TestEnds:
         with localbucket(tmp_path / "data") as server:
             ctx = TierContext(arena, b"n" * 32, Pool())
             options = S3Options(url=f"s3://{NAME}/kv", endpoint=server.url, region="us-east-1")
-            tier = CircuitBreaker(S3(options, ctx), "cold", Limits())
+            bare = S3(options, ctx)
+            tier = CircuitBreaker(bare, "cold", Limits())
             await tier.open()
-            assert await self.bench.put(tier, 1) == [None]
+            assert await self.bench.put(bare, 1) == [None]
             with contextlib.ExitStack() as stack:
                 if end == "dead":
                     server.stop()
@@ -339,11 +344,11 @@ class TestEnds:
             if end == "dead":
                 server.start()
             end_by = time.monotonic() + 10
-            while await self.bench.get(tier, 1) in (Lost.TIER_DOWN, Lost.LATE):
+            while (got := await self.bench.get(tier, 1)) in (Lost.TIER_DOWN, Lost.LATE):
                 assert time.monotonic() < end_by, "it never came back"
                 await anyio.sleep(0.02)
             assert tier.available
-            assert isinstance(await self.bench.get(tier, 1), bytes)
+            assert isinstance(got, bytes)
             await tier.close()
         for _ in range(200):
             if not arena.leases:

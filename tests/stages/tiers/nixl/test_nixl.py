@@ -6,6 +6,7 @@ import os
 import resource
 
 import anyio
+import anyio.to_thread
 import pytest
 from buckets import KEY, NAME, SECRET, Gate, localbucket
 from processes import need
@@ -175,11 +176,16 @@ class TestObjects(TierContract):
         async def then_shut(name):
             found = await size(name)
             self.gate.open.clear()
+            self.gate.reached.clear()
+            asking.set()
             return found
 
-        tier.tier._bucket.size = then_shut
-        with anyio.move_on_after(0.3):
-            await self.get(tier, 1, 1024)
+        asking, tier.tier._bucket.size = anyio.Event(), then_shut
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.get, tier, 1, 1024)
+            await asking.wait()
+            assert await anyio.to_thread.run_sync(self.gate.reached.wait, 30)
+            group.cancel_scope.cancel()
         tier.tier._bucket.size = size
         held = arena.leases
         assert held == 1, "NIXL may still write into it"

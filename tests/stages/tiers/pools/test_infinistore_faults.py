@@ -11,6 +11,7 @@ from contextlib import suppress
 import anyio
 import pools
 import pytest
+from pooled_cases import give_up_a_read
 
 from tierloom.pipeline.config.spec import Breaker
 from tierloom.stages.errors import Lost, TierDown
@@ -75,22 +76,14 @@ class TestFaults(Bench):
         self, tier, arena, monkeypatch
     ):
         await self.put(tier, 1)
-        fetch = tier._fetch
-
-        def freezing(pieces):
-            self.server.pause()
-            return fetch(pieces)
-
-        monkeypatch.setattr(tier, "_fetch", freezing)
-        with anyio.move_on_after(0.2) as gone:
-            await tier.read([Read(key_of(1), ALL)])
-        assert gone.cancelled_caught
+        through = await give_up_a_read(tier, monkeypatch, self.server.pause)
         assert arena.leases == 1, "the lease goes home only when the thread is through"
         others = []
         while arena.flight + 4096 <= arena.working:
             others.append(arena.lease(4096))
             others[-1].view[:] = b"\xa5" * 4096
         self.server.resume()
+        through.set()
         assert await tier._calls.idle(5)
         assert all(bytes(lease.view) == b"\xa5" * 4096 for lease in others)
         for lease in others:

@@ -7,6 +7,7 @@ import time
 import anyio
 import pools
 import pytest
+from pooled_cases import give_up_a_read
 
 from tierloom.pipeline.config.spec import Breaker
 from tierloom.stages.errors import Lost, TierDown
@@ -70,11 +71,7 @@ class TestFaults(TierBench):
         """Its owner is frozen under a read, whose caller goes; all the rest of the arena is leased
         to others; the owner wakes up and sends. What others hold is as they left it."""
         await self.put(tier, 1)
-        with monkeypatch.context() as patch:
-            self.freeze_under_a_fetch(tier, patch)
-            with anyio.move_on_after(0.4) as gone:
-                await tier.read([Read(key_of(1), ALL)])
-        assert gone.cancelled_caught
+        through = await give_up_a_read(tier, monkeypatch, self.memory.owners[0].pause)
         assert arena.leases == 1, "the lease goes home only when the thread is through"
         assert tier.counts.extra["abandoned"] == 1
         others = []
@@ -82,6 +79,7 @@ class TestFaults(TierBench):
             others.append(arena.lease(4096))
             others[-1].view[:] = b"\xa5" * 4096
         self.memory.owners[0].resume()
+        through.set()
         assert await tier._calls.idle(10)
         await anyio.sleep(1)
         assert all(bytes(lease.view) == b"\xa5" * 4096 for lease in others)

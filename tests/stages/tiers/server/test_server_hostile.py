@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -313,7 +314,7 @@ class TestAgainstServers(TierBench):
         self, ctx: TierContext, arena: Arena, whole: bytes
     ) -> None:
         """A read is cancelled in the middle of an object; the rest comes later, and nowhere."""
-        half = anyio.Event()
+        half, leased = anyio.Event(), threading.Event()
         sent: list[int] = []
         token = anyio.lowlevel.current_token()
 
@@ -321,7 +322,7 @@ class TestAgainstServers(TierBench):
             item = wire.pack(wire.Item(0, 3, SIZE, 0, SIZE))
             sock.sendall(wire.message(Kind.ITEM, message.number, item) + whole[: SIZE // 2])
             anyio.from_thread.run_sync(half.set, token=token)
-            time.sleep(0.2)
+            assert leased.wait(30)
             with contextlib.suppress(OSError):
                 sock.sendall(whole[SIZE // 2 :])
             sent.append(1)
@@ -329,6 +330,7 @@ class TestAgainstServers(TierBench):
         with self.false(answer) as server:
             async with self.asking(server.url, ctx) as tier:
                 for _ in range(3):
+                    leased.clear()
                     async with anyio.create_task_group() as group:
                         reads = [Read(key_of(1), ALL)]
                         group.start_soon(tier.read, reads)
@@ -341,6 +343,7 @@ class TestAgainstServers(TierBench):
                     lease = arena.lease(arena.working)  # whatever is given back is in it
                     lease.view[:] = b"\xa5" * lease.nbytes
                     count = len(sent)
+                    leased.set()
                     while len(sent) == count:  # noqa: ASYNC110 - by another thread
                         await anyio.sleep(0.01)
                     await anyio.sleep(0.05)
