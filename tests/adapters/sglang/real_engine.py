@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -187,11 +188,18 @@ class Engine:
         self.ask("flush")
 
     def attach(self, extra: dict[str, Any]) -> None:
-        said = self.ask("attach", extra=extra)
-        assert said["success"], said["message"]
+        self._when_idle("attach", extra=extra)
 
     def detach(self) -> None:
-        said = self.ask("detach")
+        self._when_idle("detach")
+
+    def _when_idle(self, do: str, **arguments: Any) -> None:
+        """SGLang refuses while anything of a request that was answered is still under way."""
+        for _ in range(200):
+            said = self.ask(do, **arguments)
+            if said["success"] or "not idle" not in said["message"]:
+                break
+            time.sleep(0.05)
         assert said["success"], said["message"]
 
     def clear(self) -> None:
