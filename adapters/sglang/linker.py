@@ -18,7 +18,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
-import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -44,7 +43,9 @@ from tierloom.stages.kv.prefix import Span
 log = logging.getLogger("tierloom.sglang")
 
 _REMEMBERED = 4096
-"""Requests of which we know that their pages were sent for."""
+"""Requests of which something is known."""
+_STRIDE = 8
+"""Pages of which one is looked at."""
 
 
 class TierloomLinker(UnifiedCacheLinker):
@@ -70,6 +71,8 @@ class TierloomLinker(UnifiedCacheLinker):
         """Pages that lie in memory, by their names in SGLang."""
         self._asked: dict[str, None] = {}
         """Requests whose pages were sent for."""
+        self._failed: dict[str, None] = {}
+        """Requests that a page was missing for: each of theirs is looked at."""
         self._queued: dict[str, PageLoad] = {}
         self._offloads: deque[Ticket] = deque()
         self._weights = WeightsWatch()
@@ -89,12 +92,12 @@ class TierloomLinker(UnifiedCacheLinker):
         keys = self._keys(transfers)
         if not keys or self._ended():
             return []
-        found = self._in_memory(keys)
+        found = self._in_memory(keys, each=rid in self._failed)
         if found < len(keys) and rid not in self._asked:
             self._fetch(rid, keys[found:])
-        return (
-            list(range(1, found + 1)) if found * self._page >= self.said.settings.min_tokens else []
-        )
+        if found * self._page < self.said.settings.min_tokens or not found:
+            return []
+        return [found] if self._alone else list(range(1, found + 1))  # ranks intersect theirs
 
     def load(self, rid: str, transfers: Sequence[Any]) -> bool:
         """Hold the pages of a request and queue them; False where one is gone."""
@@ -105,6 +108,7 @@ class TierloomLinker(UnifiedCacheLinker):
         span = _span(keys, self._page)
         held = store.pipeline.hold(span) if numbers is not None else None
         if held is None or numbers is None:
+            _remember(self._failed, rid)
             return False
         self._queued[rid] = PageLoad(store, span, numbers, held)
         return True
@@ -176,11 +180,12 @@ class TierloomLinker(UnifiedCacheLinker):
             self._store = None
 
     def _open(self, args: Any, params: Any, pool: Any) -> None:
-        self._page = int(params.page_size)
+        self._page, rank = int(params.page_size), sglang_rank()
+        self._alone = rank.tp_size == rank.pp_size == 1
         overrides = chunked(self.said, self._page, chunk=self._page)
         overrides |= {"graphs.retrieve.pace.by": "layer"}
         self._store = open_pages(
-            self.said, overrides, device_pages(pool, self._page), sglang_rank(), args=args,
+            self.said, overrides, device_pages(pool, self._page), rank, args=args,
             start_layer=int(getattr(pool, "start_layer", 0) or 0), watch=self._note,
         )  # fmt: skip
         tiers = self._store.pipeline.tiers
@@ -209,20 +214,23 @@ class TierloomLinker(UnifiedCacheLinker):
         keys: list[str] = (transfers[0].keys or []) if transfers else []
         return keys
 
-    def _in_memory(self, keys: Sequence[str]) -> int:
-        """Pages, from the first on, that lie in memory."""
-        try:
-            return operator.indexOf(map(self._memory.__contains__, keys), False)
-        except ValueError:
-            return len(keys)
+    def _in_memory(self, keys: Sequence[str], *, each: bool) -> int:
+        """Pages, from the first on, that lie in memory. Not `each` is looked at: the tail of a
+        prompt goes first, so where a page is, those before it nearly always are, and `load` says
+        no where one is not."""
+        has = self._memory.__contains__
+        if not has(keys[0]):
+            return 0
+        step = 1 if each else _STRIDE
+        last = next((i for i in range(step - 1, len(keys), step) if not has(keys[i])), len(keys))
+        begin = last - last % step
+        return next((i for i in range(begin, len(keys)) if not has(keys[i])), len(keys))
 
     def _fetch(self, rid: str, keys: Sequence[str]) -> None:
         """Have what lies in colder tiers brought into memory, verified, and placed nowhere."""
         if self._store is None:
             return
-        self._asked[rid] = None
-        if len(self._asked) > _REMEMBERED:
-            del self._asked[next(iter(self._asked))]
+        _remember(self._asked, rid)
         self._store.pipeline.prefetch(partial(_span, keys, self._page), self._store.pages.caches)
 
     def _ended(self) -> bool:
@@ -247,6 +255,12 @@ def _span(keys: Sequence[str], page: int) -> Span:
     if len(links) != LINK * len(keys):
         raise ValueError("page hashes are not SHA-256 in hexadecimal")
     return Span(links, b"", len(keys) * page)
+
+
+def _remember(requests: dict[str, None], rid: str) -> None:
+    requests[rid] = None
+    if len(requests) > _REMEMBERED:
+        del requests[next(iter(requests))]
 
 
 def _not_done(self: TierloomLinker, *_: Any, **__: Any) -> None:

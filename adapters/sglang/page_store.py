@@ -170,19 +170,19 @@ class PageStore:
 
     def _kept_here(self, links: bytes) -> int:
         """Pages that the indexes of this process have, from the first on."""
-        tiers = [tier for tier in self._local if tier.available]
+        asked = [(tier.find, tier.unread) for tier in self._local if tier.available]
         found, step = 0, self.per_chunk * LINK
         for at in range(0, len(links), step):
             chunk = links[at : at + step]
-            best = 0
-            for tier in tiers:
-                kept = tier.find(chunk)
-                if kept is not None and kept.grains > best and kept.key not in tier.unread:
+            best, whole = 0, len(chunk) // LINK
+            for find, unread in asked:
+                kept = find(chunk)
+                if kept is not None and kept.grains > best and kept.key not in unread:
                     best = kept.grains
-                    if best * LINK == len(chunk):
+                    if best == whole:
                         break
             found += best
-            if best * LINK < len(chunk):
+            if best < whole:
                 break
         return found
 

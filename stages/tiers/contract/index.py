@@ -102,16 +102,17 @@ class Index(Generic[P]):
         return entry
 
     def find(self, links: bytes) -> Found | None:
-        """The object that serves most grains of the chunk with these links. As `get`."""
+        """The object that serves most grains of the chunk with these links; a key alone asks for
+        its object, wherever that begins. As `get`."""
+        whole = self.get(links[-LINK:])
+        if whole is not None and (whole.links == links or whole.key == links):
+            return Found(whole.key, len(links) // LINK, whole.nbytes)
         asked = split(links)
         for grains in range(len(asked), 0, -1):
             link = asked[grains - 1]
             entry = self.get(link) or self.get(self._aliases.get(link, b""))
-            # An object that begins elsewhere in the text has the link at another position. A key
-            # alone asks for its object, wherever that begins.
-            if entry is not None and (
-                entry.links.startswith(links[: grains * LINK]) or entry.key == links
-            ):
+            # An object that begins elsewhere in the text has the link at another position.
+            if entry is not None and entry.links.startswith(links[: grains * LINK]):
                 return Found(entry.key, grains, entry.nbytes)
         return None
 
