@@ -78,13 +78,9 @@ def chunked(conf: ExtraConfig[Settings], page: int, *, chunk: int | None = None)
             f"SGLang's page size is {page}, and each page would be an object: start it with "
             "--page-size 32 or more"
         )
+    ours = {"chunk.grain": page, "chunk.keys": "sglang"}
     if chunk is not None:
-        return {
-            **conf.overrides,
-            "chunk.tokens": chunk,
-            "chunk.grain": page,
-            "chunk.keys": "sglang",
-        }
+        return patient(conf) | conf.overrides | ours | {"chunk.tokens": chunk}
     said = conf.pipeline(any_grain(conf))
     if said.chunk.tokens % page:
         fits = max(page, said.chunk.tokens // page * page)
@@ -92,4 +88,11 @@ def chunked(conf: ExtraConfig[Settings], page: int, *, chunk: int | None = None)
             f"{conf.where}: SGLang's page of {page} tokens does not divide chunk.tokens "
             f"{said.chunk.tokens}: set chunk.tokens to {fits}, or --page-size to a divisor"
         )
-    return {**conf.overrides, "chunk.grain": page, "chunk.keys": "sglang"}
+    return patient(conf) | conf.overrides | ours
+
+
+def patient(conf: ExtraConfig[Settings]) -> dict[str, Any]:
+    """A longer deadline than a preset's: SGLang reads ahead, and up to 128 pages at once. A file
+    of the user's says its own."""
+    preset = isinstance(conf.source, str) and "." not in conf.source
+    return {"graphs.retrieve.deadline": "5 s"} if preset else {}
