@@ -78,15 +78,13 @@ class TierloomHiCache(HiCacheStorage):
             self._store = open_pages(
                 self.said, overrides, pages, self.rank, args=get_server_args(), start_layer=start
             )
-            self.off = self._store.pipeline.off or ""
         except LayoutError as error:
             self.off = str(error)
-        if self.off:
             log.warning("nothing is stored: %s", self.off)
-            return
-        assert self._store is not None
-        self._loads, self._saves = (Traffic(self._store.pages.nbytes) for _ in range(2))
-        self._warn_of_replicas()
+        else:
+            self.off = ""
+            self._loads, self._saves = (Traffic(pages.nbytes) for _ in range(2))
+            self._warn_of_replicas()
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Open a pipeline for a side pool (a window's, a state's, an indexer's, a draft's)."""

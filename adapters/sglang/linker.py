@@ -16,10 +16,9 @@ Status by versions of SGLang: as `hicache.py`.
 from __future__ import annotations
 
 import abc
-import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 
 from tierloom.adapters.sglang.layer_loads import LayerLoads, PageLoad
 from tierloom.adapters.sglang.opening import open_pages, sglang_rank
-from tierloom.adapters.sglang.page_store import PageStore, say_once
+from tierloom.adapters.sglang.page_store import PageStore, links_of, say_once
 from tierloom.adapters.sglang.pool import device_pages, page_numbers
 from tierloom.adapters.sglang.settings import chunked, linker_config
 from tierloom.adapters.sglang.weights_watch import WeightsWatch
@@ -81,7 +80,6 @@ class TierloomLinker(UnifiedCacheLinker):
             self._open(server_args, params, pool)
         except LayoutError as error:
             self.off = str(error)
-        if self.off:
             log.warning("nothing is stored: %s", self.off)
 
     # -- the scheduler's thread ----------------------------------------------------------------
@@ -125,7 +123,7 @@ class TierloomLinker(UnifiedCacheLinker):
         queued, self._queued = list(self._queued.values()), {}
         if not queued:
             return -1
-        with self._on_forward_stream():
+        with torch.cuda.stream(self.forward_stream):  # None: no matter which
             for load in queued:
                 load.start()
         return self.layer_done_counter.begin(queued)
@@ -143,7 +141,7 @@ class TierloomLinker(UnifiedCacheLinker):
         if numbers is None:
             say_once(f"{len(keys)} pages of the device pool are not whole pages")
             return False
-        with self._on_forward_stream():
+        with torch.cuda.stream(self.forward_stream):  # None: no matter which
             ticket = store.pipeline.store(
                 _span(keys, self._page), store.pages.caches, blocks=BlockTable(numbers)
             )
@@ -190,9 +188,8 @@ class TierloomLinker(UnifiedCacheLinker):
         )  # fmt: skip
         tiers = self._store.pipeline.tiers
         self._kinds = {name for name, tier in tiers.items() if tier.in_arena}
-        self.off = self._store.pipeline.off or ""
         if not self._kinds:
-            self.off = "the linker loads from memory, and the pipeline has no memory tier"
+            raise LayoutError("it loads from memory, and the pipeline has no memory tier")
 
     def _refuse(self, components: Any) -> None:
         if UNKNOWN:
@@ -239,22 +236,10 @@ class TierloomLinker(UnifiedCacheLinker):
             log.warning("nothing is stored any more: %s", self.off)
         return bool(self.off)
 
-    @contextlib.contextmanager
-    def _on_forward_stream(self) -> Iterator[None]:
-        """Copies that are asked for inside wait for the forward passes before them."""
-        if self.forward_stream is None:
-            yield
-        else:
-            with torch.cuda.stream(self.forward_stream):
-                yield
-
 
 def _span(keys: Sequence[str], page: int) -> Span:
     """Pages that SGLang names, each an object of its own. What comes before them is not known."""
-    links = bytes.fromhex("".join(keys))
-    if len(links) != LINK * len(keys):
-        raise ValueError("page hashes are not SHA-256 in hexadecimal")
-    return Span(links, b"", len(keys) * page)
+    return Span(links_of(keys), b"", len(keys) * page)
 
 
 def _remember(requests: dict[str, None], rid: str) -> None:

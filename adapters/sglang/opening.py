@@ -29,6 +29,9 @@ def open_pages(
         layers=share.layers, heads=share.heads, part=share.part, replica=share.replica,
         facts=share.facts, watch=watch,
     )  # fmt: skip
+    if pipeline.off:
+        pipeline.close()
+        raise LayoutError(pipeline.off)
     return PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=said.settings.min_tokens)
 
 

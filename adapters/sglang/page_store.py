@@ -70,6 +70,14 @@ def none_found(keys: Sequence[str], *_: Any, **__: Any) -> list[bool]:
     return [False] * len(keys)
 
 
+def links_of(keys: Sequence[str]) -> bytes:
+    """Page hashes as SGLang spells them, as grain links. Raises ValueError."""
+    links = bytes.fromhex("".join(keys))
+    if len(links) != LINK * len(keys):
+        raise ValueError("page hashes are not SHA-256 in hexadecimal")
+    return links
+
+
 class PageStore:
     """The pages of one pool. Its calls may come from several threads; each returns when nothing
     touches the pool's memory any more. Owns its pipeline."""
@@ -158,9 +166,7 @@ class PageStore:
     def _run(self, keys: Sequence[str], prefix: Sequence[str]) -> Run:
         lead = len(prefix) % self.per_chunk
         first = len(prefix) - lead
-        links = bytes.fromhex("".join((*prefix[first:], *keys)))
-        if len(links) != LINK * (lead + len(keys)):
-            raise ValueError("page hashes are not SHA-256 in hexadecimal")
+        links = links_of([*prefix[first:], *keys])
         parent = bytes.fromhex(prefix[first - 1]) if first else b""
         tokens, start = (lead + len(keys)) * self.pages.tokens, first * self.pages.tokens
         return Run(Span(links, parent, tokens, start=start), lead)

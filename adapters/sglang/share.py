@@ -47,12 +47,13 @@ def share_of(args: Any, settings: Settings, rank: Rank, pages: Pages, *, start_l
     if not latent and heads[1] - heads[0] != layout.heads:  # not split as is usual
         heads, twin = (rank.tp * layout.heads, (rank.tp + 1) * layout.heads), False
         part += f"rank {rank.tp} of {rank.tp_size}"
+    files = files_id(args.model_path, args.revision, args.download_dir)
     return Share(
         model=settings.name, weights=named.weights, rope=named.rope,
         layers=None if rank.pp_size == 1 else (start_layer, start_layer + layout.layers),
         heads=None if latent else heads, part=part,
         replica=rank.tp > 0 if latent else twin,
-        facts=ModelFacts(layout.layers if rank.pp_size == 1 else 0, _files(args)),
+        facts=ModelFacts(layout.layers if rank.pp_size == 1 else 0, files),
     )  # fmt: skip
 
 
@@ -67,22 +68,17 @@ def refuse_split_pages(config: Any) -> None:
 
 
 def _named(args: Any, settings: Settings, pages: Pages) -> SharedIdentity:
-    kv = str(getattr(args, "kv_cache_dtype", "auto") or "auto")
-    dtype = pages.layout.dtype if kv == "auto" else str(getattr(args, "dtype", "auto"))
+    kv = str(args.kv_cache_dtype or "auto")
+    dtype = pages.layout.dtype if kv == "auto" else str(args.dtype)
     try:
         found = shared_id(
-            args.model_path, revision=getattr(args, "revision", None),
-            download_dir=getattr(args, "download_dir", None), dtype=dtype, kv_dtype=kv,
-            quantization=getattr(args, "quantization", None),
+            args.model_path, revision=args.revision, download_dir=args.download_dir, dtype=dtype,
+            kv_dtype=kv, quantization=args.quantization,
         )  # fmt: skip
     except InputError as error:
         if settings.weights:
             return SharedIdentity(settings.weights, "")
         raise ConfigError(str(error)) from error
-    except AttributeError as error:
-        if settings.weights:
-            return SharedIdentity(settings.weights, "")
-        raise ConfigError(f"SGLang does not say which model it runs ({error})") from error
     return found._replace(weights=settings.weights) if settings.weights else found
 
 
@@ -118,14 +114,6 @@ def _total_heads(args: Any, rank: Rank, layout: KVLayout) -> int:
     except Exception:  # another version: then each rank's heads are its own
         log.debug("SGLang does not say how many KV heads the model has", exc_info=True)
         return layout.heads * rank.tp_size
-
-
-def _files(args: Any) -> str:
-    """What calibrations of the model are found by."""
-    try:
-        return files_id(args.model_path, args.revision, args.download_dir)
-    except AttributeError:
-        return ""
 
 
 def side_weights(weights: str, name: str, pool: Any) -> str:
