@@ -36,9 +36,8 @@ def main() -> None:
     rank, rounds, seed = int(sys.argv[1]), int(sys.argv[4]), int(sys.argv[5])
     meeting = Path(sys.argv[2]) / "world"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    runtime_context.publish(
-        ServerArgs(model_path=sys.argv[3], device="cpu", tp_size=2), role="test"
-    )
+    args = ServerArgs(model_path=sys.argv[3], device="cpu", tp_size=2)
+    runtime_context.publish(args, role="test")
     place = {
         "tp_rank": rank, "tp_size": 2, "pp_rank": 0, "pp_size": 1, "attn_tp_rank": rank,
         "attn_tp_size": 2, "attn_dp_rank": 0, "attn_cp_size": 1, "attn_dcp_rank": 0,

@@ -1,4 +1,4 @@
-"""Any order of SGLang's calls over a store that damages, delays, forgets and fails, by Hypothesis."""
+"""Any order of SGLang's calls, over a store that damages, delays, forgets and fails."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ def run(folder: Path, model: Path, rounds: int, seed: int, seconds: int) -> None
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("ranks.py")), str(rank), str(folder),
              str(model), str(rounds), str(seed)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -31,7 +32,7 @@ def run(folder: Path, model: Path, rounds: int, seed: int, seconds: int) -> None
 
 @pytest.mark.timeout(240)
 def test_they_agree(tmp_path: Path, model: Path) -> None:
-    run(tmp_path, model, 30, 1, 200)
+    run(tmp_path, model, 15, 1, 200)
 
 
 @pytest.mark.campaign
