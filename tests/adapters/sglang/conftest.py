@@ -13,9 +13,11 @@ CONTRACT = HERE / "contract"
 VLLM = HERE.with_name("vllm")
 
 # Imported by name once; these folders do not stay on the path, for they are called like packages.
-pytest.register_assert_rewrite("driver_process", "real_engine")
+pytest.register_assert_rewrite("driver_process", "harness", "launch", "real_engine")
 sys.path += [str(HERE), str(VLLM), str(HERE.parent)]
 import driver_process  # noqa: E402
+import harness  # noqa: E402, F401
+import launch  # noqa: E402, F401
 import models  # noqa: E402
 import processes  # noqa: E402
 import real_engine  # noqa: E402
