@@ -20,13 +20,15 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
+from sizes import DIM, HEADS, LAYERS, PAGE, SLOTS
+
 if importlib.util.find_spec("sglang") is None or os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
     collect_ignore_glob = ["*"]
 else:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SGLang's, and those of what it imports
         import torch
-        from device_pools import DIM, HEADS, LAYERS, PAGE, SLOTS, device_pool
+        from device_pools import device_pool
         from sglang.srt import runtime_context
         from sglang.srt.managers.cache_controller import HiCacheController
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator

@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-
-PAGE, SLOTS, LAYERS = 4, 64, 3
-HEADS, DIM = 2, 8
-LATENT, ROPE = 16, 4
+from sizes import DIM, HEADS, LATENT, LAYERS, PAGE, ROPE, SLOTS
 
 
 def device_pool(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from awkward import KEPT, Mood, over
 from backend import BASE, PAGE, hashes, on_disk
-from device_pools import LAYERS, device_pool
+from device_pools import device_pool
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import (
     InitLoadBackParams,
@@ -29,6 +29,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_server_args
+from sizes import LAYERS
 
 from tierloom import ConfigError
 
