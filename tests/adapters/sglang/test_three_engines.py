@@ -84,4 +84,5 @@ def test_each_finds_what_another_kept(
 
     vllm.use(llama, with_keys, max_model_len=4096)
     back = vllm.one(texts[1], max_tokens=16)
-    assert (back.ids, back.cached) == (by_sglang.ids, WHOLE)
+    assert back.ids == by_sglang.ids
+    assert back.cached >= WHOLE

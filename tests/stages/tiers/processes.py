@@ -110,6 +110,8 @@ class Process:
     def pause(self) -> None:
         """It hangs: connections stay open, and are even taken, and nothing is answered."""
         self.child.send_signal(signal.SIGSTOP)
+        if self.child.poll() is None:  # its threads stop one after another
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         self.child.send_signal(signal.SIGCONT)
