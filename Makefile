@@ -19,7 +19,7 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-vllm quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-vllm bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -38,6 +38,7 @@ help:
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
 	@echo "make demo-sglang   one of them to an SGLang server, with HiCache and with the cache linker"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
+	@echo "make bench-sglang   the same of SGLang: its storage backend, its linker, a real engine"
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "tierloom needs Python 3.10 or newer"'
@@ -121,6 +122,10 @@ bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
 
+bench-sglang: $(READY) $(SGLANG_READY)
+	SGLANG_USE_CPU_ENGINE=1 OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(SGLANG)/bin/python benchmarks/sglang_hicache.py
+	$(BIN)/python benchmarks/sglang_engine.py
+
 quality: $(READY)
 	-$(BIN)/python -c "import matplotlib" 2> /dev/null || \
 	  $(BIN)/python -m pip install --quiet --editable ".[quality]"
@@ -128,5 +133,5 @@ quality: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  benchmarks/.bench-* bench.json bench-remote.json bench-vllm.json demo.json demo-vllm.json \
+	  benchmarks/.bench-* bench.json bench-remote.json bench-vllm.json bench-sglang*.json demo.json demo-vllm.json \
 	  demo-sglang.json
