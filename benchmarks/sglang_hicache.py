@@ -203,7 +203,11 @@ def lookups(calls: int) -> dict[str, float]:
     """The linker on the scheduler's thread: 1,024 pages, all in memory."""
     pool = MHATokenToKVPool(64, PAGE, torch.float32, 1, 8, 2, "cpu", False)
     params = SimpleNamespace(
-        page_size=PAGE, token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool)
+        page_size=PAGE,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        attn_cp_cache_group=None,
+        attn_tp_cache_group=None,
+        tp_cache_group=None,
     )
     linker = TierloomLinker(
         runtime_context.get_server_args(), params, extra_config={

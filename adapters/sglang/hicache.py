@@ -1,13 +1,9 @@
 """SGLang: a HiCache storage backend. SGLang copies pages to its host pool; what is below is ours.
 
-    python -m sglang.launch_server --model-path MODEL --page-size 32 --enable-hierarchical-cache \\
-        --hicache-storage-backend dynamic --hicache-storage-backend-extra-config \\
-        '{"backend_name": "tierloom", "module_path": "tierloom.adapters.sglang.hicache",
-          "class_name": "TierloomHiCache", "interface_v1": 1,
-          "hicache_storage_pass_prefix_keys": true}'
+    --hicache-storage-backend dynamic --hicache-storage-backend-extra-config EXTRA
 
-(`tierloom sglang` prints it.) SGLang makes one for each rank, and calls it from three threads: one
-asks, one reads, one writes. Whatever goes wrong is a miss.
+SGLang makes one for each rank, and calls it from three threads: one asks, one reads, one writes.
+Whatever goes wrong is a miss. `tierloom sglang` prints the whole command.
 
     SGLang    platform                status
     0.5.23    CPU, by stand-ins       tested, each change: SGLang's copies between device and host
@@ -109,7 +105,8 @@ class TierloomHiCache(HiCacheStorage):
     def batch_exists(self, keys: Sequence[str], extra_info: Any = None) -> int:
         """How many pages, from the first on, are stored."""
         store = self._ready()
-        return store.count(keys, _prefix(extra_info) or ()) if store is not None else 0
+        prefix = getattr(extra_info, "prefix_keys", None) or ()
+        return store.count(keys, prefix) if store is not None else 0
 
     def batch_get_v1(
         self, keys: Sequence[str], host_indices: torch.Tensor, extra_info: Any = None
@@ -118,7 +115,7 @@ class TierloomHiCache(HiCacheStorage):
         store, began = self._ready(), time.perf_counter()
         if store is None:
             return none_found(keys)
-        came = store.load(keys, host_indices, _prefix(extra_info) or ())
+        came = store.load(keys, host_indices, getattr(extra_info, "prefix_keys", None) or ())
         self._loads.note(sum(came), began)
         return came
 
@@ -129,7 +126,7 @@ class TierloomHiCache(HiCacheStorage):
         store, began = self._ready(), time.perf_counter()
         if store is None:
             return none_found(keys)
-        prefix = _prefix(extra_info)
+        prefix = getattr(extra_info, "prefix_keys", None)  # None: SGLang was not told to pass them
         if prefix is None and store.per_chunk > 1:
             say_once(
                 "SGLang does not say where in the prompt its pages are: add "
@@ -273,9 +270,3 @@ class TierloomHiCache(HiCacheStorage):
                 "tier here is a rank's own: nothing will be hit; use a tier that all can read "
                 "(server, redis, s3, ...)", c.tp_size,
             )  # fmt: skip
-
-
-def _prefix(extra_info: Any) -> Sequence[str] | None:
-    """Hashes of the pages before a call's; None where SGLang was not told to pass them."""
-    found: Sequence[str] | None = getattr(extra_info, "prefix_keys", None)
-    return found

@@ -1,16 +1,11 @@
 """SGLang: an external cache linker. There is no host pool; pages go between device and arena.
 
-    --enable-unified-cache-external-linker --unified-cache-external-linker-backend dynamic \\
-    --unified-cache-external-linker-config '{"linker": "TierloomLinker",
-        "linker_module_path": "tierloom.adapters.sglang.linker", "linker_extra_config": {}}'
+    --enable-unified-cache-external-linker --unified-cache-external-linker-backend dynamic
 
-(`tierloom sglang --linker` prints it.) SGLang asks on its scheduler's thread, again and again for
-each request that waits, and ends a request with an error where a load fails that was promised. So
-only what lies in memory is promised, and held before the promise is kept; what lies colder is
-brought there after the first question, for the next. SGLang gives no linker the pages before a
-prompt's new ones, so a page is an object here, and `chunk.tokens` is the page size.
-
-Status by versions of SGLang: as `hicache.py`.
+SGLang asks on its scheduler's thread, again and again for each request that waits, and ends a
+request with an error where a load fails that was promised. So only what lies in memory is promised,
+and held before; what lies colder is brought there after the first question, for the next. SGLang
+names no pages before a prompt's new ones, so a page is an object here. Status: as `hicache.py`.
 """
 
 from __future__ import annotations
@@ -73,7 +68,10 @@ class TierloomLinker(UnifiedCacheLinker):
         self._failed: dict[str, None] = {}
         """Requests that a page was missing for: each of theirs is looked at."""
         self._queued: dict[str, PageLoad] = {}
-        self._offloads: deque[Ticket] = deque()
+        self._offloads: deque[Ticket | None] = deque()
+        split = list(filter(_of_several, (params.attn_cp_cache_group, params.attn_tp_cache_group)))
+        self._groups = split or list(filter(_of_several, (params.tp_cache_group,)))
+        """Ranks that go on as one, as SGLang's tree reduces over them."""
         self._weights = WeightsWatch()
         try:
             self._refuse(components)
@@ -95,21 +93,36 @@ class TierloomLinker(UnifiedCacheLinker):
             self._fetch(rid, keys[found:])
         if found * self._page < self.said.settings.min_tokens or not found:
             return []
-        return [found] if self._alone else list(range(1, found + 1))  # ranks intersect theirs
+        return [found] if not self._groups else list(range(1, found + 1))  # ranks intersect theirs
 
     def load(self, rid: str, transfers: Sequence[Any]) -> bool:
         """Hold the pages of a request and queue them; False where one is gone."""
-        keys, store = self._keys(transfers), self._store
-        if not keys or store is None or self._ended():
+        load = self._held(self._keys(transfers), transfers)
+        if not self._agreed(load is not None):
+            _remember(self._failed, rid)
+            if load is not None:
+                load.release()
             return False
+        assert load is not None
+        self._queued[rid] = load
+        return True
+
+    def _held(self, keys: list[str], transfers: Sequence[Any]) -> PageLoad | None:
+        if not keys or self._store is None or self._ended():
+            return None
         numbers = page_numbers(transfers[0].device_indices, self._page, len(keys))
         span = _span(keys, self._page)
-        held = store.pipeline.hold(span) if numbers is not None else None
+        held = self._store.pipeline.hold(span) if numbers is not None else None
         if held is None or numbers is None:
-            _remember(self._failed, rid)
-            return False
-        self._queued[rid] = PageLoad(store, span, numbers, held)
-        return True
+            return None
+        return PageLoad(self._store, span, numbers, held)
+
+    def _agreed(self, mine: bool) -> bool:
+        """Whether all ranks can load: SGLang has them go on as one, and each has its own memory."""
+        verdict = torch.tensor([int(mine)], dtype=torch.int)
+        for group in self._groups:
+            torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MIN, group=group)
+        return bool(verdict.item())
 
     def cancel_queued_load(self, rid: str) -> bool:
         """Let go of a load that has not started."""
@@ -136,7 +149,8 @@ class TierloomLinker(UnifiedCacheLinker):
         """Store a node's pages; SGLang keeps them until this is acknowledged."""
         keys, store = self._keys(transfers), self._store
         if not keys or store is None or self._ended():
-            return False
+            self._offloads.extend([None] * bool(self._groups))  # ranks count theirs alike
+            return bool(self._groups)
         numbers = page_numbers(transfers[0].device_indices, self._page, len(keys))
         if numbers is None:
             say_once(f"{len(keys)} pages of the device pool are not whole pages")
@@ -150,12 +164,13 @@ class TierloomLinker(UnifiedCacheLinker):
 
     def num_completed_offloads(self) -> int:
         """How many stores, the oldest first, have read their pages."""
-        done = (i for i, ticket in enumerate(self._offloads) if not ticket.is_captured)
+        done = (i for i, t in enumerate(self._offloads) if t is not None and not t.is_captured)
         return next(done, len(self._offloads))
 
     def pop_completed_offload(self) -> bool:
         """Acknowledge the oldest store; whether it was not given up."""
-        return self._offloads.popleft().captured()
+        ticket = self._offloads.popleft()
+        return ticket is not None and ticket.captured()
 
     # -- SGLang's other calls ------------------------------------------------------------------
 
@@ -164,7 +179,7 @@ class TierloomLinker(UnifiedCacheLinker):
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
         self.layer_done_counter.reset()
-        for ticket in self._offloads:
+        for ticket in filter(None, self._offloads):
             ticket.captured()
         self._offloads.clear()
         self._asked.clear()
@@ -179,7 +194,8 @@ class TierloomLinker(UnifiedCacheLinker):
 
     def _open(self, args: Any, params: Any, pool: Any) -> None:
         self._page, rank = int(params.page_size), sglang_rank()
-        self._alone = rank.tp_size == rank.pp_size == 1
+        if rank.pp_size > 1:
+            raise LayoutError("stages of a pipeline would each load what they have: use HiCache")
         overrides = chunked(self.said, self._page, chunk=self._page)
         overrides |= {"graphs.retrieve.pace.by": "layer"}
         self._store = open_pages(
@@ -240,6 +256,10 @@ class TierloomLinker(UnifiedCacheLinker):
 def _span(keys: Sequence[str], page: int) -> Span:
     """Pages that SGLang names, each an object of its own. What comes before them is not known."""
     return Span(links_of(keys), b"", len(keys) * page)
+
+
+def _of_several(group: Any) -> bool:
+    return group is not None and torch.distributed.get_world_size(group=group) > 1
 
 
 def _remember(requests: dict[str, None], rid: str) -> None:

@@ -9,7 +9,7 @@ from tierloom.adapters.engine.extra_config import ExtraConfig
 from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.sglang.page_store import PageStore
 from tierloom.adapters.sglang.pool import Pages, opaque_pages
-from tierloom.adapters.sglang.settings import Settings
+from tierloom.adapters.sglang.settings import Settings, patient
 from tierloom.adapters.sglang.share import share_of, side_weights
 from tierloom.pipeline.pipeline import Pipeline
 from tierloom.pipeline.runtime import Change
@@ -49,7 +49,7 @@ def open_side_pool(
     for i, pages in enumerate(opaque_pages(pool)):
         ours = f"{name}{i or ''}"
         folder = "-".join(part for part in (rank.folder, ours) if part)
-        overrides = own_folders(said, said.overrides | chunks, folder)
+        overrides = own_folders(said, patient(said) | said.overrides | chunks, folder)
         for tier, spec in main.pipeline.spec.tiers.items():
             if spec.cls.local and hasattr(spec.options, "capacity"):
                 share = int(spec.options.capacity * pages.nbytes / main.pages.nbytes)

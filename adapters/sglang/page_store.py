@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tierloom.adapters.sglang.pool import Pages, page_numbers
 from tierloom.pipeline.pipeline import Pipeline
@@ -29,15 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("tierloom.sglang")
 
 R = TypeVar("R")
-
-
-class Run(NamedTuple):
-    """Pages that follow one another, from the beginning of a chunk on."""
-
-    span: Span
-    """Names them all, those that are only named included."""
-    lead: int
-    """How many of them, from the first on, are only named."""
 
 
 def never_raises(answer: Callable[..., R]) -> Callable[[Callable[..., R]], Callable[..., R]]:
@@ -105,11 +96,11 @@ class PageStore:
         these do not have all, by asking the other tiers."""
         if self.pipeline.off is not None or not keys:
             return 0
-        run = self._run(keys, prefix)
-        found = self._kept_here(run.span.links)
-        if found < run.lead + len(keys) and any(t.available for t in self._remote):
-            found = max(found, self._kept_elsewhere(run.span))
-        found = max(0, found - run.lead)
+        span, lead = self._span(keys, prefix)
+        found = self._kept_here(span.links)
+        if found < lead + len(keys) and any(t.available for t in self._remote):
+            found = max(found, self._kept_elsewhere(span))
+        found = max(0, found - lead)
         return found if found * self.pages.tokens >= self._least else 0
 
     @never_raises(none_found)
@@ -122,12 +113,12 @@ class PageStore:
         if numbers is None:
             say_once(f"{len(indices)} slots for {len(keys)} pages that are not whole pages")
             return none_found(keys)
-        run = self._run(keys, prefix)
+        span, lead = self._span(keys, prefix)
         receipt = self.pipeline.retrieve(
-            run.span._replace(wanted=run.span.tokens), self.pages.caches,
-            blocks=self._table(run, numbers),
+            span._replace(wanted=span.tokens), self.pages.caches,
+            blocks=self._table(lead, numbers),
         ).wait()  # fmt: skip
-        came = max(0, receipt.tokens // self.pages.tokens - run.lead)
+        came = max(0, receipt.tokens // self.pages.tokens - lead)
         return [i < came for i in range(len(keys))]
 
     @never_raises(none_found)
@@ -139,11 +130,11 @@ class PageStore:
         if numbers is None:
             say_once(f"{len(indices)} slots for {len(keys)} pages that are not whole pages")
             return none_found(keys)
-        run = self._run(keys, prefix)
-        if run.lead:
+        span, lead = self._span(keys, prefix)
+        if lead:
             self._wait_for(prefix[-1])
-        ticket = self.pipeline.store(run.span, self.pages.caches, blocks=self._table(run, numbers))
-        if (run.lead + len(keys)) % self.per_chunk:
+        ticket = self.pipeline.store(span, self.pages.caches, blocks=self._table(lead, numbers))
+        if (lead + len(keys)) % self.per_chunk:
             self._storing = {k: t for k, t in self._storing.items() if not t.future.done()}
             self._storing[keys[-1]] = ticket
         return [ticket.captured()] * len(keys)
@@ -163,16 +154,16 @@ class PageStore:
         if (before := self._storing.pop(last, None)) is not None:
             before.wait()
 
-    def _run(self, keys: Sequence[str], prefix: Sequence[str]) -> Run:
+    def _span(self, keys: Sequence[str], prefix: Sequence[str]) -> tuple[Span, int]:
+        """The pages, from the beginning of a chunk on, and how many of them are only named."""
         lead = len(prefix) % self.per_chunk
         first = len(prefix) - lead
-        links = links_of([*prefix[first:], *keys])
         parent = bytes.fromhex(prefix[first - 1]) if first else b""
         tokens, start = (lead + len(keys)) * self.pages.tokens, first * self.pages.tokens
-        return Run(Span(links, parent, tokens, start=start), lead)
+        return Span(links_of([*prefix[first:], *keys]), parent, tokens, start=start), lead
 
-    def _table(self, run: Run, numbers: list[int]) -> BlockTable:
-        return BlockTable([-1] * run.lead + numbers, 0, run.lead * self.pages.tokens)
+    def _table(self, lead: int, numbers: list[int]) -> BlockTable:
+        return BlockTable([-1] * lead + numbers, 0, lead * self.pages.tokens)
 
     def _kept_here(self, links: bytes) -> int:
         """Pages that the indexes of this process have, from the first on."""

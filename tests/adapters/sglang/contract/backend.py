@@ -28,7 +28,8 @@ def on_disk(folder: Any, **more: Any) -> dict[str, Any]:
     disk = {
         "tiers.warm.path": str(folder), "tiers.warm.capacity": "64 MiB",
         "tiers.warm.segment": "16 MiB", "tiers.warm.keep_free": "1 MiB",
-        "graphs.store.stages.warm.when_full": "block",
+        "graphs.store.stages.warm.when_full": "block", "graphs.store.deadline": "30 s",
+        "graphs.retrieve.deadline": "30 s",
     }  # fmt: skip
     return BASE | {"tierloom.config": "tiered"} | disk | more
 

@@ -28,6 +28,7 @@ from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.server_args import ServerArgs
 from test_hicache import settle
+from test_linker import MEMORY, Bench, keys_of, same, until
 
 PAGES, SLOTS = 20, 512
 
@@ -65,6 +66,7 @@ def main() -> None:
         for _ in range(rounds):
             one_round(control, text, asked, lost)
         control.detach_storage_backend()
+        linkers(rank)
     dist.destroy_process_group()
 
 
@@ -99,6 +101,27 @@ def one_round(control: Any, text: Prompt, asked: random.Random, lost: random.Ran
         page = host.get_data_page(int(slots[i * PAGE]))
         assert torch.equal(page, text.content[first + i]), f"page {first + i} is wrong"
     host.free(slots)
+
+
+def linkers(rank: int) -> None:
+    """A page that one rank lacks is loaded by neither; what one cannot store, both acknowledge."""
+    bench, keys = Bench("mha", MEMORY, group=dist.group.WORLD), keys_of(1, 8)
+    content = bench.store(keys)
+    found = bench.linker.lookup("a", bench.transfer(keys))
+    assert found == list(range(1, 9))
+    assert same(bench.load("a", keys), content)
+    pipeline = bench.linker._store.pipeline
+    if rank == 1:
+        pipeline._portal.call(pipeline.tiers["hot"].delete, [bytes.fromhex(keys[3])])
+    assert bench.load("b", keys) is None
+    assert bench.linker.start_layer_wise_loading() == -1
+    if rank == 0:
+        bench.linker.off = "it cannot"
+    slots = bench.allocator.alloc(8 * PAGE)
+    assert bench.linker.offload(bench.transfer(keys, slots))
+    until(lambda: bench.linker.num_completed_offloads() == 1)
+    assert bench.linker.pop_completed_offload() == (rank == 1)
+    bench.linker.close()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def _well() -> Iterator[None]:
 class Bench:
     """A device pool, its allocator, and a linker made by SGLang's factory."""
 
-    def __init__(self, kind: str, extra: dict[str, Any], components: Any = None) -> None:
+    def __init__(
+        self, kind: str, extra: dict[str, Any], components: Any = None, *, group: Any = None
+    ) -> None:
         self.pool = device_pool(kind, slots=SLOTS)
         self.allocator = PagedTokenToKVPoolAllocator(
             SLOTS, PAGE, torch.float32, "cpu", self.pool, False
@@ -66,7 +68,7 @@ class Bench:
         self.params = CacheInitParams(
             disable=False, req_to_token_pool=ReqToTokenPool(8, SLOTS, "cpu", False),
             token_to_kv_pool_allocator=self.allocator, page_size=PAGE,
-            tree_components=(ComponentType.FULL,),
+            tree_components=(ComponentType.FULL,), tp_cache_group=group,
         )  # fmt: skip
         self.linker = create_unified_cache_linker(
             get_server_args(), self.params, backend="dynamic",
@@ -241,8 +243,9 @@ def test_the_end_of_what_is_in_memory_is_found(pages: int) -> None:
     bench.store(keys[:pages])
     for asked in (pages, 40):
         assert bench.linker.lookup("a", bench.transfer(keys[:asked])) == [pages]
-    bench.linker._alone = False  # other ranks may have less, or holes
+    bench.linker._groups = (None,)  # other ranks may have less, or holes
     assert bench.linker.lookup("b", bench.transfer(keys)) == list(range(1, pages + 1))
+    bench.linker._groups = ()
     bench.linker.close()
 
 
