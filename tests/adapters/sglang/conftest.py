@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _NOISE = ("UserWarning", "warnings.warn", "Ignore import error", "Multi-thread loading")
 _LOG_FOLDER = pytest.StashKey[Path]()
+_RUNNING: list[real_engine.Engine] = []
 
 
 def _runs_sglang(item: pytest.Item) -> bool:
@@ -70,8 +71,17 @@ def logs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 @pytest.fixture(scope="session")
 def _engines(logs: Path) -> Iterator[real_engine.Engine]:
     one = real_engine.Engine(logs)
+    _RUNNING.append(one)
     yield one
     one.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_engine_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """SGLang's scheduler looks for work without a pause: an idle one takes a core from others."""
+    yield
+    for one in _RUNNING:
+        one.stop()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -164,7 +165,11 @@ class Engine:
 
     def forget(self) -> None:
         """Empty vLLM's own prefix cache; what tierloom keeps stays."""
-        assert self.ask("reset", connector=False)
+        for _ in range(50):  # vLLM refuses while blocks of a finished request are still held
+            if self.ask("reset", connector=False):
+                return
+            time.sleep(0.1)
+        raise AssertionError("vLLM does not empty its prefix cache: blocks are held")
 
     def log_text(self) -> str:
         """What the process has written so far."""

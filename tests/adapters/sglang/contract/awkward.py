@@ -83,7 +83,7 @@ def over(capacity: str = "16 MiB", **more: Any) -> dict[str, Any]:
                 "cold": {"use": "awkward:Awkward", "timeout": "300 ms", "latency": "1 ms"},
             },
             "graphs": {
-                "store": {"deadline": "500 ms", "stages": {
+                "store": {"deadline": "10 s", "stages": {
                     "keys": {"use": "hash"}, "fresh": {"use": "lookup", "want": "absent"},
                     "pack": {"use": "gather"}, "hot": {"use": "put", "tier": "hot"},
                     "cold": {"use": "put", "tier": "cold", "from": "pack", "when_full": "block"},

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
     Pools = Callable[..., tuple[Any, Any]]
 
+AMPLE = {
+    "graphs.retrieve.deadline": "30 s", "graphs.store.deadline": "30 s", "tierloom.wait": "20 s",
+    "tiers.cold.timeout": "20 s",
+}  # fmt: skip
+"""Time enough on any machine."""
 AWKWARD = {k: v for k, v in BASE.items() if not k.startswith("tiers.")}
 
 
@@ -42,13 +47,13 @@ def forget_memory(storage: Any) -> None:
 
 def test_what_is_far_away_comes(host_pool: Pools) -> None:
     host, _ = host_pool("mha", "layer_first", slots=256)
-    storage, text = opened(host), prompt(host, 12)
+    storage, text = opened(host, **AMPLE), prompt(host, 12)
     text.save(storage)
     settle(storage)
     forget_memory(storage)
     assert text.count(storage) == text.loaded(storage) == 12
     storage.close()
-    again = opened(host)
+    again = opened(host, **AMPLE)
     assert text.count(again) == text.loaded(again) == 12
     again.close()
 
