@@ -173,21 +173,15 @@ class TierloomHiCache(HiCacheStorage):
         stores = self._sides.get(transfer.name) if self._ready() is not None else None
         if not stores or indices is None:
             return none_found(keys)
-        slots, outcome = stores[0].pages.slots, []
-        if indices.numel() != slots * len(keys):
-            say_once(f"pool {transfer.name}: {indices.numel()} slots for {len(keys)} pages")
-            return none_found(keys)
-        for i, key in enumerate(keys):  # each page by itself: a window's begin anywhere
-            at = indices[i * slots : (i + 1) * slots]
-            outcome.append(all(getattr(store, act)([key], at)[0] for store in stores))
-        return outcome
+        came = [getattr(store, act)(keys, indices) for store in stores]
+        return [all(parts) for parts in zip(*came, strict=True)]
 
     def _restorable(self, transfer: Any, keys: Sequence[str]) -> list[int]:
         """Lengths of prefixes, in pages, of which a side pool has what its policy wants."""
         stores = self._sides.get(transfer.name)
         if not stores:
             return []
-        has = [all(store.count([key]) for store in stores) for key in keys]
+        has = [all(parts) for parts in zip(*(s.each(keys) for s in stores), strict=True)]
         if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
             window = max(1, len(transfer.keys or ()))
             return [n for n in range(1, len(keys) + 1) if all(has[max(0, n - window) : n])]
@@ -263,8 +257,8 @@ class TierloomHiCache(HiCacheStorage):
     def _warn_of_replicas(self) -> None:
         """SGLang lets the first rank alone write what all have; the others then want a tier that
         all can read."""
-        c, tiers = self.config, self._store.pipeline.tiers if self._store is not None else {}
-        if c.is_mla_model and c.tp_size > 1 and all(t.local for t in tiers.values()):
+        c, tiers = self.config, (t for store in self._all() for t in store.pipeline.tiers.values())
+        if c.is_mla_model and c.tp_size > 1 and all(tier.local for tier in tiers):
             log.warning(
                 "of a latent that all %d ranks have, SGLang lets only the first write, and every "
                 "tier here is a rank's own: nothing will be hit; use a tier that all can read "

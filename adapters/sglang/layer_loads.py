@@ -43,8 +43,11 @@ class PageLoad:
 
     def finish(self) -> bool:
         """Wait until nothing touches the device's pages any more; whether all of them came."""
-        came = self._ticket is not None and self._ticket.wait().tokens == self._span.tokens
-        self.release()
+        if self._ticket is None:
+            self.release()
+            return False
+        came = self._ticket.wait().tokens == self._span.tokens
+        self._ticket.future.add_done_callback(lambda _: self.release())  # a canceled one may go on
         return came
 
     def release(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tierloom.adapters.engine.extra_config import ExtraConfig
+from tierloom.adapters.engine.pipeline_parts import own_paths
 from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.sglang.page_store import PageStore
 from tierloom.adapters.sglang.pool import Pages, opaque_pages
@@ -23,12 +24,8 @@ def open_pages(
     """The KV pool's pages in a pipeline. `args`: SGLang's ServerArgs. Raises ConfigError,
     LayoutError."""
     share = share_of(args, said.settings, rank, pages, start_layer=start_layer)
-    spec = said.pipeline(own_folders(said, overrides, rank.folder))
-    pipeline = Pipeline(
-        spec, pages.layout, model=share.model, weights=share.weights, rope=share.rope,
-        layers=share.layers, heads=share.heads, part=share.part, replica=share.replica,
-        facts=share.facts, watch=watch,
-    )  # fmt: skip
+    overrides = {**overrides, **own_paths(said.pipeline(overrides), rank.folder)}
+    pipeline = Pipeline(said.pipeline(overrides), pages.layout, watch=watch, **share._asdict())
     if pipeline.off:
         pipeline.close()
         raise LayoutError(pipeline.off)
@@ -49,7 +46,8 @@ def open_side_pool(
     for i, pages in enumerate(opaque_pages(pool)):
         ours = f"{name}{i or ''}"
         folder = "-".join(part for part in (rank.folder, ours) if part)
-        overrides = own_folders(said, patient(said) | said.overrides | chunks, folder)
+        overrides = patient(said) | said.overrides | chunks
+        overrides |= own_paths(said.pipeline(overrides), folder)
         for tier, spec in main.pipeline.spec.tiers.items():
             if spec.cls.local and hasattr(spec.options, "capacity"):
                 share = int(spec.options.capacity * pages.nbytes / main.pages.nbytes)
@@ -61,17 +59,6 @@ def open_side_pool(
         )  # fmt: skip
         stores.append(PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=0))
     return stores
-
-
-def own_folders(
-    said: ExtraConfig[Settings], overrides: Mapping[str, Any], folder: str
-) -> dict[str, Any]:
-    """The overrides, with folders that only one process may use below `folder`."""
-    out = dict(overrides)
-    for name, tier in said.pipeline(overrides).tiers.items() if folder else ():
-        if tier.cls.local and hasattr(tier.options, "path"):
-            out[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
-    return out
 
 
 def sglang_rank() -> Rank:

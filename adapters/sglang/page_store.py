@@ -12,8 +12,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tierloom.adapters.engine.pipeline_parts import asked_tiers
 from tierloom.adapters.sglang.pool import Pages, page_numbers
 from tierloom.pipeline.pipeline import Pipeline
 from tierloom.stages.contract.ticket import Ticket
@@ -21,7 +23,6 @@ from tierloom.stages.errors import Closed, TierDown
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.kv.prefix import Span
-from tierloom.stages.ops.lookup import Lookup
 
 if TYPE_CHECKING:
     import torch
@@ -80,13 +81,9 @@ class PageStore:
         self.per_chunk = pipeline.spec.chunk.tokens // pages.tokens
         """Pages of a chunk."""
         self._wait, self._least = wait, min_tokens
-        spec = pipeline.spec
-        graph = spec.graphs.get("retrieve")
-        nodes = graph.nodes if graph is not None else ()
-        plan = next((n for n in nodes if issubclass(n.cls, Lookup)), None)
-        asked = (plan.options.tiers if plan is not None else None) or list(spec.tiers)
-        self._local = [pipeline.tiers[n] for n in asked if spec.tiers[n].cls.local]
-        self._remote = [pipeline.tiers[n] for n in asked if not spec.tiers[n].cls.local]
+        asked = [pipeline.tiers[name] for name in asked_tiers(pipeline.spec)]
+        self._local = [tier for tier in asked if tier.local]
+        self._remote = [tier for tier in asked if not tier.local]
         self._storing: dict[str, Ticket] = {}
         """Stores that end within a chunk, by their last page: one that goes on there waits."""
 
@@ -102,6 +99,21 @@ class PageStore:
             found = max(found, self._kept_elsewhere(span))
         found = max(0, found - lead)
         return found if found * self.pages.tokens >= self._least else 0
+
+    @never_raises(none_found)
+    def each(self, keys: Sequence[str]) -> list[bool]:
+        """Which of `keys` are stored, where a page is a chunk: as `count`, within `wait` in all."""
+        if self.pipeline.off is not None:
+            return none_found(keys)
+        spans = [self._span([key], ())[0] for key in keys]
+        has = [bool(self._kept_here(span.links)) for span in spans]
+        if any(t.available for t in self._remote):
+            ask = partial(self.pipeline.begin_lookup, deadline=self._wait)
+            asked = {i: ask(span) for i, span in enumerate(spans) if not has[i]}
+            futures.wait(asked.values(), self._wait)
+            for i, one in asked.items():
+                has[i] = not one.cancel() and one.exception() is None and one.result() > 0
+        return has
 
     @never_raises(none_found)
     def load(

@@ -23,7 +23,7 @@ _FROM_FILES = {"auto", "bitsandbytes", "fastsafetensors", "gguf", "npcache", "pt
 
 
 class Share(NamedTuple):
-    """What a pipeline is told of the KV that it keeps: arguments of `Pipeline`."""
+    """What a pipeline is told of the KV that it keeps: keyword arguments of `Pipeline`."""
 
     model: str
     weights: str
@@ -93,16 +93,10 @@ def _part(args: Any, settings: Settings) -> str:
     for name in ("quantization_param_path", "load_format"):
         if str(found := getattr(args, name, None) or "auto") not in _FROM_FILES:
             said[name] = str(found)
-    if drafted := bigram_keys(args):
+    drafted = str(getattr(args, "speculative_algorithm", None) or "").upper()
+    if "EAGLE" in drafted or "MTP" in drafted:  # hashes of pairs of tokens: no other engine's
         said["keys"] = drafted
     return canonical(said) if said else ""
-
-
-def bigram_keys(args: Any) -> str:
-    """The way of speculative decoding that makes SGLang hash pairs of tokens; empty: single ones.
-    Such pages are shared with no other engine."""
-    method = str(getattr(args, "speculative_algorithm", None) or "").upper()
-    return method if "EAGLE" in method or "MTP" in method else ""
 
 
 def _total_heads(args: Any, rank: Rank, layout: KVLayout) -> int:

@@ -13,10 +13,13 @@ from typing import Any
 log = logging.getLogger("tierloom.sglang")
 
 _changes = 0
-"""Successful updates in this process."""
+"""Signs of updates in this process."""
 
-_AFTER = "record_weight_version_after_update"
-"""Method of SGLang's that every way of changing weights ends with."""
+_INSIDE = (
+    "_observe_weight_load", "flush_cache_after_weight_update", "record_weight_version_after_update",
+)  # fmt: skip
+"""Methods of SGLang's that its ways of changing weights call, the first at each begin: one that
+fails half way has changed weights, too."""
 
 
 class WeightsWatch:
@@ -37,12 +40,17 @@ def _watch() -> None:
         from sglang.srt.managers.scheduler_components import weight_updater
     except ImportError:
         return _cannot("there is no sglang.srt.managers.scheduler_components.weight_updater")
-    owners = [c for c in vars(weight_updater).values() if isinstance(c, type) and _AFTER in vars(c)]
-    for owner in owners:
-        before = vars(owner)[_AFTER]
+    found = [
+        (owner, name)
+        for owner in vars(weight_updater).values()
+        for name in (_INSIDE if isinstance(owner, type) else ())
+        if name in vars(owner)
+    ]
+    for owner, name in found:
+        before = vars(owner)[name]
         if not hasattr(before, "counts_updates"):
-            setattr(owner, _AFTER, _counting(before))
-    return None if owners else _cannot(f"nothing in {weight_updater.__name__} has {_AFTER}")
+            setattr(owner, name, _counting(before))
+    return None if found else _cannot(f"nothing in {weight_updater.__name__} has {_INSIDE[0]}")
 
 
 def _counting(method: Any) -> Any:

@@ -116,11 +116,11 @@ class Lookup(RequestStage):
 
     def _take_held(self, request: Request) -> None:
         """The plan of a request whose caller holds the objects of all its chunks, in memory."""
-        memory = [name for name in self.names if self.ctx.tiers[name].in_arena]
+        memory = next(name for name, tier in self.ctx.tiers.items() if tier.in_arena)
         for chunk in request.chunks:
             chunk.object = request.held[chunk.key]
             chunk.source = Source(chunk.key, chunk.tokens, [])
-            chunk.took = {memory[0]}
+            chunk.took = {memory}
 
     def _head(self, chunk: Chunk, spare: int, tiers: Tiers) -> bool:
         """Plan where the tokens of a chunk that the caller does not have are to be read; False:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tierloom.adapters.engine.pipeline_parts import asked_tiers, lookup_node, own_paths
 from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.model_identity.config import rope_text
 from tierloom.adapters.model_identity.shared import SharedIdentity, shared_rope
@@ -18,13 +19,11 @@ from tierloom.adapters.vllm.exchange.identity import calibrated_id, shared_ident
 from tierloom.adapters.vllm.exchange.messages import WorkerInfo
 from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.worker.layout import CacheGroup, cache_groups
-from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.pipeline import Pipeline
 from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.errors import InputError, LayoutError
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.rope import frequencies
-from tierloom.stages.ops.lookup import Lookup
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -139,8 +138,7 @@ def _shared(vllm_config: Any, conf: Configured) -> SharedIdentity | None:
 def _info(pipelines: list[GroupPipeline], layers: int, heads: int) -> WorkerInfo:
     pipeline = pipelines[0].pipeline
     spec = pipeline.spec
-    plan = _lookup_node(spec)
-    asked = (plan.options.tiers if plan else None) or list(spec.tiers)
+    plan, asked = lookup_node(spec), asked_tiers(spec)
     local = tuple(t for t in asked if spec.tiers[t].cls.local)
     native = max(
         (p.pipeline.geometry.block_tokens for p in pipelines if p.pipeline.native), default=1
@@ -161,12 +159,6 @@ def _info(pipelines: list[GroupPipeline], layers: int, heads: int) -> WorkerInfo
     )  # fmt: skip
 
 
-def _lookup_node(spec: PipelineSpec) -> Any:
-    """The lookup stage of the retrieve graph, if there is one."""
-    graph = spec.graphs.get("retrieve")
-    return next((n for n in graph.nodes if issubclass(n.cls, Lookup)), None) if graph else None
-
-
 def _overrides(
     conf: Configured, rank: Rank, group: CacheGroup, groups: int, hash_block: int | None
 ) -> dict[str, Any]:
@@ -179,9 +171,8 @@ def _overrides(
         ours["chunk.grain"] = hash_block
     spec = conf.pipeline(overrides | ours)
     folder = "-".join(p for p in (rank.folder, f"g{group.number}" if groups > 1 else "") if p)
+    ours |= own_paths(spec, folder)
     for name, tier in spec.tiers.items():
-        if tier.cls.local and folder and hasattr(tier.options, "path"):
-            ours[f"tiers.{name}.path"] = f"{tier.options.path}/{folder}"
         if tier.cls.local and groups > 1 and hasattr(tier.options, "capacity"):
             ours[f"tiers.{name}.capacity"] = tier.options.capacity // groups
     if groups > 1:

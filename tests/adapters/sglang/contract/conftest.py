@@ -92,6 +92,18 @@ def _published(_alone: None, model: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _well() -> Iterator[None]:
+    """The store of `awkward.py` is empty and behaves, before each test and after it."""
+    from awkward import KEPT, Mood
+
+    Mood.well()
+    KEPT.clear()
+    yield
+    Mood.well()
+    KEPT.clear()
+
+
+@pytest.fixture(autouse=True)
 def _host_memory() -> Iterator[None]:
     """A host pool wants 10 GiB of free memory beyond its own, or what this says there is."""
     with host_memory_budget_scope(1 << 30):

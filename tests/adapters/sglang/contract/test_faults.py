@@ -15,7 +15,7 @@ from backend import BASE, PAGE, backend, info, on_disk, prompt
 from test_hicache import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     Pools = Callable[..., tuple[Any, Any]]
 
@@ -25,15 +25,6 @@ AMPLE = {
 }  # fmt: skip
 """Time enough on any machine."""
 AWKWARD = {k: v for k, v in BASE.items() if not k.startswith("tiers.")}
-
-
-@pytest.fixture(autouse=True)
-def _well() -> Iterator[None]:
-    Mood.well()
-    KEPT.clear()
-    yield
-    Mood.well()
-    KEPT.clear()
 
 
 def opened(host: Any, **more: Any) -> Any:

@@ -228,7 +228,8 @@ def test_figures_for_sglang(host_pool: Pools) -> None:
     storage.close()
 
 
-def test_new_weights_end_it(host_pool: Pools, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("how", ["a success", "one that fails half way"])
+def test_new_weights_end_it(host_pool: Pools, caplog: pytest.LogCaptureFixture, how: str) -> None:
     from sglang.srt.managers.scheduler_components import weight_updater
 
     host, _ = host_pool("mha", "layer_first", slots=256)
@@ -243,7 +244,12 @@ def test_new_weights_end_it(host_pool: Pools, caplog: pytest.LogCaptureFixture) 
     assert len(changed) == 1
     owner = changed[0].__new__(changed[0])
     owner.scheduler = type("S", (), {"record_weight_version_change": lambda *a, **k: None})()
-    owner.record_weight_version_after_update(None)
+    if how == "a success":
+        owner.record_weight_version_after_update(None)
+    else:
+        owner.metrics_collector = None
+        with pytest.raises(OSError, match="half"), owner._observe_weight_load("disk"):
+            raise OSError("half of the files were read")
     assert watch.changed
     assert text.count(storage) == 0
     assert text.save(storage) == [False] * 6

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from awkward import KEPT, Mood, over
+from awkward import Mood, over
 from backend import BASE, PAGE, hashes, on_disk
 from device_pools import device_pool
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
@@ -34,7 +34,7 @@ from sizes import LAYERS
 from tierloom import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 SLOTS = 512
 _SGLANGS = ("backend_name", "class_name", "interface_v1", "module_path", "chunk.tokens")
@@ -44,15 +44,6 @@ AWKWARD = {k: v for k, v in MEMORY.items() if not k.startswith("tiers.")}
 
 def disk(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in on_disk(folder).items() if k not in _SGLANGS}
-
-
-@pytest.fixture(autouse=True)
-def _well() -> Iterator[None]:
-    Mood.well()
-    KEPT.clear()
-    yield
-    Mood.well()
-    KEPT.clear()
 
 
 class Bench:

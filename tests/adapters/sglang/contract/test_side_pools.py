@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from backend import PAGE, backend, info, on_disk, prompt
+from awkward import Mood, over
+from backend import BASE, PAGE, backend, info, on_disk, prompt
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 from test_hicache import settle
 
@@ -123,6 +124,51 @@ def test_a_prefix_is_as_long_as_all_pools_have_it(
     assert found.kv_hit_pages == (expected[-1] if expected else 0)
     assert found.extra_pool_hit_pages.get(PoolName.KV) == 12
     assert storage.batch_exists_v2(text.keys, [], info(None)).kv_hit_pages == 12
+    storage.close()
+
+
+def test_a_transfer_is_one_request(
+    host_pool: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many its pages: a tier that hangs costs one deadline, not one for each page."""
+    storage, host, window, _ = with_sides(host_pool, tmp_path)
+    text, view = prompt(host, 12), prompt(window, 12)
+    (side,) = storage._sides[PoolName.SWA]
+    calls: list[str] = []
+    for name in ("store", "retrieve"):
+        real = getattr(side.pipeline, name)
+
+        def counted(*args: Any, real: Any = real, name: str = name, **named: Any) -> Any:
+            calls.append(name)
+            return real(*args, **named)
+
+        monkeypatch.setattr(side.pipeline, name, counted)
+    transfer = PoolTransfer(PoolName.SWA, host_indices=view.slots, keys=text.keys)
+    assert storage.batch_set_v2([transfer]) == {PoolName.SWA: [True] * 12}
+    settle_all(storage)
+    assert storage.batch_get_v2([transfer]) == {PoolName.SWA: [True] * 12}
+    assert calls == ["store", "retrieve"]
+    storage.close()
+
+
+def test_a_window_in_a_store_far_away(host_pool: Pools) -> None:
+    """Each page is asked for, holes or not; of a store that hangs nothing is said to be there."""
+    host, _ = host_pool("mha", "layer_first", slots=256)
+    window, _ = host_pool("mha", "page_first", slots=256, layers=2)
+    far = {k: v for k, v in BASE.items() if not k.startswith("tiers.")} | over()
+    storage = backend(host, far | {"tierloom.wait": "20 s", "tiers.cold.timeout": "20 s"})
+    storage.register_mem_host_pool_v2(window, PoolName.SWA)
+    view = prompt(window, 8)
+    for i in (2, 3, 6):
+        at = view.slots[i * PAGE : (i + 1) * PAGE]
+        storage.batch_set_v2([PoolTransfer(PoolName.SWA, host_indices=at, keys=[view.keys[i]])])
+    settle_all(storage)
+    (side,) = storage._sides[PoolName.SWA]
+    side.pipeline._portal.call(side.pipeline.tiers["hot"].clear)
+    assert side.each(view.keys) == [i in (2, 3, 6) for i in range(8)]
+    side._wait, Mood.stuck = 0.05, 1.0
+    assert side.each(view.keys) == [False] * 8
+    Mood.well()
     storage.close()
 
 

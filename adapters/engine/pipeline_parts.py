@@ -1,0 +1,29 @@
+"""What an engine's adapter must know of a pipeline, and set in it, before it is opened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.stages.ops.lookup import Lookup
+
+
+def lookup_node(spec: PipelineSpec) -> Any:
+    """The lookup stage of the retrieve graph, if there is one."""
+    graph = spec.graphs.get("retrieve")
+    return next((n for n in graph.nodes if issubclass(n.cls, Lookup)), None) if graph else None
+
+
+def asked_tiers(spec: PipelineSpec) -> list[str]:
+    """The tiers that a retrieve asks, best first."""
+    plan = lookup_node(spec)
+    return (plan.options.tiers if plan else None) or list(spec.tiers)
+
+
+def own_paths(spec: PipelineSpec, folder: str) -> dict[str, Any]:
+    """Overrides that put what only one process may use below `folder`; none where that is empty."""
+    return {
+        f"tiers.{name}.path": f"{tier.options.path}/{folder}"
+        for name, tier in spec.tiers.items()
+        if folder and tier.cls.local and hasattr(tier.options, "path")
+    }
