@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,3 +55,16 @@ def _llama3(freqs: npt.NDArray[np.float64], p: dict[str, Any]) -> npt.NDArray[np
     share = np.clip((turns - low) / (high - low), 0, 1)
     slow: npt.NDArray[np.float64] = freqs / float(p["factor"])
     return (1 - share) * slow + share * freqs
+
+
+class Rotation(NamedTuple):
+    """How a model turns K, layer by layer: enough to turn it on."""
+
+    freqs: npt.NDArray[np.float64]
+    """[kinds, half] radians per token; rows of fewer pairs end in zeros."""
+    kind: npt.NDArray[np.int32]
+    """[layers] which row turns a layer; -1: none does."""
+    first: int = 0
+    """First channel of a head that turns."""
+    interleaved: bool = False
+    """Pairs are channels 2i and 2i + 1 (GPT-J); else i and i + half (NeoX)."""
