@@ -9,7 +9,7 @@ what makes them finer. So a part of the object, from its start, is all of it at 
 
     offset size field
          0    4 magic "TLM1"
-         4    2 version (1)
+         4    2 version: 1, or 2 where the text is there, too
          6    2 flags (bit 0: native order)
          8    8 header_bytes
         16    8 xxh3-64 of the header, with this field zero
@@ -22,6 +22,7 @@ what makes them finer. So a part of the object, from its start, is all of it at 
                 scans beyond the first
        200   .. frames x 40: offset, stored bytes, raw bytes, xxh3-64 of the stored bytes, codecs
         ..   .. links x 32: the chain's grain links inside the chunk, the last of which is the key
+        ..   .. version 2: the chunk's text, as `text.py` packs it; zero padded
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ import xxhash
 
 from tierloom.stages.errors import Damaged, Lost, Unreadable
 from tierloom.stages.kv.geometry import DTYPES, Geometry
+from tierloom.stages.kv.text import Text, text_bytes, unpack_text
 from tierloom.stages.memory.allocator import PAGE, aligned
 from tierloom.stages.memory.arena import Lease
 
 LINK = 32
 """Bytes of a link, of a key and of every digest here."""
 
-_MAGIC, _VERSION, _NATIVE = b"TLM1", 1, 1
+_MAGIC, _VERSIONS, _NATIVE = b"TLM1", (1, 2), 1
 _NAMES = ("", *DTYPES)
 _FIXED = struct.Struct("<4sHHQQQ32s32s32s32sIIHHHHIIHHHH8x")
 _FRAME = struct.Struct("<QQQQ8s")
@@ -81,6 +83,13 @@ class Header(NamedTuple):
     frames: tuple[Frame, ...]
     links: bytes
     scans: int = 1
+    packed_text: bytes = b""
+    """What the KV was computed from, as `pack_text` makes it; empty: it is not said."""
+
+    @property
+    def text(self) -> Text | None:
+        """What the KV was computed from; None: it is not said."""
+        return unpack_text(self.packed_text, self.parent) if self.packed_text else None
 
     @property
     def groups(self) -> int:
@@ -100,19 +109,25 @@ class Header(NamedTuple):
 
     @property
     def header_bytes(self) -> int:
-        return header_size(len(self.frames), len(self.links) // LINK)
+        return header_size(len(self.frames), len(self.links) // LINK, len(self.packed_text))
+
+    def with_frames(self, raw: Sequence[int], stored: Sequence[int], scans: int = 1) -> Header:
+        """The same chunk with its frames written otherwise; no checksum, no codec."""
+        size = header_size(len(raw), len(self.links) // LINK, len(self.packed_text))
+        return self._replace(frames=plan_frames(size, raw, stored), scans=scans)
 
     def pack(self) -> bytes:
         """The header as bytes, zero padded to `header_bytes`."""
         g, size = self.geometry, self.header_bytes
         fixed = _FIXED.pack(
-            _MAGIC, _VERSION, _NATIVE if g.native else 0, size, 0, self.nbytes,
+            _MAGIC, _VERSIONS[bool(self.packed_text)], _NATIVE if g.native else 0, size, 0,
+            self.nbytes,
             self.key, self.namespace, self.parent, self.token_digest,
             self.tokens, self.grain, self.group, g.kv, g.layers, g.heads, g.dim, g.block_tokens,
             _NAMES.index(g.dtype), len(self.frames), len(self.links) // LINK, self.scans - 1,
         )  # fmt: skip
         table = _table(len(self.frames)).pack(*chain.from_iterable(self.frames))
-        page = bytearray((fixed + table + self.links).ljust(size, b"\0"))
+        page = bytearray((fixed + table + self.links + self.packed_text).ljust(size, b"\0"))
         struct.pack_into("<Q", page, _CHECK_AT, xxhash.xxh3_64_intdigest(page))
         return bytes(page)
 
@@ -125,14 +140,14 @@ class Header(NamedTuple):
         """
         start = bytes(page[: _START.size]).ljust(_START.size, b"\0")
         magic, version, _, size = _START.unpack(start)
-        if is_later(magic, _MAGIC) or (magic == _MAGIC and version > _VERSION):
+        if is_later(magic, _MAGIC) or (magic == _MAGIC and version > _VERSIONS[-1]):
             if _one_bit_turned(page, start):
                 raise Damaged("a bit of its version was turned")
             text = f"{magic.decode(errors='replace')}, version {version}"
-            raise Unreadable(Lost.NEWER, f"written as {text}: TLM1, version 1, is read here")
+            raise Unreadable(Lost.NEWER, f"written as {text}: TLM1, up to version 2, is read here")
         if magic != _MAGIC:
             raise Damaged(f"not an object: magic is {magic!r}, not {_MAGIC!r}")
-        if version != _VERSION:
+        if version not in _VERSIONS:
             raise Damaged(f"there was never a version {version} of objects")
         if not PAGE <= size <= 64 * PAGE or size % PAGE:
             raise Damaged(f"header length {size} is impossible")
@@ -154,7 +169,7 @@ class Header(NamedTuple):
         if not _has_checksum(page):
             raise Damaged("header checksum does not match")
         (
-            _, _, flags, _, _, nbytes, own, space, parent, digest,
+            _, version, flags, _, _, nbytes, own, space, parent, digest,
             tokens, grain, group, kv, layers, heads, dim, block, dtype, nframes, nlinks, finer,
         ) = _FIXED.unpack_from(page)  # fmt: skip
         if namespace and space != namespace:
@@ -162,7 +177,8 @@ class Header(NamedTuple):
         if key and own != key and (namespace or name_of(space, own) != key):
             raise Damaged(f"holds object {own.hex()[:16]}, not {key.hex()[:16]}")
         at = _FIXED.size
-        inside = at + nframes * _FRAME.size + nlinks * LINK <= size
+        text = text_bytes(tokens) if version > 1 else 0
+        inside = at + nframes * _FRAME.size + nlinks * LINK + text <= size
         if not inside or not block or not dtype:
             raise Damaged("header fields contradict each other")
         if flags & ~_NATIVE:
@@ -174,6 +190,7 @@ class Header(NamedTuple):
             offset, stored, plain, xxh, codecs = _FRAME.unpack_from(page, at + i * _FRAME.size)
             frames.append(Frame(offset, stored, plain, xxh, codecs.rstrip(b"\0")))
         at += nframes * _FRAME.size
+        end = at + nlinks * LINK
         header = cls(
             key=own, namespace=space, parent=parent, token_digest=digest,
             tokens=tokens, grain=grain, group=group, frames=tuple(frames),
@@ -181,7 +198,7 @@ class Header(NamedTuple):
                 kv=kv, layers=layers, heads=heads, dim=dim, dtype=_NAMES[dtype],
                 block_tokens=block, native=bool(flags & _NATIVE),
             ),
-            links=bytes(page[at : at + nlinks * LINK]), scans=1 + finer,
+            links=bytes(page[at:end]), scans=1 + finer, packed_text=bytes(page[end : end + text]),
         )  # fmt: skip
         header._check_frames(nbytes, size)
         return header
@@ -213,14 +230,15 @@ class Header(NamedTuple):
 def _one_bit_turned(page: bytes | memoryview, start: bytes) -> bool:
     """Whether a header that calls itself later than ours is one of ours with one bit turned: with
     that bit as it should be, its checksum holds."""
-    ours = struct.pack("<4sH", _MAGIC, _VERSION)
     size = _START.unpack(start)[3]
-    turned = int.from_bytes(ours, "little") ^ int.from_bytes(start[: len(ours)], "little")
-    if turned.bit_count() != 1 or not PAGE <= size <= min(len(page), 64 * PAGE):
-        return False
-    header = bytearray(page[:size])
-    header[: len(ours)] = ours
-    return _has_checksum(header)
+    for version in _VERSIONS if PAGE <= size <= min(len(page), 64 * PAGE) else ():
+        ours = struct.pack("<4sH", _MAGIC, version)
+        turned = int.from_bytes(ours, "little") ^ int.from_bytes(start[: len(ours)], "little")
+        header = bytearray(page[:size])
+        header[: len(ours)] = ours
+        if turned.bit_count() == 1 and _has_checksum(header):
+            return True
+    return False
 
 
 def _has_checksum(header: bytearray) -> bool:
@@ -246,9 +264,10 @@ def _table(frames: int) -> struct.Struct:
     return struct.Struct("<" + _FRAME.format.lstrip("<") * frames)
 
 
-def header_size(frames: int, links: int) -> int:
-    """Bytes of a header with this many frames and links: one page, unless they are very many."""
-    return aligned(_FIXED.size + frames * _FRAME.size + links * LINK)
+def header_size(frames: int, links: int, text: int = 0) -> int:
+    """Bytes of a header with this many frames, links and bytes of text: one page, unless they are
+    very many."""
+    return aligned(_FIXED.size + frames * _FRAME.size + links * LINK + text)
 
 
 def plan_frames(header_bytes: int, raw: Sequence[int], stored: Sequence[int]) -> tuple[Frame, ...]:

@@ -6,11 +6,14 @@ prompt to whoever can read the object.
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+_FIXED = struct.Struct("<q32s32s")
 
 OPENING = 64
 """Tokens of a prompt's beginning by which `Text.opening` knows it again."""
@@ -30,6 +33,26 @@ class Text(NamedTuple):
     opening: bytes
     """The link after the prompt's first 64 tokens, by which prompts that begin alike are known;
     `root` where there is none. 32 bytes."""
+
+
+def pack_text(text: Text) -> bytes:
+    """A text as a header has it: position, root, opening, then the ids as little-endian int32. Its
+    parent is a field of the header's own."""
+    ids = text.ids.astype("<i4", copy=False).tobytes()
+    return _FIXED.pack(text.position, text.root, text.opening) + ids
+
+
+def text_bytes(tokens: int) -> int:
+    """Length of a packed text."""
+    return _FIXED.size + 4 * tokens
+
+
+def unpack_text(packed: bytes, parent: bytes) -> Text:
+    """The inverse of `pack_text`; `ids` is a view of `packed`."""
+    import numpy as np  # a header is read where numpy is not needed
+
+    position, root, opening = _FIXED.unpack_from(packed)
+    return Text(np.frombuffer(packed, "<i4", offset=_FIXED.size), position, root, parent, opening)
 
 
 class Excerpt(NamedTuple):

@@ -20,7 +20,7 @@ from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.stage import BatchStage, Context
 from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost
-from tierloom.stages.kv.object import LINK, Object, header_size, plan_frames
+from tierloom.stages.kv.object import Object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +61,7 @@ class Decode(BatchStage):
             if not any(f.codecs for f in header.frames):
                 continue
             raw = [f.raw for f in header.frames[: header.groups]]
-            size = header_size(len(raw), len(header.links) // LINK)
-            plain = header._replace(frames=plan_frames(size, raw, raw), scans=1)
+            plain = header.with_frames(raw, raw)
             try:
                 lease = self.ctx.arena.lease(plain.nbytes)
             except ArenaFull:

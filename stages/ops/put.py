@@ -15,7 +15,7 @@ from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Chunk, Encoded, EncodedFrame
 from tierloom.stages.contract.stage import BatchStage
 from tierloom.stages.errors import ArenaFull, Lost
-from tierloom.stages.kv.object import LINK, Object, header_size, plan_frames
+from tierloom.stages.kv.object import Object
 from tierloom.stages.ops.in_turns import mark_in_turns
 
 
@@ -85,18 +85,10 @@ class Put(BatchStage):
         plain = chunk.object
         assert plain is not None
         frames = [f for f in encoded.frames if f is not None]
-        size = header_size(len(frames), len(plain.header.links) // LINK)
-        header = plain.header._replace(
-            scans=encoded.scans,
-            frames=tuple(
-                f._replace(codecs=e.codecs)
-                for f, e in zip(
-                    plan_frames(size, [f.raw for f in frames], [len(f.data) for f in frames]),
-                    frames,
-                    strict=True,
-                )
-            ),
-        )
+        raw, stored = [f.raw for f in frames], [len(f.data) for f in frames]
+        header = plain.header.with_frames(raw, stored, encoded.scans)
+        named = zip(header.frames, frames, strict=True)
+        header = header._replace(frames=tuple(f._replace(codecs=e.codecs) for f, e in named))
         lease = self.ctx.arena.lease(header.nbytes)
         batch.defer(lease.release)
         made = Object(header, lease)

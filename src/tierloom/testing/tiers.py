@@ -324,7 +324,7 @@ class TierContract(TierBench):
         if self.damage is None:
             pytest.skip("cannot be damaged")
         await self.put(tier, 1)
-        self.damage(tier, key_of(1), lambda raw: raw.__setitem__(4, 2))
+        self.damage(tier, key_of(1), lambda raw: raw.__setitem__(4, 4))
         for _ in range(2):
             try:
                 assert await self.get(tier, 1) is Lost.NEWER

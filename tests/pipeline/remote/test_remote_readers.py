@@ -57,7 +57,7 @@ def calibrated(folder: Path, engine: Engine) -> str:
 
 
 def later(raw: bytearray) -> None:
-    struct.pack_into("<H", raw, 4, 2)
+    struct.pack_into("<H", raw, 4, 4)
 
 
 def later_magic(raw: bytearray) -> None:

@@ -10,9 +10,10 @@ import pytest
 import xxhash
 from hypothesis import given, strategies as st
 
-from tierloom.stages.errors import BadObject
+from tierloom.stages.errors import BadObject, Damaged
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.object import Frame, Header, Object, header_size, name_of, plan_frames
+from tierloom.stages.kv.text import Text, pack_text
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 
@@ -228,3 +229,45 @@ def test_an_object_has_a_name_among_many_namespaces() -> None:
     for key, space in ((name, h.namespace), (name_of(b"o" * 32, h.key), b"")):
         with pytest.raises(BadObject, match="holds object"):
             Header.unpack(raw, key=key, namespace=space)
+
+
+TEXT = Text(np.arange(50, dtype=np.int32) * 977, 1234, b"r" * 32, b"p" * 32, b"o" * 32)
+
+
+def with_text(h: Header) -> Header:
+    h = h._replace(packed_text=pack_text(TEXT))
+    return h.with_frames([f.raw for f in h.frames], [f.raw for f in h.frames])
+
+
+def test_a_header_carries_its_text() -> None:
+    h = with_text(header())
+    page = h.pack()
+    assert page[4] == 2
+    assert h.header_bytes == len(page) == PAGE
+    back = Header.unpack(page)
+    assert back == h
+    assert back.text is not None
+    assert back.text.ids.tolist() == TEXT.ids.tolist()
+    assert back.text[1:] == TEXT[1:]
+
+
+def test_without_a_text_the_version_stays_1() -> None:
+    assert header().pack()[4] == 1
+    assert Header.unpack(header().pack()).text is None
+
+
+@given(st.integers(0, PAGE * 8 - 1))
+def test_any_turned_bit_of_a_text_is_damage(bit: int) -> None:
+    page = bytearray(with_text(header()).pack())
+    page[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(Damaged):
+        Header.unpack(page)
+
+
+def test_a_text_longer_than_the_header_is_damage() -> None:
+    page = bytearray(with_text(header()).pack())
+    struct.pack_into("<I", page, 160, 4000)  # tokens
+    struct.pack_into("<Q", page, 16, 0)
+    struct.pack_into("<Q", page, 16, xxhash.xxh3_64_intdigest(page))
+    with pytest.raises(Damaged, match="contradict"):
+        Header.unpack(page)
