@@ -8,6 +8,7 @@ Prints the names of the cases of a list that held.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from pathlib import Path
@@ -21,13 +22,21 @@ import models  # noqa: E402
 from engines import Engine  # noqa: E402
 from plain import KV, Plain  # noqa: E402
 
-from tierloom.adapters.vllm.repair.forward import Stretch, cut  # noqa: E402
+from tierloom.adapters.vllm.repair.forward import Repair, Stretch, cut  # noqa: E402
+from tierloom.adapters.vllm.repair.probe import probe  # noqa: E402
 from tierloom.stages.errors import InputError  # noqa: E402
 from tierloom.stages.kv.layout_check import token  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 NEAR = 1e-3
 N = 300
+
+
+@functools.cache
+def tiny() -> tuple[Engine, Plain]:
+    """The engine of all cases, and its model in plain torch."""
+    folder = models.llama(FOLDER / "llama")
+    return Engine(folder), Plain(folder)
 
 
 class Prompt:
@@ -93,21 +102,19 @@ def choices(seed: int) -> list[list[Stretch]]:
 
 
 def rows_equal_a_selective_forward_and_all_others_stay() -> None:
-    folder = models.llama(FOLDER / "llama")
-    plain = Plain(folder)
-    with Engine(folder) as engine:
-        repair = engine.repair()
-        for case, stretches in enumerate(s for seed in (1, 2) for s in choices(seed)):
-            engine.noise()
-            prompt = Prompt(engine, plain, seed=case)
-            prompt.place(without=stretches)
-            before = engine.snapshot()
-            repair.forward(stretches, prompt.blocks, prompt.ids.tolist())
-            off = prompt.off(*prompt.wanted(stretches))
-            assert off <= NEAR, (stretches, off)
-            assert changed(engine, before) == {
-                prompt.slots[i] for first, end in stretches for i in range(first, end)
-            }
+    engine, plain = tiny()
+    repair = engine.repair()
+    for case, stretches in enumerate(s for seed in (1, 2) for s in choices(seed)):
+        engine.noise()
+        prompt = Prompt(engine, plain, seed=case)
+        prompt.place(without=stretches)
+        before = engine.snapshot()
+        repair.forward(stretches, prompt.blocks, prompt.ids.tolist())
+        off = prompt.off(*prompt.wanted(stretches))
+        assert off <= NEAR, (stretches, off)
+        assert changed(engine, before) == {
+            prompt.slots[i] for first, end in stretches for i in range(first, end)
+        }
 
 
 def changed(engine: Engine, before: list[torch.Tensor]) -> set[int]:
@@ -124,74 +131,115 @@ def changed(engine: Engine, before: list[torch.Tensor]) -> set[int]:
 
 
 def slices_give_what_one_call_gives() -> None:
-    folder = models.llama(FOLDER / "llama")
-    plain = Plain(folder)
-    with Engine(folder) as engine:
-        repair = engine.repair()
-        for limit, sequences in ((1000, 8), (40, 8), (16, 2), (7, 1)):
-            stretches = choices(3)[2]
-            prompt = Prompt(engine, plain, seed=9)
-            prompt.place(without=stretches)
-            slices = cut(stretches, limit, sequences)
-            for part in slices:
-                repair.forward(part, prompt.blocks, prompt.ids.tolist())
-            assert prompt.off(*prompt.wanted(stretches)) <= NEAR, limit
-        assert len(slices) > 10
+    engine, plain = tiny()
+    repair = engine.repair()
+    for limit, sequences in ((1000, 8), (40, 8), (16, 2), (7, 1)):
+        stretches = choices(3)[2]
+        prompt = Prompt(engine, plain, seed=9)
         prompt.place(without=stretches)
-        for part in reversed(slices):  # a later token would see rows that are not there yet
+        slices = cut(stretches, limit, sequences)
+        for part in slices:
             repair.forward(part, prompt.blocks, prompt.ids.tolist())
-        assert prompt.off(*prompt.wanted(stretches)) > NEAR
+        assert prompt.off(*prompt.wanted(stretches)) <= NEAR, limit
+    assert len(slices) > 10
+    prompt.place(without=stretches)
+    for part in reversed(slices):  # a later token would see rows that are not there yet
+        repair.forward(part, prompt.blocks, prompt.ids.tolist())
+    assert prompt.off(*prompt.wanted(stretches)) > NEAR
 
 
 def requests_beside_it_say_what_they_say_alone() -> None:
     """Repairs between the steps of requests that decode, in blocks that these do not have."""
-    folder = models.llama(FOLDER / "llama")
-    plain = Plain(folder)
-    with Engine(folder) as engine:
-        prompts = [[(7 * i + 3 * k) % 500 + 5 for k in range(200)] for i in range(2)]
-        alone = [engine.say([p])[0] for p in prompts]
-        repair, stretches = engine.repair(), choices(4)[2]
+    engine, plain = tiny()
+    prompts = [[(7 * i + 3 * k) % 500 + 5 for k in range(200)] for i in range(2)]
+    alone = [engine.say([p])[0] for p in prompts]
+    repair, stretches = engine.repair(), choices(4)[2]
 
-        def between() -> None:
-            prompt = Prompt(engine, plain, seed=5)
-            prompt.blocks = [b + 100 for b in range(10)]
-            prompt.slots = [100 * 32 + i for i in range(N)]
-            prompt.place(without=stretches)
-            repair.forward(stretches, prompt.blocks, prompt.ids.tolist())
-            assert prompt.off(*prompt.wanted(stretches)) <= NEAR
+    def between() -> None:
+        prompt = Prompt(engine, plain, seed=5)
+        prompt.blocks = [b + 100 for b in range(10)]
+        prompt.slots = [100 * 32 + i for i in range(N)]
+        prompt.place(without=stretches)
+        repair.forward(stretches, prompt.blocks, prompt.ids.tolist())
+        assert prompt.off(*prompt.wanted(stretches)) <= NEAR
 
-        assert engine.say(prompts, between) == alone
+    assert engine.say(prompts, between) == alone
 
 
 def what_cannot_be_computed_is_refused_before_anything_is() -> None:
-    folder = models.llama(FOLDER / "llama")
-    with Engine(folder) as engine:
-        repair = engine.repair()
-        ids, blocks = [5] * 64, [3, 4]
-        before = engine.snapshot()
-        wrong: list[tuple[Any, Any, Any]] = [
-            ([], blocks, ids),
-            ([(4, 4)], blocks, ids),
-            ([(5, 4)], blocks, ids),
-            ([(-1, 4)], blocks, ids),
-            ([(4, 9), (8, 10)], blocks, ids),
-            ([(60, 65)], blocks, [5] * 65),
-            ([(40, 50)], blocks, ids[:45]),
-            ([(0, 4)], [0, 4], ids),
-            ([(0, 4)], [-1, 4], ids),
-            ([(40, 44)], [3, 1 << 20], ids),
-            ([(0, 4)], blocks, [models.VOCAB] * 64),
-            ([(0, 4)], blocks, [-1] * 64),
-            ([(i, i + 1) for i in range(0, 18, 2)], blocks, ids),
-            ([(0, 600)], list(range(1, 20)), [5] * 600),
-        ]
-        for case in wrong:
-            try:
-                repair.forward(*case)
-            except InputError:
-                continue
-            raise AssertionError(f"computed: {case}")
-        assert changed(engine, before) == set()
+    engine, plain = tiny()
+    repair = engine.repair()
+    ids, blocks = [5] * 64, [3, 4]
+    before = engine.snapshot()
+    wrong: list[tuple[Any, Any, Any]] = [
+        ([], blocks, ids),
+        ([(4, 4)], blocks, ids),
+        ([(5, 4)], blocks, ids),
+        ([(-1, 4)], blocks, ids),
+        ([(4, 9), (8, 10)], blocks, ids),
+        ([(60, 65)], blocks, [5] * 65),
+        ([(40, 50)], blocks, ids[:45]),
+        ([(0, 4)], [0, 4], ids),
+        ([(0, 4)], [-1, 4], ids),
+        ([(40, 44)], [3, 1 << 20], ids),
+        ([(0, 4)], blocks, [models.VOCAB] * 64),
+        ([(0, 4)], blocks, [-1] * 64),
+        ([(i, i + 1) for i in range(0, 18, 2)], blocks, ids),
+        ([(0, 600)], list(range(1, 20)), [5] * 600),
+    ]
+    for case in wrong:
+        try:
+            repair.forward(*case)
+        except InputError:
+            continue
+        raise AssertionError(f"computed: {case}")
+    assert changed(engine, before) == set()
+
+
+def the_probe_scores_what_a_plain_forward_scores() -> None:
+    """Over loaded rows, of a short tail and of one that is longer than the queries asked."""
+    engine, plain = tiny()
+    repair = engine.repair()
+    for tail in ((N - 20, N), (N - 100, N)):
+        prompt = Prompt(engine, plain, seed=6)
+        prompt.place(without=[tail])
+        found = probe(repair, tail, prompt.blocks, prompt.ids.tolist())
+        k, v = [x.clone() for x in prompt.k], [x.clone() for x in prompt.v]
+        chosen = torch.arange(*tail)
+        queries = plain.repair(prompt.ids, k, v, chosen)
+        shares = []
+        for q, keys in zip(queries, k, strict=True):
+            seen = plain.attention(q[-64:], keys, chosen[-64:])[..., : tail[0]].sum(1)
+            shares.append((seen / seen.sum(-1, keepdim=True)).amax(0))
+        wanted = torch.stack(shares).mean(0)
+        assert found.dtype.name == "float32"
+        assert torch.allclose(torch.from_numpy(found), wanted, rtol=1e-3, atol=1e-6)
+        assert prompt.off(k, v) <= NEAR
+    assert not hooks(engine)
+
+
+def no_hook_is_left_behind() -> None:
+    engine, _ = tiny()
+
+    class Breaks(Repair):
+        def compute(self, *given: Any, **how: Any) -> None:
+            assert len(hooks(engine)) == 4
+            super().compute(*given, **how)
+            raise RuntimeError("broken")
+
+    for repair, error in ((engine.repair(Breaks), RuntimeError), (engine.repair(), InputError)):
+        try:
+            probe(repair, (8, 20) if error is RuntimeError else (20, 8), [3], [5] * 20)
+        except error:
+            assert not hooks(engine)
+            continue
+        raise AssertionError("nothing was raised")
+
+
+def hooks(engine: Engine) -> list[Any]:
+    return [
+        h for layer in engine.groups()[0].names for h in engine.layers[layer]._forward_pre_hooks
+    ]
 
 
 CASES = [
@@ -199,9 +247,12 @@ CASES = [
     slices_give_what_one_call_gives,
     requests_beside_it_say_what_they_say_alone,
     what_cannot_be_computed_is_refused_before_anything_is,
+    the_probe_scores_what_a_plain_forward_scores,
+    no_hook_is_left_behind,
 ]
 
 if __name__ == "__main__":
     for case in globals()[sys.argv[2]]:
         case()
         print(case.__name__, flush=True)
+    tiny()[0].__exit__()

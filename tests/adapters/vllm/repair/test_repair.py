@@ -39,13 +39,13 @@ def test_in_an_engine(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("script", ["proof_cases.py"])
+@pytest.mark.parametrize("script", ["proof_cases.py", "rank_cases.py"])
 def test_in_more_engines(script: str, tmp_path: Path) -> None:
     run(script, "CAMPAIGN", tmp_path)
 
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("script", ["proof_cases.py"])
+@pytest.mark.parametrize("script", ["proof_cases.py", "rank_cases.py"])
 def test_in_a_compiled_engine(script: str, tmp_path: Path) -> None:
     run(script, "COMPILED", tmp_path, TORCH_COMPILE_DISABLE="0")
