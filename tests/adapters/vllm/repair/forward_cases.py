@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,15 @@ class Prompt:
         self.group = engine.groups()[0]
         self.ids = torch.tensor([r.randrange(3, models.VOCAB) for _ in range(n)])
         blocks = range(1, self.group.layout.blocks // self.group.split)
-        self.blocks = r.sample(blocks, -(-n // self.group.block_tokens))
+        self.lie_in(r.sample(blocks, -(-n // self.group.block_tokens)))
         other = self.ids.clone()
         other[: n // 2] = other[: n // 2].flip(0)  # another prompt's first half: what is kept
         self.k, self.v = plain.prefill(other)
+
+    def lie_in(self, blocks: Sequence[int]) -> None:
         size = self.group.block_tokens
-        self.slots = [self.blocks[i // size] * size + i % size for i in range(n)]
+        self.blocks = list(blocks)
+        self.slots = [self.blocks[i // size] * size + i % size for i in range(self.n)]
 
     def place(self, *, without: list[Stretch] = []) -> None:  # noqa: B006
         """Write the loaded rows but those that are computed, which hold another number."""
@@ -149,21 +153,40 @@ def slices_give_what_one_call_gives() -> None:
 
 
 def requests_beside_it_say_what_they_say_alone() -> None:
-    """Repairs between the steps of requests that decode, in blocks that these do not have."""
+    """Repairs between the steps of requests that decode, and within them: before and behind the
+    runner's own forward, in its forward context, where vLLM calls `start_load_kv`."""
     engine, plain = tiny()
     prompts = [[(7 * i + 3 * k) % 500 + 5 for k in range(200)] for i in range(2)]
     alone = [engine.say([p])[0] for p in prompts]
     repair, stretches = engine.repair(), choices(4)[2]
+    prompt = Prompt(engine, plain, seed=5)
+    prompt.lie_in(range(100, 110))
+    wanted, repaired = prompt.wanted(stretches), []
 
     def between() -> None:
-        prompt = Prompt(engine, plain, seed=5)
-        prompt.blocks = [b + 100 for b in range(10)]
-        prompt.slots = [100 * 32 + i for i in range(N)]
         prompt.place(without=stretches)
         repair.forward(stretches, prompt.blocks, prompt.ids.tolist())
-        assert prompt.off(*prompt.wanted(stretches)) <= NEAR
+        repaired.append(prompt.off(*wanted))
 
     assert engine.say(prompts, between) == alone
+    usual = engine.runner._model_forward
+    for before in (True, False):
+
+        def around(*given: Any, before: bool = before, **how: Any) -> Any:
+            if before:
+                between()
+            out = usual(*given, **how)
+            if not before:
+                between()
+            return out
+
+        engine.runner._model_forward = around
+        try:
+            assert engine.say(prompts) == alone
+        finally:
+            engine.runner._model_forward = usual
+    assert len(repaired) > 20
+    assert max(repaired) <= NEAR
 
 
 def what_cannot_be_computed_is_refused_before_anything_is() -> None:
