@@ -8,39 +8,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from tierloom.adapters.vllm.exchange.identity import draft_model
 from tierloom.stages.errors import LayoutError
-from tierloom.stages.kv.layout import KVLayout
 
 _PLAIN_KV = {"auto", "bfloat16", "float16", "float32"}
 """Types of KV cache whose numbers are the model's own."""
-
-
-class KVGroup(Protocol):
-    """What is needed of a worker's KV group: `worker/layout.py` says what each is."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def names(self) -> list[str]: ...
-    @property
-    def caches(self) -> list[torch.Tensor]: ...
-    @property
-    def layout(self) -> KVLayout: ...
-    @property
-    def block_tokens(self) -> int: ...
-    @property
-    def split(self) -> int: ...
-    @property
-    def backend(self) -> str: ...
-    @property
-    def opaque(self) -> bool: ...
-    @property
-    def window(self) -> bool: ...
 
 
 class EngineModel(NamedTuple):
@@ -54,8 +30,8 @@ class EngineModel(NamedTuple):
     device: torch.device
 
 
-def find_model(vllm_config: Any, kv_cache_config: Any, groups: Sequence[KVGroup]) -> EngineModel:
-    """The model whose attention fills `groups`, the KV groups of this worker.
+def find_model(vllm_config: Any, kv_cache_config: Any, groups: Sequence[Any]) -> EngineModel:
+    """The model whose attention fills `groups`, this worker's KV groups (`CacheGroup`).
 
     Walks through all live objects, which takes seconds: call it once, where vLLM registers its KV
     caches. Later vLLM freezes what is alive, and the collector shows it no more.
@@ -75,7 +51,7 @@ def find_model(vllm_config: Any, kv_cache_config: Any, groups: Sequence[KVGroup]
     return EngineModel(module, layers, rotary, next(module.parameters()).device)
 
 
-def _reasons(vllm_config: Any, kv_cache_config: Any, groups: Sequence[KVGroup]) -> Iterator[str]:
+def _reasons(vllm_config: Any, kv_cache_config: Any, groups: Sequence[Any]) -> Iterator[str]:
     """Each way of running in which a repair of its own would be wrong, or would hang."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     for name in (
@@ -100,7 +76,7 @@ def _reasons(vllm_config: Any, kv_cache_config: Any, groups: Sequence[KVGroup]) 
     yield from _kv_reasons(vllm_config, kv_cache_config, groups)
 
 
-def _kv_reasons(vllm_config: Any, kv_cache_config: Any, groups: Sequence[KVGroup]) -> Iterator[str]:
+def _kv_reasons(vllm_config: Any, kv_cache_config: Any, groups: Sequence[Any]) -> Iterator[str]:
     """What of its KV stands against it."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierloom.adapters.vllm.repair.engine_model import EngineModel, KVGroup
+from tierloom.adapters.vllm.repair.engine_model import EngineModel
 from tierloom.stages.errors import InputError
 from tierloom.stages.kv.block_table import BlockTable
 
@@ -67,7 +67,7 @@ class Repair:
     """
 
     def __init__(
-        self, model: EngineModel, vllm_config: Any, kv_cache_config: Any, group: KVGroup
+        self, model: EngineModel, vllm_config: Any, kv_cache_config: Any, group: Any
     ) -> None:
         """Raises what vLLM's builders of attention metadata raise."""
         self.model, self.group, self._vllm = model, group, vllm_config
@@ -184,7 +184,7 @@ class Repair:
 
 
 def _builders(
-    model: EngineModel, vllm_config: Any, kv_cache_config: Any, group: KVGroup
+    model: EngineModel, vllm_config: Any, kv_cache_config: Any, group: Any
 ) -> list[tuple[Any, list[str]]]:
     """Builders of our own, one for all layers that vLLM would give the same: its runner's have
     buffers that a captured graph still reads."""

@@ -5,15 +5,15 @@ For proofs and probes, which look at few rows: they go through memory of the hos
 
 from __future__ import annotations
 
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierloom.adapters.vllm.repair.engine_model import KVGroup
 from tierloom.stages.errors import LayoutError
 from tierloom.stages.kv import paged_copy as copy
+from tierloom.stages.kv.layout import KVLayout
 from tierloom.stages.memory.arena import Arena
 from tierloom.triton_kernels.memory.tables import PLACED, FrameTable
 
@@ -24,9 +24,9 @@ class Rows:
     Used by one thread, the one that launches what writes the cache.
     """
 
-    def __init__(self, group: KVGroup, tokens: int, layers: int) -> None:
+    def __init__(self, group: Any, tokens: int, layers: int) -> None:
         """Raises what page-locking memory for a device raises."""
-        self._group, self._layout = group, group.layout
+        self._layout: KVLayout = group.layout
         self._table = group.layout.planes(group.caches)
         geometry = group.layout.geometry(native=False)
         self._arena = Arena(geometry.frame_bytes(layers, tokens) + (1 << 16), huge_pages=False)
@@ -37,10 +37,7 @@ class Rows:
     def __enter__(self) -> Rows:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         self._lease.release()
         self._arena.close()
 

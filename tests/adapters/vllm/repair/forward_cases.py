@@ -23,9 +23,10 @@ import models  # noqa: E402
 from engines import Engine  # noqa: E402
 from plain import KV, Plain  # noqa: E402
 
+from tierloom.adapters.vllm.repair.engine_model import find_model  # noqa: E402
 from tierloom.adapters.vllm.repair.forward import Repair, Stretch, cut  # noqa: E402
 from tierloom.adapters.vllm.repair.probe import probe  # noqa: E402
-from tierloom.stages.errors import InputError  # noqa: E402
+from tierloom.stages.errors import InputError, LayoutError  # noqa: E402
 from tierloom.stages.kv.layout_check import token  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
@@ -142,6 +143,10 @@ def slices_give_what_one_call_gives() -> None:
         prompt = Prompt(engine, plain, seed=9)
         prompt.place(without=stretches)
         slices = cut(stretches, limit, sequences)
+        tokens = [i for part in slices for first, end in part for i in range(first, end)]
+        assert tokens == [i for first, end in stretches for i in range(first, end)]
+        assert max(map(len, slices)) <= sequences
+        assert max(sum(end - first for first, end in part) for part in slices) <= limit
         for part in slices:
             repair.forward(part, prompt.blocks, prompt.ids.tolist())
         assert prompt.off(*prompt.wanted(stretches)) <= NEAR, limit
@@ -210,6 +215,9 @@ def what_cannot_be_computed_is_refused_before_anything_is() -> None:
         ([(i, i + 1) for i in range(0, 18, 2)], blocks, ids),
         ([(0, 600)], list(range(1, 20)), [5] * 600),
     ]
+    made = repair.batch([(0, 9), (20, 21), (40, 44)], blocks, ids)
+    assert made.lengths == [1, 4, 9]  # some backends want what looks like decoding in front
+    assert (made.ids.dtype, made.positions.is_contiguous()) == (torch.int32, True)
     for case in wrong:
         try:
             repair.forward(*case)
@@ -217,6 +225,57 @@ def what_cannot_be_computed_is_refused_before_anything_is() -> None:
             continue
         raise AssertionError(f"computed: {case}")
     assert changed(engine, before) == set()
+
+
+def over(real: Any, **other: Any) -> Any:
+    """`real`, some of whose attributes are others."""
+    return type("Over", (), {"__getattr__": lambda _, name: getattr(real, name), **other})()
+
+
+def each_way_of_running_that_cannot_be_repaired_is_refused() -> None:
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    engine, _ = tiny()
+    real, groups = engine.config, engine.groups()
+    none = dict.fromkeys(AttentionLayerBase.__abstractmethods__)
+    layer = type("Latent", (AttentionLayerBase,), none)()
+    parallel, model = real.parallel_config, real.model_config
+    layers = over(real.compilation_config, static_forward_context={"x": layer, **engine.layers})
+    for why, config in {
+        "pipeline_parallel_size is 2": {
+            "parallel_config": over(parallel, pipeline_parallel_size=2)
+        },
+        "decode_context_parallel_size is 2": {
+            "parallel_config": over(parallel, decode_context_parallel_size=2)
+        },
+        "experts are shared": {
+            "parallel_config": over(parallel, data_parallel_size=2, is_moe_model=True)
+        },
+        "dual batch": {"parallel_config": over(parallel, use_ubatching=True)},
+        "adapters": {"lora_config": object()},
+        "M-RoPE": {"model_config": over(model, uses_mrope=True)},
+        "embeddings": {"model_config": over(model, enable_prompt_embeds=True)},
+        "is fp8": {"cache_config": over(real.cache_config, cache_dtype="fp8")},
+        "x is Latent": {"compilation_config": layers},
+    }.items():
+        assert why in refused(over(real, **config), groups), why
+    for why, group in {
+        "frees the blocks": groups[0]._replace(window=True),
+        "is not known": groups[0]._replace(opaque=True),
+        "has no KV of its own": groups[0]._replace(names=groups[0].names[1:]),
+    }.items():
+        assert why in refused(real, [group]), why
+    dense = over(parallel, data_parallel_size=2, is_moe_model=False)
+    found = find_model(over(real, parallel_config=dense), engine.kv, groups)
+    assert found.module is engine.runner.model
+
+
+def refused(config: Any, groups: list[Any]) -> str:
+    try:
+        find_model(config, tiny()[0].kv, groups)
+    except LayoutError as why:
+        return str(why)
+    return "accepted"
 
 
 def the_probe_scores_what_a_plain_forward_scores() -> None:
@@ -270,6 +329,7 @@ CASES = [
     slices_give_what_one_call_gives,
     requests_beside_it_say_what_they_say_alone,
     what_cannot_be_computed_is_refused_before_anything_is,
+    each_way_of_running_that_cannot_be_repaired_is_refused,
     the_probe_scores_what_a_plain_forward_scores,
     no_hook_is_left_behind,
 ]
