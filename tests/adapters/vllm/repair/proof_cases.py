@@ -118,7 +118,7 @@ def other_theta(engine: Engine, by: float = 1.01) -> Rotation:
 def each_mistake_is_found() -> None:
     with Engine(models.llama(FOLDER / "llama")) as engine:
         assert proved(engine.repair()) is None
-        for kind in (OtherSlots, NextSlots, OtherOrder, SeenTooFew):
+        for kind in (OtherSlots, NextSlots, OtherOrder, SeenTooFew, Strided):
             assert "some computed over the others" in str(proved(engine.repair(kind))) or (
                 "poison" in str(proved(engine.repair(kind)))
             ), kind
