@@ -145,24 +145,35 @@ def _copy_frame(
     frame = start
     for half in range(kv):
         for plane in range(half * layers + layer[0], half * layers + layer[1]):
-            steps = stride[plane]
-            if steps[3] == itemsize:
-                lanes = _copy_rows(
-                    base[plane], steps, block_tokens, heads, dim * itemsize,
-                    frame, slots, gather, lanes, frame - start, total,
-                )  # fmt: skip
-            elif itemsize == 1:
-                _copy8(base[plane], steps, block_tokens, heads, dim, frame, slots, gather)
-            elif itemsize == 2:
-                _copy16(base[plane], steps, block_tokens, heads, dim, frame, slots, gather)
-            elif itemsize == 4:
-                _copy32(base[plane], steps, block_tokens, heads, dim, frame, slots, gather)
-            else:
-                _copy64(base[plane], steps, block_tokens, heads, dim, frame, slots, gather)
+            lanes = copy_plane(
+                base[plane], stride[plane], block_tokens, heads, dim, itemsize,
+                frame, slots, gather, lanes, frame - start, total,
+            )  # fmt: skip
             if gather and rows > len(slots):
                 end, missing = frame + len(slots) * row_bytes, (rows - len(slots)) * row_bytes
                 lanes = _zero(end, missing, lanes, end - start, total)
             frame += rows * row_bytes
+    return lanes
+
+
+@njit(nogil=True)
+def copy_plane(
+    base, steps, block_tokens, heads, dim, itemsize, rows, slots, gather, lanes, before, total
+):
+    """Copy one plane's rows of `slots` to or from contiguous ones at `rows`; see `_copy_frame`."""
+    if steps[3] == itemsize:
+        return _copy_rows(
+            base, steps, block_tokens, heads, dim * itemsize,
+            rows, slots, gather, lanes, before, total,
+        )  # fmt: skip
+    if itemsize == 1:
+        _copy8(base, steps, block_tokens, heads, dim, rows, slots, gather)
+    elif itemsize == 2:
+        _copy16(base, steps, block_tokens, heads, dim, rows, slots, gather)
+    elif itemsize == 4:
+        _copy32(base, steps, block_tokens, heads, dim, rows, slots, gather)
+    else:
+        _copy64(base, steps, block_tokens, heads, dim, rows, slots, gather)
     return lanes
 
 

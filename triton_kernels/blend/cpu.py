@@ -1,0 +1,150 @@
+"""numba: frames placed with their K turned to another place, the twin of `blend/triton.py`.
+
+Rows are turned some at a time in a buffer that stays in the nearest cache, and go on from there by
+the plain copy: so every layout, run and streaming store of `paged_copy` serves here as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numba import njit
+
+from tierloom.triton_kernels.checksum.xxh3_cpu import XXH3_START, xxh3_64
+from tierloom.triton_kernels.memory.floats import to_bits, to_float
+from tierloom.triton_kernels.memory.machine_code import compiled
+from tierloom.triton_kernels.memory.raw import copy_bytes, publish
+from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable, PlaneTable
+from tierloom.triton_kernels.paged_copy.cpu import copy_plane
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from tierloom.triton_kernels.blend.turns import TurnTable
+
+BITS = {"bfloat16": np.uint16, "float16": np.int16, "float32": np.uint32}
+"""Element types that can be turned, and what holds their bits (`memory/floats.py`)."""
+_BUFFER = 16384
+"""Bytes that are turned at a time, if a row is not longer."""
+
+
+def scatter_turned_frames(
+    planes: PlaneTable,
+    frames: FrameTable,
+    slots: npt.NDArray[np.int64],
+    stop: npt.NDArray[np.uint8],
+    turn: TurnTable,
+    *,
+    verify: bool = True,
+) -> None:
+    """`scatter_frames` that turns K of frames whose `turn.frame` is not -1.
+
+    ``(a, b)`` of a pair becomes ``(a cos - b sin, b cos + a sin)`` in float32, rounded half to even
+    and kept finite as all of `memory/floats.py`. All else is copied bit for bit: V, channels that
+    do not turn, layers of kind -1, and frames whose row of `turn` turns by nothing. Promises,
+    ownership and the want of validation are those of `scatter_frames`; raises ValueError where
+    `turn` cannot be of these planes.
+    """
+    fit(planes, turn)
+    held = np.empty(max(_BUFFER, planes.row_bytes) // planes.itemsize, BITS[turn.dtype])
+    _scatter(
+        *(planes.base, planes.stride, planes.kv, planes.block_tokens),
+        *(planes.heads, planes.dim, planes.itemsize),
+        *(frames.address, frames.nbytes, frames.layer, frames.rows, frames.take, frames.slot0),
+        *(frames.checksum, frames.status, slots, stop, verify),
+        *(turn.frame, turn.kind, turn.cos, turn.sin, turn.first, turn.interleaved, held),
+    )
+
+
+def fit(planes: PlaneTable, turn: TurnTable) -> None:
+    """Raises ValueError where `turn` cannot be of `planes`: other elements (opaque blocks have
+    none), more channels than a head has, other layers."""
+    kind = BITS.get(turn.dtype)
+    if kind is None or np.dtype(kind).itemsize != planes.itemsize:
+        raise ValueError(
+            f"K of {turn.dtype} in elements of {planes.itemsize} bytes cannot be turned: only "
+            f"{', '.join(BITS)} can, in an order of the cache whose elements are known"
+        )
+    if turn.first < 0 or turn.first + 2 * turn.cos.shape[2] > planes.dim:
+        raise ValueError(
+            f"channels {turn.first} to {turn.first + 2 * turn.cos.shape[2]} cannot turn in heads "
+            f"of {planes.dim}: the rotation is of another model"
+        )
+    if len(turn.kind) != planes.layers:
+        raise ValueError(f"a rotation of {len(turn.kind)} layers for {planes.layers} of the cache")
+
+
+@compiled(nogil=True)
+def _scatter(
+    base, stride, kv, block_tokens, heads, dim, itemsize,
+    address, nbytes, layer, rows, take, slot0, checksum, status, slots, stop, verify,
+    turns, kinds, cos, sin, first, interleaved, held,
+):  # fmt: skip
+    layers = len(base) // kv
+    row_bytes = heads * dim * itemsize
+    for f in range(len(address)):
+        if stop[0]:
+            return
+        if verify and xxh3_64(address[f], nbytes[f]) != checksum[f]:
+            status[f] = CORRUPT
+            continue
+        mine = slots[slot0[f] : slot0[f] + take[f]]
+        frame = address[f]
+        for half in range(kv):
+            for i in range(layer[f, 0], layer[f, 1]):
+                plane, kind, row = half * layers + i, kinds[i], turns[f]
+                turned = half == 0 and row >= 0 and kind >= 0
+                if turned and ((cos[row, kind] != 1).any() or (sin[row, kind] != 0).any()):
+                    _place_turned(
+                        base[plane], stride[plane], block_tokens, heads, dim, itemsize, frame,
+                        mine, cos[row, kind], sin[row, kind], first, interleaved, held,
+                    )  # fmt: skip
+                else:
+                    copy_plane(
+                        base[plane], stride[plane], block_tokens, heads, dim, itemsize,
+                        frame, mine, False, XXH3_START, 0, 0,
+                    )  # fmt: skip
+                frame += rows[f] * row_bytes
+        publish()
+        status[f] = PLACED
+
+
+@njit(nogil=True)
+def _place_turned(
+    base, steps, block_tokens, heads, dim, itemsize, frame, slots, cos, sin, first, interleaved,
+    held,
+):  # fmt: skip
+    row = heads * dim
+    many = len(held) // row
+    for t in range(0, len(slots), many):
+        some = slots[t : t + many]
+        if some.max() < 0:
+            continue
+        copy_bytes(held.ctypes.data, frame + t * row * itemsize, len(some) * row * itemsize)
+        for at in range(first, len(some) * row, dim):
+            if interleaved:
+                _turn_neighbors(held[at : at + 2 * len(cos)], cos, sin)
+            else:
+                half = len(cos)
+                _turn_halves(held[at : at + half], held[at + half : at + 2 * half], cos, sin)
+        copy_plane(
+            base, steps, block_tokens, heads, dim, itemsize,
+            held.ctypes.data, some, False, XXH3_START, 0, 0,
+        )  # fmt: skip
+
+
+@njit(nogil=True)
+def _turn_halves(a, b, cos, sin):
+    for i in range(len(cos)):
+        u, v = to_float(a[i]), to_float(b[i])
+        a[i] = to_bits(u * cos[i] - v * sin[i], a[i])
+        b[i] = to_bits(v * cos[i] + u * sin[i], b[i])
+
+
+@njit(nogil=True)
+def _turn_neighbors(x, cos, sin):
+    for i in range(len(cos)):
+        u, v = to_float(x[2 * i]), to_float(x[2 * i + 1])
+        x[2 * i] = to_bits(u * cos[i] - v * sin[i], x[2 * i])
+        x[2 * i + 1] = to_bits(v * cos[i] + u * sin[i], x[2 * i + 1])

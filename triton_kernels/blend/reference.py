@@ -1,0 +1,46 @@
+"""What the kernels of blending must do, in plain torch: the oracle of the tests, and slow.
+
+Caches and frames are those of `paged_copy/reference.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tierloom.triton_kernels.paged_copy import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tierloom.triton_kernels.blend.turns import TurnTable
+
+
+def scatter_turned(
+    views: Sequence[torch.Tensor],
+    frame: torch.Tensor,
+    layers: range,
+    slots: Sequence[int],
+    turn: TurnTable,
+    row: int,
+) -> None:
+    """`reference.scatter` of a frame whose K is turned by row `row` of `turn`; -1: as it is."""
+    turned = frame.clone()
+    for i, layer in enumerate(layers):
+        if row >= 0 and (kind := int(turn.kind[layer])) >= 0:
+            cos, sin = (torch.from_numpy(a[row, kind]) for a in (turn.cos, turn.sin))
+            turn_pairs(turned[0, i], cos, sin, turn.first, interleaved=turn.interleaved)
+    reference.scatter(views, turned, layers, slots)
+
+
+def turn_pairs(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first: int, *, interleaved: bool
+) -> None:
+    """Turn `x` [..., dim] in place by `cos` and `sin` [half], in their dtype; x keeps its own."""
+    pairs = x[..., first : first + 2 * len(cos)]
+    a, b = (pairs[..., ::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, -1)
+    u, v = a.to(cos.dtype), b.to(cos.dtype)
+    new = u * cos - v * sin, v * cos + u * sin  # both before either: u may be a itself
+    a.copy_(new[0])
+    b.copy_(new[1])
