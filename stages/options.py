@@ -1,7 +1,8 @@
 """One way to declare options: a frozen, keyword-only dataclass with one doc line per field.
 
 The YAML checker, `tierloom explain`, the JSON schema and the docs all read these classes. Sizes
-and times are written with units (`64 GiB`, `150 ms`) and typed `Size` and `Seconds`.
+and times are written with units (`64 GiB`, `150 ms`) and typed `Size` and `Seconds`; a `Share` may
+be written `7 %`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _SECRET = re.compile(
     r"(?<!_env)(?<!_file)(['\"]?\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\"|[^\s,}&#]+)",
     re.IGNORECASE,
 )
+_SHARE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(%?)\s*$")
 _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
 
 
@@ -52,6 +54,18 @@ def parse_seconds(text: str | float) -> float:
     return float(m[1]) * _TIMES[m[2].lower()]
 
 
+def parse_share(text: str | float) -> float:
+    """'7 %' or 0.07 -> 0.07. Raises ValueError."""
+    share = -1.0
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        share = float(text)
+    elif isinstance(text, str) and (m := _SHARE.match(text)):
+        share = float(m[1]) / (100 if m[2] else 1)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{text!r} is not a share; write one as in '7 %' or 0.07")
+    return share
+
+
 def seconds_text(seconds: float) -> str:
     """Seconds as one writes them: '150 ms'."""
     return f"{seconds:g} s" if seconds >= 1 or not seconds else f"{seconds * 1e3:g} ms"
@@ -61,6 +75,8 @@ Size = Annotated[int, parse_size]
 """Bytes, written with a unit."""
 Seconds = Annotated[float, parse_seconds]
 """Seconds, written with a unit."""
+Share = Annotated[float, parse_share]
+"""A part of a whole, from 0 to 1; also written in per cent."""
 
 
 def masked(text: str) -> str:

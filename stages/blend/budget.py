@@ -1,3 +1,81 @@
-"""How many tokens a blend may compute."""
+"""How many tokens a blend may compute, and whether it is worth while."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tierloom.stages.blend.policies import Amount, Patchwork
+from tierloom.stages.options import Share
+
+STEP = 0.25
+"""Part of the way to its bound that the share goes with each blend."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlendOptions:
+    """Which tokens are computed, where a prompt is made of passages kept elsewhere."""
+
+    policy: Literal["none", "heads", "deviation", "probe"] = "probe"
+    """Besides what nobody kept: `none`; `heads` behind every seam; by `deviation` at a check layer;
+    `probe`: heads, then what the question attends to."""
+    heads: int = 8
+    """Tokens computed behind every seam."""
+    share: Share = 0.07
+    """Of reused tokens, what is computed besides heads: to begin with."""
+    floor: Share = 0.02
+    """It falls this far while computing is slower than loading."""
+    ceiling: Share = 0.12
+    """It rises while loading is slower; heads and the probe count into the ceiling."""
+    layer: int = 1
+    """Check layer of `deviation`: all tokens are computed up to it."""
+    of: Literal["k", "v", "both"] = "k"
+    """What is compared at the check layer."""
+    least: int = 64
+    """Reused tokens below which a prompt is not blended."""
+    worth: Literal["auto", "always", "never"] = "auto"
+    """`auto`: blend where it ends sooner than computing everything behind the exact prefix."""
+
+
+@dataclass(slots=True)
+class BlendBudget:
+    """The share that a blend may compute now. One per pipeline, used by one thread."""
+
+    options: BlendOptions
+    share: float = -1.0
+    """Of reused tokens, besides heads; within floor and ceiling once a blend was measured."""
+
+    def __post_init__(self) -> None:
+        self.share = self.options.share if self.share < 0 else self.share
+
+    def amount(self, asked: int = 0) -> Amount:
+        """What the next blend may choose. `asked`: tokens that the probe computes."""
+        return Amount(self.options.heads, self.share, self.options.ceiling, asked)
+
+    def measured(self, computing: float, loading: float) -> None:
+        """Seconds that a blend computed and loaded: the slower one gets less to do. What is not
+        positive and finite is no measurement, and changes nothing."""
+        if not (0 < computing < float("inf") and 0 < loading < float("inf")):
+            return
+        bound = self.options.floor if computing > loading else self.options.ceiling
+        self.share += STEP * (bound - self.share)
+
+    def worth_blending(
+        self, work: Patchwork, rate: float | None, exact: float | None, blend: float | None
+    ) -> bool:
+        """Whether to blend, rather than load the exact prefix alone or compute everything.
+
+        `rate`: tokens/s that are computed. `exact`, `blend`: seconds to load the exact prefix; to
+        load it and the runs. None, where that was not measured yet: blend, to measure it. Loading
+        and computing overlap, so a blend takes the longer of the two.
+        """
+        reused = int(work.covered().sum())
+        if self.options.worth == "never" or reused < max(1, self.options.least):
+            return False
+        if self.options.worth == "always" or not rate or exact is None or blend is None:
+            return True
+        behind = work.tokens - work.exact
+        heads = int(work.heads(self.options.heads).sum()) if self.options.policy != "none" else 0
+        computed = behind - reused + min(reused, heads + self.share * reused)
+        others = min(work.tokens / rate, exact + behind / rate)
+        return max(blend, computed / rate) < others
