@@ -23,6 +23,7 @@ from tierloom.pipeline.tier_stack import open_tiers
 from tierloom.stages.directory.chunk_directory import ChunkDirectory
 from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of
+from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.arena import Arena, Lease
 from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
@@ -131,7 +132,7 @@ class ObjectStore:
         """Open the tiers. Raises ConfigError."""
         by_name: dict[str, CircuitBreaker] = {}
 
-        def note(tier: str, kept: bool, links: bytes) -> None:
+        def note(tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
             found = by_name[tier].find(links[-LINK:]) if kept else None
             self._directory.note(tier, found.nbytes if found is not None else 0, kept, links)
 

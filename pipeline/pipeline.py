@@ -21,6 +21,7 @@ from tierloom.stages.kv.layout import KVLayout
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.object import LINK, Object
 from tierloom.stages.kv.prefix import Span
+from tierloom.stages.kv.rope import Rotation, rotation as rotation_of
 
 
 class Pipeline:
@@ -45,11 +46,13 @@ class Pipeline:
         facts: ModelFacts | None = None,
         replica: bool = False,
         watch: bool | Callable[[Change], None] = False,
+        rotation: Rotation | None = None,
     ) -> None:
         """`layers`, `heads`, `part`: which share of the model's KV `layout` holds. `backend`: whose
         native blocks these are, where the layout alone does not say it. `replica`: another process
         has the same KV. `watch`: `changes()` will be called; or a function that is told of each,
-        on whatever thread it happens. A layout that fails its self-test
+        on whatever thread it happens. `rotation`: how K turns, from a table of the engine's own;
+        default: as `rope` says, if it is one of the kinds known. A layout that fails its self-test
         turns caching `off`. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given
         the arena."""
         self.spec, self.layout = spec, layout
@@ -64,8 +67,9 @@ class Pipeline:
         )  # fmt: skip
         self._requests = Requests(spec, layout, self._base, native=self.native)
         self._worker = Worker(
-            spec, self.geometry, layout.device, self._base, facts, replica=replica, watch=watch
-        )
+            spec, self.geometry, layout.device, self._base, facts, replica=replica, watch=watch,
+            rotation=rotation or rotation_of(rope, layout.dim, layout.layers),
+        )  # fmt: skip
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
         self._runners, self._portal = self._worker.runners, self._worker.portal
         self._closed = False
@@ -97,14 +101,22 @@ class Pipeline:
         block ids where the tokens begin with the first of them. A retrieve leaves out block -1;
         a store wants all. `salt=`, `adapter=`, `tags=` name the tenant; a `Span` of a `Chain`
         instead of tokens has named it. `layout=`: another layout of the same geometry. The slots
-        must not be overwritten until `captured()` or `wait()` has returned. Raises InputError.
+        must not be overwritten until `captured()` or `wait()` has returned. `ids=`: the token ids
+        that a span names, where graphs find text by content. `exact=`: tokens, from the first on,
+        whose KV was computed over nothing captured elsewhere; what follows is never kept under
+        names that a prefix finds. Raises InputError.
         """
         return self._submit("store", tokens, caches, slots, **names)
 
     def retrieve(
         self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any
     ) -> Ticket:
-        """Bring the longest kept prefix of `tokens` into `caches`; arguments as for `store`."""
+        """Bring the longest kept prefix of `tokens` into `caches`; arguments as for `store`.
+
+        `blend=True`: and text behind it that was captured elsewhere, if the graph looks for it; or
+        runs of it that the caller has found. `Ticket.compute()` then says what the engine computes.
+        That KV is approximate: keep it out of exact caches.
+        """
         return self._submit("retrieve", tokens, caches, slots, **names)
 
     def begin_store(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.stages.contract.blended import Blended
 from tierloom.stages.contract.request import EngineMemory, Request
 from tierloom.stages.errors import ConfigError, InputError, LayoutError
 from tierloom.stages.kv.block_table import block_table
@@ -21,6 +22,7 @@ from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.paged_copy import fence
 from tierloom.stages.kv.pointer_cache import PointerCache
 from tierloom.stages.kv.prefix import Span
+from tierloom.stages.kv.text import Run
 from tierloom.stages.kv.tokens import tokens_array
 
 
@@ -44,7 +46,8 @@ class Requests:
 
     def make(
         self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *, layout: KVLayout,
-        seconds: float, blocks: Any = None, held: dict[bytes, Object] | None = None, **names: Any,
+        seconds: float, blocks: Any = None, held: dict[bytes, Object] | None = None,
+        blend: bool | Sequence[Run] = False, exact: int = 1 << 62, **names: Any,
     ) -> Request:  # fmt: skip
         """A store or retrieve; arguments as for `Pipeline.store`. Raises InputError."""
         wanted = (tokens.wanted or tokens.tokens) if isinstance(tokens, Span) else len(tokens)
@@ -62,7 +65,11 @@ class Requests:
         table = self._tables.of(layout, caches, native=self._native)
         memory = EngineMemory(table, rows, (caches, rows), self.event())
         request = self._request(graph, tokens, memory, seconds=seconds, **names)
-        request.spare, request.held = spare, held or {}
+        request.spare, request.held, request.exact = spare, held or {}, exact
+        if blend is not False:
+            if graph != "retrieve" or not len(request.tokens):
+                raise InputError("blend= is for a retrieve whose token ids are passed")
+            request.blend = Blended(None if blend is True else list(blend))
         return request
 
     def question(self, tokens: Any, *, deadline: float | None = None, **names: Any) -> Request:
@@ -90,12 +97,12 @@ class Requests:
 
     def _request(
         self, graph: str, tokens: Any, memory: EngineMemory, *, seconds: float, salt: str = "",
-        adapter: str = "", tags: Mapping[str, str] | None = None,
+        adapter: str = "", tags: Mapping[str, str] | None = None, ids: Any = (),
     ) -> Request:  # fmt: skip
         span = tokens if isinstance(tokens, Span) else None
         seed = self._seed(salt, adapter, tuple(sorted((tags or {}).items()))) if not span else b""
         return Request(
-            graph, tokens_array(() if span else tokens), seed, memory, span=span,
+            graph, tokens_array(ids if span else tokens), seed, memory, span=span,
             layers=self._geometry.layers, group=self._spec.chunk.group,
             deadline=time.monotonic() + seconds, prefill_rate=self.prefill_rate,
         )  # fmt: skip
@@ -116,7 +123,8 @@ def native_order(spec: PipelineSpec, layout: KVLayout) -> bool:
         )
     if spec.order == "auto":
         shares = spec.chunk.keys == "sglang"  # with engines of another layout
-        if shares or any(n.cls.canonical for graph in spec.graphs.values() for n in graph.nodes):
+        nodes = [n for graph in spec.graphs.values() for n in graph.nodes]
+        if shares or any(n.cls.canonical or n.cls.reads_texts(n.options) for n in nodes):
             return False
         return fits and not layout.rows_contiguous and layout.dense_blocks
     return spec.order == "native"

@@ -14,6 +14,7 @@ import anyio
 
 from tierloom.pipeline.config.segments import lower
 from tierloom.pipeline.config.spec import Graph, PipelineSpec
+from tierloom.pipeline.kept_texts import KeptTexts
 from tierloom.pipeline.run.graph_runner import GraphRunner
 from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
@@ -23,6 +24,8 @@ from tierloom.stages.errors import Lost
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.paged_copy import warm_up
+from tierloom.stages.kv.rope import Rotation
+from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
@@ -35,6 +38,8 @@ class Change(NamedTuple):
     kept: bool
     links: bytes
     """Its grain links; the last is its key."""
+    text: Text | None = None
+    """Of one that came, where its header has it. Told again once it was read after a restart."""
 
 
 class Worker:
@@ -43,14 +48,15 @@ class Worker:
     def __init__(
         self, spec: PipelineSpec, geometry: Geometry, device: str, names: Namespace,
         facts: ModelFacts | None = None, *, replica: bool = False,
-        watch: bool | Callable[[Change], None] = False,
+        watch: bool | Callable[[Change], None] = False, rotation: Rotation | None = None,
     ) -> None:  # fmt: skip
         """`names`: whose digest every object carries. `watch`: keep `changes`, which the
-        caller must empty, or tell a function of each. Raises ConfigError, TierDown; LayoutError
+        caller must empty, or tell a function of each. `rotation`: how K turns, where that is known.
+        Raises ConfigError, TierDown; LayoutError
         where a GPU cannot be given the arena."""
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
-        self._facts = facts or ModelFacts()
+        self._facts, self._rotation = facts or ModelFacts(), rotation
         self.changes: deque[Change] = deque()
         self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
         kept = sum(spec.tiers[n].options.capacity for n in self._memory)
@@ -61,8 +67,10 @@ class Worker:
             except BaseException:
                 self.arena.close()
                 raise
-        warm_up(device)
         self.tiers: dict[str, CircuitBreaker] = {}
+        self._texts = self._new_texts()
+        turning = self._texts is not None and rotation is not None
+        warm_up(device, geometry.dtype if turning else "")
         self.runners: dict[str, GraphRunner] = {}
         # Two pools: a disk that hangs must not take the threads that copy. One core stays the
         # engine's: copies are bound by memory, and a second thread on two cores adds half to the
@@ -100,7 +108,7 @@ class Worker:
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            note = self._note if self._watch else None
+            note = self._note if self._watch or self._texts else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
                 namespace=self._names.digest, note=note,
@@ -113,24 +121,42 @@ class Worker:
                 for runner in self.runners.values():
                     home.callback(runner.close)
                     runner.start(tasks)
+                if self._texts is not None:
+                    tasks.start_soon(self._texts.read_headers, self._note)
                 ready()
                 await stop.wait()
                 await self._drain()
                 tasks.cancel_scope.cancel()
 
-    def _note(self, tier: str, kept: bool, links: bytes) -> None:
-        change = Change(tier, kept, links)
+    def _note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
+        if self._texts is not None:
+            self._texts.note(tier, kept, links, text)
+        if not self._watch:
+            return
+        change = Change(tier, kept, links, text)
         if callable(self._watch):
             self._watch(change)
         else:
             self.changes.append(change)
+
+    def _new_texts(self) -> KeptTexts | None:
+        """What finds kept text anywhere; None: no stage asks for it, and nothing is imported."""
+        graphs = self._spec.graphs.values()
+        if not any(n.cls.reads_texts(n.options) for graph in graphs for n in graph.nodes):
+            return None
+        from tierloom.stages.directory.text_index import TextIndex
+
+        index = TextIndex(self._spec.chunk.tokens, self._spec.chunk.grain)
+        index.warm_up()
+        return KeptTexts(index, self.tiers, self.arena)
 
     def _runner(self, graph: Graph) -> GraphRunner:
         g = self._geometry
         ctx = Context(
             graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
             namespace=self._names.digest, names=self._names, facts=self._facts,
-            replica=self._replica,
+            replica=self._replica, rotation=self._rotation,
+            texts=self._texts.index if self._texts else None,
             trusted=self._memory if self._spec.verify == "remote" else frozenset(),
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import TierContext
 
-Note = Callable[[str, bool, bytes], None]
-"""Called with a tier's name, whether an object came or went, and its links."""
+
+class Note(Protocol):
+    """A `Watch` of all tiers, which are told apart by name."""
+
+    def __call__(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None: ...
 
 
 async def open_tiers(

@@ -64,6 +64,7 @@ CODECS = {
 
 
 STAGES = {
+    "blend": "tierloom.stages.passages.blend:Blend",
     "decode": "tierloom.stages.ops.decode:Decode",
     "gather": "tierloom.stages.ops.gather:Gather",
     "get": "tierloom.stages.ops.get:Get",

@@ -184,7 +184,8 @@ class GraphRunner:
         if batch.live and not await self._guarded(i, request, batch):
             for chunk in batch.live:
                 batch.lose(chunk, request.cancelled or Lost.BROKEN)
-        if request.graph == "retrieve" or self.graph.options.on_error == "skip":
+        prefix = request.graph == "retrieve" and request.blend is None
+        if prefix or self.graph.options.on_error == "skip":
             _lose_after(batch)
         if self._touching[i]:
             batch.leave_engine()

@@ -9,6 +9,7 @@ import anyio
 
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.kv.object import LINK, Object
+from tierloom.stages.kv.text import Excerpt, Text
 from tierloom.stages.memory.arena import Lease
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ class Source:
     """Tokens that will be placed, from the chunk's start."""
     tiers: list[str]
     """Tiers that have the object and were not tried yet, best first."""
+    excerpt: Excerpt | None = None
+    """Where in the object the tokens lie, when they are not its first: text captured elsewhere."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the object up to the last that is wanted."""
+        return self.tokens + (self.excerpt.first if self.excerpt is not None else 0)
 
 
 @dataclass(slots=True)
@@ -43,6 +51,8 @@ class Chunk:
     """The link before its first token."""
     position: int = -1
     """Its first token, as the whole prompt counts them; -1: not known."""
+    text: Text | None = None
+    """Store: what its header is to say of its text."""
     source: Source | None = None
     """Retrieve: where it is read; None: nothing of it is found. Store: where its first tokens are
     read, which the caller does not have."""
@@ -77,6 +87,11 @@ class Chunk:
     def wanted(self) -> int:
         """Retrieve: tokens of it that will be placed, from its start."""
         return self.source.tokens if self.source is not None else 0
+
+    @property
+    def excerpt(self) -> Excerpt | None:
+        """Retrieve: where it was captured, when that was elsewhere."""
+        return self.source.excerpt if self.source is not None else None
 
     def leases(self) -> list[Lease]:
         """All that holds it, in whatever form: what a call on it may touch."""

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tierloom.stages.blend.policies import Scores, stretches
+from tierloom.stages.contract.blended import Blended
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.gates import InUseCounter, LayerGates
 from tierloom.stages.errors import Lost
@@ -33,6 +35,8 @@ class Receipt(NamedTuple):
     """Chunks that each tier delivered, or took."""
     seconds: float
     """From the call to the end of the last chunk."""
+    blended: int = 0
+    """Retrieve: tokens behind the prefix that are in place for every layer, captured elsewhere."""
 
 
 class EngineMemory:
@@ -83,6 +87,16 @@ class Request:
         self.spare = 0
         """Store: tokens, from the first on, that `memory` does not hold; whole grains, of which a
         chunk takes those that it needs from what is kept."""
+        self.blend: Blended | None = None
+        """Retrieve: text that was captured elsewhere will do, too."""
+        self.exact = 1 << 62
+        """Store: tokens whose KV was computed over nothing that stood elsewhere."""
+        self.root = span.root if span is not None else seed
+        """The link before the prompt's first token."""
+        self.first = max(0, span.start) if span is not None else 0
+        """The position in the prompt of its first token."""
+        self.opening = span.opening if span is not None else b""
+        """The link after the prompt's first 64 tokens; see `Text.opening`."""
         self.cancelled: Lost | None = None
         self.lost: dict[Lost, int] = {}
         self.delivered: dict[str, int] = {}
@@ -110,10 +124,26 @@ class Request:
         """Tokens of the longest prefix that is placed for the first `groups` layer groups."""
         tokens, wanted = 0, (1 << groups) - 1
         for chunk in self.chunks:
-            if chunk.lost is not None or chunk.done & wanted != wanted:
+            if chunk.excerpt is not None or chunk.lost is not None or chunk.done & wanted != wanted:
                 break
             tokens += chunk.wanted
         return tokens
+
+    def computed(self, scores: Scores | None = None) -> list[tuple[int, int]]:
+        """Stretches (first token, last + 1) that the engine must compute: what was not found, what
+        the policy takes by `scores` (see `Blended.mask`), and what was found and did not come."""
+        if self.blend is None or self.blend.work is None:
+            have = self.valid(self.groups) if self.future.done() else self._planned_tokens
+            return [(have, len(self.tokens))] if have < len(self.tokens) else []
+        mask = self.blend.mask(scores)
+        for chunk in self.chunks:
+            if chunk.lost is not None:
+                mask[chunk.start : chunk.start + chunk.wanted] = True
+        return stretches(mask)
+
+    @property
+    def _planned_tokens(self) -> int:
+        return sum(c.wanted for c in self.chunks)
 
     def receipt(self) -> Receipt:
         """What has become of it so far."""
@@ -124,7 +154,9 @@ class Request:
             tokens = self.kept_already + sum(c.tokens for c in whole)
         seconds = time.monotonic() - self.started
         nbytes = sum(c.nbytes for c in whole)
-        return Receipt(tokens, nbytes, dict(self.lost), dict(self.delivered), seconds)
+        whole_wave = (1 << self.groups) - 1
+        blended = sum(c.wanted for c in whole if c.excerpt is not None and c.done == whole_wave)
+        return Receipt(tokens, nbytes, dict(self.lost), dict(self.delivered), seconds, blended)
 
     def done_with(self, chunk: Chunk, frames: range) -> bool:
         """Layer groups of a chunk are gathered, or placed; True for the caller of the last."""

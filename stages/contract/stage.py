@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Chunk
@@ -23,8 +23,12 @@ from tierloom.stages.contract.request import Request
 from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.rope import Rotation
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+
+if TYPE_CHECKING:
+    from tierloom.stages.directory.text_index import TextIndex
 
 
 class PortType(NamedTuple):
@@ -118,6 +122,10 @@ class Context:
     tiers: Mapping[str, CircuitBreaker]
     pool: Callable[..., Awaitable[Any]]
     """Runs a blocking call; see TierContext.pool."""
+    rotation: Rotation | None = None
+    """How the model turns K; None: not known, so nothing can be placed elsewhere."""
+    texts: TextIndex | None = None
+    """Finds kept text anywhere; None: no stage `reads_texts`."""
 
 
 class Stage(ABC):
@@ -141,6 +149,11 @@ class Stage(ABC):
     """Works on tokens, heads and channels, so KV must be kept in canonical order."""
     leases: ClassVar[int] = 0
     """Objects' worth of arena that a chunk needs while it passes here; reserved beforehand."""
+
+    @classmethod
+    def reads_texts(cls, options: Any) -> bool:
+        """With these options it needs `Context.texts`."""
+        return False
 
     def __init__(self, options: Any, ctx: Context) -> None:
         self.options, self.ctx = options, ctx

@@ -8,6 +8,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
+from tierloom.stages.blend.policies import Scores
 from tierloom.stages.contract.request import Receipt, Request
 from tierloom.stages.errors import Lost
 
@@ -43,6 +44,19 @@ class Ticket:
         request = self._request
         request.planned.wait(self._patience())
         return sum(c.wanted for c in request.chunks) if request.planned.is_set() else 0
+
+    def compute(self, scores: Scores | None = None) -> list[tuple[int, int]]:
+        """Retrieve with `blend`: stretches (first token, last + 1) that the engine must compute, in
+        rising order; waits until the plan is made. Without `scores` heads, and what nobody kept.
+        After `wait()` also what was planned and did not come. `needs` says what `scores` are."""
+        self._request.planned.wait(self._patience())
+        return self._request.computed(scores)
+
+    @property
+    def needs(self) -> str:
+        """Retrieve with `blend`: what its policy chooses by: nothing, scores or deviations."""
+        blended = self._request.blend
+        return blended.needs if blended is not None else "nothing"
 
     def wait_layer(self, layer: int) -> int:
         """Retrieve: wait until `layer` is in place; tokens valid for all layers up to its group.

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tierloom.stages.kv.geometry import DTYPES
 from tierloom.stages.memory.page_lock import is_locked
+from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable, PlaneTable
 
 Slots = npt.NDArray[np.int64]
@@ -72,8 +74,28 @@ def scatter_now(
     frames.status[:] = np.where(good, PLACED, CORRUPT)
 
 
-def warm_up(device: str) -> None:
-    """Compile the CPU kernels, or load them from numba's cache, before a request waits for it."""
+def scatter_turned_now(
+    table: PlaneTable,
+    frames: FrameTable,
+    slots: Slots,
+    stop: Stop,
+    turn: TurnTable,
+    device: str,
+    after: Any = None,
+    *,
+    verify: bool,
+) -> None:
+    """`scatter_now` of frames whose K turns on its way."""
+    if device != "cpu":
+        raise RuntimeError(f"K is not turned on {device} yet: leave blending off there")
+    from tierloom.triton_kernels.blend.cpu import scatter_turned_frames
+
+    scatter_turned_frames(table, frames, slots, stop, turn, verify=verify)
+
+
+def warm_up(device: str, turning: str = "") -> None:
+    """Compile the CPU kernels, or load them from numba's cache, before a request waits for it.
+    `turning`: dtype of K that will be turned as well."""
     if device == "cpu":
         n = np.zeros(0, np.int64)
         table = PlaneTable(n, np.zeros((0, 4), np.int64), 1, 1, 1, 1, 1)
@@ -82,6 +104,12 @@ def warm_up(device: str) -> None:
         stop = np.zeros(1, np.uint8)
         gather_now(table, frames, n, stop, device)
         scatter_now(table, frames, n, stop, device, verify=True)
+        if turning:
+            size = DTYPES[turning]
+            table = PlaneTable(n, np.zeros((0, 4), np.int64), 1, 1, 1, 2, size)
+            angle = np.zeros((0, 1, 1), np.float32)
+            turn = TurnTable(i, i, angle, angle, 0, interleaved=False, dtype=turning)
+            scatter_turned_now(table, frames, n, stop, turn, device, verify=True)
 
 
 def _launch(

@@ -12,6 +12,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 from tierloom.stages.kv.namespace import tlv
+from tierloom.stages.kv.text import OPENING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +35,10 @@ class Span(NamedTuple):
     """Retrieve: tokens that are wanted of it; 0: all that are found."""
     start: int = -1
     """Position in the prompt of its first token; -1: not known."""
+    root: bytes = b""
+    """The link before the prompt's first token; empty: not known."""
+    opening: bytes = b""
+    """The link after the prompt's first 64 tokens; empty: not known."""
 
 
 def grain_links(seed: bytes, tokens: npt.NDArray[np.int32], grain: int) -> list[bytes]:
@@ -90,4 +95,12 @@ class Chain:
             tokens=(last - first) * self.grain,
             wanted=wanted,
             start=first * self.grain,
+            root=self.seed,
+            opening=self.opening,
         )
+
+    @property
+    def opening(self) -> bytes:
+        """The link after the first 64 tokens; that before the first where there are fewer."""
+        grains = -(-OPENING // self.grain)
+        return self.links[grains - 1] if len(self.links) >= grains else self.seed

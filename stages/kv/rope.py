@@ -68,3 +68,25 @@ class Rotation(NamedTuple):
     """First channel of a head that turns."""
     interleaved: bool = False
     """Pairs are channels 2i and 2i + 1 (GPT-J); else i and i + half (NeoX)."""
+
+
+def rotation(
+    parameters: str, dim: int, layers: int, *, interleaved: bool = False
+) -> Rotation | None:
+    """How K of heads of `dim` channels turns in all `layers` alike; None: that is not known.
+
+    `parameters`: as for `frequencies`. Engines that have tables of their own read those instead.
+    """
+    freqs = frequencies(parameters, dim)
+    if not len(freqs):
+        return None
+    kind = np.zeros(layers, np.int32)
+    return Rotation(freqs.astype(np.float64)[None], kind, interleaved=interleaved)
+
+
+def turns(
+    rotation: Rotation, shifts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Cosines and sines, float32 [shifts, kinds, half], of turning K on by so many positions."""
+    angles = shifts[:, None, None].astype(np.float64) * rotation.freqs
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import EngineMemory
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.object import Header, Object
-from tierloom.stages.kv.paged_copy import gather_now, scatter_now
+from tierloom.stages.kv.paged_copy import gather_now, scatter_now, scatter_turned_now
+from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.memory.tables import PLACED, FrameTable, PlaneTable
 
 
@@ -58,6 +60,18 @@ def scatter(memory: EngineMemory, frames: FrameTable, device: str, *, verify: bo
                 memory.table, frames, memory.slots, memory.stop, device, memory.event,
                 verify=verify,
             )  # fmt: skip
+
+
+def scatter_turned(
+    memory: EngineMemory, frames: FrameTable, slots: npt.NDArray[np.int64], turn: TurnTable,
+    device: str, *, verify: bool,
+) -> None:  # fmt: skip
+    """`scatter` of frames that were captured elsewhere: K turns on its way, `slots` are theirs."""
+    with memory.in_use:
+        if not memory.stop[0] and memory.table is not None:
+            scatter_turned_now(
+                memory.table, frames, slots, memory.stop, turn, device, memory.event, verify=verify
+            )
 
 
 def can_join(head: Header, whole: Header, tokens: int) -> bool:

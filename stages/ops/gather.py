@@ -18,6 +18,7 @@ from tierloom.stages.contract.request import Request
 from tierloom.stages.contract.stage import BatchStage, Context
 from tierloom.stages.errors import ArenaFull, Damaged, Lost
 from tierloom.stages.kv.object import LINK, Frame, Header, Object, header_size, plan_frames
+from tierloom.stages.kv.text import pack_text
 from tierloom.stages.memory.allocator import PAGE, aligned
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.ops import frame_copy
@@ -125,16 +126,17 @@ class Gather(BatchStage):
         g, c = self.ctx.geometry, self.ctx.chunk
         tokens = request.tokens[chunk.start : chunk.start + chunk.tokens]
         digest = sha256(tokens.tobytes()).digest() if len(tokens) else UNKNOWN
+        text = pack_text(chunk.text) if chunk.text is not None else b""
         return Header(
             key=chunk.key, namespace=self.ctx.namespace, parent=chunk.parent, token_digest=digest,
-            tokens=chunk.tokens, grain=c.grain, group=c.group, geometry=g,
-            frames=self._plan(chunk.tokens, len(chunk.links) // LINK), links=chunk.links,
+            tokens=chunk.tokens, grain=c.grain, group=c.group, geometry=g, links=chunk.links,
+            frames=self._plan(chunk.tokens, len(chunk.links) // LINK, len(text)), packed_text=text,
         )  # fmt: skip
 
-    def _plan_of(self, tokens: int, links: int) -> tuple[Frame, ...]:
+    def _plan_of(self, tokens: int, links: int, text: int) -> tuple[Frame, ...]:
         """Where the frames of a chunk of `tokens` tokens lie: the same for nearly all chunks."""
         raw = [self.ctx.geometry.frame_bytes(n, tokens) for n in self.layers]
-        return plan_frames(header_size(len(raw), links), raw, raw)
+        return plan_frames(header_size(len(raw), links, text), raw, raw)
 
 
 def _blank_padding(header: Header, lease: Lease) -> None:

@@ -30,6 +30,7 @@ from tierloom.stages.ops.hedge import race
 from tierloom.stages.ops.promote import settle
 from tierloom.stages.ops.scan_budget import ScanBudget
 from tierloom.stages.options import Seconds
+from tierloom.stages.passages.anywhere import why_foreign
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read
 
@@ -207,6 +208,8 @@ class Get(BatchStage):
     ) -> bool:
         """Lose what is quicker to compute by now, and so all after it; whether nothing is left."""
         g, request = self.ctx.geometry, batch.request
+        if request.blend is not None:  # what is lost says nothing of what stands behind it
+            return False
         coarsest = tier.share * sum(g.frame_bytes(g.layers, c.wanted) for c in group)
         if budget.hopeless(coarsest):
             request.compute_from = min(request.compute_from, group[0].index)
@@ -266,9 +269,14 @@ def _why_lost(batch: Batch, chunk: Chunk, read: Read, geometry: Geometry) -> Los
     if read.object is None:
         return Lost.LATE
     header = read.object.header
-    if header.geometry != geometry or header.tokens < chunk.wanted:
+    if header.geometry != geometry:
+        return Lost.BAD_LAYOUT
+    late = Lost.LATE if read.object.loaded < batch.frames_of(header).stop else None
+    if chunk.excerpt is not None:
+        return why_foreign(batch.request, chunk.excerpt, header) or late
+    if header.tokens < chunk.wanted:
         return Lost.BAD_LAYOUT
     wanted = -(-chunk.wanted // header.grain) * LINK
     if header.links[:wanted] != chunk.links[:wanted]:  # it begins elsewhere in the text
         return Lost.BAD_LAYOUT
-    return Lost.LATE if read.object.loaded < batch.frames_of(header).stop else None
+    return late

@@ -10,6 +10,7 @@ from tierloom.stages.contract.request import Request
 from tierloom.stages.contract.stage import RequestStage
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.kv.prefix import Span, grain_links
+from tierloom.stages.kv.text import OPENING
 from tierloom.stages.options import NoOptions
 
 
@@ -29,6 +30,10 @@ class Hash(RequestStage):
                 tokens = tokens[: len(tokens) // block * block]
             links = b"".join(grain_links(request.seed, tokens, c.grain))
             span = Span(links, request.seed, len(tokens), start=0)
+            opening = -(-OPENING // c.grain) * LINK
+            request.opening = (
+                links[opening - LINK : opening] if len(links) >= opening else span.parent
+            )
         request.chunks = chunks_of(span, size=c.tokens, grain=c.grain, partial=c.partial)
 
 

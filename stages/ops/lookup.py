@@ -4,7 +4,8 @@
     fresh: {use: lookup, want: absent}
 
 `prefix` plans the longest kept prefix, down to the grain at which the prompt differs from what is
-kept. `absent` keeps the chunks that at least one tier lacks.
+kept. `absent` keeps the chunks that at least one tier lacks. `anywhere` plans the prefix, and for
+those who ask for a blend text behind it that was captured elsewhere.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import anyio
 from tierloom.stages.contract.chunks import Chunk, Source
 from tierloom.stages.contract.request import Request
 from tierloom.stages.contract.stage import Context, RequestStage
-from tierloom.stages.errors import Lost
+from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.ops.load_or_recompute import worth_loading
+from tierloom.stages.passages.anywhere import plan_excerpts
+from tierloom.stages.passages.fresh import fresh_chunks
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 Tiers = dict[str, CircuitBreaker]
@@ -36,12 +39,24 @@ _SLICE = 16
 class LookupOptions:
     """What to look for, and where."""
 
-    want: Literal["prefix", "absent"] = "prefix"
-    """`prefix`: chunks to load; `absent`: chunks to store."""
+    want: Literal["prefix", "absent", "anywhere"] = "prefix"
+    """`prefix`: chunks to load; `anywhere`: text behind other text as well; `absent`: chunks to
+    store."""
+    by: Literal["name", "content"] = "name"
+    """`content`: store texts with their token ids, by which they are found anywhere, and leave out
+    those that are kept already, behind whatever."""
+    least: int = 64
+    """`anywhere`: tokens below which a run of text is computed."""
     tiers: list[str] | None = None
     """Tiers to ask, best first. Default: all of them."""
     worth: Literal["auto", "always", "never"] = "auto"
     """Load only what is quicker to load than to compute: `auto` decides once both are measured."""
+
+    def __post_init__(self) -> None:
+        if self.by == "content" and self.want != "absent":
+            raise ValueError("by: content is for want: absent, which stores")
+        if self.least < 1:
+            raise ValueError(f"least must be at least 1, got {self.least}")
 
 
 class Lookup(RequestStage):
@@ -55,6 +70,14 @@ class Lookup(RequestStage):
     def __init__(self, options: LookupOptions, ctx: Context) -> None:
         super().__init__(options, ctx)
         self.names = options.tiers or list(ctx.tiers)
+        if self.reads_texts(options) and ctx.geometry.native:
+            raise ConfigError(
+                "text is found by tokens, native order keeps blocks: order: canonical"
+            )
+
+    @classmethod
+    def reads_texts(cls, options: LookupOptions) -> bool:
+        return options.want == "anywhere" or options.by == "content"
 
     async def plan(self, request: Request) -> None:
         if request.held:
@@ -62,6 +85,10 @@ class Lookup(RequestStage):
             return
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).available}
         absent = self.options.want == "absent"
+        if self.options.by == "content":
+            request.chunks = await self.ctx.pool(fresh_chunks, request, self.ctx, leases=())
+        elif request.exact < 1 << 62:  # what follows must not be found by its name
+            request.chunks = [c for c in request.chunks if c.start + c.tokens <= request.exact]
         if absent and self.ctx.replica:  # another process puts the same bytes where both can read
             tiers = {n: t for n, t in tiers.items() if t.local}
         known = await self._ask_remote(tiers, request.chunks)
@@ -71,6 +98,9 @@ class Lookup(RequestStage):
             request.chunks = []
         else:
             await self._prefix(request, tiers, known)
+            if self.options.want == "anywhere" and request.blend is not None:
+                plan = plan_excerpts, request, self.ctx, tiers, self.options.least
+                request.chunks += await self.ctx.pool(*plan, leases=())
 
     def peek(self, request: Request) -> None:
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}

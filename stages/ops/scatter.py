@@ -29,21 +29,33 @@ class Scatter(BatchStage):
     def apply(self, batch: Batch) -> None:
         for trusted in (False, True):
             live = [c for c in batch.live if c.object is not None and self._trusted(c) == trusted]
-            if live:
-                self._place(batch, live, verify=not trusted)
+            for elsewhere in (False, True):
+                group = [c for c in live if (c.excerpt is not None) == elsewhere]
+                if group:
+                    self._place(batch, group, verify=not trusted, elsewhere=elsewhere)
 
     def _trusted(self, chunk: Chunk) -> bool:
         """Decoded frames were verified before decoding; memory is trusted when told to."""
         return chunk.plain is not None or chunk.took <= self.ctx.trusted
 
-    def _place(self, batch: Batch, live: list[Chunk], *, verify: bool) -> None:
+    def _place(self, batch: Batch, live: list[Chunk], *, verify: bool, elsewhere: bool) -> None:
+        """Place chunks that all stand where they were captured, or all `elsewhere`."""
         jobs = [
-            (c, o.header, o.lease.at(0, o.header.nbytes), batch.frames_of(o.header), c.wanted)
+            (c, o.header, o.lease.at(0, o.header.nbytes), batch.frames_of(o.header), c.source.rows)
             for c in live
-            if (o := c.plain or c.object) is not None
+            if (o := c.plain or c.object) is not None and c.source is not None
         ]
         frames = frame_copy.frame_table(self.ctx.geometry, jobs)
-        frame_copy.scatter(batch.request.memory, frames, self.ctx.device, verify=verify)
+        memory, device = batch.request.memory, self.ctx.device
+        if elsewhere:
+            from tierloom.stages.passages.placing import excerpt_rows, turn_table
+
+            many = [len(part) for _, _, _, part, _ in jobs]
+            slots = excerpt_rows(batch.request, frames, live, many)
+            turn = turn_table(self.ctx, live, many)
+            frame_copy.scatter_turned(memory, frames, slots, turn, device, verify=verify)
+        else:
+            frame_copy.scatter(memory, frames, device, verify=verify)
         if (frames.status == PLACED).all():
             for chunk, header, *_ in jobs:
                 self._placed(batch, chunk, header)

@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import Generic, TypeVar
 
 from tierloom.stages.kv.object import LINK
+from tierloom.stages.kv.text import Text
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.eviction import POLICIES, PolicyName
 from tierloom.stages.tiers.contract.tier import Found, Watch
@@ -125,8 +126,8 @@ class Index(Generic[P]):
         with self.lock:
             self._policy.expect(key, nbytes)
 
-    def add(self, entry: Entry[P]) -> None:
-        """Show an entry whose key is not here."""
+    def add(self, entry: Entry[P], text: Text | None = None) -> None:
+        """Show an entry whose key is not here. `text`: what its header has, for who watches."""
         with self.lock:
             self._entries[entry.key] = entry
             for link in split(entry.links)[:-1]:
@@ -135,7 +136,7 @@ class Index(Generic[P]):
             if not entry.pinned:
                 self._policy.add(entry.key, entry.nbytes)
             if self._watch is not None:
-                self._watch(True, entry.links)
+                self._watch(True, entry.links, text)
 
     def remove(self, entry: Entry[P]) -> bool:
         """Remove an entry; False if it (not only its key) was gone before."""

@@ -13,14 +13,21 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.kv.object import Object
+from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.renamed import bridge_renamed
 
-Watch = Callable[[bool, bytes], None]
+
+class Watch(Protocol):
+    """Told of each object that comes to a local tier (`kept`), or goes."""
+
+    def __call__(self, kept: bool, links: bytes, text: Text | None = None) -> None:
+        """`links`: its grain links, the last is its key. `text`: of one that comes, where its
+        header has it and the tier has read that."""
 
 
 class Found(NamedTuple):
@@ -111,7 +118,7 @@ class TierContext(NamedTuple):
     """`await pool(fn, *args, leases=...)` runs a blocking call that frees the GIL. A
     cancelled caller does not end it: `leases` are all whose memory it touches, held until then."""
     watch: Watch | None = None
-    """Called with (True: stored, False: gone; its grain links) for each object of a local tier."""
+    """Told of each object of a local tier that comes or goes."""
 
 
 @dataclass(slots=True)

@@ -255,7 +255,7 @@ class SegmentStore:
             if entry.key in self.index:
                 return False
             self._index_log.put(entry)
-            self.index.add(entry)
+            self.index.add(entry, header.text)
         return True
 
     def _give(self, extent: Extent) -> None:

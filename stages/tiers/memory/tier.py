@@ -118,7 +118,8 @@ class Memory(IndexedTier[Object]):
                 return Lost.NO_ROOM
             self.ctx.arena.keep(obj.lease)
             kept = Object(obj.header, obj.lease, loaded=obj.loaded, sealed=True)
-            self._index.add(Entry(key, obj.header.links, size, kept, self._index.expiry()))
+            entry = Entry(key, obj.header.links, size, kept, self._index.expiry())
+            self._index.add(entry, obj.header.text)
         self.counts.puts += 1
         self.counts.bytes_in += size
         return None

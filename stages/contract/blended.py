@@ -1,0 +1,46 @@
+"""A retrieve that may bring text which was captured elsewhere: what was found, what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tierloom.stages.blend.policies import POLICIES, Amount, Mask, Patchwork, Scores, choose
+from tierloom.stages.kv.text import Run
+
+
+@dataclass(slots=True)
+class Blended:
+    """Made by the caller's thread, filled in by the stages that plan."""
+
+    asked: Sequence[Run] | None = None
+    """What the caller has found; None: `lookup` is to find it."""
+    work: Patchwork | None = None
+    """What was found; None: nothing yet, or nothing."""
+    policy: str = "none"
+    amount: Amount = field(default_factory=lambda: Amount(0, 0.0))
+
+    @property
+    def needs(self) -> str:
+        """What `mask` wants as `scores`: nothing, scores or deviations; see `policies.py`."""
+        return POLICIES[self.policy].needs
+
+    def left_out(self) -> Mask | None:
+        """[tokens] is computed whatever the scores: its rows are not placed."""
+        if self.work is None or self.needs != "nothing":
+            return None
+        return self.mask()
+
+    def mask(self, scores: Scores | None = None) -> Mask:
+        """[tokens] is computed, when all that was planned comes. `scores`: [tokens], or those of
+        the first tokens; without them a policy that needs some chooses nothing but heads."""
+        assert self.work is not None
+        if self.needs != "nothing":
+            given = np.zeros(0) if scores is None else scores
+            amount = self.amount if scores is not None else self.amount._replace(share=0.0)
+            padded = np.full(self.work.tokens, -np.inf)
+            padded[: len(given)] = given
+            return choose(self.policy, self.work, amount, padded)
+        return choose(self.policy, self.work, self.amount)

@@ -1,0 +1,83 @@
+"""Chunks of a retrieve that were captured elsewhere, and what must be true of their objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tierloom.stages.blend.policies import Patchwork
+from tierloom.stages.contract.chunks import Chunk, Source
+from tierloom.stages.contract.request import Request
+from tierloom.stages.contract.stage import Context
+from tierloom.stages.errors import Lost
+from tierloom.stages.kv.object import Header
+from tierloom.stages.kv.text import Excerpt, Run
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+
+
+def plan_excerpts(
+    request: Request, ctx: Context, tiers: Mapping[str, CircuitBreaker], least: int
+) -> list[Chunk]:
+    """Chunks for text behind the exact prefix (`request.chunks`) that is kept anywhere in `tiers`;
+    `request.blend.work` says which. None where nothing of `least` tokens is found."""
+    blended, exact = request.blend, sum(c.wanted for c in request.chunks)
+    if blended is None or ctx.rotation is None or not len(request.tokens):
+        return []
+    runs: Sequence[Run] = blended.asked or ()
+    if blended.asked is None and ctx.texts is not None:
+        before = request.chunks[-1].key if request.chunks else b""
+        runs = ctx.texts.find(
+            request.tokens, request.root, start=exact, least=least, opening=request.opening,
+            before=before,
+        )  # fmt: skip
+    kept: list[Run] = []
+    chunks: list[Chunk] = []
+    for run in runs:
+        found = [(e, _holders(e, tiers)) for e in run.excerpts]
+        kept += _parts(run, [bool(names) for _, names in found])
+        for excerpt, names in found:
+            if names:
+                source = Source(excerpt.key, excerpt.tokens, names, excerpt)
+                index = len(request.chunks) + len(chunks)
+                place = excerpt.start, excerpt.tokens
+                chunks.append(Chunk(index, *place, excerpt.key, b"", excerpt.start, source=source))
+    if sum(c.tokens for c in chunks) < least:
+        return []
+    blended.work = Patchwork(len(request.tokens), exact, kept)
+    return chunks
+
+
+def why_foreign(request: Request, excerpt: Excerpt, header: Header) -> Lost | None:
+    """Why an object is not what an excerpt takes it for: a fingerprint that two texts share, or
+    another text put under the key meanwhile. Token by token."""
+    text = header.text
+    if text is None or text.root != request.root:
+        return Lost.ABSENT
+    ids = text.ids[excerpt.first : excerpt.first + excerpt.tokens]
+    same = np.array_equal(ids, request.tokens[excerpt.start : excerpt.end])
+    return None if same and text.position + excerpt.first == excerpt.position else Lost.ABSENT
+
+
+def _holders(excerpt: Excerpt, tiers: Mapping[str, CircuitBreaker]) -> list[str]:
+    """Local tiers that have an excerpt's object, best first."""
+    names = []
+    for name, tier in tiers.items():
+        found = tier.find(excerpt.key) if tier.local and excerpt.key not in tier.unread else None
+        if found is not None and found.key == excerpt.key:
+            names.append(name)
+    return names
+
+
+def _parts(run: Run, there: list[bool]) -> list[Run]:
+    """What is left of a run when some of its objects are gone. What stands behind a gap follows
+    its own text, computed: no seam."""
+    parts: list[Run] = []
+    begins = True
+    for excerpt, kept in zip(run.excerpts, there, strict=True):
+        if kept and begins:
+            parts.append(Run((excerpt,), run.seam and excerpt is run.excerpts[0]))
+        elif kept:
+            parts[-1] = parts[-1]._replace(excerpts=(*parts[-1].excerpts, excerpt))
+        begins = not kept
+    return parts
