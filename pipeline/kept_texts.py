@@ -27,7 +27,7 @@ class KeptTexts:
         """Tier and key of what came without its text."""
 
     def note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
-        """As `Watch`; any thread."""
+        """As `TierWatch`; any thread."""
         key = links[-LINK:]
         if not kept:
             if not self._kept(key):

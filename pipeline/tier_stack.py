@@ -15,7 +15,7 @@ from tierloom.stages.tiers.contract.tier import TierContext
 
 
 class Note(Protocol):
-    """A `Watch` of all tiers, which are told apart by name."""
+    """A `TierWatch` of all tiers, which are told apart by name."""
 
     def __call__(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None: ...
 

@@ -17,10 +17,10 @@ class BlendOptions:
     """Which tokens are computed, where a prompt is made of passages kept elsewhere."""
 
     policy: Literal["none", "heads", "deviation", "probe"] = "probe"
-    """Besides what nobody kept: `none`; `heads` behind every seam; by `deviation` at a check layer;
-    `probe`: heads, then what the question attends to."""
+    """Which reused tokens are computed: `none`; `heads`, the first ones after each seam; by
+    `deviation` at a check layer; `probe`: heads, then those that the question attends to."""
     heads: int = 8
-    """Tokens computed behind every seam."""
+    """Tokens computed after each seam, where text follows other text than it was captured after."""
     share: Share = 0.07
     """Of reused tokens, what is computed besides heads: to begin with."""
     floor: Share = 0.02
@@ -34,7 +34,7 @@ class BlendOptions:
     least: int = 64
     """Reused tokens below which a prompt is not blended."""
     worth: Literal["auto", "always", "never"] = "auto"
-    """`auto`: blend where it ends sooner than computing everything behind the exact prefix."""
+    """`auto`: blend where that ends sooner than computing all that follows the exact prefix."""
 
 
 @dataclass(slots=True)

@@ -42,6 +42,13 @@ class TextIndex:
         self._key_salt = int.from_bytes(self._digest(b"keys"), "little")
         self.clear()
 
+    def warm_up(self) -> None:
+        """Compile the kernels, or load them from numba's cache, before a request waits for it."""
+        ids, nobody = np.zeros(self._grain, np.int32), bytes(32)
+        self.add(nobody, Text(ids, 0, nobody, nobody, nobody))
+        self.find(ids, nobody, least=1)
+        self.remove(nobody)
+
     def clear(self) -> None:
         with self._lock:
             self._keys: list[bytes | None] = []

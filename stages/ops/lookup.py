@@ -40,11 +40,11 @@ class LookupOptions:
     """What to look for, and where."""
 
     want: Literal["prefix", "absent", "anywhere"] = "prefix"
-    """`prefix`: chunks to load; `anywhere`: text behind other text as well; `absent`: chunks to
-    store."""
+    """`prefix`: chunks to load; `anywhere`: text that was captured elsewhere, too; `absent`: chunks
+    to store."""
     by: Literal["name", "content"] = "name"
-    """`content`: store texts with their token ids, by which they are found anywhere, and leave out
-    those that are kept already, behind whatever."""
+    """`content`: store token ids with chunks, by which they are found anywhere, and leave out text
+    that is kept already, whatever it followed."""
     least: int = 64
     """`anywhere`: tokens below which a run of text is computed."""
     tiers: list[str] | None = None

@@ -17,7 +17,7 @@ from tierloom.stages.kv.object import LINK
 from tierloom.stages.kv.text import Text
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.eviction import POLICIES, PolicyName
-from tierloom.stages.tiers.contract.tier import Found, Watch
+from tierloom.stages.tiers.contract.tier import Found, TierWatch
 
 P = TypeVar("P")
 FOREVER = float("inf")
@@ -73,7 +73,7 @@ class Index(Generic[P]):
         ttl: float,
         clock: Callable[[], float],
         in_use: Callable[[P], bool],
-        watch: Watch | None = None,
+        watch: TierWatch | None = None,
     ) -> None:
         """`ttl`: seconds an entry lives, 0: no limit. `in_use`: must not be evicted now.
         `watch`: told of each entry that comes or goes."""

@@ -22,7 +22,7 @@ from tierloom.stages.memory.arena import Arena
 from tierloom.stages.renamed import bridge_renamed
 
 
-class Watch(Protocol):
+class TierWatch(Protocol):
     """Told of each object that comes to a local tier (`kept`), or goes."""
 
     def __call__(self, kept: bool, links: bytes, text: Text | None = None) -> None:
@@ -117,7 +117,7 @@ class TierContext(NamedTuple):
     pool: Callable[..., Awaitable[Any]]
     """`await pool(fn, *args, leases=...)` runs a blocking call that frees the GIL. A
     cancelled caller does not end it: `leases` are all whose memory it touches, held until then."""
-    watch: Watch | None = None
+    watch: TierWatch | None = None
     """Told of each object of a local tier that comes or goes."""
 
 

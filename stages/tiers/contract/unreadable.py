@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from tierloom.stages.errors import BadObject, Lost
-from tierloom.stages.tiers.contract.tier import TierCounts, Watch
+from tierloom.stages.tiers.contract.tier import TierCounts, TierWatch
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class UnreadableObjects:
         """`tier`: its name. Counts are kept in `counts.extra`, by cause."""
         self._tier, self._counts, self._clock = tier, counts, clock
         self._until: dict[bytes, float] = {}
-        self.watch: Watch | None = None
+        self.watch: TierWatch | None = None
         """Told that each is gone: an index elsewhere must not plan it."""
 
     def __contains__(self, key: bytes) -> bool:

@@ -25,7 +25,7 @@ from tierloom.stages.memory.allocator import Space
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.eviction import PolicyName
 from tierloom.stages.tiers.contract.index import Entry, Index
-from tierloom.stages.tiers.contract.tier import TierCounts, Watch
+from tierloom.stages.tiers.contract.tier import TierCounts, TierWatch
 from tierloom.stages.tiers.disk.default_folder import lock_folder
 from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO, Segments, want_direct
 from tierloom.stages.tiers.disk.folder_lock import FolderLock
@@ -53,7 +53,7 @@ class SegmentStore:
         keep_free: int,
         namespace: bytes,
         counts: TierCounts,
-        watch: Watch | None,
+        watch: TierWatch | None,
         clock: Callable[[], float],
         file_io: FileIO = SYSTEM,
     ) -> None:
