@@ -58,8 +58,8 @@ class AesGcm(Encode):
         super().__init__(options, ctx)
         if ctx.texts is not None:
             raise ConfigError(
-                "aesgcm encrypts KV, and `by: content` writes token ids beside it in plain: use one "
-                "of them"
+                "aesgcm encrypts KV, and `by: content` writes token ids beside it in plain: use "
+                "one of them"
             )
         self._ring = Keyring.read(options.keys)
 
