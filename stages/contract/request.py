@@ -111,6 +111,8 @@ class Request:
         self.future: Future[Receipt] = Future()
         self.future.set_running_or_notify_cancel()  # ended by `Ticket.cancel`, never by the future
         self._count = threading.Lock()
+        self.changing = threading.Lock()
+        """Held by who changes the plan of a blend, or takes it for the last word."""
 
     # -- any thread ----------------------------------------------------------------------------
 
@@ -135,7 +137,9 @@ class Request:
         if self.blend is None or self.blend.work is None:
             have = self.valid(self.groups) if self.future.done() else self._planned_tokens
             return [(have, len(self.tokens))] if have < len(self.tokens) else []
-        return stretches(self.blend.mask(scores) | self._missing(self.blend.work))
+        with self.changing:
+            self.blend.fixed = True
+            return stretches(self.blend.mask(scores) | self._missing(self.blend.work))
 
     def missing(self) -> list[tuple[int, int]]:
         """Stretches of which nothing is loaded: not found, or found and not come."""

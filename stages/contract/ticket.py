@@ -48,7 +48,9 @@ class Ticket:
     def compute(self, scores: Scores | None = None) -> list[tuple[int, int]]:
         """Retrieve with `blend`: stretches (first token, last + 1) that the engine must compute, in
         rising order; waits until the plan is made. Without `scores` heads, and what nobody kept.
-        After `wait()` also what was planned and did not come. `needs` says what `scores` are."""
+        After `wait()` also what was planned and did not come, and less of what was found: until
+        this is called, text beyond whole grains is taken as well. `needs` says what `scores` are.
+        """
         self._request.planned.wait(self._patience())
         return self._request.computed(scores)
 
