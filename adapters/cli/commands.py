@@ -159,7 +159,13 @@ def demo(
 def quality(
     codec: Annotated[
         str, typer.Option(help="int4, cachegen:default, turboquant:bits=4, chains a+b; or none.")
-    ],
+    ] = "",
+    blend: Annotated[
+        str, typer.Option(metavar="POLICY", help="probe, heads, deviation, none: blending instead.")
+    ] = "",
+    set: Annotated[
+        str, typer.Option(metavar="rag|edit|seq", help="With --blend: the prompts.")
+    ] = "rag",
     model: Annotated[
         str, typer.Option(metavar="smollm2|DIR", help="The model to measure on.")
     ] = "smollm2",
@@ -168,7 +174,13 @@ def quality(
         int | None, typer.Option(min=1, help="Use fewer documents: faster, and less certain.")
     ] = None,
 ) -> None:
-    """Measure what a codec costs a model in quality, and how many bits it takes."""
+    """Measure what a codec, or blending, costs a model in quality, and what it takes."""
+    if bool(codec) == bool(blend):
+        raise typer.BadParameter("pass one of --codec and --blend")
+    if blend:
+        from tierloom.adapters.quality.blend_report import run_blend
+
+        raise typer.Exit(run_blend(model, blend, set, json, documents))
     from tierloom.adapters.quality.report import run_quality
 
     raise typer.Exit(run_quality(model, codec, json, documents))

@@ -14,6 +14,13 @@ def lookup_node(spec: PipelineSpec) -> Any:
     return next((n for n in graph.nodes if issubclass(n.cls, Lookup)), None) if graph else None
 
 
+def keeps_content(spec: PipelineSpec) -> bool:
+    """Stores keep text with its token ids."""
+    graph = spec.graphs.get("store")
+    nodes = graph.nodes if graph else ()
+    return any(issubclass(n.cls, Lookup) and n.options.by == "content" for n in nodes)
+
+
 def asked_tiers(spec: PipelineSpec) -> list[str]:
     """The tiers that a retrieve asks, best first."""
     plan = lookup_node(spec)

@@ -100,9 +100,9 @@ def documents(encode: Encoder, sizes: Sizes) -> list[Document]:
 
 def texts() -> dict[str, str]:
     """Test texts by name."""
-    topics = _topics()
-    found = {f"topic {name}": topics[name] for name in TOPICS if name in topics}
-    found["docstrings"] = _docstrings("statistics", "shutil", "textwrap")
+    helped = topics()
+    found = {f"topic {name}": helped[name] for name in TOPICS if name in helped}
+    found["docstrings"] = docstrings("statistics", "shutil", "textwrap")
     found["source"] = _source("textwrap")
     found["records"] = _records()
     if LICENCE.is_file():
@@ -112,10 +112,10 @@ def texts() -> dict[str, str]:
 
 def calibration_texts() -> list[str]:
     """Texts to learn from: of the same kinds as the test texts, and disjoint from them."""
-    topics = _topics()
-    found = [topics[name] for name in LEARN_TOPICS if name in topics]
+    helped = topics()
+    found = [helped[name] for name in LEARN_TOPICS if name in helped]
     found += map(_source, LEARN_SOURCES)
-    found += [_docstrings("argparse", "configparser"), _records(seed=2)]
+    found += [docstrings("argparse", "configparser"), _records(seed=2)]
     return [text for text in found if text]
 
 
@@ -135,7 +135,7 @@ def _needles(encode: Encoder, context: int, suffix: int) -> Document | None:
         return encode(text)[len(begin) :]
 
     told = [plain(f"\nThe code of {city} is {code}.\n") for city, code in facts]
-    filler = plain(_topics().get(FILLER, "") or _records(seed=3))
+    filler = plain(topics().get(FILLER, "") or _records(seed=3))
     room = context - len(begin) - sum(map(len, told))
     if room < NEEDLES + 1 or len(filler) < room:
         return None
@@ -154,12 +154,14 @@ def _needles(encode: Encoder, context: int, suffix: int) -> Document | None:
     return Document(f"needles {context}", ids, ((context, len(ids) - context - 1),), tuple(values))
 
 
-def _topics() -> dict[str, str]:
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return topics
+def topics() -> dict[str, str]:
+    """Python's help topics."""
+    found: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return found
 
 
-def _docstrings(*modules: str) -> str:
+def docstrings(*modules: str) -> str:
+    """Docstrings of modules and their public names. Raises ImportError."""
     return "\n\n".join(doc for name in modules for doc in _docs_in(importlib.import_module(name)))
 
 

@@ -9,7 +9,7 @@ reads, and what the model computes is copied there once. The model sees the usua
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from tierloom.adapters.transformers.shape import KVShape
 from tierloom.stages.errors import InputError, LayoutError, TierloomError
 from tierloom.stages.kv.layout import KVLayout
+
+if TYPE_CHECKING:
+    from tierloom.adapters.transformers.blended_prompt import BlendedPrompt
+    from tierloom.adapters.transformers.selective import Selective
 
 SPARE = 64
 """Token slots added when a request outgrows its memory by one."""
@@ -127,12 +131,14 @@ class TierloomCache(Cache):
         self, pipe: Any, shape: KVShape, prompt: npt.NDArray[np.int64], *,
         room: int = SPARE, retrieve: bool = True, store: bool = True, salt: str = "",
         changed: Callable[[], str] = lambda: "", stepwise: bool = False,
+        blend: Selective | None = None,
     ) -> None:  # fmt: skip
         """`prompt`: the token ids. `room`: tokens to be generated. Waits for the plan only.
 
         `changed`: says what of the model has changed since its KV got its name, empty for nothing;
         asked when the prompt's KV is whole. `stepwise`: the prompt is run once, then token by
-        token, and anything else is an error.
+        token, and anything else is an error. `blend`: text captured elsewhere will do, too, and
+        this computes what must be; then it waits for that.
         """
         self.pipe, self.prompt, self._salt = pipe, prompt, salt
         self._changed, self._stepwise = changed, stepwise
@@ -144,11 +150,13 @@ class TierloomCache(Cache):
         """Ticket of the retrieve, None when nothing was found or asked for."""
         self.storing: Any = None
         """Ticket of the store of the prompt."""
+        self.blended: BlendedPrompt | None = None
+        """What was done for a blend."""
         self._waiting = [False] * shape.layers
         if retrieve and len(prompt) > 1:
-            self._begin_retrieve()
+            self._begin_retrieve() if blend is None else self._blend(blend)
         if store:
-            self.storing = self._begin("begin_store", prompt)
+            self.storing = self._begin("begin_store", prompt, **self._exactness())
 
     def arrive(self, index: int) -> None:
         """Wait until what was planned for layer `index` is in place. Raises Abandoned."""
@@ -198,7 +206,7 @@ class TierloomCache(Cache):
 
     def store_all(self, tokens: npt.NDArray[np.int64]) -> Any:
         """Store `tokens`, the whole sequence as far as it was computed; returns the ticket."""
-        return self._begin("store", tokens[: self.get_seq_length()])
+        return self._begin("store", tokens[: self.get_seq_length()], **self._exactness())
 
     _whole = 0
     """Layers that hold the prompt, and were handed to the store, in model order."""
@@ -213,11 +221,30 @@ class TierloomCache(Cache):
         for layer in self._rows:
             layer._set_length(self.planned)
 
-    def _begin(self, what: str, tokens: npt.NDArray[np.int64]) -> Any:
+    def _blend(self, selective: Selective) -> None:
+        from tierloom.adapters.transformers.blended_prompt import blend_prompt
+
+        self.loading = self._begin("retrieve", self.prompt[:-1], blend=True)
+        try:
+            self.blended = blend_prompt(selective, self.loading, self.prompt, self._rows)
+        except BaseException:
+            self.loading.cancel()
+            raise
+        self.planned = self.blended.tokens
+        for layer in self._rows:
+            layer._set_length(self.planned)
+
+    def _exactness(self) -> dict[str, int]:
+        """How far what is stored was computed over nothing captured elsewhere, where that is not
+        all of it."""
+        done = self.blended
+        return {"exact": done.exact} if done is not None and done.tokens > done.exact else {}
+
+    def _begin(self, what: str, tokens: npt.NDArray[np.int64], **more: Any) -> Any:
         caches = [(layer.rows_k, layer.rows_v) for layer in self._rows]
         return getattr(self.pipe, what)(
             tokens, caches, np.arange(len(tokens), dtype=np.int64), layout=layout_of(caches),
-            salt=self._salt,
+            salt=self._salt, **more,
         )  # fmt: skip
 
 

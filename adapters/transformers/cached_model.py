@@ -11,10 +11,11 @@ way, the prompt is computed as if there were no cache.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,7 +46,13 @@ from tierloom.adapters.transformers.streamer import Watch
 from tierloom.pipeline.config.load import load_config
 from tierloom.stages.contract.request import Receipt
 from tierloom.stages.contract.stage import ModelFacts
-from tierloom.stages.errors import InputError
+from tierloom.stages.errors import InputError, LayoutError
+from tierloom.stages.kv.rope import rotation
+
+if TYPE_CHECKING:
+    from tierloom.adapters.transformers.selective import Selective
+
+log = logging.getLogger("tierloom.transformers")
 
 __all__ = ["Abandoned", "CachedModel", "Generation", "KVShape", "KeptLayer", "TierloomCache"]
 
@@ -60,6 +67,12 @@ class Generation:
     prompt_tokens: int
     hit_tokens: int = 0
     """Tokens of the prompt that were loaded, not computed."""
+    blended_tokens: int = 0
+    """Of these, captured after other text than they follow here."""
+    computed_tokens: int = 0
+    """Tokens of reused text, and between it, that were computed for a blend."""
+    not_blended: str = ""
+    """Why a blend was asked for and cannot be had of this model."""
     abandoned: str = ""
     """Why stored KV was planned for and then not used; empty if it was used."""
     ttft_s: float = 0.0
@@ -120,6 +133,8 @@ class CachedModel:
         self._touched: set[str] = set()
         """Tensors that were changed while this was open: all of their bytes are hashed."""
         self._names: tuple[str, ...] = ()
+        self._blends: tuple[tuple[str, ...], Selective | str] | None = None
+        """Of a model with these names: what computes chosen tokens, or why nothing can."""
         self._watched()
         if not weights:
             rest_id(self.model)  # refuses before anything is run what could not be named
@@ -213,10 +228,12 @@ class CachedModel:
 
     def generate(
         self, input_ids: torch.Tensor, *, streamer: Any = None,
-        attention_mask: torch.Tensor | None = None, **options: Any,
+        attention_mask: torch.Tensor | None = None, blend: bool = False, **options: Any,
     ) -> Any:  # fmt: skip
         """`model.generate` for one prompt `[1, tokens]`, with its options and its result.
 
+        `blend`: reuse text that was captured elsewhere in other prompts as well, approximately;
+        wants a pipeline that finds it, such as `config="blend"`.
         `self.last` says what happened. Does not wait for what is being stored: see `flush`.
         """
         started = time.perf_counter()
@@ -225,7 +242,8 @@ class CachedModel:
         watch = Watch(streamer)
         room = room_of(self.model, input_ids.shape[1], options)
         self._follow()
-        cache = self._cache(input_ids, room=room, stepwise=True)
+        selective = self._selective() if blend else None
+        cache = self._cache(input_ids, room=room, stepwise=True, blend=selective)
         try:
             out = self._generate(cache, input_ids, watch, options)
         except Abandoned as e:
@@ -235,12 +253,38 @@ class CachedModel:
             cache = self._cache(input_ids, room=room, retrieve=False, stepwise=True)
             out = self._generate(cache, input_ids, watch, options)
         self.last.hit_tokens = cache.planned
+        if cache.blended is not None:
+            self.last.computed_tokens = cache.blended.computed
+            self.last.hit_tokens -= cache.blended.computed
+            self.last.blended_tokens = cache.blended.tokens - cache.blended.exact
         self._close(cache, out)
         self.last.ttft_s = watch.first - started
         if not cache.planned:
             self.pipe.note_prefill(self.last.prompt_tokens, self.last.ttft_s)
         self.last.seconds = time.perf_counter() - started
         return out
+
+    def _selective(self) -> Selective | None:
+        """What computes chosen tokens in the model as it is; None: it cannot be blended, and
+        `last.not_blended` says why."""
+        from tierloom.adapters.transformers.selective import Selective
+
+        if self._blends is None or self._blends[0] != self._names:
+            found: Selective | str = "how it turns its K is not known"
+            turns = rotation(self._names[1], self.shape.dim, self.shape.layers)
+            if turns is not None:
+                try:
+                    found = Selective(self.model, self.shape, turns)
+                except LayoutError as error:
+                    found = str(error)
+            if isinstance(found, str):
+                log.warning("prompts of this model are not blended: %s", found)
+            self._blends = self._names, found
+        answer = self._blends[1]
+        if isinstance(answer, str):
+            self.last.not_blended = answer
+            return None
+        return answer
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until what the last call stores is stored, or canceled."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tierloom.stages.blend.policies import Scores, stretches
+from tierloom.stages.blend.policies import Mask, Patchwork, Scores, stretches
 from tierloom.stages.contract.blended import Blended
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.gates import InUseCounter, LayerGates
@@ -135,11 +135,21 @@ class Request:
         if self.blend is None or self.blend.work is None:
             have = self.valid(self.groups) if self.future.done() else self._planned_tokens
             return [(have, len(self.tokens))] if have < len(self.tokens) else []
-        mask = self.blend.mask(scores)
+        return stretches(self.blend.mask(scores) | self._missing(self.blend.work))
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Stretches of which nothing is loaded: not found, or found and not come."""
+        if self.blend is None or self.blend.work is None:
+            return self.computed()
+        return stretches(self._missing(self.blend.work))
+
+    def _missing(self, work: Patchwork) -> Mask:
+        mask = ~work.covered()
+        mask[: work.exact] = False
         for chunk in self.chunks:
             if chunk.lost is not None:
                 mask[chunk.start : chunk.start + chunk.wanted] = True
-        return stretches(mask)
+        return mask
 
     @property
     def _planned_tokens(self) -> int:

@@ -52,6 +52,12 @@ class Ticket:
         self._request.planned.wait(self._patience())
         return self._request.computed(scores)
 
+    def missing(self) -> list[tuple[int, int]]:
+        """Retrieve with `blend`: of those stretches, what nothing is loaded of: before it is
+        computed, its rows hold what the memory held."""
+        self._request.planned.wait(self._patience())
+        return self._request.missing()
+
     @property
     def needs(self) -> str:
         """Retrieve with `blend`: what its policy chooses by: nothing, scores or deviations."""

@@ -273,7 +273,7 @@ def _why_lost(batch: Batch, chunk: Chunk, read: Read, geometry: Geometry) -> Los
         return Lost.BAD_LAYOUT
     late = Lost.LATE if read.object.loaded < batch.frames_of(header).stop else None
     if chunk.excerpt is not None:
-        return why_foreign(batch.request, chunk.excerpt, header) or late
+        return why_foreign(batch.request, chunk, header) or late
     if header.tokens < chunk.wanted:
         return Lost.BAD_LAYOUT
     wanted = -(-chunk.wanted // header.grain) * LINK

@@ -20,27 +20,30 @@ def plan_excerpts(
     request: Request, ctx: Context, tiers: Mapping[str, CircuitBreaker], least: int
 ) -> list[Chunk]:
     """Chunks for text behind the exact prefix (`request.chunks`) that is kept anywhere in `tiers`;
-    `request.blend.work` says which. None where nothing of `least` tokens is found."""
+    `request.blend.work` says which. None where nothing of `least` tokens is found. Runs count
+    tokens from the prompt's first, chunks and `work` from the request's."""
     blended, exact = request.blend, sum(c.wanted for c in request.chunks)
     if blended is None or ctx.rotation is None or not len(request.tokens):
         return []
     runs: Sequence[Run] = blended.asked or ()
     if blended.asked is None and ctx.texts is not None:
         before = request.chunks[-1].key if request.chunks else b""
-        runs = ctx.texts.find(
+        found = ctx.texts.find(
             request.tokens, request.root, start=exact, least=least, opening=request.opening,
             before=before,
         )  # fmt: skip
+        runs = [_moved(run, request.first) for run in found]
     kept: list[Run] = []
     chunks: list[Chunk] = []
     for run in runs:
-        found = [(e, _holders(e, tiers)) for e in run.excerpts]
-        kept += _parts(run, [bool(names) for _, names in found])
-        for excerpt, names in found:
+        held = [(e, _holders(e, tiers)) for e in run.excerpts]
+        parts = _parts(run, [bool(names) for _, names in held])
+        kept += [_moved(part, -request.first) for part in parts]
+        for excerpt, names in held:
             if names:
                 source = Source(excerpt.key, excerpt.tokens, names, excerpt)
                 index = len(request.chunks) + len(chunks)
-                place = excerpt.start, excerpt.tokens
+                place = excerpt.start - request.first, excerpt.tokens
                 chunks.append(Chunk(index, *place, excerpt.key, b"", excerpt.start, source=source))
     if sum(c.tokens for c in chunks) < least:
         return []
@@ -48,15 +51,23 @@ def plan_excerpts(
     return chunks
 
 
-def why_foreign(request: Request, excerpt: Excerpt, header: Header) -> Lost | None:
+def why_foreign(request: Request, chunk: Chunk, header: Header) -> Lost | None:
     """Why an object is not what an excerpt takes it for: a fingerprint that two texts share, or
     another text put under the key meanwhile. Token by token."""
-    text = header.text
+    text, excerpt = header.text, chunk.excerpt
+    assert excerpt is not None
     if text is None or text.root != request.root:
         return Lost.ABSENT
     ids = text.ids[excerpt.first : excerpt.first + excerpt.tokens]
-    same = np.array_equal(ids, request.tokens[excerpt.start : excerpt.end])
+    same = np.array_equal(ids, request.tokens[chunk.start : chunk.start + chunk.tokens])
     return None if same and text.position + excerpt.first == excerpt.position else Lost.ABSENT
+
+
+def _moved(run: Run, by: int) -> Run:
+    """The same run where tokens are counted from another one on."""
+    if not by:
+        return run
+    return run._replace(excerpts=tuple(e._replace(start=e.start + by) for e in run.excerpts))
 
 
 def _holders(excerpt: Excerpt, tiers: Mapping[str, CircuitBreaker]) -> list[str]:

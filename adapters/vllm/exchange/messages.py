@@ -17,6 +17,7 @@ from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.prefix import Span
+from tierloom.stages.kv.text import Text
 
 Blocks = tuple[BlockTable, ...]
 """For each KV group, the blocks that hold a span."""
@@ -49,6 +50,10 @@ class Save(NamedTuple):
     blocks: Blocks
     epoch: int = 0
     """Cache resets before it was planned."""
+    ids: bytes = b""
+    """Token ids of the span as int32, where text is kept by content."""
+    exact: int = 1 << 62
+    """Tokens of the span before the first that was computed over text captured elsewhere."""
 
 
 @dataclass(slots=True)
@@ -95,6 +100,8 @@ class WorkerInfo(NamedTuple):
     """KV bytes of a token in this worker."""
     off: str
     """Why caching is off; empty: it is on."""
+    by_content: bool = False
+    """Text is kept with its token ids, and found anywhere."""
 
     @staticmethod
     def of_all(infos: dict[int, WorkerInfo]) -> WorkerInfo:
@@ -114,6 +121,8 @@ class CacheEvent(NamedTuple):
     tier: str
     kept: bool
     links: bytes
+    text: Text | None = None
+    """Of one that came, by the first worker, where its header has it."""
 
 
 @dataclass(slots=True)

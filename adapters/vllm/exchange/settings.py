@@ -21,6 +21,7 @@ from tierloom.adapters.engine.extra_config import (
     read_extra_config,
     set_twice,
 )
+from tierloom.adapters.engine.pipeline_parts import lookup_node
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.options import Seconds
@@ -56,6 +57,10 @@ class Settings:
     reset: Literal["local", "all", "none"] = "local"
     """What vLLM's resets (`/reset_prefix_cache?reset_external=true`, `/pause`, `/sleep?level=1`)
     delete: `local`, what only this engine has; `all`, also tiers that others share; `none`."""
+    blend: Literal["off", "ask", "on"] = "off"
+    """Reuse text that was captured elsewhere, approximately: `ask`: for requests that say
+    `tierloom.blend: true`; `on`: for all that do not say false. Wants a pipeline that finds text
+    anywhere, such as `tierloom.config: blend`."""
     name: str = ""
     """A name for the model in keys, besides the content id of its weights."""
     weights: str = ""
@@ -84,6 +89,13 @@ class Configured(ExtraConfig[Settings]):
                 "other: `engine` names KV by vLLM's block hashes, `sglang` by SGLang's page hashes;"
                 " set tierloom.keys alone"
             )
+        plan = lookup_node(spec)
+        if self.settings.blend != "off" and (plan is None or plan.options.want != "anywhere"):
+            raise ConfigError(
+                f"{WHERE}: tierloom.blend: {self.settings.blend}, but {spec.source} finds no text "
+                "anywhere: set tierloom.config: blend, or `want: anywhere` in its retrieve graph "
+                "and `by: content` in its store graph"
+            )
         return spec
 
 
@@ -105,6 +117,8 @@ class RequestOptions:
     """Names that separate its KV from that of other requests."""
     max_tokens: int | None = None
     """Tokens of it that may be loaded and saved."""
+    blend: bool | None = None
+    """Text that was captured elsewhere will do for it; None: as the server says."""
 
 
 def request_options(params: Mapping[str, Any] | None) -> RequestOptions:
@@ -115,21 +129,25 @@ def request_options(params: Mapping[str, Any] | None) -> RequestOptions:
     assert params is not None
     if twice := set_twice(params):
         raise ValueError(f"{', '.join(twice)}: set twice")
-    known = {"skip_save", "skip_load", "tags", "max_tokens"}
+    known = {"skip_save", "skip_load", "tags", "max_tokens", "blend"}
     if unknown := own.keys() - known:
         said, ours = (", ".join(f"{PREFIX}{n}" for n in sorted(s)) for s in (unknown, known))
         raise ValueError(f"unknown {said}; known: {ours}")
     tags, most = own.get("tags") or {}, own.get("max_tokens")
     skip_save, skip_load = own.get("skip_save", False), own.get("skip_load", False)
+    blend = own.get("blend")
     for name, value, kind, wants in (
         ("tags", tags, dict, "a mapping"),
         ("skip_save", skip_save, bool, "true or false"),
         ("skip_load", skip_load, bool, "true or false"),
         ("max_tokens", 0 if most is None else most, int, "a whole number"),
+        ("blend", blend is not None and blend, bool, "true or false"),
     ):
         if type(value) is not kind:
             raise ValueError(f"{PREFIX}{name} wants {wants}, got {value!r}")
     if most is not None and most < 0:
         raise ValueError(f"{PREFIX}max_tokens must not be negative, got {most}")
     pairs = tuple(sorted((str(k), str(v)) for k, v in tags.items()))
-    return RequestOptions(skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most)
+    return RequestOptions(
+        skip_save=skip_save, skip_load=skip_load, tags=pairs, max_tokens=most, blend=blend
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tierloom.adapters.vllm.exchange.messages import (
     CacheEvent,
@@ -22,6 +22,10 @@ from tierloom.adapters.vllm.scheduler.load_cost import LoadCost
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.adapters.vllm.scheduler.saves import Saves
 from tierloom.stages.directory.chunk_directory import ChunkDirectory
+from tierloom.stages.kv.object import LINK
+
+if TYPE_CHECKING:
+    from tierloom.stages.directory.text_index import TextIndex
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -34,6 +38,8 @@ class Cache(NamedTuple):
 
     info: WorkerInfo
     directory: ChunkDirectory
+    texts: TextIndex | None
+    """Finds text anywhere that the directory has; None: it is not kept by content."""
 
 
 class Reports:
@@ -123,6 +129,11 @@ class Reports:
             return
         holder = worker * self.cache.info.groups + event.group
         changed = self.cache.directory.note(holder, event.tier, event.kept, event.links)
+        if self.cache.texts is not None:
+            if event.text is not None:
+                self.cache.texts.add(event.links[-LINK:], event.text)
+            elif changed and not changed[1]:
+                self.cache.texts.remove(changed[0])
         if changed and self.on_change is not None:
             self.on_change(*changed, event.tier)
 
@@ -141,7 +152,13 @@ class Reports:
         directory = ChunkDirectory(
             first.tiers, holders=self._workers * first.groups, chunk=first.chunk, grain=first.grain
         )
-        self.cache = Cache(first, directory)
+        texts = None
+        if first.by_content:
+            from tierloom.stages.directory.text_index import TextIndex
+
+            texts = TextIndex(first.chunk, first.grain)
+            texts.warm_up()
+        self.cache = Cache(first, directory, texts)
         if self._saves is not None:
             self._saves.start(first, directory)
         early, self._early = self._early, []

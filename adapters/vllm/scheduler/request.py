@@ -53,6 +53,8 @@ class TrackedRequest:
         self.prompt_saved = False
         self.jobs: set[int] = set()
         """Saves whose blocks are still needed."""
+        self.exact = 1 << 62
+        """Tokens of it that were computed over nothing captured elsewhere."""
         self.drafted = 1 << 62
         """Tokens of it of which a draft model's layers have KV, too."""
         self.stale = False
@@ -71,6 +73,13 @@ class TrackedRequest:
             self.stale = self.stale or self._drafts
             if self.chain is not None:
                 self.chain.links.clear()
+
+    def ids(self, first: int, last: int) -> bytes:
+        """Its tokens as int32; none where they do not say what it is: those of images are alike."""
+        if self.request.mm_features:
+            return b""
+        tokens = self.request.all_token_ids[first:last]
+        return struct.pack(f"={len(tokens)}i", *tokens)
 
     def adapter_id(self) -> str | None:
         """Content id of its LoRA, empty without one; None: not known yet, or unavailable."""

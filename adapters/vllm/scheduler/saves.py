@@ -200,10 +200,15 @@ class Saves:
         self._number += 1
         self.jobs[self._number] = SaveJob(p, keys, set(), set())
         p.jobs.add(self._number)
-        self._promised.update(dict.fromkeys(keys, self._number))
+        exact = max(0, p.exact - first * chunk)
+        named = keys[: exact // chunk] if exact < end - first * chunk else keys
+        self._promised.update(dict.fromkeys(named, self._number))
         assert p.chain is not None
         span = p.chain.span(first * chunk // grain, end // grain)
-        self._waiting.append(Save(self._number, p.request.request_id, span, tables, self.epoch))
+        ids = p.ids(first * chunk, end) if self._info.by_content else b""
+        self._waiting.append(
+            Save(self._number, p.request.request_id, span, tables, self.epoch, ids, exact)
+        )
         if self.on_save is not None:
             self.on_save(p.request, first * chunk, end, keys)
 

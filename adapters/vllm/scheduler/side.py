@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierloom.adapters.vllm.exchange.messages import Blocks, Load, Plan, WorkerInfo, WorkerReports
 from tierloom.adapters.vllm.exchange.metrics import Stats
@@ -24,6 +24,9 @@ from tierloom.stages.directory.chunk_directory import Part
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.chain_seed import chain_seed
 from tierloom.stages.kv.prefix import Chain, Span
+
+if TYPE_CHECKING:
+    from tierloom.stages.directory.text_index import TextIndex
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -78,6 +81,11 @@ class SchedulerSide:
     def _cache(self) -> Cache:
         assert self.reports.cache is not None
         return self.reports.cache
+
+    @property
+    def texts(self) -> TextIndex | None:
+        """Finds text anywhere that the workers hold; None: it is not kept by content."""
+        return self.reports.cache.texts if self.reports.cache is not None else None
 
     def on_new_request(self, request: Any) -> None:
         """Read its options, and hash its prompt."""
@@ -227,6 +235,8 @@ class SchedulerSide:
             self.saves.forget(self._epoch)
         if self.reports.cache is not None:
             self.reports.cache.directory.clear()
+            if self.reports.cache.texts is not None:
+                self.reports.cache.texts.clear()
         return forget(self._vllm, self._epoch, local=which == "local")
 
     def shutdown(self) -> None:

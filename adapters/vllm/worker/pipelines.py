@@ -11,7 +11,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tierloom.adapters.engine.pipeline_parts import asked_tiers, lookup_node, own_paths
+from tierloom.adapters.engine.pipeline_parts import (
+    asked_tiers,
+    keeps_content,
+    lookup_node,
+    own_paths,
+)
 from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.model_identity.config import rope_text
 from tierloom.adapters.model_identity.shared import SharedIdentity, shared_rope
@@ -155,7 +160,7 @@ def _info(pipelines: list[GroupPipeline], layers: int, heads: int) -> WorkerInfo
             p.pipeline.geometry.frame_bytes(p.pipeline.geometry.layers, spec.chunk.tokens)
             for p in pipelines
         ) // spec.chunk.tokens,
-        off="",
+        off="", by_content=keeps_content(spec),
     )  # fmt: skip
 
 

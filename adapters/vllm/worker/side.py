@@ -247,7 +247,9 @@ class WorkerSide:
         report = self._report
         for group, p in enumerate(self.pipelines):
             changes = p.pipeline.changes(self._many)
-            report.events += [CacheEvent(group, *change[:3]) for change in changes]
+            if self._rank:  # one of them tells what the text is
+                changes = [change._replace(text=None) for change in changes]
+            report.events += [CacheEvent(group, *change) for change in changes]
             report.more = report.more or p.pipeline.unseen > 0
         for request, futures in list(self._asked.items()):
             if all(f.done() for f in futures):

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from tierloom.adapters.vllm.exchange.messages import Load, Save
 from tierloom.adapters.vllm.worker.pipelines import GroupPipeline
 from tierloom.stages.contract.ticket import Ticket
@@ -37,7 +39,10 @@ class Tickets:
     def store(self, save: Save, layered: bool) -> list[Ticket]:
         def begin(p: GroupPipeline) -> Ticket:
             store = p.pipeline.begin_store if layered else p.pipeline.store
-            return store(save.span, p.caches, blocks=p.blocks(save.blocks[p.group.number]))
+            return store(
+                save.span, p.caches, blocks=p.blocks(save.blocks[p.group.number]),
+                ids=np.frombuffer(save.ids, np.int32), exact=save.exact,
+            )  # fmt: skip
 
         with self._epoch_lock:  # after a reset, nothing may begin that was planned before it
             return self._begin("save", begin, save) if save.epoch >= self._epoch else []

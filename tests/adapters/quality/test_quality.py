@@ -85,7 +85,7 @@ def test_nothing_is_learned_from_what_is_tested() -> None:
         return {tuple(words[i : i + 16]) for i in range(len(words) - 15)}
 
     tested = [*quality_documents.texts().values()]
-    tested.append(quality_documents._topics()[quality_documents.FILLER])
+    tested.append(quality_documents.topics()[quality_documents.FILLER])
     learned = set().union(*map(windows, quality_documents.calibration_texts()))
     assert learned
     assert not [t[:60] for t in tested if windows(t) & learned]

@@ -323,7 +323,7 @@ def test_layer_by_layer(opened: Open) -> None:
     assert torch.equal(engine.rows(at[64:]), target.rows(to[64:]))
 
 
-def test_misuse_is_said(opened: Open) -> None:
+def test_misuse_is_said(opened: Open, tmp_path: Path) -> None:
     engine = Engine()
     pipe = opened_with(opened, blending(), engine)
     with pytest.raises(InputError, match="blend"):
@@ -331,6 +331,16 @@ def test_misuse_is_said(opened: Open) -> None:
     source = blending()
     source["graphs"]["retrieve"]["stages"]["plan"]["by"] = "content"
     with pytest.raises(ConfigError, match="by: content"):
+        opened_with(opened, source, engine)
+    key = tmp_path / "a.key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    source = blending()
+    stages = source["graphs"]["store"]["stages"]
+    stages["host"] = {"use": "to_host", "from": "pack"}
+    stages["lock"] = {"use": "aesgcm", "keys": [str(key)], "from": "host"}
+    stages["hot"] = {**stages["hot"], "from": "lock"}
+    with pytest.raises(ConfigError, match="token ids"):
         opened_with(opened, source, engine)
     with pytest.raises(ConfigError, match="order: canonical"):
         opened_with(opened, {**blending(), "order": "native"}, Engine("BHND"))
