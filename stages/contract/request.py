@@ -150,8 +150,10 @@ class Request:
     def _missing(self, work: Patchwork) -> Mask:
         mask = ~work.covered()
         mask[: work.exact] = False
+        # At the deadline it is answered at once, and what is under way is marked lost later.
+        over, all_of_it = self.cancelled is not None or self.future.done(), (1 << self.groups) - 1
         for chunk in self.chunks:
-            if chunk.lost is not None:
+            if chunk.lost is not None or (over and chunk.done != all_of_it):
                 mask[chunk.start : chunk.start + chunk.wanted] = True
         return mask
 

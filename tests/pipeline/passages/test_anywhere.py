@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,45 +14,16 @@ from conftest import MEMORY, Engine, settle, tokens, with_disk
 from tierloom import ConfigError, InputError, Lost
 from tierloom.stages.kv.text import Excerpt, Run
 
+from .blends import blending, opened_with, turned
+
 if TYPE_CHECKING:
     from conftest import Open
-
-ROPE = '{"rope_theta": 10000.0}'
-GRAIN = 16
-
-
-def blending(source: dict[str, Any] | None = None, **mend: Any) -> dict[str, Any]:
-    """A graph that keeps text by content, finds it anywhere and blends."""
-    made = copy.deepcopy(source or MEMORY)
-    graphs = made["graphs"]
-    graphs["store"]["stages"]["fresh"]["by"] = "content"
-    stages = graphs["retrieve"]["stages"]
-    stages["plan"] = {"use": "lookup", "want": "anywhere", "least": 32, "worth": "always"}
-    mend = {"use": "blend", "policy": "none", "worth": "always", "least": 32, **mend}
-    ids = list(stages)
-    graphs["retrieve"]["stages"] = {
-        id: stages.get(id, mend)
-        for id in [*ids[: ids.index("plan") + 1], "mend", *ids[ids.index("plan") + 1 :]]
-    }
-    return made
-
-
-def opened_with(opened: Open, source: dict[str, Any], engine: Engine, **options: Any) -> Any:
-    return opened(source, engine, rope=ROPE, **options)
 
 
 def values(engine: Engine, slots: np.ndarray) -> torch.Tensor:
     """[kv, layers, tokens, heads, dim] in float64."""
     raw = engine.rows(slots)
     return raw.view(engine.flat[0].dtype).double()
-
-
-def turned(k: torch.Tensor, by: int) -> torch.Tensor:
-    """K [layers, tokens, heads, dim] moved on by so many positions."""
-    half = k.shape[-1] // 2
-    angle = by * 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
-    a, b, c, s = k[..., :half], k[..., half:], angle.cos(), angle.sin()
-    return torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
 def test_a_passage_is_found_behind_other_text(opened: Open) -> None:
