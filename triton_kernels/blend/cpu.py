@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit
 
+from tierloom.triton_kernels.blend.turns import fit
 from tierloom.triton_kernels.checksum.xxh3_cpu import XXH3_START, xxh3_64
 from tierloom.triton_kernels.memory.floats import pair_turner
 from tierloom.triton_kernels.memory.machine_code import compiled
@@ -57,24 +58,6 @@ def scatter_turned_frames(
         *(frames.checksum, frames.status, slots, stop, verify),
         *(turn.frame, turn.kind, turn.cos, turn.sin, turn.first, turn.interleaved, held),
     )
-
-
-def fit(planes: PlaneTable, turn: TurnTable) -> None:
-    """Raises ValueError where `turn` cannot be of `planes`: other elements (opaque blocks have
-    none), more channels than a head has, other layers."""
-    kind = BITS.get(turn.dtype)
-    if kind is None or np.dtype(kind).itemsize != planes.itemsize:
-        raise ValueError(
-            f"K of {turn.dtype} in elements of {planes.itemsize} bytes cannot be turned: only "
-            f"{', '.join(BITS)} can, in an order of the cache whose elements are known"
-        )
-    if turn.first < 0 or turn.first + 2 * turn.cos.shape[2] > planes.dim:
-        raise ValueError(
-            f"channels {turn.first} to {turn.first + 2 * turn.cos.shape[2]} cannot turn in heads "
-            f"of {planes.dim}: the rotation is of another model"
-        )
-    if len(turn.kind) != planes.layers:
-        raise ValueError(f"a rotation of {len(turn.kind)} layers for {planes.layers} of the cache")
 
 
 @compiled(nogil=True)
