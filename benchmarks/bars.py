@@ -35,6 +35,7 @@ BARS = (
     Bar(r"test_(store|retrieve)\[8B-disk", "cpu_s_per_gb", True, 0.28, "CPU s/GB"),
     Bar(r"test_(store|retrieve)\[8B-disk", "wall_vs_disk", True, 1.2, "x the disk"),
     Bar(r"test_cpu\[8B NHD-(gather|scatter)\]", "share_of_memcpy", False, 0.8, "of memcpy"),
+    Bar(r"test_cpu\[.*K turned\]", "share_of_memcpy", False, 0.6, "of memcpy"),
     Bar(r"test_hash\[256", "m_tokens_per_s", False, 60, "M tokens/s"),
     Bar(r"test_hash\[32", "m_tokens_per_s", False, 25, "M tokens/s"),
     Bar(r"test_runner\[16", "us_per_chunk", True, 25, "us/chunk"),
