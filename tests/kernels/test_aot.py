@@ -15,6 +15,7 @@ import pytest
 import triton
 from aot import TARGETS, Kernel, compile_for
 
+from tierloom.triton_kernels.blend.probe_triton import KEYS, QUERIES, WARPS, probe
 from tierloom.triton_kernels.blend.triton import (
     ELEMENTS as TURNED_ELEMENTS,
     NARROW_ELEMENTS,
@@ -203,6 +204,27 @@ TURNED = {
         "K transposed": {"heads": 8, "head": 128, "narrow": True},
     }.items()
 }  # fmt: skip
+
+
+def probing(heads: int, head: int, *, sums: bool) -> Kernel:
+    """bfloat16, 8 heads of 128 for 32 of queries."""
+    types = {
+        "plane": "*i64", "slots": "*i64", "queries": "*bf16", "positions": "*i64", "sums": "*fp32",
+        "paid": "*fp32", "scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "BLOCK_TOKENS": 16, "HEADS": heads, "HEAD": head, "WIDE": True, "DIM": 128, "GROUP": 4,
+        "WIDEN": False, "SUMS": sums, "QUERIES": QUERIES, "KEYS": KEYS,
+    }  # fmt: skip
+    signature = {name: types.get(name, "i32") for name in probe.arg_names}
+    return Kernel(probe, signature, constants, warps=WARPS)
+
+
+PROBES = {
+    f"probe {name}, {what}": probing(*how, sums=what == "sums")
+    for name, how in (("NHD", (1, 1024)), ("HND", (8, 128)))
+    for what in ("sums", "scores")
+}
 CACHEGEN = cachegens()
 QUANTIZERS = quantizers()
 SPLITTERS = {
@@ -231,7 +253,7 @@ CODERS = {
 MOST_PER_SYMBOL = 2.0
 """Instructions of a warp for each symbol, where it has 32 lanes, whatever was accepted before."""
 
-KERNELS = WIDE | OTHERS | CODERS | QUANTIZERS | SPLITTERS | CACHEGEN | TURNED
+KERNELS = WIDE | OTHERS | CODERS | QUANTIZERS | SPLITTERS | CACHEGEN | TURNED | PROBES
 
 
 @pytest.fixture(scope="module")
@@ -252,14 +274,15 @@ def baseline():
 def test_gate(name: str, target: str, baseline: dict) -> None:
     report = compile_for(KERNELS[name], target)
     assert report.spills == 0, report
-    assert report.registers <= MOST_REGISTERS, report
+    accumulators = 16 if name in PROBES and target == "gfx942" else 0  # counted with the rest there
+    assert report.registers <= MOST_REGISTERS + accumulators, report
     if name in WIDE | TURNED:
         assert 128 in report.load_bits, report
         assert 128 in report.store_bits, report
     if name in TURNED and not name.endswith(("transposed", "MLA 576")):
         assert min(report.load_bits) >= 32, report
         assert min(report.store_bits) >= 32, report
-    if name in QUANTIZERS and name != "channel means":
+    if name in PROBES or (name in QUANTIZERS and name != "channel means"):
         assert 128 in report.load_bits, report
     if name in SPLITTERS:
         moved = report.load_bits if "split" in name else report.store_bits

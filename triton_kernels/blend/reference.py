@@ -44,3 +44,17 @@ def turn_pairs(
     new = u * cos - v * sin, v * cos + u * sin  # both before either: u may be a itself
     a.copy_(new[0])
     b.copy_(new[1])
+
+
+def paid_to(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, here: torch.Tensor,
+    context: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """The probe's scores [context] of `queries` [n, heads, dim] over `keys` [tokens, kv heads,
+    dim], of which those are `here`, in their dtype."""
+    grouped = queries.unflatten(1, (keys.shape[1], -1))
+    logits = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
+    seen = here & (torch.arange(len(keys)) <= positions[:, None])
+    share = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
+    paid = share[..., :context].sum(2).flatten(0, 1)
+    return (paid / paid.sum(1, keepdim=True).clamp(min=1e-30)).amax(0)
