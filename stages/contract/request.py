@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tierloom.stages.blend.policies import Scores, stretches
+from tierloom.stages.blend.policies import Mask, Scores, stretches
 from tierloom.stages.contract.blended import Blended
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.gates import InUseCounter, LayerGates
@@ -135,11 +135,21 @@ class Request:
         if self.blend is None or self.blend.work is None:
             have = self.valid(self.groups) if self.future.done() else self._planned_tokens
             return [(have, len(self.tokens))] if have < len(self.tokens) else []
-        mask = self.blend.mask(scores)
+        return stretches(self._with_lost(self.blend.mask(scores)))
+
+    def absent(self) -> list[tuple[int, int]]:
+        """Stretches that nothing is placed for: what was not found, or did not come."""
+        if self.blend is None or self.blend.work is None:
+            return self.computed()
+        mask = ~self.blend.work.covered()
+        mask[: self.blend.work.exact] = False
+        return stretches(self._with_lost(mask))
+
+    def _with_lost(self, mask: Mask) -> Mask:
         for chunk in self.chunks:
             if chunk.lost is not None:
                 mask[chunk.start : chunk.start + chunk.wanted] = True
-        return stretches(mask)
+        return mask
 
     @property
     def _planned_tokens(self) -> int:

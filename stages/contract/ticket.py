@@ -52,6 +52,11 @@ class Ticket:
         self._request.planned.wait(self._patience())
         return self._request.computed(scores)
 
+    def absent(self) -> list[tuple[int, int]]:
+        """Retrieve with `blend`: what of `compute()` nothing is placed for, apart from heads; after
+        `wait()`."""
+        return self._request.absent()
+
     @property
     def needs(self) -> str:
         """Retrieve with `blend`: what its policy chooses by: nothing, scores or deviations."""
