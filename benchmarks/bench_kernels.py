@@ -19,6 +19,8 @@ import xxhash
 from cases import BLOCK, CHUNK, ITEMSIZE, SHAPES, slots
 from yardstick import Memcpy, measure
 
+from tierloom.triton_kernels.blend.cpu import scatter_turned_frames
+from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
 from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
 from tierloom.triton_kernels.paged_copy.cpu import gather_frames, scatter_frames
@@ -90,11 +92,24 @@ def scatter(work: Work, verify: bool) -> None:
     scatter_frames(work.planes, work.frames, work.slots, GO, verify=verify)
 
 
+def scatter_turned(work: Work, dtype: str) -> None:
+    """All of K by the same 1,000 tokens; V as it is."""
+    half, layers = work.planes.dim // 2, work.planes.layers
+    angles = 1000 * 1e4 ** -(np.arange(half) / half)[None, None]
+    turn = TurnTable(
+        np.zeros(len(work.frames), np.int32), np.zeros(layers, np.int32),
+        np.cos(angles).astype("f4"), np.sin(angles).astype("f4"), 0, False, dtype,
+    )  # fmt: skip
+    scatter_turned_frames(work.planes, work.frames, work.slots, GO, turn, verify=False)
+
+
 OPS = {
     "gather": partial(gather, checksum=False),
     "gather, checksum": partial(gather, checksum=True),
     "scatter": partial(scatter, verify=False),
     "scatter, verify": partial(scatter, verify=True),
+    "scatter, bf16 K turned": partial(scatter_turned, dtype="bfloat16"),
+    "scatter, fp16 K turned": partial(scatter_turned, dtype="float16"),
     "xxh3": lambda work: xxh3_64(work.stored.ctypes.data, work.stored.nbytes),
     "xxh3 of the library": lambda work: xxhash.xxh3_64_intdigest(work.stored),
 }

@@ -1,10 +1,11 @@
-"""Seconds to the first token behind 8 passages of 256 tokens, blended and computed whole.
+"""Seconds to the first token after 8 passages of 256 tokens in a new order, blended and computed.
 
     OMP_NUM_THREADS=1 python benchmarks/blend_first_token.py [--rounds 3]
 
-SmolLM2 in float32 on the CPU, by transformers. A blend turns K, chooses, computes what was chosen,
-and reads the question; CPU seconds, medians over rounds, beside computing everything in the same
-round. Bars: `heads 16` <= 0.09 of it, the default <= 0.15.
+SmolLM2 in float32 on the CPU, `CachedModel.generate` of one token with the preset `blend`. CPU
+seconds of the whole process, medians over rounds, beside computing everything in the same round.
+Bars: `heads 16` <= 0.09 of it, the default <= 0.15. Chunks are cut from the prompt's beginning, so
+how much is found depends on `--system`: what has no whole grain in its chunk is computed.
 """
 
 from __future__ import annotations
@@ -12,89 +13,77 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 import time
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 
-from tierloom.adapters.quality.blend_arms import selective_of
 from tierloom.adapters.quality.blend_sets import prompts
 from tierloom.adapters.quality.subject import load_subject
-from tierloom.adapters.transformers.model import with_cache
-from tierloom.stages.blend.budget import BlendOptions
-from tierloom.stages.blend.policies import Amount, Patchwork, choose
-from tierloom.stages.kv.text import Excerpt, Run
+from tierloom.adapters.transformers import CachedModel
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-PASSAGES, TOKENS = 8, 256
+TOKENS, ORDER = 256, (5, 2, 7, 0, 3, 6, 1, 4)
+ARMS: dict[str, dict[str, Any]] = {
+    "nothing recomputed": {"policy": "none"},
+    "heads 16": {"policy": "heads", "heads": 16},
+    "the default": {},
+}
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--system", type=int, default=100, help="tokens before the passages")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    subject, options = load_subject("smollm2"), BlendOptions()
-    model, selective = subject.model, selective_of(subject)
-    first, second = list(prompts("rag", subject.encode, judging=False))[:2]
-    passages = [p.ids for p in (*first.pieces, *second.pieces)][:PASSAGES]
-    begin = first.exact
-    context = torch.tensor(begin + [i for p in passages for i in p])
-    question = torch.tensor(first.suffix[: first.asked])
-    n, start = len(context), len(begin)
-    runs = [
-        Run((Excerpt(start + TOKENS * i, TOKENS, bytes(32), 0, start),), seam=True)
-        for i in range(PASSAGES)
-    ]
-    work = Patchwork(n, start, runs)
-    size = (1, subject.shape.heads, n, subject.shape.dim)
-    keys, values = [
-        [torch.randn(size) for _ in range(subject.shape.layers)]
-        for _ in range(2)
-    ]  # fmt: skip
-    shift = torch.arange(n)
+    subject = load_subject("smollm2")
+    first, second = list(zip(range(2), prompts("rag", subject.encode, judging=False)))  # noqa: B905
+    system, question = first[1].exact, first[1].suffix[: first[1].asked]
+    system = (list(system) * given.system)[: given.system]
+    passages = [p.ids for p in (*first[1].pieces, *second[1].pieces)][: len(ORDER)]
 
-    def whole() -> None:
-        model(input_ids=torch.cat([context, question])[None], logits_to_keep=1)
+    def prompt(order: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor([system + [t for i in order for t in passages[i]] + question])
 
-    def blend(policy: str, amount: Amount) -> Callable[[], None]:
-        def once() -> None:
-            turned, placed = selective.turned(keys, shift), [v.clone() for v in values]
-            scores = selective.scores(question, turned, placed) if policy == "probe" else None
-            mask = choose(policy, work, amount, scores)
-            cache = selective.recompute(context, mask, turned, placed)
-            at = torch.arange(n, n + len(question))[None]
-            model(
-                input_ids=question[None], position_ids=at, logits_to_keep=1,
-                **with_cache(model, cache),
-            )  # fmt: skip
-
-        return once
-
-    default = Amount(options.heads, options.share, options.ceiling, len(question))
-    subjects = {
-        "everything computed": whole,
-        "nothing recomputed": blend("none", default),
-        "heads 16": blend("heads", Amount(16, 0.0)),
-        f"{options.policy}, the default": blend(options.policy, default),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(given.rounds):
-        for name, call in subjects.items():
+    asked, one = prompt(ORDER), {"max_new_tokens": 1, "do_sample": False}
+    taken: dict[str, list[float]] = {name: [] for name in ("everything computed", *ARMS)}
+    said: dict[str, Any] = {}
+    with ExitStack() as closing:
+        kept = {}
+        for name, mend in ARMS.items():
+            folder = closing.enter_context(tempfile.TemporaryDirectory())
+            overrides = {f"graphs.retrieve.stages.mend.{k}": v for k, v in mend.items()}
+            overrides |= {"tiers.warm.path": folder, "graphs.retrieve.deadline": "10 s"}
+            overrides |= {"graphs.retrieve.stages.mend.worth": "always"}
+            model = CachedModel(subject.model, config="blend", overrides=overrides)
+            kept[name] = closing.enter_context(model)
+            for order in (range(4), range(4, 8)):
+                kept[name].generate(prompt(tuple(order)), **one)
+                kept[name].flush()
+            kept[name].generate(asked, blend=True, **one)  # proofs, once
+            kept[name].flush()
+        for _ in range(given.rounds):
             began = time.process_time()
-            call()
-            taken[name].append(time.process_time() - began)
-    base = np.array(taken["everything computed"])
-    print(f"{n} + {len(question)} tokens, {given.rounds} rounds; CPU seconds")
+            subject.model.generate(asked, attention_mask=torch.ones_like(asked), **one)
+            taken["everything computed"].append(time.process_time() - began)
+            for name, model in kept.items():
+                began = time.process_time()
+                model.generate(asked, blend=True, **one)
+                taken[name].append(time.process_time() - began)
+                said[name] = model.last
+                model.flush()
+    base = statistics.median(taken["everything computed"])
+    print(f"{asked.shape[1]} tokens, {given.rounds} rounds; CPU seconds")
     for name, seconds in taken.items():
-        share = statistics.median(np.array(seconds) / base)
-        print(f"{name:24} {statistics.median(seconds):7.2f} s   {share:.3f}")
+        last = said.get(name)
+        computed = f", {last.computed_tokens} of {last.blended_tokens} computed" if last else ""
+        middle = statistics.median(seconds)
+        print(f"{name:20} {middle:7.2f} s   {middle / base:.3f}{computed}")
 
 
 if __name__ == "__main__":

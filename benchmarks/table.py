@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 COLUMNS = ("benchmark", "GB/s", "CPU s/GB", "of memcpy", "x disk", "other", "bar")
-GROUPS = ("store", "retrieve", "kernels", "codecs,", "hash", "graph", "capacity")
+GROUPS = ("store", "retrieve", "kernels", "codecs,", "hash", "graph", "capacity", "text")
 OTHER = {
     "m_tokens_per_s": "{:g} M tokens/s", "m_tokens_per_cpu_s": "{:g} per CPU s",
     "of_sha256": "{:.2f} of one sha256", "us_per_chunk": "{:g} us/chunk",
@@ -24,6 +24,9 @@ OTHER = {
     "resident": "{:.2%} resident", "resident_least": "least {:.2%}", "payload": "{:.2%} payload",
     "mb_per_cpu_s": "{:g} MB per CPU s", "bits": "{:g} bits per element",
     "disk_gb_per_s": "disk {:.2f} GB/s",
+    "ms": "{:g} ms", "ms_best": "best {:g} ms", "cpu_ms": "{:g} CPU ms", "index_mb": "{:g} MB",
+    "adds_per_s": "{:,} adds per CPU s", "removes_per_s": "{:,} removes per CPU s",
+    "longest_ms": "longest add {:g} CPU ms",
 }  # fmt: skip
 
 Row = tuple[str, ...]

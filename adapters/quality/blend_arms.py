@@ -21,7 +21,8 @@ from tierloom.adapters.quality.subject import Subject
 from tierloom.adapters.transformers.model import with_cache
 from tierloom.adapters.transformers.selective import Planes, Selective
 from tierloom.stages.blend.policies import POLICIES, Amount, choose
-from tierloom.stages.kv.rope import Rotation, frequencies
+from tierloom.stages.errors import LayoutError
+from tierloom.stages.kv.rope import rotation
 
 RANDOM = "random"
 """The control: as many tokens as the share allows, by chance. No policy of the product."""
@@ -45,7 +46,7 @@ PEER = BlendArm("deviation", share=0.15)
 """CacheBlend's rule as the peer has it (arXiv 2405.16444): K deviation at layer 1, 15 %."""
 
 
-class Blended(NamedTuple):
+class BlendCost(NamedTuple):
     kl: float
     """Nats, mean over the suffix."""
     share: float
@@ -53,9 +54,10 @@ class Blended(NamedTuple):
 
 def selective_of(subject: Subject) -> Selective:
     """Raises LayoutError for a model that cannot be blended."""
-    freqs = frequencies(subject.rope, subject.shape.dim).astype(np.float64)
-    kinds = np.zeros(subject.shape.layers, np.int32)
-    return Selective(subject.model, subject.shape, Rotation(freqs[None], kinds))
+    turns = rotation(subject.rope, subject.shape.dim, subject.shape.layers)
+    if turns is None:
+        raise LayoutError("how the model turns its K is not known: it cannot be blended")
+    return Selective(subject.model, subject.shape, turns)
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class Case:
         self._exact = _cut(cache, 0, first)
         self.want = self._read(*_cut(cache, 0, len(self.ids)))
 
-    def judge(self, arm: BlendArm) -> Blended:
+    def judge(self, arm: BlendArm) -> BlendCost:
         """KL and share of an arm. Deterministic."""
         work, layers = self.prompt.work, self.subject.shape.layers
         given_k, given_v = self._put_together(arm.alone)
@@ -106,7 +108,7 @@ class Case:
         self.selective.recompute(self.ids, mask, keys, values)
         got = self._read(keys, values)
         kl = float((self.want.exp() * (self.want - got)).sum(-1).double().mean())
-        return Blended(kl, spent / (layers * n))
+        return BlendCost(kl, spent / (layers * n))
 
     def without(self) -> float:
         """KL of the suffix read without any context."""

@@ -21,7 +21,7 @@ from tierloom.stages.blend.policies import policy_of
 from tierloom.stages.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from tierloom.adapters.quality.blend_arms import Blended
+    from tierloom.adapters.quality.blend_arms import BlendCost
     from tierloom.adapters.quality.subject import Subject
 
 
@@ -64,7 +64,7 @@ def measured_blend(subject: Subject, policy: str, kind: Any, limit: int) -> dict
                        of=options.of),
         "kl_peer": PEER, "kl_peer_alone": PEER._replace(alone=True), "kl_none": BlendArm("none"),
     }  # fmt: skip
-    found: dict[str, dict[str, Blended]] = {}
+    found: dict[str, dict[str, BlendCost]] = {}
     selective = selective_of(subject)
     for prompt in prompts(kind, subject.encode):
         if len(found) == limit:

@@ -21,7 +21,7 @@ from tierloom.stages.errors import InputError, LayoutError, TierloomError
 from tierloom.stages.kv.layout import KVLayout
 
 if TYPE_CHECKING:
-    from tierloom.adapters.transformers.blended import BlendedPrompt
+    from tierloom.adapters.transformers.blended_prompt import BlendedPrompt
     from tierloom.adapters.transformers.selective import Selective
 
 SPARE = 64
@@ -222,7 +222,7 @@ class TierloomCache(Cache):
             layer._set_length(self.planned)
 
     def _blend(self, selective: Selective) -> None:
-        from tierloom.adapters.transformers.blended import blend_prompt
+        from tierloom.adapters.transformers.blended_prompt import blend_prompt
 
         self.loading = self._begin("retrieve", self.prompt[:-1], blend=True)
         try:

@@ -270,15 +270,15 @@ class CachedModel:
         from tierloom.adapters.transformers.selective import Selective
 
         if self._blends is None or self._blends[0] != self._names:
-            found: Selective | str
-            try:
-                turns = rotation(self._names[1], self.shape.dim, self.shape.layers)
-                if turns is None:
-                    raise LayoutError("how the model turns its K is not known")
-                found = Selective(self.model, self.shape, turns)
-            except LayoutError as error:
-                found = str(error)
-                log.warning("prompts of this model are not blended: %s", error)
+            found: Selective | str = "how it turns its K is not known"
+            turns = rotation(self._names[1], self.shape.dim, self.shape.layers)
+            if turns is not None:
+                try:
+                    found = Selective(self.model, self.shape, turns)
+                except LayoutError as error:
+                    found = str(error)
+            if isinstance(found, str):
+                log.warning("prompts of this model are not blended: %s", found)
             self._blends = self._names, found
         answer = self._blends[1]
         if isinstance(answer, str):

@@ -19,9 +19,9 @@ class BlendOptions:
     policy: Literal["none", "heads", "deviation", "probe"] = "probe"
     """Which reused tokens are computed: `none`; `heads`, the first ones after each seam; by
     `deviation` at a check layer; `probe`: heads, then those that the question attends to."""
-    heads: int = 8
+    heads: int = 4
     """Tokens computed after each seam, where text follows other text than it was captured after."""
-    share: Share = 0.07
+    share: Share = 0.09
     """Of reused tokens, what is computed besides heads: to begin with."""
     floor: Share = 0.02
     """It falls this far while computing is slower than loading."""

@@ -19,6 +19,8 @@ class Blended:
     """What the caller has found; None: `lookup` is to find it."""
     work: Patchwork | None = None
     """What was found; None: nothing yet, or nothing."""
+    fixed: bool = False
+    """The caller computes by the plan already: nothing more is placed than it says."""
     policy: str = "none"
     amount: Amount = field(default_factory=lambda: Amount(0, 0.0))
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tierloom.stages.blend.policies import Mask, Scores, stretches
+from tierloom.stages.blend.policies import Mask, Patchwork, Scores, stretches
 from tierloom.stages.contract.blended import Blended
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.gates import InUseCounter, LayerGates
@@ -111,6 +111,8 @@ class Request:
         self.future: Future[Receipt] = Future()
         self.future.set_running_or_notify_cancel()  # ended by `Ticket.cancel`, never by the future
         self._count = threading.Lock()
+        self.changing = threading.Lock()
+        """Held by who changes the plan of a blend, or takes it for the last word."""
 
     # -- any thread ----------------------------------------------------------------------------
 
@@ -135,19 +137,23 @@ class Request:
         if self.blend is None or self.blend.work is None:
             have = self.valid(self.groups) if self.future.done() else self._planned_tokens
             return [(have, len(self.tokens))] if have < len(self.tokens) else []
-        return stretches(self._with_lost(self.blend.mask(scores)))
+        with self.changing:
+            self.blend.fixed = True
+            return stretches(self.blend.mask(scores) | self._missing(self.blend.work))
 
-    def absent(self) -> list[tuple[int, int]]:
-        """Stretches that nothing is placed for: what was not found, or did not come."""
+    def missing(self) -> list[tuple[int, int]]:
+        """Stretches of which nothing is loaded: not found, or found and not come."""
         if self.blend is None or self.blend.work is None:
             return self.computed()
-        mask = ~self.blend.work.covered()
-        mask[: self.blend.work.exact] = False
-        return stretches(self._with_lost(mask))
+        return stretches(self._missing(self.blend.work))
 
-    def _with_lost(self, mask: Mask) -> Mask:
+    def _missing(self, work: Patchwork) -> Mask:
+        mask = ~work.covered()
+        mask[: work.exact] = False
+        # At the deadline it is answered at once, and what is under way is marked lost later.
+        over, all_of_it = self.cancelled is not None or self.future.done(), (1 << self.groups) - 1
         for chunk in self.chunks:
-            if chunk.lost is not None:
+            if chunk.lost is not None or (over and chunk.done != all_of_it):
                 mask[chunk.start : chunk.start + chunk.wanted] = True
         return mask
 

@@ -48,14 +48,17 @@ class Ticket:
     def compute(self, scores: Scores | None = None) -> list[tuple[int, int]]:
         """Retrieve with `blend`: stretches (first token, last + 1) that the engine must compute, in
         rising order; waits until the plan is made. Without `scores` heads, and what nobody kept.
-        After `wait()` also what was planned and did not come. `needs` says what `scores` are."""
+        After `wait()` also what was planned and did not come, and less of what was found: until
+        this is called, text beyond whole grains is taken as well. `needs` says what `scores` are.
+        """
         self._request.planned.wait(self._patience())
         return self._request.computed(scores)
 
-    def absent(self) -> list[tuple[int, int]]:
-        """Retrieve with `blend`: what of `compute()` nothing is placed for, apart from heads; after
-        `wait()`."""
-        return self._request.absent()
+    def missing(self) -> list[tuple[int, int]]:
+        """Retrieve with `blend`: of those stretches, what nothing is loaded of: before it is
+        computed, its rows hold what the memory held."""
+        self._request.planned.wait(self._patience())
+        return self._request.missing()
 
     @property
     def needs(self) -> str:

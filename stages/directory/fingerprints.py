@@ -72,7 +72,8 @@ def windows(tokens: Any, grain: int, step: int, base: Any, salt: Any) -> Any:
 
 
 @compiled(nogil=True)
-def _home(entry: Any, size: Any) -> Any:
+def home_of(entry: Any, size: Any) -> Any:
+    """The slot where the search for an entry, or for a fingerprint, begins."""
     return np.int64(((entry >> _HALF) * size) >> _HALF)
 
 
@@ -80,7 +81,7 @@ def _home(entry: Any, size: Any) -> Any:
 def place_of(table: Any, size: Any, fingerprint: Any) -> Any:
     """The slot of the first entry that is not below a fingerprint, or of the empty one there."""
     tag = fingerprint >> _BITS
-    s = _home(fingerprint, size)
+    s = home_of(fingerprint, size)
     while table[s] != 0 and table[s] >> _BITS < tag:
         s += 1
     return s
@@ -123,10 +124,10 @@ def erase(table: Any, size: Any, tops: Any, first: int, count: int) -> Any:
     removed = 0
     for ident in range(first, first + count):
         top = _U(tops[ident])
-        s = _home(top << _HALF, size)
+        s = home_of(top << _HALF, size)
         while table[s] != 0 and table[s] >> _HALF <= top:
             if np.int64(table[s] & _U(MOST + 1)) - 1 == ident:
-                while table[s + 1] != 0 and _home(table[s + 1], size) <= s:
+                while table[s + 1] != 0 and home_of(table[s + 1], size) <= s:
                     table[s] = table[s + 1]
                     s += 1
                 table[s] = 0
@@ -142,7 +143,7 @@ def move_entries(old: Any, new: Any, size: Any) -> None:
     s = 0
     for entry in old:
         if entry != 0:
-            s = max(s, _home(entry, size))
+            s = max(s, home_of(entry, size))
             new[s] = entry
             s += 1
 

@@ -159,18 +159,18 @@ class TextIndex:
     def _runs(
         self, rows: list[list[int]], start: int, wanted: tuple[int, int, int, int]
     ) -> list[Run]:
-        grain, per = self._grain, self._per
+        grain, per, positions = self._grain, self._per, self._chunks["position"]
         runs: list[list[Excerpt]] = []
         seams: list[bool] = []
         for offset, grains, ident, new in rows:
             c, g = divmod(ident, per)
-            key, position = self._keys[c], int(self._chunks["position"][c])
+            key, position = self._keys[c], int(positions[c])
             assert key is not None
             part = Excerpt(start + offset, grains * grain, key, g * grain, position + g * grain)
             if new:
-                joins = self._cover.joins(ident, offset, self._chunks, per, wanted)
                 runs.append([part])
-                seams.append(not joins)
+                args = self._chunks, per, wanted
+                seams.append(offset > 0 or not self._cover.joins(ident, offset, *args))
             elif runs[-1][-1].key == key:
                 last = runs[-1][-1]
                 runs[-1][-1] = last._replace(tokens=last.tokens + part.tokens)
@@ -196,9 +196,9 @@ class TextIndex:
     def _room_for(self, chunk: int) -> None:
         if chunk >= len(self._chunks):
             n = max(_LEAST, int(len(self._chunks) * _GROWTH))
-            chunks, tops = np.zeros(n, self._chunks.dtype), np.zeros(n * self._per, np.uint32)
-            chunks[: len(self._chunks)], tops[: len(self._tops)] = self._chunks, self._tops
-            self._chunks, self._tops = chunks, tops
+            # In place: a large block is moved by its page table, not copied. Nobody else has views.
+            self._chunks.resize(n, refcheck=False)
+            self._tops.resize(n * self._per, refcheck=False)
         if self._entries + self._per > _LOAD * self._size or self._table[-self._per - 2]:
             self._grow_table()
 

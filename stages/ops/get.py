@@ -30,7 +30,7 @@ from tierloom.stages.ops.hedge import race
 from tierloom.stages.ops.promote import settle
 from tierloom.stages.ops.scan_budget import ScanBudget
 from tierloom.stages.options import Seconds
-from tierloom.stages.passages.anywhere import why_foreign
+from tierloom.stages.passages.anywhere import extend, why_foreign
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read
 
@@ -171,6 +171,8 @@ class Get(BatchStage):
                     chunk.object, reads[i].object = object, None  # its lease, too
                     batch.defer(object.lease.release)
                     chunk.took = {name}
+                    if chunk.excerpt is not None:
+                        extend(batch.request, chunk, object.header)
                     batch.request.deliver(name)
                     came.append(chunk)
                     break

@@ -101,6 +101,10 @@ class Lookup(RequestStage):
             if self.options.want == "anywhere" and request.blend is not None:
                 plan = plan_excerpts, request, self.ctx, tiers, self.options.least
                 request.chunks += await self.ctx.pool(*plan, leases=())
+            keys = [c.source.key for c in request.chunks if c.source is not None]
+            for tier in tiers.values():
+                if tier.local:
+                    await mark_in_turns(tier.touch, keys)
 
     def peek(self, request: Request) -> None:
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}
@@ -172,11 +176,7 @@ class Lookup(RequestStage):
             plan.append(chunk)
             if chunk.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
-        request.chunks = plan = self._worth_loading(request, plan)
-        keys = [c.source.key for c in plan if c.source is not None]
-        for tier in tiers.values():
-            if tier.local:
-                await mark_in_turns(tier.touch, keys)
+        request.chunks = self._worth_loading(request, plan)
 
     def _longest_prefix(self, request: Request, tiers: Tiers, known: Answers) -> Iterator[Chunk]:
         """The chunks that are kept from the first one on, each with its source; the last one may be

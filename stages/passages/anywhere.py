@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from tierloom.stages.blend.policies import Patchwork
 from tierloom.stages.contract.chunks import Chunk, Source
@@ -61,6 +62,46 @@ def why_foreign(request: Request, chunk: Chunk, header: Header) -> Lost | None:
     ids = text.ids[excerpt.first : excerpt.first + excerpt.tokens]
     same = np.array_equal(ids, request.tokens[chunk.start : chunk.start + chunk.tokens])
     return None if same and text.position + excerpt.first == excerpt.position else Lost.ABSENT
+
+
+def extend(request: Request, chunk: Chunk, header: Header) -> None:
+    """An excerpt was found by whole grains, and its object has come: take what of the text before
+    and behind it is the prompt's as well, up to the chunk's ends and to other excerpts."""
+    blended, text = request.blend, header.text
+    if blended is None or blended.work is None or request.layered or text is None:
+        return
+    with request.changing:
+        excerpt, start, end = chunk.excerpt, chunk.start, chunk.start + chunk.tokens
+        if blended.fixed or excerpt is None:
+            return
+        before = max((c.start + c.wanted for c in request.chunks if c.start < start), default=0)
+        after = min((c.start for c in request.chunks if c.start > start), default=1 << 62)
+        last = excerpt.first + excerpt.tokens
+        ids = request.tokens[: len(request.memory.slots)]
+        back = _alike(text.ids[: excerpt.first][::-1], ids[before:start][::-1])
+        on = _alike(text.ids[last:], ids[end:after])
+        if not back + on:
+            return
+        grown = excerpt._replace(
+            start=excerpt.start - back, tokens=excerpt.tokens + back + on,
+            first=excerpt.first - back, position=excerpt.position - back,
+        )  # fmt: skip
+        chunk.start, chunk.tokens, chunk.position = start - back, grown.tokens, grown.start
+        assert chunk.source is not None
+        chunk.source.tokens, chunk.source.excerpt = grown.tokens, grown
+        here = grown._replace(start=chunk.start)
+        runs = [
+            run._replace(excerpts=tuple(here if e.start == start else e for e in run.excerpts))
+            for run in blended.work.runs
+        ]
+        blended.work = blended.work._replace(runs=runs)
+
+
+def _alike(a: npt.NDArray[np.int32], b: npt.NDArray[np.int32]) -> int:
+    """How many of the first tokens are the same."""
+    n = min(len(a), len(b))
+    other = np.flatnonzero(a[:n] != b[:n])
+    return int(other[0]) if len(other) else n
 
 
 def _moved(run: Run, by: int) -> Run:

@@ -15,6 +15,11 @@ import pytest
 import triton
 from aot import TARGETS, Kernel, compile_for
 
+from tierloom.triton_kernels.blend.triton import (
+    ELEMENTS as TURNED_ELEMENTS,
+    NARROW_ELEMENTS,
+    scatter_turned,
+)
 from tierloom.triton_kernels.cachegen.symbols_triton import (
     ELEMENTS as SYMBOL_ELEMENTS,
     check_escapes,
@@ -166,6 +171,38 @@ def cachegens() -> dict[str, Kernel]:
     return made
 
 
+def blended(
+    heads: int, head: int, *, dim: int = 128, first: int = 0, half: int = 64, kv: int = 2,
+    narrow: bool = False, neighbors: bool = False,
+) -> Kernel:  # fmt: skip
+    """bfloat16, as `launch_scatter_turned` would have it compiled."""
+    many = NARROW_ELEMENTS if narrow else TURNED_ELEMENTS
+    types = {
+        "planes": "*i64", "frames": "*i64", "slots": "*i64", "layers": "i32", "at": "*i32",
+        "cos": "*fp32", "sin": "*fp32",
+    }  # fmt: skip
+    constants = {
+        "KV": kv, "BLOCK_TOKENS": 16, "HEADS": heads, "HEAD": head, "KIND": 0, "HAS_WIDE": True,
+        "HAS_NARROW": narrow, "DIM": dim, "FIRST": first, "HALF": half, "NEIGHBORS": neighbors,
+        "ROWS": many // triton.next_power_of_2(dim),
+    }  # fmt: skip
+    return Kernel(scatter_turned, types, constants)
+
+
+TURNED = {
+    f"K turned, {name}": blended(**how)
+    for name, how in {
+        "NHD 8x128": {"heads": 1, "head": 1024},
+        "NHD 8x128, neighbors": {"heads": 1, "head": 1024, "neighbors": True},
+        "NHD 3x64": {"heads": 1, "head": 192, "dim": 64, "half": 32},
+        "NHD 8x128, a quarter": {"heads": 1, "head": 1024, "half": 16},
+        "HND 8x128": {"heads": 8, "head": 128},
+        "MLA 576": {
+            "heads": 1, "head": 576, "dim": 576, "first": 512, "half": 32, "kv": 1,
+        },
+        "K transposed": {"heads": 8, "head": 128, "narrow": True},
+    }.items()
+}  # fmt: skip
 CACHEGEN = cachegens()
 QUANTIZERS = quantizers()
 SPLITTERS = {
@@ -194,7 +231,7 @@ CODERS = {
 MOST_PER_SYMBOL = 2.0
 """Instructions of a warp for each symbol, where it has 32 lanes, whatever was accepted before."""
 
-KERNELS = WIDE | OTHERS | CODERS | QUANTIZERS | SPLITTERS | CACHEGEN
+KERNELS = WIDE | OTHERS | CODERS | QUANTIZERS | SPLITTERS | CACHEGEN | TURNED
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +253,12 @@ def test_gate(name: str, target: str, baseline: dict) -> None:
     report = compile_for(KERNELS[name], target)
     assert report.spills == 0, report
     assert report.registers <= MOST_REGISTERS, report
-    if name in WIDE:
+    if name in WIDE | TURNED:
         assert 128 in report.load_bits, report
         assert 128 in report.store_bits, report
+    if name in TURNED and not name.endswith(("transposed", "MLA 576")):
+        assert min(report.load_bits) >= 32, report
+        assert min(report.store_bits) >= 32, report
     if name in QUANTIZERS and name != "channel means":
         assert 128 in report.load_bits, report
     if name in SPLITTERS:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit
 
+from tierloom.triton_kernels.blend.turns import fit
 from tierloom.triton_kernels.checksum.xxh3_cpu import XXH3_START, xxh3_64
-from tierloom.triton_kernels.memory.floats import to_bits, to_float
+from tierloom.triton_kernels.memory.floats import pair_turner
 from tierloom.triton_kernels.memory.machine_code import compiled
 from tierloom.triton_kernels.memory.raw import copy_bytes, publish
 from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable, PlaneTable
@@ -27,6 +28,8 @@ BITS = {"bfloat16": np.uint16, "float16": np.int16, "float32": np.uint32}
 """Element types that can be turned, and what holds their bits (`memory/floats.py`)."""
 _BUFFER = 16384
 """Bytes that are turned at a time, if a row is not longer."""
+_LANES = 16
+"""Pairs that are turned at a time, if half a head is not shorter."""
 
 
 def scatter_turned_frames(
@@ -55,24 +58,6 @@ def scatter_turned_frames(
         *(frames.checksum, frames.status, slots, stop, verify),
         *(turn.frame, turn.kind, turn.cos, turn.sin, turn.first, turn.interleaved, held),
     )
-
-
-def fit(planes: PlaneTable, turn: TurnTable) -> None:
-    """Raises ValueError where `turn` cannot be of `planes`: other elements (opaque blocks have
-    none), more channels than a head has, other layers."""
-    kind = BITS.get(turn.dtype)
-    if kind is None or np.dtype(kind).itemsize != planes.itemsize:
-        raise ValueError(
-            f"K of {turn.dtype} in elements of {planes.itemsize} bytes cannot be turned: only "
-            f"{', '.join(BITS)} can, in an order of the cache whose elements are known"
-        )
-    if turn.first < 0 or turn.first + 2 * turn.cos.shape[2] > planes.dim:
-        raise ValueError(
-            f"channels {turn.first} to {turn.first + 2 * turn.cos.shape[2]} cannot turn in heads "
-            f"of {planes.dim}: the rotation is of another model"
-        )
-    if len(turn.kind) != planes.layers:
-        raise ValueError(f"a rotation of {len(turn.kind)} layers for {planes.layers} of the cache")
 
 
 @compiled(nogil=True)
@@ -115,36 +100,42 @@ def _place_turned(
     base, steps, block_tokens, heads, dim, itemsize, frame, slots, cos, sin, first, interleaved,
     held,
 ):  # fmt: skip
-    row = heads * dim
-    many = len(held) // row
+    row, to = heads * dim * itemsize, held.ctypes.data
+    many = len(held) * itemsize // row
     for t in range(0, len(slots), many):
         some = slots[t : t + many]
         if some.max() < 0:
             continue
-        copy_bytes(held.ctypes.data, frame + t * row * itemsize, len(some) * row * itemsize)
-        for at in range(first, len(some) * row, dim):
-            if interleaved:
-                _turn_neighbors(held[at : at + 2 * len(cos)], cos, sin)
-            else:
-                half = len(cos)
-                _turn_halves(held[at : at + half], held[at + half : at + 2 * half], cos, sin)
+        source, nbytes, half = frame + t * row, len(some) * row, len(cos)
+        if 2 * half < dim:
+            copy_bytes(to, source, nbytes)
+        heads_at = range(first * itemsize, nbytes, dim * itemsize)
+        turn = cos.ctypes.data, sin.ctypes.data, held[0]  # which kind of float it is
+        if interleaved:
+            _turn_neighbors(to, source, heads_at, half, itemsize, *turn)
+        else:
+            _turn_halves(to, source, heads_at, half, itemsize, *turn)
         copy_plane(
-            base, steps, block_tokens, heads, dim, itemsize,
-            held.ctypes.data, some, False, XXH3_START, 0, 0,
-        )  # fmt: skip
+            base, steps, block_tokens, heads, dim, itemsize, to, some, False, XXH3_START, 0, 0
+        )
 
 
-@njit(nogil=True)
-def _turn_halves(a, b, cos, sin):
-    for i in range(len(cos)):
-        u, v = to_float(a[i]), to_float(b[i])
-        a[i] = to_bits(u * cos[i] - v * sin[i], a[i])
-        b[i] = to_bits(v * cos[i] + u * sin[i], b[i])
+def _turner(interleaved):
+    turn, turn_one = pair_turner(_LANES, interleaved), pair_turner(1, interleaved)
+    width = 2 if interleaved else 1
+
+    @njit(nogil=True)
+    def turn_heads(to, source, heads_at, half, itemsize, cos, sin, like):
+        whole, apart = half // _LANES * _LANES, half * itemsize
+        for head in heads_at:
+            for i in range(0, whole, _LANES):
+                x = head + i * width * itemsize
+                turn(to + x, source + x, apart, cos + 4 * i, sin + 4 * i, like)
+            for i in range(whole, half):
+                x = head + i * width * itemsize
+                turn_one(to + x, source + x, apart, cos + 4 * i, sin + 4 * i, like)
+
+    return turn_heads
 
 
-@njit(nogil=True)
-def _turn_neighbors(x, cos, sin):
-    for i in range(len(cos)):
-        u, v = to_float(x[2 * i]), to_float(x[2 * i + 1])
-        x[2 * i] = to_bits(u * cos[i] - v * sin[i], x[2 * i])
-        x[2 * i + 1] = to_bits(v * cos[i] + u * sin[i], x[2 * i + 1])
+_turn_halves, _turn_neighbors = _turner(False), _turner(True)

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from tierloom.triton_kernels.memory.tables import PlaneTable
+
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Element types that can be turned, and their bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class TurnTable:
@@ -34,3 +39,20 @@ class TurnTable:
     """Pairs are channels 2i and 2i + 1 (GPT-J); else i and i + half (NeoX)."""
     dtype: str
     """bfloat16, float16 or float32: what a row's elements are."""
+
+
+def fit(planes: PlaneTable, turn: TurnTable) -> None:
+    """Raises ValueError where `turn` cannot be of `planes`: other elements (opaque blocks have
+    none), more channels than a head has, other layers."""
+    if SIZES.get(turn.dtype) != planes.itemsize:
+        raise ValueError(
+            f"K of {turn.dtype} in elements of {planes.itemsize} bytes cannot be turned: only "
+            f"{', '.join(SIZES)} can, in an order of the cache whose elements are known"
+        )
+    if turn.first < 0 or turn.first + 2 * turn.cos.shape[2] > planes.dim:
+        raise ValueError(
+            f"channels {turn.first} to {turn.first + 2 * turn.cos.shape[2]} cannot turn in heads "
+            f"of {planes.dim}: the rotation is of another model"
+        )
+    if len(turn.kind) != planes.layers:
+        raise ValueError(f"a rotation of {len(turn.kind)} layers for {planes.layers} of the cache")

@@ -14,7 +14,8 @@ from numba.core import cgutils
 
 from tierloom.triton_kernels.memory.raw import intrinsic
 
-_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32 = ir.FloatType()
 _SIGN = 0x80000000
 _INFINITE = {types.uint16: 0x7F80, types.int16: 0x7C00, types.uint32: 0x7F800000}
 """Magnitudes from here on are no finite numbers."""
@@ -94,8 +95,8 @@ def extremes(typing, y):
             call = ir.FunctionType(_I32, [vector])
             fn = cgutils.get_or_insert_function(builder.module, call, name)
             best = builder.call(fn, [bits])
-            beyond = builder.icmp_signed(zero, best, _c(0))
-            return builder.bitcast(builder.select(beyond, best, _c(0)), _F32)
+            beyond = builder.icmp_signed(zero, best, ir.Constant(_I32, 0))
+            return builder.bitcast(builder.select(beyond, best, ir.Constant(_I32, 0)), _F32)
 
         pair = reduced("u", "<"), reduced("s", ">")
         return context.make_tuple(builder, signature.return_type, pair)
@@ -103,89 +104,146 @@ def extremes(typing, y):
     return types.UniTuple(types.float32, 2)(y), generate
 
 
-class _Code:
-    """LLVM's builder, with constants as plain numbers."""
+def pair_turner(lanes: int, interleaved: bool):
+    """A call that turns `lanes` pairs of numbers: ``(u cos - v sin, v cos + u sin)``.
 
-    def __init__(self, builder) -> None:
-        self.b = builder
+    ``(to, source, apart, cos, sin, like)``: addresses, of bits like `like` and of float32. Second
+    numbers of the pairs lie `apart` bytes behind the first, or interleaved. `to` may be `source`.
+    Vectors by hand: of a loop, compilers would first ask whether its arrays overlap, head by head.
+    """
+
+    @intrinsic
+    def turn_pairs(typing, to, source, apart, cos, sin, like):
+        def generate(context, builder, signature, args):
+            code, (to, source, apart, *angles, _) = _Code(builder, lanes), args
+            bits = code.of(ir.IntType(like.bitwidth))
+
+            def at(address, kind):
+                return builder.inttoptr(address, kind.as_pointer())
+
+            def picked(a, b, order):
+                mask = ir.Constant(
+                    ir.VectorType(_I32, len(order)), [ir.Constant(_I32, i) for i in order]
+                )
+                return builder.shuffle_vector(a, b, mask)
+
+            if interleaved:
+                both = ir.VectorType(bits.element, 2 * lanes)
+                x = builder.load(at(source, both), align=1)
+                pair = [picked(x, x, range(k, 2 * lanes, 2)) for k in (0, 1)]
+            else:
+                firsts = source, builder.add(source, apart)
+                pair = [builder.load(at(first, bits), align=1) for first in firsts]
+            u, v = (_READ[like](code, x) for x in pair)
+            c, s = (builder.load(at(angle, code.f32), align=4) for angle in angles)
+            a = builder.fsub(builder.fmul(u, c), builder.fmul(v, s))
+            b = builder.fadd(builder.fmul(v, c), builder.fmul(u, s))
+            a, b = _WRITE[like](code, a), _WRITE[like](code, b)
+            if interleaved:
+                order = [i // 2 + i % 2 * lanes for i in range(2 * lanes)]
+                builder.store(picked(a, b, order), at(to, both), align=1)
+            else:
+                builder.store(a, at(to, bits), align=1)
+                builder.store(b, at(builder.add(to, apart), bits), align=1)
+            return context.get_dummy_value()
+
+        return types.void(*[types.uint64] * 5, like), generate
+
+    return turn_pairs
+
+
+class _Code:
+    """LLVM's builder, with constants as plain numbers; with `lanes`, for vectors of as many."""
+
+    def __init__(self, builder, lanes: int = 0) -> None:
+        self.b, self.lanes = builder, lanes
+        types = (_I8, _I16, _I32, _F32)
+        self.i8, self.i16, self.i32, self.f32 = (self.of(t) for t in types)
+
+    def of(self, scalar):
+        return ir.VectorType(scalar, self.lanes) if self.lanes else scalar
+
+    def c(self, value: int):
+        return self._constant(self.i32, value & 0xFFFFFFFF)
+
+    def f(self, value: float):
+        return self._constant(self.f32, value)
+
+    def _constant(self, kind, value):
+        return ir.Constant(kind, [value] * self.lanes if self.lanes else value)
 
     def read_bf16(self, bits):
-        wide = self.b.zext(bits, _I32)
-        return self.b.bitcast(self.b.shl(wide, _c(16)), _F32)
+        wide = self.b.zext(bits, self.i32)
+        return self.b.bitcast(self.b.shl(wide, self.c(16)), self.f32)
 
     def write_bf16(self, value):
         bits = self._clamped(value, _MOST[types.uint16])
-        odd = self.b.and_(self.b.lshr(bits, _c(16)), _c(1))
+        odd = self.b.and_(self.b.lshr(bits, self.c(16)), self.c(1))
         return self.b.trunc(
-            self.b.lshr(self.b.add(bits, self.b.add(odd, _c(0x7FFF))), _c(16)), _I16
+            self.b.lshr(self.b.add(bits, self.b.add(odd, self.c(0x7FFF))), self.c(16)), self.i16
         )
 
     def read_fp16(self, bits):
-        wide = self.b.zext(bits, _I32)
-        sign = self.b.shl(self.b.and_(wide, _c(0x8000)), _c(16))
-        small = self.b.and_(wide, _c(0x7FFF))
-        normal = self.b.add(self.b.shl(small, _c(13)), _c(112 << 23))
+        wide = self.b.zext(bits, self.i32)
+        sign = self.b.shl(self.b.and_(wide, self.c(0x8000)), self.c(16))
+        small = self.b.and_(wide, self.c(0x7FFF))
+        normal = self.b.add(self.b.shl(small, self.c(13)), self.c(112 << 23))
         return self._either(small, 0x400, normal, 2.0**-24, sign)
 
     def write_fp16(self, value):
         bits = self._clamped(value, _MOST[types.int16])
-        sign = self.b.and_(bits, _c(_SIGN))
+        sign = self.b.and_(bits, self.c(_SIGN))
         size = self.b.xor(bits, sign)
         code = self._rounded(size, 13, 112, 0.5)
-        return self.b.trunc(self.b.or_(code, self.b.lshr(sign, _c(16))), _I16)
+        return self.b.trunc(self.b.or_(code, self.b.lshr(sign, self.c(16))), self.i16)
 
     def read_fp32(self, bits):
-        return self.b.bitcast(bits, _F32)
+        return self.b.bitcast(bits, self.f32)
 
     def write_fp32(self, value):
         return self._clamped(value, _MOST[types.uint32])
 
     def read_e4m3(self, bits):
-        wide = self.b.zext(bits, _I32)
-        sign = self.b.shl(self.b.and_(wide, _c(0x80)), _c(24))
-        small = self.b.and_(wide, _c(0x7F))
-        normal = self.b.add(self.b.shl(small, _c(20)), _c(120 << 23))
+        wide = self.b.zext(bits, self.i32)
+        sign = self.b.shl(self.b.and_(wide, self.c(0x80)), self.c(24))
+        small = self.b.and_(wide, self.c(0x7F))
+        normal = self.b.add(self.b.shl(small, self.c(20)), self.c(120 << 23))
         return self._either(small, 8, normal, 2.0**-9, sign)
 
     def write_e4m3(self, value):
         bits = self._clamped(value, 0x43E00000)  # 448
-        sign = self.b.and_(bits, _c(_SIGN))
+        sign = self.b.and_(bits, self.c(_SIGN))
         code = self._rounded(self.b.xor(bits, sign), 20, 120, 2.0**14)
-        return self.b.trunc(self.b.or_(code, self.b.lshr(sign, _c(24))), _I8)
+        return self.b.trunc(self.b.or_(code, self.b.lshr(sign, self.c(24))), self.i8)
 
     def _clamped(self, value, most):
         """Bits of `value`, its magnitude at most that of the float32 bits `most`."""
-        bits = self.b.bitcast(value, _I32)
-        sign = self.b.and_(bits, _c(_SIGN))
+        bits = self.b.bitcast(value, self.i32)
+        sign = self.b.and_(bits, self.c(_SIGN))
         size = self.b.xor(bits, sign)
-        over = self.b.icmp_unsigned(">", size, _c(most))
-        return self.b.or_(self.b.select(over, _c(most), size), sign)
+        over = self.b.icmp_unsigned(">", size, self.c(most))
+        return self.b.or_(self.b.select(over, self.c(most), size), sign)
 
     def _rounded(self, size, drop, bias, magic):
         """A float32 magnitude to one with `drop` fewer bits and an exponent `bias` lower."""
-        odd = self.b.and_(self.b.lshr(size, _c(drop)), _c(1))
-        up = self.b.add(self.b.add(size, odd), _c((1 << (drop - 1)) - 1 - (bias << 23)))
-        normal = self.b.lshr(up, _c(drop))
+        odd = self.b.and_(self.b.lshr(size, self.c(drop)), self.c(1))
+        up = self.b.add(self.b.add(size, odd), self.c((1 << (drop - 1)) - 1 - (bias << 23)))
+        normal = self.b.lshr(up, self.c(drop))
         # Below the least normal number an addition rounds: its last bit is the one to keep.
-        added = self.b.bitcast(self.b.fadd(self.b.bitcast(size, _F32), _f(magic)), _I32)
-        tiny = self.b.sub(added, self.b.bitcast(_f(magic), _I32))
-        return self.b.select(self.b.icmp_unsigned("<", size, _c((bias + 1) << 23)), tiny, normal)
+        added = self.b.fadd(self.b.bitcast(size, self.f32), self.f(magic))
+        added = self.b.bitcast(added, self.i32)
+        tiny = self.b.sub(added, self.b.bitcast(self.f(magic), self.i32))
+        return self.b.select(
+            self.b.icmp_unsigned("<", size, self.c((bias + 1) << 23)), tiny, normal
+        )
 
     def _either(self, small, least, normal, unit, sign):
         """`small` units where it is less than `least`, else the bits `normal`; then the sign."""
-        tiny = self.b.fmul(self.b.uitofp(small, _F32), _f(unit))
+        tiny = self.b.fmul(self.b.uitofp(small, self.f32), self.f(unit))
         size = self.b.select(
-            self.b.icmp_unsigned("<", small, _c(least)), self.b.bitcast(tiny, _I32), normal
+            self.b.icmp_unsigned("<", small, self.c(least)), self.b.bitcast(tiny, self.i32), normal
         )
-        return self.b.bitcast(self.b.or_(size, sign), _F32)
-
-
-def _c(value: int):
-    return ir.Constant(_I32, value & 0xFFFFFFFF)
-
-
-def _f(value: float):
-    return ir.Constant(_F32, value)
+        return self.b.bitcast(self.b.or_(size, sign), self.f32)
 
 
 _READ = {

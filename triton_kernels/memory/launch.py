@@ -7,7 +7,7 @@ several variants on the engine's GPU at its first request.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -15,7 +15,6 @@ import triton
 from tierloom.triton_kernels.memory.machine_code import settle_triton
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 
@@ -61,7 +60,7 @@ def vendor_of(device: torch.device) -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-def on_device(table: npt.NDArray[np.int64], device: torch.device | str) -> torch.Tensor:
+def on_device(table: npt.NDArray[Any], device: torch.device | str) -> torch.Tensor:
     """A copy of `table` on the device, ordered on the current stream; nothing waits for it."""
     host = torch.from_numpy(table)
     if torch.device(device).type != "cuda":

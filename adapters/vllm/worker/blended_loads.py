@@ -161,7 +161,7 @@ class BlendedLoads:
         every, probes = [(start, len(blending.passages.ids) // 4)], False
         told = Placed(every, every, probes)
         for ticket in blending.tickets:
-            compute, absent = ticket.compute(scores), ticket.absent()
+            compute, absent = ticket.compute(scores), ticket.missing()
             told = Placed(_moved(compute, start), _moved(absent, start), ticket.needs == "scores")
         report.placed[request] = told
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,45 +14,16 @@ from conftest import MEMORY, Engine, settle, tokens, with_disk
 from tierloom import ConfigError, InputError, Lost
 from tierloom.stages.kv.text import Excerpt, Run
 
+from .blends import blending, opened_with, turned
+
 if TYPE_CHECKING:
     from conftest import Open
-
-ROPE = '{"rope_theta": 10000.0}'
-GRAIN = 16
-
-
-def blending(source: dict[str, Any] | None = None, **mend: Any) -> dict[str, Any]:
-    """A graph that keeps text by content, finds it anywhere and blends."""
-    made = copy.deepcopy(source or MEMORY)
-    graphs = made["graphs"]
-    graphs["store"]["stages"]["fresh"]["by"] = "content"
-    stages = graphs["retrieve"]["stages"]
-    stages["plan"] = {"use": "lookup", "want": "anywhere", "least": 32, "worth": "always"}
-    mend = {"use": "blend", "policy": "none", "worth": "always", "least": 32, **mend}
-    ids = list(stages)
-    graphs["retrieve"]["stages"] = {
-        id: stages.get(id, mend)
-        for id in [*ids[: ids.index("plan") + 1], "mend", *ids[ids.index("plan") + 1 :]]
-    }
-    return made
-
-
-def opened_with(opened: Open, source: dict[str, Any], engine: Engine, **options: Any) -> Any:
-    return opened(source, engine, rope=ROPE, **options)
 
 
 def values(engine: Engine, slots: np.ndarray) -> torch.Tensor:
     """[kv, layers, tokens, heads, dim] in float64."""
     raw = engine.rows(slots)
     return raw.view(engine.flat[0].dtype).double()
-
-
-def turned(k: torch.Tensor, by: int) -> torch.Tensor:
-    """K [layers, tokens, heads, dim] moved on by so many positions."""
-    half = k.shape[-1] // 2
-    angle = by * 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
-    a, b, c, s = k[..., :half], k[..., half:], angle.cos(), angle.sin()
-    return torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
 def test_a_passage_is_found_behind_other_text(opened: Open) -> None:
@@ -67,15 +37,36 @@ def test_a_passage_is_found_behind_other_text(opened: Open) -> None:
     ticket = pipe.retrieve(prompt, target.caches, to, blend=True)
     got = ticket.wait()
     assert (got.tokens, got.lost) == (0, {})
-    # the first whole grain of the passage begins at token 80 of what was kept
-    first, last = 33 + 10, 33 + 10 + got.blended
-    assert got.blended == 112
+    # found by grains 80 to 192 of what was kept; its chunk begins at 64, so the passage at 70 is
+    # taken from its first token on, and the last 8 tokens lie in a chunk without a whole grain
+    first, last = 33, 33 + got.blended
+    assert got.blended == 122
     assert ticket.compute() == [(0, first), (last, len(prompt))]
-    was, now = values(engine, at[80:192]), values(target, to[first:last])
+    was, now = values(engine, at[70:192]), values(target, to[first:last])
     assert torch.equal(now[1], was[1])
-    assert (now[0] - turned(was[0], first - 80)).abs().max() < 1e-5
+    assert (now[0] - turned(was[0], first - 70)).abs().max() < 1e-5
     assert (now[0] - was[0]).abs().max() > 0.1
     assert target.untouched(to[first:last])
+
+
+def test_who_computes_by_the_plan_gets_no_more_than_it(opened: Open) -> None:
+    """Before the object has come only whole grains are known; rows said to be computed are not
+    placed afterwards."""
+    engine = Engine()
+    source = blending()
+    source["graphs"]["retrieve"]["pace"] = {"by": "layer", "window": 1}
+    pipe, target = opened_with(opened, source, engine), engine.blank()
+    passage = tokens(122, 1)
+    kept = np.concatenate([tokens(70, 2), passage])
+    pipe.store(kept, engine.caches, engine.slots(192)).wait()
+    prompt = np.concatenate([tokens(33, 3), passage])
+    to = target.slots(len(prompt))
+    wave = pipe.begin_retrieve(prompt, target.caches, to, blend=True)
+    assert wave.compute() == [(0, 43)]
+    for layer in range(engine.layers):
+        wave.wait_layer(layer)
+    assert wave.wait().blended == 112
+    assert target.untouched(to[43:])
 
 
 def test_nobody_who_does_not_ask_gets_it(opened: Open) -> None:

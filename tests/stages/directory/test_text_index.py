@@ -62,6 +62,24 @@ def test_every_common_stretch_of_two_grains_less_one_holds_a_hit(
     assert runs[0].start < asked_at + 32
 
 
+def test_passages_of_200_to_400_tokens_are_found_at_any_alignment() -> None:
+    """A system prompt and 8 of 100 passages in any order, cut from each prompt's beginning: of new
+    prompts, 9 tokens of 10."""
+    rng, shelf = np.random.default_rng(2), Shelf()
+    pool = [noise(100 + i, int(rng.integers(200, 400))) for i in range(100)]
+    system = noise(99, 60)
+
+    def prompt() -> Tokens:
+        return join(system, *(pool[i] for i in rng.choice(len(pool), 8, replace=False)))
+
+    for _ in range(70):
+        shelf.keep(prompt())
+    asked = [prompt() for _ in range(40)]
+    runs = [shelf.index.find(text, ROOT, start=64) for text in asked]
+    found = sum(shelf.check(text, got, start=64) for text, got in zip(asked, runs, strict=True))
+    assert found >= 0.9 * sum(len(text) - len(system) for text in asked)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_after_any_changes_it_is_as_if_built_anew(data: st.DataObject) -> None:

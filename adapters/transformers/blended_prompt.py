@@ -49,9 +49,9 @@ def blend_prompt(
     )
     ids = torch.from_numpy(prompt).to(keys[0].device)
     if ticket.needs == "scores" and len(prompt) - context <= TAIL:
-        fresh = torch.from_numpy(np.flatnonzero(mask[:context])).to(ids.device)
+        empty = torch.from_numpy(np.flatnonzero(_mask(ticket.missing(), asked)[:context]))
         for plane in (*keys, *values):  # memory as it came, perhaps NaN: the probe reads all rows
-            plane[:, :, fresh] = 0
+            plane[:, :, empty.to(ids.device)] = 0
         mask = _mask(ticket.compute(selective.scores(ids[context:], keys, values)), asked)
     selective.recompute(ids[:context], mask[:context], keys, values)
     return BlendedPrompt(context, receipt.tokens, int(mask[:context].sum()), ticket)
