@@ -90,7 +90,7 @@ class BlendOrders:
         p.patch = self._find(p, cache.texts, cache.info, exact, most)
         if p.patch is None:
             return 0
-        self.salt(p, p.patch.runs[0].start)
+        self.salt(p, max(p.patch.exact, p.start))  # runs may begin sooner, once they are compared
         return p.patch.end
 
     def passages(self, p: TrackedRequest, end: int, blocks: Sequence[int]) -> Passages:
@@ -120,6 +120,7 @@ class BlendOrders:
         tiers have, and those that vLLM has."""
         chain, computed = p.chain, p.start
         assert chain is not None
+        exact = exact // info.grain * info.grain
         known = max(exact, computed)
         if self._off(info) or most - computed < ROWS or most - known < self._least:
             return None
@@ -135,7 +136,7 @@ class BlendOrders:
         kept = tuple(r for run in runs if (r := _until(run, end)) is not None)
         if not kept or end - computed < ROWS or end <= known:
             return None
-        return Patch(exact // info.grain * info.grain, end, kept)
+        return Patch(exact, end, kept)
 
     def salt(self, p: TrackedRequest, first: int) -> None:
         """Give the blocks from the one with token `first` on hashes that nobody else has."""

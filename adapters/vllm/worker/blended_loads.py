@@ -156,13 +156,20 @@ class BlendedLoads:
             repair.forward(part, blocks, ids)  # type: ignore[arg-type]
 
     def _tell(self, request: str, blending: BlendedLoad, report: WorkerReport, scores: Any) -> None:
-        """What this worker wants computed: all, where the load could not be begun."""
+        """What this worker wants computed: all, where nothing can be told of the load."""
         blending.told, start = True, blending.load.start
-        every, probes = [(start, len(blending.passages.ids) // 4)], False
-        told = Placed(every, every, probes)
-        for ticket in blending.tickets:
-            compute, absent = ticket.compute(scores), ticket.missing()
-            told = Placed(_moved(compute, start), _moved(absent, start), ticket.needs == "scores")
+        every = [(start, len(blending.passages.ids) // 4)]
+        told = Placed(every, every, probe=False)
+        try:
+            for ticket in blending.tickets:
+                # Exact rows that did not come are computed, whatever text was found in their place.
+                exact = start + ticket.wait().tokens, start + blending.load.span.tokens
+                told = Placed(
+                    [exact, *_moved(ticket.compute(scores), start)],
+                    [exact, *_moved(ticket.missing(), start)], ticket.needs == "scores",
+                )  # fmt: skip
+        except Exception:
+            log.exception("request %s: all of it is computed", request)
         report.placed[request] = told
 
     def _end(self, blending: BlendedLoad, got: int) -> None:

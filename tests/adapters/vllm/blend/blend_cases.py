@@ -43,7 +43,12 @@ class Blending:
     def __init__(self, policy: str = "heads", **options: Any) -> None:
         folder, self.driver = FOLDER / "llama", Driver()
         plain()
-        extra = {"tierloom.blend": "ask", "graphs.retrieve.stages.mend.policy": policy}
+        mend = "graphs.retrieve.stages.mend."
+        extra: dict[str, Any] = {
+            "tierloom.blend": "ask",
+            mend + "policy": policy,
+            mend + "heads": 8,
+        }
         extra |= {
             "tiers.warm.path": str(FOLDER / "kv"), "tiers.warm.capacity": "256 MiB",
             "tiers.warm.segment": "32 MiB",
@@ -133,7 +138,8 @@ def selective(
         for i in range(model.layers):
             k[i][at : at + tokens] = model.turn(old_k[i][first : first + tokens], shift)
             v[i][at : at + tokens] = old_v[i][first : first + tokens]
-    model.repair(torch.tensor(ids), k, v, torch.tensor(chosen))
+    if chosen:
+        model.repair(torch.tensor(ids), k, v, torch.tensor(chosen))
     assert n == len(k[0])
     return torch.stack([torch.stack(k), torch.stack(v)])
 
@@ -169,7 +175,7 @@ def passages_in_a_new_order_are_what_a_selective_forward_gives() -> None:
                 assert len(chosen) - len(tail) <= 0.12 * 288
                 assert [o.what for o in engine.orders].count("probe") == 1
             else:
-                assert chosen == heads + tail
+                assert chosen == heads + tail, chosen
             assert engine.orders[0].what == "prove"
             engine.driver.finish()
 
@@ -201,10 +207,135 @@ def without_salt_they_would_not_be() -> None:
         assert plainly(engine)["cached"] > 64
 
 
+def all_is_found_in_another_order_up_to_the_last_block() -> None:
+    """Nothing is in front and nothing behind: the last token is vLLM's to compute."""
+    with blending("none") as engine:
+        engine.keep([*A, *B, *C])
+        ids = [*C, *A, *B]
+        name = engine.driver.add(ids, kv=ASK)
+        chosen = check_rows(engine, name, ids, [(0, [*A, *B, *C], 192, 96), (96, [*A, *B], 0, 192)])
+        assert chosen == []
+        engine.driver.finish()
+
+
+def two_blended_and_a_plain_one_run_together() -> None:
+    """In slices, since the plain ones take most of each step."""
+    ids = [ASKED, [*SYSTEM, *B, *A, *prompt(70, 9)], prompt(900, 5)]
+    with blending("heads", max_num_batched_tokens=256) as engine:
+        cold = engine.cold(ids[2])
+        alone = []
+        for kept in (None, KEPT):
+            if kept:
+                engine.keep(kept)
+                engine.core.scheduler.reset_prefix_cache()
+                alone = [engine.driver.generate([{"tokens": i, "kv": ASK}])[0] for i in ids[:2]]
+                engine.core.scheduler.reset_prefix_cache()
+        names = [engine.driver.add(i, kv=ASK) for i in ids[:2]]
+        names.append(engine.driver.add(ids[2], kv=COLD))
+        found = engine.driver.finish(names)
+        assert [f["ids"] for f in found] == [*(a["ids"] for a in alone), cold]
+        assert all(f["cached"] >= 64 for f in found[:2])
+
+
+def an_aborted_one_gives_its_blocks_back() -> None:
+    """Before, in and after its repair."""
+    with blending("probe", max_num_batched_tokens=64) as engine:
+        engine.keep(KEPT)
+        for steps in range(12):
+            engine.core.scheduler.reset_prefix_cache()
+            name = engine.driver.add(ASKED, kv=ASK)
+            engine.driver.step(steps)
+            engine.driver.abort([name])
+            engine.driver.finish([name])
+            state = engine.driver.settle()
+            assert state["free_blocks"] == state["blocks"], steps
+            assert len(engine.side.blends._blends) == 0
+        assert {o.what for o in engine.orders} == {"prove", "probe", "compute", "end"}, (
+            engine.orders
+        )
+        name = engine.driver.add(ASKED, kv=ASK)
+        check_rows(engine, name, ASKED, MOVED)
+        engine.driver.finish()
+
+
+def a_repair_that_goes_wrong_is_computed_by_the_engine() -> None:
+    """And the second one ends blending."""
+    with blending() as engine:
+        cold = engine.cold(ASKED)
+        engine.keep(KEPT)
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        blends: Any = get_kv_transfer_group().worker._blends  # type: ignore[attr-defined]
+        engine.driver.generate([{"tokens": ASKED, "kv": ASK}])
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise RuntimeError("broken")
+
+        blends._repair.forward = broken
+        for fault in (1, 2):
+            engine.driver.settle()
+            engine.core.scheduler.reset_prefix_cache()
+            assert not engine.side.blends.off
+            found = engine.driver.generate([{"tokens": ASKED, "kv": ASK}])[0]
+            assert found["ids"] == cold, fault
+        assert engine.side.blends.off
+        engine.core.scheduler.reset_prefix_cache()
+        orders = len(engine.orders)
+        assert engine.driver.generate([{"tokens": ASKED, "kv": ASK}])[0]["ids"] == cold
+        assert len(engine.orders) == orders
+
+
+def what_fails_its_proofs_is_served_exactly() -> None:
+    from tierloom.adapters.vllm.worker import blended_loads
+
+    with blending() as engine:
+        cold = engine.cold(ASKED)
+        engine.keep(KEPT)
+        engine.core.scheduler.reset_prefix_cache()
+        usual, blended_loads.prove = blended_loads.prove, lambda *_: "not as we turn it"
+        try:
+            found = engine.driver.generate([{"tokens": ASKED, "kv": ASK}])[0]
+        finally:
+            blended_loads.prove = usual
+        assert found["ids"] == cold
+        assert engine.side.blends.off == "not as we turn it"
+        assert [o.what for o in engine.orders] == ["prove", "fail"]
+
+
+def a_damaged_object_is_computed() -> None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    with blending("none") as engine:
+        engine.keep(KEPT)
+        worker: Any = get_kv_transfer_group()
+        hot = worker.worker.pipelines[0].pipeline.tiers["hot"]
+        gone = engine.side.texts.find  # what it finds is deleted before it is read
+
+        def found(*given: Any, **how: Any) -> Any:
+            runs = gone(*given, **how)
+            worker.worker.pipelines[0].pipeline.clear()
+            return runs
+
+        engine.core.scheduler.reset_prefix_cache()
+        engine.side.texts.find = found
+        cold = plainly(engine)["ids"]
+        engine.core.scheduler.reset_prefix_cache()
+        assert engine.driver.generate([{"tokens": ASKED, "kv": ASK}])[0]["ids"] == cold
+        assert hot is not None
+        computed = [o.stretches for o in engine.orders if o.what == "compute"]
+        assert computed == [[(0, 384)]]
+
+
 CASES = [
     passages_in_a_new_order_are_what_a_selective_forward_gives,
     what_follows_is_exact_for_all_others,
     without_salt_they_would_not_be,
+    all_is_found_in_another_order_up_to_the_last_block,
+    two_blended_and_a_plain_one_run_together,
+    an_aborted_one_gives_its_blocks_back,
+    a_repair_that_goes_wrong_is_computed_by_the_engine,
+    what_fails_its_proofs_is_served_exactly,
+    a_damaged_object_is_computed,
 ]
 
 if __name__ == "__main__":
