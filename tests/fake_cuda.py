@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
 
 REFUSED, OUT_OF_MEMORY = 1, 2
@@ -91,6 +93,7 @@ class Cuda:
         patch.setattr(torch.Tensor, "to", lambda t, *a, **k: self._to(to, t, *a, **k))
         patch.setattr(torch.Tensor, "pin_memory", lambda t: t)
         patch.setattr("tierloom.triton_kernels.paged_copy.triton.launch_paged_copy", self.launch)
+        patch.setattr("tierloom.triton_kernels.blend.triton.launch_scatter_turned", self.turn)
         patch.setattr("tierloom.stages.memory.page_lock._driver", lambda: self)
         patch.setattr("tierloom.stages.memory.page_lock.available", lambda: 1 << 40)
         return self
@@ -163,24 +166,52 @@ class Cuda:
 
     # -- kernels ---------------------------------------------------------------------------------
 
-    def launch(self, planes: Any, frames: Any, slots: torch.Tensor, *, gather: bool) -> None:
+    def turn(self, planes: Any, frames: Any, slots: torch.Tensor, turns: Any) -> None:
+        """`launch_scatter_turned`, likewise."""
+        self.launch(planes, frames, slots, gather=False, turns=turns)
+
+    def launch(
+        self, planes: Any, frames: Any, slots: torch.Tensor, *, gather: bool, turns: Any = None
+    ) -> None:
         """`launch_paged_copy`, on the current stream of the current device."""
         here = self.current_device()
-        for name, t in (("planes", planes.table), ("frames", frames.table), ("slots", slots)):
+        given = [("planes", planes.table), ("frames", frames.table), ("slots", slots)]
+        turned = None
+        if turns is not None:
+            given += [("turns", turns.at), ("cosines", turns.cos), ("sines", turns.sin)]
+            at = turns.at.cpu().numpy()
+            still = np.append(turns.cos.cpu().numpy(), np.ones((1, turns.cos.shape[1])), 0)
+            sines = np.append(turns.sin.cpu().numpy(), np.zeros((1, turns.cos.shape[1])), 0)
+            turned = TurnTable(
+                np.arange(len(at), dtype=np.int32), np.arange(at.shape[1], dtype=np.int32),
+                still[at].astype(np.float32), sines[at].astype(np.float32), turns.first,
+                turns.interleaved, turns.kind,
+            )  # fmt: skip
+        for name, t in given:
             if t.device != torch.device("cuda", here):
                 raise Illegal(f"{name} lie on {t.device}, the kernel runs on {here}")
         tables = [t.cpu().numpy() for t in (planes.table, frames.table, slots)]
-        self.current_stream().work.append(partial(self._copy, planes, *tables, here, gather))
+        self.current_stream().work.append(
+            partial(self._copy, planes, *tables, here, gather, turned and (turned, turns.dim))
+        )
 
     def _copy(
-        self, planes: Any, table: Any, frames: Any, slots: Any, here: int, gather: bool
-    ) -> None:
+        self, planes: Any, table: Any, frames: Any, slots: Any, here: int, gather: bool,
+        turns: Any,
+    ) -> None:  # fmt: skip
+        from tierloom.triton_kernels.blend.cpu import scatter_turned_frames
         from tierloom.triton_kernels.paged_copy.cpu import gather_frames, scatter_frames
 
         cache = PlaneTable(
             table[:, 0].copy(), table[:, 1:5].copy(), planes.kv, planes.block_tokens, planes.heads,
             planes.dim, planes.itemsize,
         )  # fmt: skip
+        turns, dim = turns or (None, cache.dim)
+        if dim != cache.dim:  # heads side by side became one
+            stride = cache.stride.copy()
+            stride[:, 2] = dim * cache.itemsize
+            heads = cache.heads * cache.dim // dim
+            cache = replace(cache, stride=stride, heads=heads, dim=dim)
         address, first, last, rows, take, slot0 = (np.ascontiguousarray(c) for c in frames.T)
         nbytes = (last - first) * planes.kv * rows * cache.row_bytes
         for at in cache.base:
@@ -197,6 +228,8 @@ class Cuda:
         stop = np.zeros(1, np.uint8)  # which no kernel of a device looks at
         if gather:
             gather_frames(cache, made, slots, stop)
+        elif turns is not None:
+            scatter_turned_frames(cache, made, slots, stop, turns, verify=False)
         else:
             scatter_frames(cache, made, slots, stop, verify=False)
         self.under_way()

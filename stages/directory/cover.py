@@ -12,7 +12,7 @@ from tierloom.triton_kernels.memory.machine_code import compiled
 _U = np.uint64
 _BITS = np.uint64(25)
 _HALF = np.uint64(32)
-_AHEAD = 256
+_AHEAD = 64
 
 CHUNK = np.dtype(
     [

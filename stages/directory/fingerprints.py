@@ -7,6 +7,8 @@ The table is open addressing with linear probing, uint64 an entry: the upper 39 
 fingerprint, then 25 bits of identity + 1; 0 is empty. Its place is in proportion to the entry, and
 entries lie in rising order (Amble and Knuth, "Ordered hash tables", 1974): a search that finds
 nothing ends early, growing is one pass from end to end, and of what is removed no trace is left.
+A large table grows in slices: until the larger one is whole, every change is made in the table that
+is asked, and once more in the larger one where that has been filled already.
 """
 
 from __future__ import annotations
@@ -88,14 +90,20 @@ def place_of(table: Any, size: Any, fingerprint: Any) -> Any:
 
 
 @compiled(nogil=True)
-def insert(table: Any, size: Any, fingerprints: Any, first: int, per: int, ages: Any) -> Any:
+def insert(
+    table: Any, size: Any, fingerprints: Any, first: int, per: int, ages: Any, filled: Any
+) -> Any:
     """Give identities `first`, `first` + 1, ... to fingerprints. The last one of each `per` is a
     chunk's key, of which as many are kept as there are. ages: uint32 [chunks], a chunk's number
-    when it came. Returns entries that were added. The table's last slots must be empty."""
+    when it came. filled: the size of the smaller table, and the slot of it up to which entries are
+    in this one; what belongs behind is passed over. Returns entries that were added. The table's
+    last slots must be empty."""
     added = 0
     now = ages[first // per]
     for k in range(len(fingerprints)):
         tag, ident = fingerprints[k] >> _BITS, first + k
+        if home_of(fingerprints[k], filled[0]) >= filled[1]:
+            continue
         start = s = place_of(table, size, fingerprints[k])
         same, oldest, age = 0, s, np.uint32(0)
         while ident % per != per - 1 and table[s] != 0 and table[s] >> _BITS == tag:
@@ -118,12 +126,15 @@ def insert(table: Any, size: Any, fingerprints: Any, first: int, per: int, ages:
 
 
 @compiled(nogil=True)
-def erase(table: Any, size: Any, tops: Any, first: int, count: int) -> Any:
+def erase(table: Any, size: Any, tops: Any, first: int, count: int, filled: Any) -> Any:
     """Take identities [first, first + count) out; what lies after an entry moves back. tops: uint32
-    by identity, the upper half of its fingerprint. Returns entries that were removed."""
+    by identity, the upper half of its fingerprint. `filled` as in `insert`. Returns entries that
+    were removed."""
     removed = 0
     for ident in range(first, first + count):
         top = _U(tops[ident])
+        if home_of(top << _HALF, filled[0]) >= filled[1]:
+            continue
         s = home_of(top << _HALF, size)
         while table[s] != 0 and table[s] >> _HALF <= top:
             if np.int64(table[s] & _U(MOST + 1)) - 1 == ident:
@@ -138,14 +149,20 @@ def erase(table: Any, size: Any, tops: Any, first: int, count: int) -> Any:
 
 
 @compiled(nogil=True)
-def move_entries(old: Any, new: Any, size: Any) -> None:
-    """Put all entries into a larger table, which is empty."""
-    s = 0
-    for entry in old:
-        if entry != 0:
-            s = max(s, home_of(entry, size))
-            new[s] = entry
-            s += 1
+def move_entries(old: Any, old_size: Any, new: Any, size: Any, begin: int, slots: int) -> Any:
+    """Copy entries from slot `begin` on, `slots` of them and to the next empty one, into a larger
+    table. Returns where to go on: what belongs before it is all there. Entries that were pushed
+    beyond `begin` since the last slice are there already."""
+    s, t = begin, 0
+    while s < len(old) and (s < begin + slots or old[s] != 0):
+        entry = old[s]
+        if entry != 0 and home_of(entry, old_size) >= begin:
+            t = max(t, home_of(entry, size))
+            while new[t] != 0:
+                t += 1
+            new[t] = entry
+        s += 1
+    return s
 
 
 @compiled(nogil=True)

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from tierloom.stages.kv.text import Excerpt, Run, Text
 
 _LOAD, _GROWTH, _LEAST = 0.85, 17 / 16, 1024
+_SLICE = 1 << 14
+"""Slots of a table that grows which one `add` moves."""
 _NOBODY = -1
 
 
@@ -40,11 +42,16 @@ class TextIndex:
             base = int.from_bytes(self._digest(b"base"), "little")
         self._base = np.uint64(base % ((1 << 61) - 1))
         self._key_salt = int.from_bytes(self._digest(b"keys"), "little")
+        self._larger: tuple[npt.NDArray[np.uint64], int] | None
+        """The table that a full one grows into, and its size; filled up to slot `_moved`."""
         self.clear()
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them from numba's cache, before a request waits for it."""
         ids, nobody = np.zeros(self._grain, np.int32), bytes(32)
+        with self._lock:
+            if self._larger is None:
+                self._larger, self._moved = self._empty_table(int(self._size * _GROWTH)), 0
         self.add(nobody, Text(ids, 0, nobody, nobody, nobody))
         self.find(ids, nobody, least=1)
         self.remove(nobody)
@@ -53,11 +60,11 @@ class TextIndex:
         with self._lock:
             self._keys: list[bytes | None] = []
             self._free: list[int] = []
-            self._entries = self._arrivals = self._size = 0
-            self._table = np.zeros(0, np.uint64)
+            self._entries = self._arrivals = 0
+            self._table, self._size = self._empty_table(_LEAST)
+            self._larger, self._moved = None, 0
             self._tops = np.zeros(0, np.uint32)
             self._chunks = np.zeros(0, self._cover.CHUNK)
-            self._grow_table()
 
     def __len__(self) -> int:
         with self._lock:
@@ -71,7 +78,8 @@ class TextIndex:
     def nbytes(self) -> int:
         """Of all arrays, and of the lists' references; keys are the caller's."""
         lists = 8 * (len(self._keys) + len(self._free))
-        return self._table.nbytes + self._tops.nbytes + self._chunks.nbytes + lists
+        larger = self._larger[0].nbytes if self._larger is not None else 0
+        return self._table.nbytes + larger + self._tops.nbytes + self._chunks.nbytes + lists
 
     def add(self, key: bytes, text: Text) -> None:
         """A chunk came. Only its whole grains are found; one that is known already, or has none, or
@@ -105,10 +113,13 @@ class TextIndex:
         with self._lock:
             if (c := self._of(key)) == _NOBODY:
                 return
-            first, size = c * self._per, np.uint64(self._size)
+            first = c * self._per
             grains = int(self._chunks["tokens"][c]) // self._grain
             for start, n in ((first, grains), (first + self._per - 1, 1)):
-                self._entries -= self._code.erase(self._table, size, self._tops, start, n)
+                table, filled, larger = self._tables()
+                self._entries -= self._code.erase(*table, self._tops, start, n, filled)
+                for again in larger:
+                    self._code.erase(*again, self._tops, start, n, (filled[0], self._moved))
             self._keys[c] = None
             self._free.append(c)
 
@@ -189,9 +200,18 @@ class TextIndex:
 
     def _put(self, first: int, prints: npt.NDArray[np.uint64]) -> None:
         self._tops[first : first + len(prints)] = prints >> np.uint64(32)
-        self._entries += self._code.insert(
-            self._table, np.uint64(self._size), prints, first, self._per, self._chunks["age"]
-        )
+        what = prints, first, self._per, self._chunks["age"]
+        table, filled, larger = self._tables()
+        self._entries += self._code.insert(*table, *what, filled)
+        for again in larger:
+            self._code.insert(*again, *what, (filled[0], self._moved))
+
+    def _tables(self) -> tuple[Any, Any, list[Any]]:
+        """The table and its size, `filled` for all of it, and the one that it grows into, if any;
+        as kernels take them."""
+        size = np.uint64(self._size)
+        larger = [] if self._larger is None else [(self._larger[0], np.uint64(self._larger[1]))]
+        return (self._table, size), (size, self._size), larger
 
     def _room_for(self, chunk: int) -> None:
         if chunk >= len(self._chunks):
@@ -199,15 +219,26 @@ class TextIndex:
             # In place: a large block is moved by its page table, not copied. Nobody else has views.
             self._chunks.resize(n, refcheck=False)
             self._tops.resize(n * self._per, refcheck=False)
-        if self._entries + self._per > _LOAD * self._size or self._table[-self._per - 2]:
-            self._grow_table()
+        full = self._entries + self._per > _LOAD * self._size
+        if self._larger is None and (full or self._table[-self._per - 2]):
+            self._larger, self._moved = self._empty_table(int(self._size * _GROWTH)), 0
+        if self._larger is not None:
+            self._grow_table(_SLICE)
+            if self._larger is not None and self._table[-self._per - 2]:
+                self._grow_table(len(self._table))
 
-    def _grow_table(self) -> None:
-        size = max(_LEAST, 2 * self._per, int(self._size * _GROWTH))
+    def _empty_table(self, size: int) -> tuple[npt.NDArray[np.uint64], int]:
+        size = max(size, _LEAST, 2 * self._per)
         # What lies after the last place keeps clusters from running off the end.
-        table = np.zeros(size + size // 64 + 2 * self._per + 64, np.uint64)
-        self._code.move_entries(self._table, table, np.uint64(size))
-        self._table, self._size = table, size
+        return np.zeros(size + size // 64 + 2 * self._per + 64, np.uint64), size
+
+    def _grow_table(self, slots: int) -> None:
+        """Go on with growing; once all is in the larger table, that is the one."""
+        assert self._larger is not None
+        (new, size), old = self._larger, (self._table, np.uint64(self._size))
+        self._moved = self._code.move_entries(*old, new, np.uint64(size), self._moved, slots)
+        if self._moved == len(self._table):
+            self._table, self._size, self._larger = new, size, None
 
     def _of(self, key: bytes) -> int:
         name = np.uint64(self._name(key))

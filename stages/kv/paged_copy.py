@@ -57,12 +57,19 @@ def scatter_now(
     after: Any = None,
     *,
     verify: bool,
+    turn: TurnTable | None = None,
 ) -> None:
-    """The device's scatter of frames whose checksums are right, finished when it returns."""
+    """The device's scatter of frames whose checksums are right, finished when it returns. `turn`:
+    how far their K turns on its way."""
     if device == "cpu":
-        from tierloom.triton_kernels.paged_copy.cpu import scatter_frames
+        if turn is None:
+            from tierloom.triton_kernels.paged_copy.cpu import scatter_frames
 
-        scatter_frames(table, frames, slots, stop, verify=verify)
+            scatter_frames(table, frames, slots, stop, verify=verify)
+        else:
+            from tierloom.triton_kernels.blend.cpu import scatter_turned_frames
+
+            scatter_turned_frames(table, frames, slots, stop, turn, verify=verify)
         return
     from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
 
@@ -70,27 +77,8 @@ def scatter_now(
     for i in range(len(frames) if verify else 0):
         good[i] = xxh3_64(frames.address[i], frames.nbytes[i]) == frames.checksum[i]
     frames.take[~good] = 0  # nothing of a bad frame is placed
-    _launch(table, frames, slots, device, after, gather=False)
+    _launch(table, frames, slots, device, after, gather=False, turn=turn)
     frames.status[:] = np.where(good, PLACED, CORRUPT)
-
-
-def scatter_turned_now(
-    table: PlaneTable,
-    frames: FrameTable,
-    slots: Slots,
-    stop: Stop,
-    turn: TurnTable,
-    device: str,
-    after: Any = None,
-    *,
-    verify: bool,
-) -> None:
-    """`scatter_now` of frames whose K turns on its way."""
-    if device != "cpu":
-        raise RuntimeError(f"K is not turned on {device} yet: leave blending off there")
-    from tierloom.triton_kernels.blend.cpu import scatter_turned_frames
-
-    scatter_turned_frames(table, frames, slots, stop, turn, verify=verify)
 
 
 def warm_up(device: str, turning: str = "") -> None:
@@ -109,12 +97,13 @@ def warm_up(device: str, turning: str = "") -> None:
             table = PlaneTable(n, np.zeros((0, 4), np.int64), 1, 1, 1, 2, size)
             angle = np.zeros((0, 1, 1), np.float32)
             turn = TurnTable(i, i, angle, angle, 0, interleaved=False, dtype=turning)
-            scatter_turned_now(table, frames, n, stop, turn, device, verify=True)
+            scatter_now(table, frames, n, stop, device, verify=True, turn=turn)
 
 
 def _launch(
-    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, after: Any, *, gather: bool
-) -> None:
+    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, after: Any, *, gather: bool,
+    turn: TurnTable | None = None,
+) -> None:  # fmt: skip
     """One Triton launch on a side stream, after the engine's event `after`; waits for it.
 
     Any thread, whatever device is current there. To enter the stream alone would do, but leaving it
@@ -137,9 +126,17 @@ def _launch(
             if after is not None:
                 stream.wait_event(after)
             with torch.cuda.stream(stream):
-                launch_paged_copy(
-                    DevicePlanes.of(table, device), DeviceFrames.of(frames, device),
-                    on_device(slots, device), gather=gather,
-                )  # fmt: skip
+                planes, rows = DevicePlanes.of(table, device), DeviceFrames.of(frames, device)
+                places = on_device(slots, device)
+                if turn is None:
+                    launch_paged_copy(planes, rows, places, gather=gather)
+                else:
+                    from tierloom.triton_kernels.blend.triton import (
+                        DeviceTurns,
+                        launch_scatter_turned,
+                    )
+
+                    turns = DeviceTurns.of(turn, table, device)
+                    launch_scatter_turned(planes, rows, places, turns)
         finally:  # whatever happens, nothing of it is under way when this returns
             stream.synchronize()

@@ -12,7 +12,7 @@ from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import EngineMemory
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.object import Header, Object
-from tierloom.stages.kv.paged_copy import gather_now, scatter_now, scatter_turned_now
+from tierloom.stages.kv.paged_copy import gather_now, scatter_now
 from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.memory.tables import PLACED, FrameTable, PlaneTable
 
@@ -69,9 +69,10 @@ def scatter_turned(
     """`scatter` of frames that were captured elsewhere: K turns on its way, `slots` are theirs."""
     with memory.in_use:
         if not memory.stop[0] and memory.table is not None:
-            scatter_turned_now(
-                memory.table, frames, slots, memory.stop, turn, device, memory.event, verify=verify
-            )
+            scatter_now(
+                memory.table, frames, slots, memory.stop, device, memory.event, verify=verify,
+                turn=turn,
+            )  # fmt: skip
 
 
 def can_join(head: Header, whole: Header, tokens: int) -> bool:

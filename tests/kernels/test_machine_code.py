@@ -84,6 +84,12 @@ def test_beside_the_source_as_ever(user: User) -> None:
     assert not user.kept.exists()
 
 
+def test_another_numba_leaves_it_as_it_is(user: User) -> None:
+    older = "import numba; numba.__version__ = '0.1'"
+    where = user.source / "__pycache__"
+    assert [user.calls(b) for b in ("", older, "", older)] == [(where, n) for n in (0, 0, 1, 1)]
+
+
 def test_in_a_folder_of_this_user_where_nothing_else_can_be_written(user: User) -> None:
     user.may_not_write()
     (where, hits), (again, found) = user.calls(), user.calls()

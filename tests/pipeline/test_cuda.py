@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Engine, Open, config, settle, tokens
 from fake_cuda import OUT_OF_MEMORY, Cuda, Illegal
+from passages.blends import blending, opened_with
 
 from tierloom import KVLayout, LayoutError, Lost
 from tierloom.stages.kv import paged_copy as copy
@@ -291,3 +292,25 @@ def test_free_memory_is_what_every_group_leaves(
 def test_free_memory_of_this_machine() -> None:
     assert 1 << 20 < page_lock.available() < 1 << 50
     assert page_lock.available(Path("/nowhere")) == 1 << 62
+
+
+@pytest.mark.parametrize("order", ["2BNHD", "2BHND", "BHNC"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_passage_turned_on_a_device_is_that_turned_on_a_cpu(
+    opened: Open, cuda: Cuda, order: str, dtype: torch.dtype
+) -> None:
+    kept = np.concatenate([tokens(64, 2), tokens(128, 1)])
+    prompt = np.concatenate([tokens(70, 3), tokens(128, 1)])
+    rows = []
+    for device in (False, True):
+        engine = Engine(order, layers=2, dtype=dtype)
+        target = engine.blank()
+        at, to = np.arange(192), np.arange(198)[::-1].copy()
+        if device:
+            engine, target = on_device(cuda, 0, engine), on_device(cuda, 0, target)
+        pipe = opened_with(opened, blending(), engine)
+        pipe.store(kept, engine.caches, at).wait()
+        got = pipe.retrieve(prompt, target.caches, to, blend=True).wait(timeout=60)
+        assert got.blended == 128
+        rows.append(target.rows(to[70:]))
+    assert torch.equal(rows[0], rows[1])

@@ -100,6 +100,10 @@ def _locators() -> list[Any]:
 class _CodeFolder(caching.CompileResultCacheImpl):
     _locator_classes = _locators()
 
+    def get_filename_base(self, fullname: str, abiflags: str) -> str:
+        """Each numba has files of its own: it would write over those of another."""
+        return f"{super().get_filename_base(fullname, abiflags)}-{numba.__version__}"
+
 
 class _Kept(caching.FunctionCache):
     """numba's cache of one function, whose failures are misses."""

@@ -13,7 +13,7 @@ from conftest import Engine, config, settle
 
 from tierloom import Lost
 
-from .blends import BLANK, Captured, blending, opened_with, rows
+from .blends import BLANK, Captured, blending, opened_with, rows, turned
 
 if TYPE_CHECKING:
     from conftest import Open
@@ -159,9 +159,12 @@ def test_nan_where_nobody_looks(opened: Open) -> None:
         flat = cache.flatten(1, 2)
         flat[:, scene.at[:16]] = flat[:, scene.at[48:64]] = float("nan")
     scene.kept.store(scene.pipe, chunk, scene.at[:PIECE])
-    prompt = np.concatenate([scene.head, chunk[16:48]])
-    got, placed = scene.retrieve(prompt)
-    assert (got.blended, placed) == (32, 32)
+    prompt, target = np.concatenate([scene.head, chunk[16:48]]), scene.engine.blank()
+    to = target.slots(len(prompt))
+    ticket = scene.pipe.retrieve(prompt, target.caches, to, blend=True)
+    assert ticket.wait().blended == 32
+    assert scene.kept.check(ticket, prompt, target, to) == 32
+    assert target.untouched(to[16:])
 
 
 def test_special_tokens_only(opened: Open) -> None:
@@ -174,7 +177,9 @@ def test_special_tokens_only(opened: Open) -> None:
     ticket = scene.pipe.retrieve(prompt, target.caches, to, blend=True)
     assert ticket.wait().blended == PIECE
     assert ticket.compute() == [(0, 15)]
-    assert torch.equal(rows(target, to[15:])[1], rows(scene.engine, at)[1])
+    was, now = rows(scene.engine, at), rows(target, to[15:])
+    assert torch.equal(now[1], was[1])
+    assert (now[0] - turned(was[0], 15)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("n", [1, 15])
@@ -184,6 +189,7 @@ def test_a_chunk_shorter_than_a_grain_is_never_found(opened: Open, n: int) -> No
     scene.kept.store(scene.pipe, text, scene.at[: PIECE + n])
     got, placed = scene.retrieve(np.concatenate([scene.head, text]))
     assert (got.blended, placed) == (PIECE, PIECE)
+    assert len(scene.pipe._worker._texts.index) == 1
 
 
 def test_the_same_prompt_twice(opened: Open) -> None:

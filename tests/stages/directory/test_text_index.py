@@ -120,6 +120,38 @@ def test_identities_are_reused_and_it_grows() -> None:
     assert not shelf.index.find(kept, ROOT)
 
 
+def test_it_changes_while_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices so small that most changes meet a table that is half moved."""
+    monkeypatch.setattr("tierloom.stages.directory.text_index._SLICE", 40)
+    shelf, rng, between = Shelf(chunk=16, grain=4), np.random.default_rng(8), 0
+    index, texts, keys = shelf.index, [], []
+    for i in range(400):
+        same = np.full(16, i % 3, np.int32)  # more copies than are kept
+        texts.append(join(noise(i, 40), same, noise(i % 7, 24)))
+        keys += shelf.keep(texts[-1])
+        for key in rng.choice(np.array(keys, object), 2):
+            shelf.drop(key)
+        table = index._table[index._table != 0]
+        assert len(table) == index._entries
+        if index._larger is not None:
+            larger = index._larger[0]
+            before = [e for e in table if _home(e, index._size) < index._moved]
+            assert sorted(larger[larger != 0].tolist()) == sorted(map(int, before))
+            between += 1
+    assert 50 < between < 390
+    assert all(key in index for key in shelf.texts)
+    for text in texts[::20]:
+        shelf.check(text, index.find(text, ROOT, least=4), least=4)
+    for key in list(shelf.texts):
+        shelf.drop(key)
+    assert not index._table.any()
+    assert index._larger is None or not index._larger[0].any()
+
+
+def _home(entry: int, size: int) -> int:
+    return (int(entry) >> 32) * size >> 32
+
+
 def test_a_collision_is_a_hit_that_the_caller_refuses() -> None:
     """With a known base another text can be made: x^2 a + x b + c is the same for (a, b + 1, c) and
     (a, b, c + x), and as the base is small, both are token ids."""
