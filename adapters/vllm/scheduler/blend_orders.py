@@ -161,6 +161,16 @@ class BlendOrders:
 
     def orders(self, scheduled: int) -> list[Order]:
         """What goes out with a step of which vLLM computes `scheduled` tokens itself."""
+        try:
+            return self._orders(scheduled)
+        except Exception:  # the step's loads must be sent out, whatever happens here
+            log.exception("repairs could not be ordered")
+            self._turn_off("repairs could not be ordered")
+            failed = [Order(name, "fail") for name in self._blends]
+            self._blends.clear()
+            return failed
+
+    def _orders(self, scheduled: int) -> list[Order]:
         out: list[Order] = []
         left = max(self._tokens - scheduled, SLICE)
         for name, blend in list(self._blends.items()):

@@ -85,6 +85,8 @@ class BlendedLoads:
         for order in orders:
             blending = self._blends.get(order.request)
             if blending is None:  # it went wrong here
+                if order.what == "prove":  # others wait for the answer
+                    report.proved = "the request in whose blocks they were to be is gone"
                 continue
             self.running, began = True, time.perf_counter()
             try:

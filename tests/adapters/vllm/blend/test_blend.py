@@ -23,7 +23,8 @@ def test_every_case_is_listed() -> None:
 
 
 @pytest.mark.timeout(1000)
-def test_in_an_engine(tmp_path: Path) -> None:
-    done = launch.finish(SCRIPT, str(tmp_path), "CASES", timeout=900)
+@pytest.mark.parametrize("names", ["CASES", pytest.param("CAMPAIGN", marks=pytest.mark.campaign)])
+def test_in_an_engine(names: str, tmp_path: Path) -> None:
+    done = launch.finish(SCRIPT, str(tmp_path), names, timeout=900)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
-    assert re.findall(r"^[a-z0-9]+_[a-z0-9_]+$", done.stdout, re.MULTILINE) == listed()["CASES"]
+    assert re.findall(r"^[a-z0-9]+_[a-z0-9_]+$", done.stdout, re.MULTILINE) == listed()[names]
