@@ -5,8 +5,9 @@ vLLM carries these between processes: plain data only, small, and None if there 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -17,10 +18,26 @@ from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.prefix import Span
-from tierloom.stages.kv.text import Text
+from tierloom.stages.kv.text import Run, Text
 
 Blocks = tuple[BlockTable, ...]
 """For each KV group, the blocks that hold a span."""
+
+Stretches = list[tuple[int, int]]
+"""(First token of a prompt, last + 1), in rising order."""
+
+
+class Passages(NamedTuple):
+    """What a load brings besides its span: text that was captured elsewhere. The load ends when
+    what must be computed between and in it is computed; see `Order`."""
+
+    ids: bytes
+    """Token ids of the prompt as int32, up to where the load ends."""
+    runs: tuple[Run, ...]
+    blocks: list[int]
+    """vLLM's blocks from the prompt's first token on."""
+    waits: bool
+    """Nothing is placed before an order says so: proofs come first, in these blocks."""
 
 
 class Load(NamedTuple):
@@ -39,6 +56,17 @@ class Load(NamedTuple):
     """How long it may take."""
     layered: bool
     """It runs within the step, ahead of the model; otherwise between steps."""
+    passages: Passages | None = None
+
+
+class Order(NamedTuple):
+    """What all workers do for a request with passages in one step: their ranks compute in step."""
+
+    request: str
+    what: Literal["prove", "place", "compute", "probe", "end", "fail"]
+    """`prove` the model in its blocks; `place` what is loaded; `compute` stretches; compute one and
+    `probe` what it attends to; `end` the load; `fail` it, so that vLLM computes all."""
+    stretches: Sequence[tuple[int, int]] = ()
 
 
 class Save(NamedTuple):
@@ -72,6 +100,7 @@ class Plan(KVConnectorMetadata):
     """Finished requests whose blocks are kept until their jobs have read them."""
     abandoned: list[str] = field(default_factory=list)
     """Requests that were canceled while they were loaded."""
+    orders: list[Order] = field(default_factory=list)
 
 
 class WorkerInfo(NamedTuple):
@@ -102,6 +131,8 @@ class WorkerInfo(NamedTuple):
     """Why caching is off; empty: it is on."""
     by_content: bool = False
     """Text is kept with its token ids, and found anywhere."""
+    exactly: str = "blending is off"
+    """Why no prompt is blended; empty: some may be."""
 
     @staticmethod
     def of_all(infos: dict[int, WorkerInfo]) -> WorkerInfo:
@@ -125,6 +156,17 @@ class CacheEvent(NamedTuple):
     """Of one that came, by the first worker, where its header has it."""
 
 
+class Placed(NamedTuple):
+    """A request's passages lie in their blocks, or were lost."""
+
+    compute: Stretches
+    """What this worker wants computed, by its policy."""
+    absent: Stretches
+    """What of it nothing was loaded for."""
+    probe: bool
+    """The policy wants to know what the prompt's last tokens attend to."""
+
+
 @dataclass(slots=True)
 class WorkerReport:
     """What one worker has to tell after a step."""
@@ -145,10 +187,16 @@ class WorkerReport:
     """Requests that got less than was planned."""
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Tier to (seconds before the first byte, seconds per byte)."""
+    placed: dict[str, Placed] = field(default_factory=dict)
+    proved: str | None = None
+    """Why the model must not be called for repairs; empty: it may be; None: not tried now."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Requests whose repair went wrong, and how."""
 
     def __bool__(self) -> bool:
         lists = (self.events, self.captured, self.ended, self.loaded, self.failed)
-        return self.info is not None or any(lists) or bool(self.answers or self.costs)
+        maps = (self.answers, self.costs, self.placed, self.broken)
+        return self.info is not None or self.proved is not None or any(lists) or any(maps)
 
     def then(self, later: WorkerReport) -> WorkerReport:
         """Both as one, in order; if both name the same thing, the later counts."""
@@ -157,6 +205,8 @@ class WorkerReport:
             captured=self.captured + later.captured, ended=self.ended + later.ended,
             answers=self.answers | later.answers, loaded=self.loaded + later.loaded,
             failed=self.failed + later.failed, costs=self.costs | later.costs,
+            placed=self.placed | later.placed, broken=self.broken | later.broken,
+            proved=self.proved if later.proved is None else later.proved,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import logging
 import struct
 import time
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,19 @@ from tierloom.adapters.vllm.exchange.settings import RequestOptions
 from tierloom.stages.directory.chunk_directory import Part
 from tierloom.stages.kv.namespace import tlv
 from tierloom.stages.kv.prefix import Chain
+from tierloom.stages.kv.text import Run
 
 log = logging.getLogger("tierloom.vllm")
+
+
+class Patch(NamedTuple):
+    """What is loaded of a prompt where text captured elsewhere will do."""
+
+    exact: int
+    """Tokens of its prefix that tiers have: whole grains."""
+    end: int
+    """Where the load ends: whole blocks."""
+    runs: tuple[Run, ...]
 
 
 class TrackedRequest:
@@ -55,6 +66,10 @@ class TrackedRequest:
         """Saves whose blocks are still needed."""
         self.exact = 1 << 62
         """Tokens of it that were computed over nothing captured elsewhere."""
+        self.salted = 1 << 62
+        """From this one on, its block hashes are nobody else's."""
+        self.patch: Patch | None = None
+        """What was offered then of text captured elsewhere."""
         self.drafted = 1 << 62
         """Tokens of it of which a draft model's layers have KV, too."""
         self.stale = False

@@ -11,7 +11,14 @@ import logging
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tierloom.adapters.vllm.exchange.messages import Blocks, Load, Plan, WorkerInfo, WorkerReports
+from tierloom.adapters.vllm.exchange.messages import (
+    Blocks,
+    Load,
+    Passages,
+    Plan,
+    WorkerInfo,
+    WorkerReports,
+)
 from tierloom.adapters.vllm.exchange.metrics import Stats
 from tierloom.adapters.vllm.exchange.reset_socket import forget
 from tierloom.adapters.vllm.exchange.settings import Configured, RequestOptions, request_options
@@ -26,6 +33,7 @@ from tierloom.stages.kv.chain_seed import chain_seed
 from tierloom.stages.kv.prefix import Chain, Span
 
 if TYPE_CHECKING:
+    from tierloom.adapters.vllm.scheduler.blend_orders import BlendOrders
     from tierloom.stages.directory.text_index import TextIndex
 
 log = logging.getLogger("tierloom.vllm")
@@ -57,6 +65,11 @@ class SchedulerSide:
             parallel.world_size, self.hash_block, conf.settings, self._requests, self.saves,
             self.load_cost,
         )  # fmt: skip
+        self.blends: BlendOrders | None = None
+        if conf.settings.blend != "off" and self._loads and self._asynchronous:
+            from tierloom.adapters.vllm.scheduler.blend_orders import BlendOrders
+
+            self.blends = BlendOrders(vllm_config, conf, self.hash_block, self._block)
         self._to_load: list[Load] = []
         self._questions: dict[str, Any] = {}
         self._held: list[str] = []
@@ -111,7 +124,7 @@ class SchedulerSide:
         if p is None or self.off or not self._loads or p.options.skip_load or p.failed:
             return 0, False
         p.renew()
-        p.start, p.plan = computed, []
+        p.start, p.plan, p.patch = computed, [], None
         if not p.counted:
             p.counted = True
             self.stats.count("asked_tokens", request.num_tokens)
@@ -125,7 +138,10 @@ class SchedulerSide:
         if plan is None:
             return None, False
         p.plan = self.load_cost.cut(self.info, plan, computed, request.num_tokens)
-        found = sum(part.tokens for part in p.plan) // self._block * self._block - computed
+        exact = sum(part.tokens for part in p.plan)
+        if self.blends is not None and (end := self.blends.offer(p, self._cache, exact, most)):
+            return end - computed, True
+        found = exact // self._block * self._block - computed
         if found < least:
             p.plan = []
             return 0, False
@@ -149,25 +165,36 @@ class SchedulerSide:
         if p is None:
             return
         p.loading = False  # the second call for an asynchronous load comes when it has ended
-        if not tokens or not p.plan:
+        if not tokens or not (p.plan or p.patch):
             return
         assert p.chain is not None
         chunk, per = self.info.chunk, self.info.chunk // self.info.grain
         end = p.start + tokens
         first = p.start // chunk
         last = min(len(p.chain.links), -(-end // chunk) * per)
+        if p.patch is not None:  # what its names find must end where the first run may begin
+            last = max(first * per, p.patch.exact // self.info.grain)
         span = p.chain.span(first * per, last, wanted=end - first * chunk)
         tables = tuple(
             BlockTable.cut([b or -1 for b in ids], size, first * chunk, end, fresh=p.start)
             for ids, size in zip(blocks.get_block_ids(), self._groups, strict=True)
         )
-        self._send(request, span, tables, first * chunk, p.start)
+        passages = None
+        if self.blends is not None and p.patch is not None:
+            passages = self.blends.passages(p, end, blocks.get_block_ids()[0])
+        self._send(request, span, tables, first * chunk, p.start, passages)
         p.loading = self._asynchronous
 
-    def _send(self, request: Any, span: Span, tables: Blocks, start: int, fresh: int) -> None:
+    def _send(
+        self, request: Any, span: Span, tables: Blocks, start: int, fresh: int,
+        passages: Passages | None = None,
+    ) -> None:  # fmt: skip
         name, layered = request.request_id, not self._asynchronous
         seconds = self.load_cost.seconds(self.info, span.wanted)
         load = Load(name, span, tables, start, fresh, request.num_tokens, seconds, layered)
+        if passages is not None and self.blends is not None:
+            load = load._replace(passages=passages)
+            self.blends.begin(load)
         self._to_load.append(load)
         if layered:
             self.reports.expect(name)
@@ -183,6 +210,8 @@ class SchedulerSide:
         p = self._requests.pop(name, None)
         self._questions.pop(name, None)
         self.reports.forget(name)
+        if self.blends is not None:
+            self.blends.forget(name)
         if p is None:
             return False
         if p.loading:  # vLLM keeps the blocks by itself until the load is reported
@@ -197,6 +226,8 @@ class SchedulerSide:
         idle = not output.total_num_scheduled_tokens
         plan = Plan(idle, self._to_load, questions=self._questions, abandoned=self._abandoned)
         self._to_load, self._questions, self._abandoned = [], {}, []
+        if self.blends is not None:
+            plan.orders = self.blends.orders(output.total_num_scheduled_tokens)
         if self.saves is not None:
             unconfirmed = self.reports.unconfirmed()
             try:
@@ -215,6 +246,8 @@ class SchedulerSide:
     def update_connector_output(self, reports: WorkerReports | None) -> None:
         """A step has ended; what the workers report, if anything."""
         self.reports.add(reports)
+        if self.blends is not None:
+            self.blends.add(reports)
 
     def has_pending_push_work(self) -> bool:
         """Something was begun whose end the workers have yet to report."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierloom.adapters.engine.pipeline_parts import (
     asked_tiers,
@@ -28,7 +28,10 @@ from tierloom.pipeline.pipeline import Pipeline
 from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.errors import InputError, LayoutError
 from tierloom.stages.kv.block_table import BlockTable
-from tierloom.stages.kv.rope import frequencies
+from tierloom.stages.kv.rope import Rotation, frequencies
+
+if TYPE_CHECKING:
+    from tierloom.adapters.vllm.repair.engine_model import EngineModel
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -62,8 +65,9 @@ class GroupPipeline:
 
 def open_pipelines(
     vllm_config: Any, kv_cache_config: Any, conf: Configured, caches: Mapping[str, Any], rank: Rank
-) -> tuple[list[GroupPipeline], WorkerInfo]:
-    """Open a pipeline for each KV group, all or none of them.
+) -> tuple[list[GroupPipeline], WorkerInfo, EngineModel | None]:
+    """Open a pipeline for each KV group, all or none of them. With them what the scheduler is told
+    of them, and the engine's model where prompts may be blended.
 
     Raises ConfigError (the user can fix it) and LayoutError (the KV of this model or backend cannot
     be stored: the engine goes on without).
@@ -79,6 +83,7 @@ def open_pipelines(
     alone = len(groups) == 1 and rank.pp_size == 1
     first, last = model.get_layers_start_end_indices(vllm_config.parallel_config)
     pipelines: list[GroupPipeline] = []
+    engine, rotation, exactly = _blending(vllm_config, kv_cache_config, conf, groups)
     try:
         for group in groups:
             heads, twin = rank.heads(_heads(group, model))
@@ -89,6 +94,7 @@ def open_pipelines(
                 rope=shared.rope if shared else _rope(model, group),
                 layers=None if alone else (first, last), heads=heads, part=group.part,
                 backend=group.backend, replica=twin, watch=True, facts=facts,
+                rotation=rotation,
             )  # fmt: skip
             pipelines.append(GroupPipeline(group, pipeline))
             _prove(group, pipeline)
@@ -97,7 +103,26 @@ def open_pipelines(
             made.pipeline.close()
         raise
     layers = pipelines[0].group.layout.layers if alone else model.get_total_num_hidden_layers()
-    return pipelines, _info(pipelines, layers, _heads(groups[0], model))
+    info = _info(pipelines, layers, _heads(groups[0], model))
+    return pipelines, info._replace(exactly=exactly), engine
+
+
+def _blending(
+    vllm_config: Any, kv_cache_config: Any, conf: Configured, groups: list[CacheGroup]
+) -> tuple[EngineModel | None, Rotation | None, str]:
+    """The engine's model and how it turns K, where prompts may be blended; else why not."""
+    if conf.settings.blend == "off":
+        return None, None, "blending is off"
+    from tierloom.adapters.vllm.repair.engine_model import find_model
+    from tierloom.adapters.vllm.repair.proofs import read_rotation
+
+    if conf.settings.load != "async":
+        return None, None, "loads go layer by layer: set tierloom.load: async"
+    try:
+        model = find_model(vllm_config, kv_cache_config, groups)
+        return model, read_rotation(model.rotary), ""
+    except Exception as error:  # whatever it is, vLLM goes on without
+        return None, None, str(error) or repr(error)
 
 
 def _prove(group: CacheGroup, pipeline: Pipeline) -> None:

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
@@ -38,6 +38,9 @@ from tierloom.adapters.vllm.worker.tickets import Tickets
 from tierloom.adapters.vllm.worker.transfer_log import TransferLog
 from tierloom.stages.errors import ConfigError, TierloomError
 from tierloom.stages.kv.namespace import Namespace
+
+if TYPE_CHECKING:
+    from tierloom.adapters.vllm.worker.blended_loads import BlendedLoads
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -61,6 +64,8 @@ class WorkerSide:
         self._tickets = Tickets(lambda _: self._woken.set())
         self._loads = Loads(self._tickets.retrieve)
         self._saves = Captures(self._tickets.store, conf.settings.hold)
+        self._blends: BlendedLoads | None = None
+        """Only where prompts may be blended."""
         self._plan: Plan | None = None
         """The last that was accepted."""
         self._reset_socket: ResetSocket | None = None
@@ -81,11 +86,16 @@ class WorkerSide:
     @property
     def loads_layered(self) -> bool:
         """Something is being loaded layer by layer now."""
-        return self._loads.layered
+        return self._loads.layered and not self._repairs
 
     @property
     def saves_layered(self) -> bool:
-        return self._saves.layered
+        return self._saves.layered and not self._repairs
+
+    @property
+    def _repairs(self) -> bool:
+        """The model that calls is run by us."""
+        return self._blends is not None and self._blends.running
 
     # -- start and end ---------------------------------------------------------------------------
 
@@ -106,7 +116,11 @@ class WorkerSide:
             log.error("caching is off: %s", error, exc_info=not known)  # noqa: TRY400
             self._report.info = _off(str(error) or repr(error))
             return
-        self._tickets.pipelines, self._report.info = opened
+        self._tickets.pipelines, self._report.info, model = opened
+        if model is not None:
+            from tierloom.adapters.vllm.worker.blended_loads import BlendedLoads
+
+            self._blends = BlendedLoads(self._vllm, self._kv, self._tickets, model)
         groups = [p.group for p in self.pipelines]
         windows = any(g.window for g in groups)
         self._overwrites = windows or overwrites_early(self._vllm, self._kv)
@@ -131,6 +145,8 @@ class WorkerSide:
         self._computed()
         self._saves.fence()
         self._loads.cancel_all()
+        if self._blends is not None:
+            self._blends.cancel_all()
         self._tickets.asleep = True
 
     def restore_kv_caches(self) -> None:
@@ -146,6 +162,8 @@ class WorkerSide:
         self._accept_plan(plan)
         self._saves.fence(plan.fenced)
         self._loads.cancel(plan.abandoned)
+        if self._blends is not None:
+            self._blends.cancel(plan.abandoned)
         if self._saves_by_layer:
             self._saves.begin(layered=True)
 
@@ -167,7 +185,10 @@ class WorkerSide:
     def start_load_kv(self, plan: Plan) -> None:
         """Begin the plan's loads, and ask its questions."""
         self._accept_plan(plan)
-        self._loads.begin(plan.loads)
+        self._loads.begin(load for load in plan.loads if load.passages is None)
+        if self._blends is not None:
+            self._blends.begin(load for load in plan.loads if load.passages is not None)
+            self._blends.run(plan.orders, self._report)
         for request, span in plan.questions.items():
             self._asked[request] = [p.pipeline.begin_lookup(span) for p in self.pipelines]
             for future in self._asked[request]:
@@ -203,7 +224,7 @@ class WorkerSide:
         """What has ended. A step that computes nothing waits a moment for more."""
         self._accept_plan(plan)
         self._many = MANY if plan.idle else FEW
-        if plan.idle and (self._loads or self._asked or self._saves):
+        if plan.idle and (self._loads or self._asked or self._saves or self._blends):
             self._woken.wait(NAP)
         self._woken.clear()
         out = KVConnectorTransferResults()
@@ -213,6 +234,11 @@ class WorkerSide:
             else:
                 out.finished_recving.add(loading.load.request)
             self._loaded(loading, out)
+        if self._blends is not None:
+            self._blends.placed(self._report)
+            for loading, placed in self._blends.ended():
+                out.finished_recving.add(loading.load.request)
+                self._loaded(loading, out, placed)
         if self._saves:
             out.finished_sending.update(self._saves.released())
             self._report.captured += self._saves.captured()
@@ -221,11 +247,15 @@ class WorkerSide:
                 self.transfer_log.stored(storing.save, storing.tickets)
         return out
 
-    def _loaded(self, loading: Loading, out: KVConnectorTransferResults) -> None:
-        """A load has ended: report what is missing, so that it is computed."""
+    def _loaded(
+        self, loading: Loading, out: KVConnectorTransferResults, placed: int | None = None
+    ) -> None:
+        """A load has ended: report what is missing, so that it is computed. `placed`: tokens of it
+        that are in place, where its tickets alone do not say it."""
         load = loading.load
         skipped = load.fresh - load.start
-        placed = min((t.wait().tokens for t in loading.tickets), default=0)
+        if placed is None:
+            placed = min((t.wait().tokens for t in loading.tickets), default=0)
         got = min(max(0, placed - skipped), load.span.wanted - skipped)
         self.transfer_log.loaded(load, loading.tickets, got)
         if got == load.span.wanted - skipped:

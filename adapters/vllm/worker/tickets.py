@@ -51,7 +51,11 @@ class Tickets:
         def begin(p: GroupPipeline) -> Ticket:
             retrieve = p.pipeline.begin_retrieve if load.layered else p.pipeline.retrieve
             blocks = p.blocks(load.blocks[p.group.number])
-            return retrieve(load.span, p.caches, blocks=blocks, deadline=load.seconds)
+            more: dict[str, Any] = {}
+            if load.passages is not None:
+                ids = np.frombuffer(load.passages.ids, np.int32)[load.start :]
+                more = {"ids": ids, "blend": load.passages.runs}
+            return retrieve(load.span, p.caches, blocks=blocks, deadline=load.seconds, **more)
 
         return self._begin("load", begin, load)
 

@@ -16,6 +16,7 @@ from vllm.v1.request import RequestStatus
 
 from tierloom.adapters.vllm.exchange.messages import (
     CacheEvent,
+    Placed,
     WorkerInfo,
     WorkerReport,
     WorkerReports,
@@ -210,13 +211,15 @@ def a_session_that_goes_on_is_named_by_what_it_is_now() -> None:
 
 
 def a_worker_that_tells_twice_in_a_step_is_heard_twice() -> None:
+    one, two = Placed([(0, 4)], [], probe=True), Placed([(0, 8)], [], probe=False)
     first = WorkerReport(
         info=info(), events=seen(1), more=True, captured=[1], ended=[2], answers={"q": 3, "r": 1},
         loaded=["r"], failed=["r"], costs={"hot": (1.0, 1.0), "warm": (5.0, 5.0)},
+        placed={"p": one, "q": one}, proved="", broken={"p": "why"},
     )  # fmt: skip
     later = WorkerReport(
         events=seen(2)[1:], captured=[3], ended=[4], answers={"r": 2}, loaded=["s"], failed=["s"],
-        costs={"hot": (2.0, 2.0)},
+        costs={"hot": (2.0, 2.0)}, placed={"p": two}, broken={"q": "how"},
     )  # fmt: skip
     nothing = WorkerReport()
     assert all(getattr(first, f.name) != getattr(nothing, f.name) for f in fields(WorkerReport))
@@ -230,7 +233,8 @@ def a_worker_that_tells_twice_in_a_step_is_heard_twice() -> None:
         0: WorkerReport(
             info=info(), events=seen(2), more=False, captured=[1, 3], ended=[2, 4],
             answers={"q": 3, "r": 2}, loaded=["r", "s"], failed=["r", "s"],
-            costs={"hot": (2.0, 2.0), "warm": (5.0, 5.0)},
+            costs={"hot": (2.0, 2.0), "warm": (5.0, 5.0)}, placed={"p": two, "q": one}, proved="",
+            broken={"p": "why", "q": "how"},
         ),
         1: other,
     }  # fmt: skip
