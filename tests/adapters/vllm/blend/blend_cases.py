@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ class Blending:
             mend + "heads": 8,
         }
         extra |= {
-            "tiers.warm.path": str(FOLDER / "kv"), "tiers.warm.capacity": "256 MiB",
+            "tiers.warm.path": tempfile.mkdtemp(dir=FOLDER), "tiers.warm.capacity": "256 MiB",
             "tiers.warm.segment": "32 MiB",
         }  # fmt: skip
         engine: dict[str, Any] = {
