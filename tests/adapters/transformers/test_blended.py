@@ -77,7 +77,7 @@ def expected(model, mask: np.ndarray) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("policy", ["none", "heads", "probe"])
 def test_what_is_in_place_is_what_a_selective_forward_makes(blending, model, policy: str) -> None:
-    kept = blending(policy=policy, heads=8)
+    kept = blending(policy=policy, heads=8, share=0.07)
     cache = kept._cache(ASKED, room=64, stepwise=True, blend=kept._selective())
     done = cache.blended
     assert (done.tokens, done.exact) == (448, 64)

@@ -150,6 +150,7 @@ def test_the_capacity_is_used(evict, mixed):
     class Named:
         def __init__(self, number, nbytes):
             self.key = self.links = number.to_bytes(32, "big")
+            self.text = None
             self.nbytes, self.frames = nbytes, ()
 
     async def fill():
