@@ -20,7 +20,7 @@ from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
 from tierloom.pipeline.tier_stack import open_tiers
 from tierloom.stages.contract.stage import Context, ModelFacts, Stage
-from tierloom.stages.errors import Lost
+from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.paged_copy import warm_up
@@ -54,6 +54,13 @@ class Worker:
         caller must empty, or tell a function of each. `rotation`: how K turns, where that is known.
         Raises ConfigError, TierDown; LayoutError
         where a GPU cannot be given the arena."""
+        nodes = [n for graph in spec.graphs.values() for n in graph.nodes]
+        self._reads_texts = any(n.cls.reads_texts(n.options) for n in nodes)
+        if self._reads_texts and (hidden := [n.id for n in nodes if n.cls.secret]):
+            raise ConfigError(
+                f"{spec.source}: {hidden[0]} encrypts KV, and text that is found anywhere is kept "
+                "with its token ids in plain: use one of them"
+            )
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
         self._facts, self._rotation = facts or ModelFacts(), rotation
@@ -141,8 +148,7 @@ class Worker:
 
     def _new_texts(self) -> KeptTexts | None:
         """What finds kept text anywhere; None: no stage asks for it, and nothing is imported."""
-        graphs = self._spec.graphs.values()
-        if not any(n.cls.reads_texts(n.options) for graph in graphs for n in graph.nodes):
+        if not self._reads_texts:
             return None
         from tierloom.stages.directory.text_index import TextIndex
 

@@ -147,6 +147,8 @@ class Stage(ABC):
     """Reads or writes the engine's cache: after it, a batch's gates open."""
     canonical: ClassVar[bool] = False
     """Works on tokens, heads and channels, so KV must be kept in canonical order."""
+    secret: ClassVar[bool] = False
+    """Only who has a key can read what it makes: nothing of the prompt may lie beside it."""
     leases: ClassVar[int] = 0
     """Objects' worth of arena that a chunk needs while it passes here; reserved beforehand."""
 

@@ -24,7 +24,7 @@ from tierloom.stages.codecs.contract.frame_shape import Bytes, FrameShape, Site
 from tierloom.stages.codecs.contract.keyring import KEY_ID, Keyring
 from tierloom.stages.contract.chunks import EncodedFrame
 from tierloom.stages.contract.stage import Context
-from tierloom.stages.errors import BadObject, ConfigError, Lost, Unreadable
+from tierloom.stages.errors import BadObject, Lost, Unreadable
 from tierloom.stages.kv.namespace import tlv
 
 _VERSION = b"\x01"
@@ -52,15 +52,11 @@ class AesGcm(Encode):
     """A version, the key's id, the nonce, the ciphertext, the tag."""
 
     Options = AesGcmOptions
+    secret = True
 
     def __init__(self, options: AesGcmOptions, ctx: Context) -> None:
-        """Raises ConfigError where a key file cannot be used, or token ids would be readable."""
+        """Raises ConfigError where a key file cannot be used."""
         super().__init__(options, ctx)
-        if ctx.texts is not None:
-            raise ConfigError(
-                "aesgcm encrypts KV, and `by: content` writes token ids beside it in plain: use "
-                "one of them"
-            )
         self._ring = Keyring.read(options.keys)
 
     def squeeze(self, data: Bytes, shape: FrameShape, before: bytes) -> None:
