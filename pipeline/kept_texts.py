@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tierloom.pipeline.tier_stack import Note
+from tierloom.stages.errors import ArenaFull
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.arena import Arena
@@ -23,8 +24,9 @@ class KeptTexts:
 
     def __init__(self, index: TextIndex, tiers: Mapping[str, CircuitBreaker], arena: Arena) -> None:
         self.index, self._tiers, self._arena = index, tiers, arena
-        self._untold: deque[tuple[str, bytes]] = deque()
-        """Tier and key of what came without its text."""
+        self._untold: deque[tuple[str, bytes]] | None = deque()
+        """Tier and key of what was there at the start; None: all of it has been read. What comes
+        without a text later has none in its header either."""
 
     def note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
         """As `TierWatch`; any thread."""
@@ -34,18 +36,21 @@ class KeptTexts:
                 self.index.remove(key)
         elif text is not None:
             self.index.add(key, text)
-        elif key not in self.index:
-            self._untold.append((tier, key))
+        elif (untold := self._untold) is not None:
+            untold.append((tier, key))
 
     async def read_headers(self, note: Note) -> None:
-        """Read the headers of what came without its text, one after another, and tell `note`."""
+        """Read the headers of what was there at the start, one after another, and tell `note`."""
         while self._untold:
             tier, key = self._untold.popleft()
             found = self._tiers[tier].find(key)
             if key in self.index or found is None or found.key != key:
                 continue
             read = Read(key, 0)
-            await self._arena.reserve(found.nbytes)
+            try:
+                await self._arena.reserve(found.nbytes)
+            except ArenaFull:  # kept by an engine whose arena was larger
+                continue
             try:
                 await self._tiers[tier].read([read])
                 if read.object is not None:
@@ -56,6 +61,7 @@ class KeptTexts:
                 if read.object is not None:
                     read.object.lease.release()
                 self._arena.unreserve(found.nbytes)
+        self._untold = None
 
     def _kept(self, key: bytes) -> bool:
         found = (t.find(key) for t in self._tiers.values() if t.local)

@@ -26,6 +26,8 @@ def plan_excerpts(
     blended, exact = request.blend, sum(c.wanted for c in request.chunks)
     if blended is None or ctx.rotation is None or not len(request.tokens):
         return []
+    if not request.root:  # whose text it is, is not known
+        return []
     runs: Sequence[Run] = blended.asked or ()
     if blended.asked is None and ctx.texts is not None:
         before = request.chunks[-1].key if request.chunks else b""

@@ -19,10 +19,10 @@ def fresh_chunks(request: Request, ctx: Context) -> list[Chunk]:
 
     From `request.exact` on, KV was computed over text that stood elsewhere. Nothing of that may be
     found by those who ask for a prefix: new text of at least 64 tokens is kept under keys of its
-    own. All chunks as they are where the caller has not said its tokens.
+    own. All chunks as they are where the caller has not said its tokens, or whose they are.
     """
     tokens, exact = request.tokens, request.exact
-    if ctx.texts is None or not len(tokens):
+    if ctx.texts is None or not len(tokens) or not request.root:
         return [c for c in request.chunks if c.start + c.tokens <= exact]
     new = np.ones(len(tokens), np.bool_)
     for run in ctx.texts.find(tokens, request.root, least=ctx.chunk.grain, opening=request.opening):

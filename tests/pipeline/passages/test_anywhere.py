@@ -12,6 +12,7 @@ import torch
 from conftest import MEMORY, Engine, settle, tokens, with_disk
 
 from tierloom import ConfigError, InputError, Lost
+from tierloom.stages.kv.prefix import Span, grain_links
 from tierloom.stages.kv.text import Excerpt, Run
 
 from .blends import blending, opened_with, turned
@@ -24,6 +25,9 @@ def values(engine: Engine, slots: np.ndarray) -> torch.Tensor:
     """[kv, layers, tokens, heads, dim] in float64."""
     raw = engine.rows(slots)
     return raw.view(engine.flat[0].dtype).double()
+
+
+GRAIN = 16
 
 
 def test_a_passage_is_found_behind_other_text(opened: Open) -> None:
@@ -335,3 +339,33 @@ def test_misuse_is_said(opened: Open, tmp_path: Path) -> None:
         opened_with(opened, source, engine)
     with pytest.raises(ConfigError, match="order: canonical"):
         opened_with(opened, {**blending(), "order": "native"}, Engine("BHND"))
+
+
+def test_text_of_nobody_known_is_neither_kept_nor_found(opened: Open) -> None:
+    """A span that does not say its prompt's first link may be any tenant's."""
+    engine = Engine()
+    pipe, target = opened_with(opened, blending(), engine), engine.blank()
+    ids = tokens(128, 1)
+    for seed in (b"a" * 32, b"b" * 32):
+        links = b"".join(grain_links(seed, ids, GRAIN))
+        span = Span(links, seed, 128, start=0)
+        got = pipe.retrieve(span, target.caches, target.slots(128), ids=ids, blend=True).wait()
+        assert (got.tokens, got.blended) == (0, 0)
+        pipe.store(span, engine.caches, engine.slots(128), ids=ids).wait()
+    assert target.untouched(np.zeros(0, np.int64))
+    assert len(pipe._worker._texts.index) == 0
+
+
+def test_headers_that_do_not_fit_the_arena_are_left_out(opened: Open, tmp_path: Path) -> None:
+    """Kept by an engine with more memory: the pipeline opens, serves, and notes no more of them."""
+    engine = Engine(heads=8, dim=128)
+    pipe = opened_with(opened, blending(with_disk(tmp_path, budget__arena="8 MiB")), engine)
+    pipe.store(tokens(192, 1), engine.caches, engine.slots(192)).wait()
+    settle(pipe)
+    pipe.close()
+    small = with_disk(tmp_path, budget__arena="1 MiB")
+    pipe = opened_with(opened, blending(small), engine)
+    pipe.store(tokens(16, 2), engine.caches, engine.slots(16)).wait()
+    settle(pipe)
+    assert pipe._worker._texts._untold is None
+    assert pipe._portal.alive
