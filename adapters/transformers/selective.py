@@ -23,6 +23,7 @@ from tierloom.adapters.transformers.model import with_cache
 from tierloom.adapters.transformers.shape import KVShape
 from tierloom.stages.errors import InputError, LayoutError
 from tierloom.stages.kv.rope import Rotation
+from tierloom.triton_kernels.blend.reference import turn_pairs
 
 Planes = list[torch.Tensor]
 """K or V of each layer, `[1, heads, tokens, dim]`."""
@@ -217,18 +218,9 @@ class Selective:
     def _turn(self, k: torch.Tensor, layer: int, shift: torch.Tensor | int) -> torch.Tensor:
         freqs = torch.from_numpy(self.rotation.freqs[self.rotation.kind[layer]]).to(k.device)
         angle = torch.as_tensor(shift, device=k.device).double().reshape(-1, 1) * freqs
-        cos, sin = angle.cos().float(), angle.sin().float()
-        first, half = self.rotation.first, len(freqs)
         made = k.clone()
-        part = made[..., first : first + 2 * half]
-        if self.rotation.interleaved:
-            a, b = part[..., 0::2], part[..., 1::2]
-        else:
-            a, b = part[..., :half], part[..., half:]
-        x, y = a.float(), b.float()
-        a_new, b_new = x * cos - y * sin, y * cos + x * sin
-        a.copy_(a_new)
-        b.copy_(b_new)
+        cos, sin = angle.cos().float(), angle.sin().float()
+        turn_pairs(made, cos, sin, self.rotation.first, interleaved=self.rotation.interleaved)
         return made
 
     def _check(self, ids: torch.Tensor, keys: Planes, values: Planes) -> None:

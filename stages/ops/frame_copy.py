@@ -52,26 +52,17 @@ def gather(memory: EngineMemory, frames: FrameTable, device: str) -> bool:
     return not memory.stop[0] and bool((frames.status == PLACED).all())
 
 
-def scatter(memory: EngineMemory, frames: FrameTable, device: str, *, verify: bool) -> None:
-    """Verify frames and place their rows; `frames.status` says how far it came."""
-    with memory.in_use:
-        if not memory.stop[0] and memory.table is not None:
-            scatter_now(
-                memory.table, frames, memory.slots, memory.stop, device, memory.event,
-                verify=verify,
-            )  # fmt: skip
-
-
-def scatter_turned(
-    memory: EngineMemory, frames: FrameTable, slots: npt.NDArray[np.int64], turn: TurnTable,
-    device: str, *, verify: bool,
+def scatter(
+    memory: EngineMemory, frames: FrameTable, device: str, *, verify: bool,
+    slots: npt.NDArray[np.int64] | None = None, turn: TurnTable | None = None,
 ) -> None:  # fmt: skip
-    """`scatter` of frames that were captured elsewhere: K turns on its way, `slots` are theirs."""
+    """Verify frames and place their rows; `frames.status` says how far it came. `slots`, `turn`: of
+    frames that were captured elsewhere, whose K turns on its way."""
     with memory.in_use:
         if not memory.stop[0] and memory.table is not None:
             scatter_now(
-                memory.table, frames, slots, memory.stop, device, memory.event, verify=verify,
-                turn=turn,
+                memory.table, frames, memory.slots if slots is None else slots, memory.stop, device,
+                memory.event, verify=verify, turn=turn,
             )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Scatter(BatchStage):
             many = [len(part) for _, _, _, part, _ in jobs]
             slots = excerpt_rows(batch.request, frames, live, many)
             turn = turn_table(self.ctx, live, many)
-            frame_copy.scatter_turned(memory, frames, slots, turn, device, verify=verify)
+            frame_copy.scatter(memory, frames, device, verify=verify, slots=slots, turn=turn)
         else:
             frame_copy.scatter(memory, frames, device, verify=verify)
         if (frames.status == PLACED).all():

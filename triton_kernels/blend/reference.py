@@ -37,8 +37,9 @@ def scatter_turned(
 def turn_pairs(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first: int, *, interleaved: bool
 ) -> None:
-    """Turn `x` [..., dim] in place by `cos` and `sin` [half], in their dtype; x keeps its own."""
-    pairs = x[..., first : first + 2 * len(cos)]
+    """Turn `x` [..., dim] in place by `cos` and `sin` [..., half], in their dtype; x keeps its
+    own."""
+    pairs = x[..., first : first + 2 * cos.shape[-1]]
     a, b = (pairs[..., ::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, -1)
     u, v = a.to(cos.dtype), b.to(cos.dtype)
     new = u * cos - v * sin, v * cos + u * sin  # both before either: u may be a itself

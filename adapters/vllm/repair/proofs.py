@@ -17,6 +17,7 @@ import torch
 from tierloom.adapters.vllm.repair.forward import ModelInput, Repair, Stretch, cut
 from tierloom.adapters.vllm.repair.rows import Rows
 from tierloom.stages.kv.rope import Rotation
+from tierloom.triton_kernels.blend.reference import turn_pairs
 
 ROWS = 64
 """Tokens for which the caller gives blocks; their rows are garbage afterwards."""
@@ -48,14 +49,10 @@ def turn(k: torch.Tensor, rotation: Rotation, places: int) -> torch.Tensor:
     for layer, kind in enumerate(rotation.kind.tolist()):
         if kind < 0:
             continue
-        freqs = torch.from_numpy(rotation.freqs[kind])
-        cos, sin = (freqs * places).cos(), (freqs * places).sin()
-        first, half = rotation.first, len(freqs)
-        part = out[layer, ..., first : first + 2 * half]
-        pair = (slice(0, None, 2), slice(1, None, 2)) if rotation.interleaved else (
-            slice(0, half), slice(half, None))  # fmt: skip
-        x, y = part[..., pair[0]].clone(), part[..., pair[1]].clone()
-        part[..., pair[0]], part[..., pair[1]] = x * cos - y * sin, y * cos + x * sin
+        angle = torch.from_numpy(rotation.freqs[kind]) * places
+        turn_pairs(
+            out[layer], angle.cos(), angle.sin(), rotation.first, interleaved=rotation.interleaved
+        )
     return out
 
 
