@@ -163,10 +163,10 @@ class Engine:
     def finish(self, *names: str) -> list[Answer]:
         return [Answer(**a) for a in self.ask("finish", names=list(names) or None)]
 
-    def forget(self) -> None:
-        """Empty vLLM's own prefix cache; what tierloom keeps stays."""
+    def forget(self, connector: bool = False) -> None:
+        """Empty vLLM's own prefix cache, and with `connector` what tierloom keeps, too."""
         for _ in range(50):  # vLLM refuses while blocks of a finished request are still held
-            if self.ask("reset", connector=False):
+            if self.ask("reset", connector=connector):
                 return
             time.sleep(0.1)
         raise AssertionError("vLLM does not empty its prefix cache: blocks are held")

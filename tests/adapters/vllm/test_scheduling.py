@@ -68,7 +68,7 @@ SLOW = {"use": "slow", "capacity": "64 MiB", "delay": "300 ms"}
 def slow(engine: Engine, llama: Path) -> Engine:
     """An engine whose loads take many steps."""
     engine.use(llama, transfer(pipeline(hot=SLOW)), max_num_batched_tokens=512)
-    assert engine.ask("reset")
+    engine.forget(connector=True)
     return engine
 
 

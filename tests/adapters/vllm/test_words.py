@@ -20,7 +20,7 @@ def said(engine: Engine, what: str, since: int = 0) -> list[str]:
 
 def test_a_line_for_each_load_and_store(engine: Engine, llama: Path, expect: Expect) -> None:
     engine.use(llama, transfer())
-    assert engine.ask("reset")
+    engine.forget(connector=True)
     tokens = prompt(1000, seed=600)
     begun = len(engine.log_text())
     expect(engine, tokens, cached=0, name="first")

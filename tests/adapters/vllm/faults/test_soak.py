@@ -79,7 +79,7 @@ def test_soak(
     assert after[hits] > before[hits]
 
     # With everything dropped that is kept, whatever lease is left belongs to nobody.
-    assert engine.ask("reset")
+    engine.forget(connector=True)
     engine.one(prompt(20))
     state = engine.settle()
     assert state["workers"][0]["stats"]["arena"]["leases"] == 0

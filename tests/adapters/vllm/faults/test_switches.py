@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def plain(engine: Engine, llama: Path) -> Engine:
     engine.use(llama, transfer())
-    assert engine.ask("reset")
+    engine.forget(connector=True)
     return engine
 
 
@@ -82,6 +82,7 @@ def test_reset(plain: Engine, expect: Expect) -> None:
     plain.settle()
     plain.forget()
     expect(plain, tokens, cached=576)
+    plain.settle()
     assert plain.ask("reset")
     expect(plain, tokens, cached=0)
     plain.settle()
