@@ -313,7 +313,9 @@ class Pipeline:
             **names,
         )  # fmt: skip
         post, event = partial(self._portal.post, runner.poke), self._requests.event
-        ticket = Ticket(request, post, seconds=seconds, idle=idle, event=event)
+        ticket = Ticket(
+            request, post, seconds=seconds, idle=idle, event=event, device=self.layout.device
+        )
         if self.off is not None:
             request.tally(Lost.BAD_LAYOUT)
             request.finish()

@@ -61,6 +61,11 @@ class Worker:
                 f"{spec.source}: {hidden[0]} encrypts KV, and text that is found anywhere is kept "
                 "with its token ids in plain: use one of them"
             )
+        if self._reads_texts and spec.chunk.keys == "sglang":
+            raise ConfigError(
+                f"{spec.source}: with chunk.keys: sglang a prompt's first link names no tenant, so "
+                "nobody knows whose text would be found anywhere: use chunk.keys: own"
+            )
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
         self._facts, self._rotation = facts or ModelFacts(), rotation

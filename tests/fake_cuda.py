@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from tierloom.triton_kernels.blend.probe_cpu import probe_scores
 from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
 
@@ -94,6 +94,8 @@ class Cuda:
         patch.setattr(torch.Tensor, "pin_memory", lambda t: t)
         patch.setattr("tierloom.triton_kernels.paged_copy.triton.launch_paged_copy", self.launch)
         patch.setattr("tierloom.triton_kernels.blend.triton.launch_scatter_turned", self.turn)
+        probe = "tierloom.triton_kernels.blend.probe_triton.launch_probe_scores"
+        patch.setattr(probe, self.probe)
         patch.setattr("tierloom.stages.memory.page_lock._driver", lambda: self)
         patch.setattr("tierloom.stages.memory.page_lock.available", lambda: 1 << 40)
         return self
@@ -170,6 +172,23 @@ class Cuda:
         """`launch_scatter_turned`, likewise."""
         self.launch(planes, frames, slots, gather=False, turns=turns)
 
+    def probe(
+        self, planes: Any, layer: int, slots: torch.Tensor, queries: torch.Tensor,
+        positions: torch.Tensor, context: int, *, scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """`launch_probe_scores`; the engine's stream has come so far when it reads."""
+        here = torch.device("cuda", self.current_device())
+        for name, t in (("planes", planes.table), ("slots", slots), ("queries", queries),
+                        ("positions", positions)):  # fmt: skip
+            if t.device != here:
+                raise Illegal(f"{name} lie on {t.device}, the kernel runs on {here}")
+        self.current_stream().synchronize()
+        found = probe_scores(
+            self._planes(planes, planes.table.cpu().numpy(), queries.shape[2]), layer,
+            slots.cpu().numpy(), queries.cpu(), positions.cpu(), context, scale=scale,
+        )  # fmt: skip
+        return self.tensor(found, here.index)
+
     def launch(
         self, planes: Any, frames: Any, slots: torch.Tensor, *, gather: bool, turns: Any = None
     ) -> None:
@@ -202,16 +221,8 @@ class Cuda:
         from tierloom.triton_kernels.blend.cpu import scatter_turned_frames
         from tierloom.triton_kernels.paged_copy.cpu import gather_frames, scatter_frames
 
-        cache = PlaneTable(
-            table[:, 0].copy(), table[:, 1:5].copy(), planes.kv, planes.block_tokens, planes.heads,
-            planes.dim, planes.itemsize,
-        )  # fmt: skip
-        turns, dim = turns or (None, cache.dim)
-        if dim != cache.dim:  # heads side by side became one
-            stride = cache.stride.copy()
-            stride[:, 2] = dim * cache.itemsize
-            heads = cache.heads * cache.dim // dim
-            cache = replace(cache, stride=stride, heads=heads, dim=dim)
+        turns, dim = turns or (None, planes.dim)
+        cache = self._planes(planes, table, dim)
         address, first, last, rows, take, slot0 = (np.ascontiguousarray(c) for c in frames.T)
         nbytes = (last - first) * planes.kv * rows * cache.row_bytes
         for at in cache.base:
@@ -233,6 +244,16 @@ class Cuda:
         else:
             scatter_frames(cache, made, slots, stop, verify=False)
         self.under_way()
+
+    def _planes(self, planes: Any, table: Any, dim: int) -> PlaneTable:
+        """The host's table again, of heads of `dim` channels."""
+        stride = table[:, 1:5].copy()
+        if dim != planes.dim:  # heads side by side became one
+            stride[:, 2] = dim * planes.itemsize
+        return PlaneTable(
+            table[:, 0].copy(), stride, planes.kv, planes.block_tokens,
+            planes.heads * planes.dim // dim, dim, planes.itemsize,
+        )  # fmt: skip
 
     def _runs(self) -> list[tuple[int, int]]:
         """Locked memory; what lies side by side is one."""

@@ -56,6 +56,10 @@ class Conversion:
     stores: list[str] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
     deadline: str = ""
+    mend: dict[str, Any] = field(default_factory=dict)
+    """Options of the `blend` stage; empty: prompts are not blended."""
+    least: int = 0
+    """Tokens below which nothing is blended; 0: the default."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Options of the vLLM connector, which are set elsewhere."""
 
@@ -96,6 +100,8 @@ def convert(given: Given) -> Conversion:
     _locations(given, draft)
     _limits(given, draft)
     _engine(given, draft)
+    if given.get("enable_blending"):
+        _blend(given, draft)
     return draft
 
 
@@ -204,6 +210,19 @@ def _engine(given: Given, draft: Conversion) -> None:
         draft.vllm["tierloom.wait"] = f"{given.get('lookup_timeout_ms')} ms"
 
 
+def _blend(given: Given, draft: Conversion) -> None:
+    """LMCache blends every request; its share is what it computes besides its check layers."""
+    draft.mend, draft.least = {"use": "blend"}, given.get("blend_min_tokens", 0)
+    if given.says("blend_recompute_ratios"):
+        share = f"{100 * given.get('blend_recompute_ratios'):g} %"
+        draft.mend |= {"share": share, "ceiling": share}
+    draft.vllm["tierloom.blend"] = "on"
+    if draft.vllm.pop("tierloom.load", None) == "layer":
+        draft.notes.append("what is blended is loaded asynchronously, not layer by layer")
+    if not any(m.options["use"] in ("memory", "disk") for m in draft.tiers.values()):
+        draft.missing.append("blending finds text in local tiers, and there is none")
+
+
 def yaml_text(draft: Conversion, given: Given, name: str) -> str:
     """The YAML text."""
     told = {"kv_connector": "TierloomConnector", "kv_role": "kv_both"}
@@ -233,7 +252,7 @@ def _store(draft: Conversion) -> list[str]:
     asked = "" if draft.stores == list(draft.tiers) else f", tiers: {_flow(draft.stores)}"
     lines = [
         "  store:", "    stages:", "      keys: {use: hash}",
-        f"      fresh: {{use: lookup, want: absent{asked}}}",
+        f"      fresh: {{use: lookup, want: absent{', by: content' if draft.mend else ''}{asked}}}",
         "      pack: {use: gather}", "      host: {use: to_host}",
     ]  # fmt: skip
     coded = draft.remotes if draft.codec else set()
@@ -250,9 +269,12 @@ def _retrieve(draft: Conversion) -> list[str]:
     lines = ["  retrieve:", *([f"    deadline: {draft.deadline}"] if draft.deadline else [])]
     others = [t for t in draft.reads if t != "hot"]
     promote = ", promote: hot" if "hot" in draft.tiers and others else ""
+    want = "prefix" if not draft.mend else "anywhere"
+    want += f", least: {draft.least}" if draft.mend and draft.least else ""
     return [
         *lines, "    stages:", "      keys: {use: hash}",
-        f"      plan: {{use: lookup, tiers: {_flow(draft.reads)}, want: prefix}}",
+        f"      plan: {{use: lookup, tiers: {_flow(draft.reads)}, want: {want}}}",
+        *([f"      mend: {_flow(draft.mend)}"] if draft.mend else []),
         f"      fetch: {{use: get{promote}}}", "      grow: {use: decode}",
         "      place: {use: scatter}",
     ]  # fmt: skip

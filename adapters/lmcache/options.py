@@ -21,7 +21,6 @@ PREFIX = "LMCACHE_"
 
 P2P = "peer-to-peer sharing: there is no stage for it yet"
 PD = "hand-off from prefill to decode: there is no stage for it yet"
-BLEND = "blending: there is no stage for it yet"
 CONTROLLER = "the controller: there is none yet"
 HIDDEN = "hidden states are not kept"
 API = "a running engine has no port of its own; metrics are in the engine's own /metrics"
@@ -32,8 +31,8 @@ LOOKUP = "each tier answers for itself"
 PINS = "what is being read is held until it is read, without a time limit"
 REMOTE = "configuration is read from files, not from a service"
 
-TOGGLES = {P2P: "enable_p2p", PD: "enable_pd", BLEND: "enable_blending",
-           CONTROLLER: "enable_controller", HIDDEN: "enable_hidden_state_cache"}  # fmt: skip
+TOGGLES = {P2P: "enable_p2p", PD: "enable_pd", CONTROLLER: "enable_controller",
+           HIDDEN: "enable_hidden_state_cache"}  # fmt: skip
 """The option that switches on what has no counterpart."""
 
 ALIASES = {
@@ -64,9 +63,18 @@ def _table(value: Any) -> dict[str, Any]:
     return {str(k): v for k, v in table.items()}
 
 
+def _share(value: Any) -> float:
+    """The largest of a number, or of several."""
+    found = max(float(word) for word in _words(value))
+    if not 0 < found <= 1:
+        raise ValueError(f"no share of the tokens: {value!r}")
+    return found
+
+
 CONVERTED: dict[str, Callable[[Any], Any]] = {
-    "blocking_timeout_secs": float, "cache_policy": str, "chunk_size": int,
-    "enable_async_loading": _flag, "extra_config": _table, "gds_path": _words, "local_cpu": _flag,
+    "blend_min_tokens": int, "blend_recompute_ratios": _share, "blocking_timeout_secs": float,
+    "cache_policy": str, "chunk_size": int, "enable_async_loading": _flag,
+    "enable_blending": _flag, "extra_config": _table, "gds_path": _words, "local_cpu": _flag,
     "local_disk": _words, "lookup_timeout_ms": int, "max_local_cpu_size": float,
     "max_local_disk_size": float, "min_retrieve_tokens": int, "audit_actual_remote_url": str,
     "remote_serde": str, "remote_storage_plugins": _words, "remote_url": str,
@@ -84,9 +92,9 @@ OTHERS = {
         " pd_backend_mode pd_skip_proxy_notification pd_bidirectional pd_retrieve_locations"
         " pd_store_location nixl_backends"
     ),
-    BLEND: (
-        "enable_blending blend_recompute_ratios blend_thresholds blend_check_layers"
-        " blend_min_tokens blend_special_str"
+    "text is found at every offset, without a separator": "blend_special_str",
+    "what is computed is chosen by `probe`, which has a share and no other bound": (
+        "blend_thresholds blend_check_layers"
     ),
     CONTROLLER: (
         "enable_controller lmcache_instance_id controller_pull_url controller_reply_url"

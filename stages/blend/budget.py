@@ -22,11 +22,14 @@ class BlendOptions:
     heads: int = 4
     """Tokens computed after each seam, where text follows other text than it was captured after."""
     share: Share = 0.09
-    """Of reused tokens, what is computed besides heads: to begin with."""
-    floor: Share = 0.02
-    """It falls this far while computing is slower than loading."""
+    """Of reused tokens, what is computed besides heads."""
     ceiling: Share = 0.12
-    """It rises while loading is slower; heads and the probe count into the ceiling."""
+    """Of reused tokens: `share` and heads are cut to this together."""
+    adapt: bool = False
+    """`share` falls towards `floor` while computing takes longer than loading, and rises towards
+    `ceiling` while it takes less: answers then depend on how fast both were."""
+    floor: Share = 0.02
+    """The least that `adapt` leaves of `share`."""
     layer: int = 1
     """Check layer of `deviation`: all tokens are computed up to it."""
     of: Literal["k", "v", "both"] = "k"
@@ -36,10 +39,17 @@ class BlendOptions:
     worth: Literal["auto", "always", "never"] = "auto"
     """`auto`: blend where that ends sooner than computing all that follows the exact prefix."""
 
+    def __post_init__(self) -> None:
+        if self.adapt and not self.floor <= self.share <= self.ceiling:
+            raise ValueError(
+                f"adapt wants floor <= share <= ceiling, got {self.floor}, {self.share}, "
+                f"{self.ceiling}"
+            )
+
 
 @dataclass(slots=True)
 class BlendBudget:
-    """The share that a blend may compute now. One per pipeline, used by one thread."""
+    """The share that a blend may compute now. One per pipeline; any thread."""
 
     options: BlendOptions
     share: float = -1.0
@@ -53,9 +63,11 @@ class BlendBudget:
         return Amount(self.options.heads, self.share, self.options.ceiling, asked)
 
     def measured(self, computing: float, loading: float) -> None:
-        """Seconds that a blend computed and loaded: the slower one gets less to do. What is not
-        positive and finite is no measurement, and changes nothing."""
-        if not (0 < computing < float("inf") and 0 < loading < float("inf")):
+        """Seconds that a blend computed and loaded: with `adapt` the slower one gets less to do.
+        What is not positive and finite is no measurement, and changes nothing."""
+        if not self.options.adapt or not (
+            0 < computing < float("inf") and 0 < loading < float("inf")
+        ):
             return
         bound = self.options.floor if computing > loading else self.options.ceiling
         self.share += STEP * (bound - self.share)

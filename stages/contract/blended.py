@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,8 @@ class Blended:
     """The caller computes by the plan already: nothing more is placed than it says."""
     policy: str = "none"
     amount: Amount = field(default_factory=lambda: Amount(0, 0.0))
+    measured: Callable[[float, float], None] = lambda computing, loading: None
+    """Told how many seconds computing what was chosen took, and loading the rest."""
 
     @property
     def needs(self) -> str:

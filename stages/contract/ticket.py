@@ -8,9 +8,13 @@ from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tierloom.stages.blend.policies import Scores
 from tierloom.stages.contract.request import Receipt, Request
-from tierloom.stages.errors import Lost
+from tierloom.stages.errors import InputError, Lost
+from tierloom.stages.kv.paged_copy import attention_now
 
 
 class Ticket:
@@ -20,19 +24,21 @@ class Ticket:
     reads or writes them any more: a copy in progress is stopped between two frames and waited for.
     """
 
-    __slots__ = ("_event", "_idle", "_post", "_request", "_seconds")
+    __slots__ = ("_device", "_event", "_idle", "_post", "_request", "_scores", "_seconds", "_table")
 
     def __init__(
         self, request: Request, post: Callable[[Request], None], *, seconds: float,
-        idle: float = 0.0, event: Callable[[], Any] = lambda: None,
+        idle: float = 0.0, event: Callable[[], Any] = lambda: None, device: str = "cpu",
     ) -> None:  # fmt: skip
         """`post` tells the loop that the model went on, or that the request was cancelled.
         `seconds`: how long the caller will wait. `idle`: not 0 for a request that goes at the
         model's pace; it lives for so long after the model's last call, however long the model
         takes, and each of the model's waits is bounded by `seconds`. `event` records what a copy
-        must wait for; see `EngineMemory`."""
+        must wait for; see `EngineMemory`. `device`: of the caller's tensors."""
         self._request, self._post, self._event = request, post, event
-        self._seconds, self._idle = seconds, idle
+        self._seconds, self._idle, self._device = seconds, idle, device
+        self._table = request.memory.table if request.blend is not None else None
+        self._scores: dict[int, npt.NDArray[np.float32]] = {}
 
     @property
     def future(self) -> Future[Receipt]:
@@ -47,18 +53,53 @@ class Ticket:
 
     def compute(self, scores: Scores | None = None) -> list[tuple[int, int]]:
         """Retrieve with `blend`: stretches (first token, last + 1) that the engine must compute, in
-        rising order; waits until the plan is made. Without `scores` heads, and what nobody kept.
+        rising order; waits until the plan is made. `scores`: as `needs` says, or what `scores()`
+        was told of each layer; without any, heads and what nobody kept.
         After `wait()` also what was planned and did not come, and less of what was found: until
-        this is called, text beyond whole grains is taken as well. `needs` says what `scores` are.
+        this is called, text beyond whole grains is taken as well.
         """
         self._request.planned.wait(self._patience())
+        if scores is None and self._scores:
+            scores = np.mean(list(self._scores.values()), axis=0)
         return self._request.computed(scores)
+
+    def scores(self, layer: int, queries: Any, *, scale: float | None = None) -> None:
+        """Retrieve with `blend` of a policy that needs scores: note what the prompt's last tokens
+        attend to in `layer`, which is in place. `queries` [<= 64, heads, dim] of those tokens,
+        turned as the model does, in K's dtype, on the caches' device; `scale`: of the logits, by
+        default dim^-0.5. K of all that follows the last passage must be in the caches. Waits for
+        the device. Raises InputError."""
+        request, blended = self._request, self._request.blend
+        if blended is None or blended.work is None or self._table is None:
+            return
+        heads, dim = self._table.heads, self._table.dim
+        tokens, behind = len(request.tokens), blended.work.runs[-1].end
+        shape = tuple(queries.shape)
+        fits = len(shape) == 3 and 0 < shape[0] <= min(64, tokens - behind)
+        if not fits or shape[2] != dim or shape[1] % heads or not 0 <= layer < request.layers:
+            raise InputError(
+                f"scores of layer {layer}: queries {shape}; wanted [1 to {min(64, tokens - behind)}"
+                f", a multiple of {heads}, {dim}] of the prompt's last tokens"
+            )
+        slots = request.memory.slots.copy()
+        for first, end in request.missing():
+            slots[first : min(end, behind)] = -1
+        self._scores[layer] = attention_now(
+            self._table, layer, slots, queries, behind, self._device, scale=scale or dim**-0.5
+        )
 
     def missing(self) -> list[tuple[int, int]]:
         """Retrieve with `blend`: of those stretches, what nothing is loaded of: before it is
         computed, its rows hold what the memory held."""
         self._request.planned.wait(self._patience())
         return self._request.missing()
+
+    def repaired(self, seconds: float) -> None:
+        """Retrieve with `blend` that has ended: how long computing took. With `blend: {adapt}` the
+        next ones are given more or less to compute."""
+        blended = self._request.blend
+        if blended is not None and self.future.done():
+            blended.measured(seconds, self.future.result().seconds)
 
     @property
     def needs(self) -> str:

@@ -81,6 +81,35 @@ def scatter_now(
     frames.status[:] = np.where(good, PLACED, CORRUPT)
 
 
+def attention_now(
+    table: PlaneTable, layer: int, slots: Slots, queries: Any, context: int, device: str, *,
+    scale: float,
+) -> npt.NDArray[np.float32]:  # fmt: skip
+    """[context]: the share of attention that a prompt's last tokens pay in `layer` to each token
+    before them; maximum over heads. `slots` of all of the prompt's tokens, -1 where no row is in
+    place. `queries` [<= 64, heads, dim] of its last ones, turned, in K's dtype, on `device`. On the
+    engine's own stream; waits for it. Nothing is validated."""
+    import torch
+
+    positions = torch.arange(len(slots) - len(queries), len(slots))
+    if device == "cpu":
+        from tierloom.triton_kernels.blend.probe_cpu import probe_scores
+
+        found = probe_scores(table, layer, slots, queries, positions, context, scale=scale)
+    else:
+        from tierloom.triton_kernels.blend.probe_triton import launch_probe_scores
+        from tierloom.triton_kernels.memory.launch import on_device
+        from tierloom.triton_kernels.paged_copy.triton import DevicePlanes
+
+        with torch.cuda.device(device):
+            planes, places = DevicePlanes.of(table, device), on_device(slots, device)
+            found = launch_probe_scores(
+                planes, layer, places, queries, positions.to(device), context, scale=scale
+            )
+    scores: npt.NDArray[np.float32] = found.cpu().numpy()
+    return scores
+
+
 def warm_up(device: str, turning: str = "") -> None:
     """Compile the CPU kernels, or load them from numba's cache, before a request waits for it.
     `turning`: dtype of K that will be turned as well."""

@@ -1,6 +1,8 @@
 """Rotary position embeddings: how fast each pair of K's channels turns, from a model's parameters.
 
-Su et al., "RoFormer", arXiv 2104.09864; scaled as Hugging Face's `rope_parameters` say.
+Su et al., "RoFormer", arXiv 2104.09864; scaled as Hugging Face's `rope_parameters` say, by YaRN
+(Peng et al., arXiv 2309.00071) and LongRoPE (Ding et al., arXiv 2402.13753) among others. What they
+multiply sines and cosines by stays in K when it is turned on, so nobody needs to know it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ NONE: npt.NDArray[np.float32] = np.zeros(0, np.float32)
 def frequencies(parameters: str, dim: int) -> npt.NDArray[np.float32]:
     """Radians per token, float32 [half], of pairs (i, i + half) of a head of `dim` channels.
 
-    `parameters`: JSON as `tierloom.open(rope=)` takes it; `rope_type` default, linear or llama3.
-    Empty where it is anything else: K is then kept as it is turned, which costs bits, not truth.
+    `parameters`: JSON as `tierloom.open(rope=)` takes it; `rope_type` one of default, linear,
+    llama3, yarn, and longrope whose factors do not depend on the prompt's length. Empty where it is
+    anything else: K is then kept as it is turned, which costs bits, not truth.
     """
     try:
         found = json.loads(parameters) if parameters else {}
@@ -33,7 +36,7 @@ def frequencies(parameters: str, dim: int) -> npt.NDArray[np.float32]:
 def _frequencies(p: dict[str, Any], dim: int) -> npt.NDArray[np.float32]:
     kind = p.get("rope_type", "default")
     plain = "rope_theta" in p and "mrope_section" not in p  # else positions are not the tokens'
-    if not plain or kind not in ("default", "linear", "llama3"):
+    if not plain or kind not in ("default", "linear", "llama3", "yarn", "longrope"):
         return NONE
     theta = float(p["rope_theta"])
     turned = int(dim * float(p.get("partial_rotary_factor", 1.0)))
@@ -45,6 +48,12 @@ def _frequencies(p: dict[str, Any], dim: int) -> npt.NDArray[np.float32]:
         freqs /= float(p["factor"])
     elif kind == "llama3":
         freqs = _llama3(freqs, p)
+    elif kind == "yarn":
+        freqs = _yarn(freqs, p, turned)
+    elif kind == "longrope":
+        if p["short_factor"] != p["long_factor"]:
+            return NONE
+        freqs /= np.array(p["short_factor"], np.float64)
     return freqs.astype(np.float32)
 
 
@@ -55,6 +64,25 @@ def _llama3(freqs: npt.NDArray[np.float64], p: dict[str, Any]) -> npt.NDArray[np
     share = np.clip((turns - low) / (high - low), 0, 1)
     slow: npt.NDArray[np.float64] = freqs / float(p["factor"])
     return (1 - share) * slow + share * freqs
+
+
+def _yarn(freqs: npt.NDArray[np.float64], p: dict[str, Any], dim: int) -> npt.NDArray[np.float64]:
+    """Pairs that turn often in the trained length as they were, rare ones slower, a ramp
+    between."""
+    theta, length = float(p["rope_theta"]), float(p["original_max_position_embeddings"])
+
+    def pair(turns: float) -> float:
+        """Which pair, as a fraction, makes so many turns in the trained length."""
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(float(p.get("beta_fast") or 32)), pair(float(p.get("beta_slow") or 1))
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low or 0.001
+    slowed = np.clip((np.arange(len(freqs)) - low) / span, 0, 1)
+    ramped: npt.NDArray[np.float64] = freqs * (slowed / float(p["factor"]) + 1 - slowed)
+    return ramped
 
 
 class Rotation(NamedTuple):

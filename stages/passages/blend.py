@@ -1,6 +1,6 @@
 """blend: which tokens of a blended retrieve the engine computes.
 
-    mend: {use: blend, policy: probe, heads: 4, share: 9 %, floor: 2 %, ceiling: 12 %}
+    mend: {use: blend, policy: probe, heads: 4, share: 9 %, ceiling: 12 %}
 
 Between `lookup: {want: anywhere}` and `get`. What is computed whatever the scores is not placed.
 """
@@ -32,6 +32,7 @@ class Blend(RequestStage):
         all_of_it = self._seconds(request, excerpts=True)
         if self.budget.worth_blending(blended.work, rate, exact, all_of_it):
             blended.policy, blended.amount = self.options.policy, self.budget.amount()
+            blended.measured = self.budget.measured
         else:
             blended.work = None
             request.chunks = [c for c in request.chunks if c.excerpt is None]

@@ -314,3 +314,24 @@ def test_a_passage_turned_on_a_device_is_that_turned_on_a_cpu(
         assert got.blended == 128
         rows.append(target.rows(to[70:]))
     assert torch.equal(rows[0], rows[1])
+
+
+def test_scores_are_read_where_k_lies(opened: Open, cuda: Cuda) -> None:
+    chosen = []
+    for device in (False, True):
+        engine = Engine(layers=2, dtype=torch.float32)
+        target = engine.blank()
+        if device:
+            engine, target = on_device(cuda, 1, engine), on_device(cuda, 1, target)
+        pipe = opened_with(opened, blending(policy="probe", heads=0, share="10 %"), engine)
+        pipe.store(tokens(128, 1), engine.caches, np.arange(128)).wait()
+        prompt = np.concatenate([tokens(70, 3), tokens(128, 1), tokens(5, 4)])
+        ticket = pipe.retrieve(prompt, target.caches, np.arange(203), blend=True)
+        assert ticket.wait(timeout=60).blended == 128
+        for layer in range(2):
+            make = torch.Generator().manual_seed(layer)
+            queries = torch.randn(5, 2 * engine.heads, engine.dim, generator=make)
+            ticket.scores(layer, queries.to("cuda:1") if device else queries)
+        chosen.append(ticket.compute())
+    assert chosen[0] == chosen[1]
+    assert sum(b - a for a, b in chosen[0]) == 75 + 12

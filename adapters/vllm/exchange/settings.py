@@ -71,6 +71,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
+        if self.blend != "off" and self.load == "layer":
+            raise ValueError(f"blend: {self.blend} wants load: async: tokens are computed in steps")
 
     def saves_by_layer(self, device: str) -> bool:
         """Whether KV on `device` is saved by layer."""

@@ -197,14 +197,38 @@ def test_what_the_engine_is_told(converted) -> None:
     assert '"tierloom.save_decode": true, "tierloom.min_tokens": 512' in text
     assert '"tierloom.wait": "400 ms"' in text
     assert tree["graphs"]["retrieve"]["deadline"] == tree["tiers"]["cold"]["timeout"] == "3 s"
-    assert '"tierloom.load": "layer", "tierloom.save": "layer"' in converted("blending")[0]
+    assert '"tierloom.load": "layer", "tierloom.save": "layer"' in converted("gds")[0]
+
+
+def test_blending(converted, run, tmp_path) -> None:
+    text, tree, told = converted("blending")
+    store, retrieve = (tree["graphs"][g]["stages"] for g in ("store", "retrieve"))
+    assert store["fresh"]["by"] == "content"
+    assert retrieve["plan"]["want"] == "anywhere"
+    assert retrieve["mend"] == {"use": "blend", "share": "15 %", "ceiling": "15 %"}
+    assert '"tierloom.save": "layer", "tierloom.blend": "on"' in text
+    assert '"tierloom.load"' not in text
+    assert "there is no stage" not in told
+    given = tmp_path / "lmcache.yaml"
+    given.write_text(
+        "enable_blending: True\nblend_min_tokens: 512\nblend_recompute_ratios: [0.01]\n"
+    )
+    spec = check.load_config(run(str(given))[0])
+    plan, mend = (spec.graphs["retrieve"].nodes[i].options for i in (1, 2))
+    assert plan.least == 512
+    assert mend.share == mend.ceiling == 0.01
+    given.write_text("enable_blending: true\nblend_recompute_ratios: 15\nlocal_cpu: false\n"
+                     "max_local_cpu_size: 0\nremote_url: redis://h:1\n")  # fmt: skip
+    _, told = run(str(given))
+    assert "no share of the tokens: 15" in told
+    assert "blending finds text in local tiers, and there is none" in told
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("p2p", ["peer-to-peer", "controller"]), ("pd_prefill", ["prefill to decode"]),
-        ("pd_decode", ["prefill to decode"]), ("blending", ["blending"]),
+        ("pd_decode", ["prefill to decode"]),
         ("controller", ["controller"]), ("fs", ["plug-in 'mine'"]),
         ("wrong", ["bigtable", "chunk_size: invalid", "no option of LMCache's: chunk_sise"]),
     ],

@@ -339,6 +339,10 @@ def test_misuse_is_said(opened: Open, tmp_path: Path) -> None:
         opened_with(opened, source, engine)
     with pytest.raises(ConfigError, match="order: canonical"):
         opened_with(opened, {**blending(), "order": "native"}, Engine("BHND"))
+    shared = blending()
+    shared["chunk"] = {**shared["chunk"], "keys": "sglang"}
+    with pytest.raises(ConfigError, match="whose text"):
+        opened_with(opened, shared, engine)
 
 
 def test_text_of_nobody_known_is_neither_kept_nor_found(opened: Open) -> None:

@@ -104,20 +104,29 @@ def test_no_share(wrong) -> None:
 
 @given(st.lists(st.tuples(st.floats(), st.floats()), max_size=50))
 def test_the_share_stays_between_its_bounds(times: list[tuple[float, float]]) -> None:
-    budget = BlendBudget(BlendOptions())
+    budget = BlendBudget(BlendOptions(adapt=True))
     for computing, loading in times:
         budget.measured(computing, loading)
         assert 0.02 <= budget.share <= 0.12
 
 
 def test_the_slower_one_gets_less_to_do() -> None:
-    options = BlendOptions()
+    options = BlendOptions(adapt=True)
     busy, idle = BlendBudget(options), BlendBudget(options)
     for _ in range(40):
         busy.measured(computing=2.0, loading=1.0)
         idle.measured(computing=1.0, loading=2.0)
     assert busy.amount().share == pytest.approx(options.floor, abs=1e-4)
     assert idle.amount().share == pytest.approx(options.ceiling, abs=1e-4)
+
+
+def test_the_share_is_what_was_asked_for() -> None:
+    """Else the same prompt would be answered otherwise when the machine is busy."""
+    budget = BlendBudget(BlendOptions())
+    budget.measured(computing=2.0, loading=1.0)
+    assert budget.share == BlendOptions().share
+    with pytest.raises(ValueError, match="floor <= share <= ceiling"):
+        BlendOptions(adapt=True, ceiling=0.05)
 
 
 def test_whether_a_blend_is_worth_while() -> None:

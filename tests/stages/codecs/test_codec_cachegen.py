@@ -190,8 +190,16 @@ def test_tables_are_the_format_and_never_change() -> None:
         '{"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}',
         '{"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}',
         LLAMA3,
+        json.dumps({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                    "original_max_position_embeddings": 2048}),
+        json.dumps({"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 32.0, "beta_fast": 16.0,
+                    "beta_slow": 2.0, "truncate": False, "original_max_position_embeddings": 4096}),
+        json.dumps({"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+                    "original_max_position_embeddings": 2048,
+                    "short_factor": [1 + i / 8 for i in range(32)],
+                    "long_factor": [1 + i / 8 for i in range(32)]}),
     ],
-)
+)  # fmt: skip
 def test_frequencies_are_those_of_transformers(parameters: str) -> None:
     transformers = pytest.importorskip("transformers")
     rope = json.loads(parameters)
@@ -209,6 +217,9 @@ def test_frequencies_are_those_of_transformers(parameters: str) -> None:
 @pytest.mark.parametrize(
     "parameters",
     ["", "{}", "[]", "no json", '{"rope_type": "yarn", "rope_theta": 1e4}', '{"rope_theta": "x"}',
+     '{"rope_type": "yarn", "rope_theta": 1e4, "factor": null, "beta_fast": 16.0}',
+     '{"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [2.0]}',
+     '{"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1, 2], "long_factor": [1, 2]}',
      '{"rope_theta": 0}', '{"rope_theta": 1e4, "partial_rotary_factor": 9}', '{"rope_theta": {}}'],
 )  # fmt: skip
 def test_unknown_embeddings_are_left_alone(parameters: str) -> None:

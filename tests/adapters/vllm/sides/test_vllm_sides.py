@@ -61,6 +61,7 @@ def test_settings_and_overrides_are_told_apart(monkeypatch) -> None:
         ({"tierloom.save_decode": "yes"}, "true or false"),
         ({"tierloom.wait": "soon"}, "not a time"),
         ({"tierloom.min_tokens": -1}, "must not be negative"),
+        ({"tierloom.blend": "on", "tierloom.load": "layer"}, "wants load: async"),
         ({"tierloom.wait": "250"}, "'250' has no unit; write '250 ms' or '250 s'"),
         ({"tierloom": {"hold": 0.5}}, "0.5 has no unit; write '0.5 ms' or '0.5 s'"),
         ({"tierloom": {"laod": "async"}}, "unknown key 'laod'.*load"),
