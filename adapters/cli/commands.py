@@ -187,6 +187,29 @@ def quality(
 
 
 @app.command()
+def warm(
+    files: Annotated[list[Path], typer.Argument(help="Text files, cut into passages.")],
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible server.")],
+    system: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text that prompts begin with.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Default: the first that the server has.")] = "",
+    prompt: Annotated[int, typer.Option(metavar="N", help="Characters of a prompt.")] = 12000,
+    passage: Annotated[int, typer.Option(metavar="N", help="Characters of a passage.")] = 2000,
+    token_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API key.")] = None,
+) -> None:
+    """Have a server compute a corpus, several passages to a prompt, so that it is kept."""
+    from tierloom.adapters.cli.warm import run_warm
+
+    raise typer.Exit(
+        run_warm(
+            url, files, system=system, model=model, prompt=prompt, passage=passage,
+            token_file=token_file,
+        )
+    )  # fmt: skip
+
+
+@app.command()
 def calibrate(
     model: Annotated[
         str, typer.Option(metavar="smollm2|DIR", help="The model to learn from.")
