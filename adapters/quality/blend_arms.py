@@ -86,13 +86,12 @@ class Case:
         work, layers = self.prompt.work, self.subject.shape.layers
         given_k, given_v = self._put_together(arm.alone)
         keys, values = [k.clone() for k in given_k], [v.clone() for v in given_v]
-        scores, spent, asked = None, 0, 0
+        scores, spent = None, 0
         n = work.tokens
         if arm.policy == RANDOM:
             scores = np.random.default_rng(0).random(n)
         elif POLICIES[arm.policy].needs == "scores":
-            asked = self.prompt.asked
-            scores, spent = self._probed(arm.alone), asked * layers
+            scores, spent = self._probed(arm.alone), self.prompt.asked * layers
         elif POLICIES[arm.policy].needs == "deviations":
             scores = self.selective.deviations(
                 self.ids, keys, values, arm.layer, arm.of, work.exact
@@ -103,7 +102,7 @@ class Case:
             share *= n / int(work.covered().sum())
         if rule == RANDOM:
             rule = "deviation"
-        mask = choose(rule, work, Amount(arm.heads, min(1.0, share), arm.ceiling, asked), scores)
+        mask = choose(rule, work, Amount(arm.heads, min(1.0, share), arm.ceiling), scores)
         spent += int(mask.sum()) * (layers - (arm.layer if arm.policy == "deviation" else 0))
         self.selective.recompute(self.ids, mask, keys, values)
         got = self._read(keys, values)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tierloom.adapters.quality.score import interval, ratio
-from tierloom.stages.blend.budget import BlendOptions
+from tierloom.stages.blend.budget import BlendBudget, BlendOptions
 from tierloom.stages.blend.policies import policy_of
 from tierloom.stages.errors import ConfigError, require
 
@@ -58,10 +58,9 @@ def measured_blend(subject: Subject, policy: str, kind: Any, limit: int) -> dict
     from tierloom.adapters.quality.blend_sets import prompts
     from tierloom.stages.errors import InputError
 
-    options, started = BlendOptions(), time.perf_counter()
+    options, started = BlendOptions(policy=policy), time.perf_counter()  # type: ignore[arg-type]
     arms = {
-        "kl": BlendArm(policy, options.heads, options.share, options.ceiling, layer=options.layer,
-                       of=options.of),
+        "kl": BlendArm(policy, *BlendBudget(options).amount(), layer=options.layer, of=options.of),
         "kl_peer": PEER, "kl_peer_alone": PEER._replace(alone=True), "kl_none": BlendArm("none"),
     }  # fmt: skip
     found: dict[str, dict[str, BlendCost]] = {}

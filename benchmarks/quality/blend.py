@@ -28,30 +28,30 @@ from tierloom.stages.blend.budget import BlendOptions
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 _OPTIONS = BlendOptions()
-DEFAULT = BlendArm("probe", _OPTIONS.heads, _OPTIONS.share, _OPTIONS.ceiling)
+DEFAULT = BlendArm("probe", 0, _OPTIONS.share, _OPTIONS.ceiling)
 
 
 def candidates() -> dict[str, BlendArm]:
     """What the default is chosen from."""
     return {
-        f"probe, heads {heads}, {share:.0%}": BlendArm("probe", heads, share, 0.12)
-        for heads, share in ((0, 0.12), (2, 0.1), (4, 0.09), (8, 0.07), (12, 0.07), (16, 0.07))
+        f"probe, heads {heads}": BlendArm("probe", heads, 1.0, _OPTIONS.share)
+        for heads in (0, 2, 4, 8, 16)
     } | {"none": BlendArm("none"), "peer": PEER, "heads 16": BlendArm("heads", 16)}
 
 
 def judged(reused: int, seams: int, tokens: int, layers: int, asked: int) -> dict[str, BlendArm]:
-    """The default beside every policy at the ceiling and at 30 % of token-layers."""
+    """The default beside every policy at 12 and at 30 % of token-layers."""
     arms = {
         "none": BlendArm("none"), "default": DEFAULT, "peer": PEER,
         "peer, alone": PEER._replace(alone=True), "heads 16": BlendArm("heads", 16),
     }  # fmt: skip
-    for part in (_OPTIONS.ceiling, 0.30):
+    for part in (0.12, 0.30):
         at = f" {part:.0%}"
         checked = reused / tokens / layers
         arms |= {
             f"heads{at}": BlendArm("heads", round(part * tokens / seams)),
             f"deviation{at}": BlendArm("deviation", share=(part - checked) * layers / (layers - 1)),
-            f"probe{at}": BlendArm("probe", _OPTIONS.heads, 1.0, part * tokens / reused),
+            f"probe{at}": BlendArm("probe", 0, 1.0, (part * tokens - asked) / reused),
             f"random{at}": BlendArm(RANDOM, share=part * tokens / reused),
         }
     return arms

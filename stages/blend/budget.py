@@ -8,6 +8,8 @@ from typing import Literal
 from tierloom.stages.blend.policies import Amount, Patchwork
 from tierloom.stages.options import Share
 
+HEADS = 16
+"""Tokens behind each seam that `heads` computes, where it is not said."""
 STEP = 0.25
 """Part of the way to its bound that the share goes with each blend."""
 
@@ -18,10 +20,12 @@ class BlendOptions:
 
     policy: Literal["none", "heads", "deviation", "probe"] = "probe"
     """Which reused tokens are computed: `none`; `heads`, the first ones after each seam; by
-    `deviation` at a check layer; `probe`: heads, then those that the question attends to."""
-    heads: int = 4
-    """Tokens computed after each seam, where text follows other text than it was captured after."""
-    share: Share = 0.09
+    `deviation` at a check layer; `probe`: heads, then those that the question attends to, the more
+    the nearer they are to a seam."""
+    heads: int | None = None
+    """Tokens computed after each seam, where text follows other text than it was captured after.
+    Default: 16 with `heads`, else 0."""
+    share: Share = 0.10
     """Of reused tokens, what is computed besides heads."""
     ceiling: Share = 0.12
     """Of reused tokens: `share` and heads are cut to this together."""
@@ -58,9 +62,12 @@ class BlendBudget:
     def __post_init__(self) -> None:
         self.share = self.options.share if self.share < 0 else self.share
 
-    def amount(self, asked: int = 0) -> Amount:
-        """What the next blend may choose. `asked`: tokens that the probe computes."""
-        return Amount(self.options.heads, self.share, self.options.ceiling, asked)
+    def amount(self) -> Amount:
+        """What the next blend may choose."""
+        heads = self.options.heads
+        if heads is None:
+            heads = HEADS if self.options.policy == "heads" else 0
+        return Amount(heads, self.share, self.options.ceiling)
 
     def measured(self, computing: float, loading: float) -> None:
         """Seconds that a blend computed and loaded: with `adapt` the slower one gets less to do.
@@ -87,7 +94,7 @@ class BlendBudget:
         if self.options.worth == "always" or not rate or exact is None or blend is None:
             return True
         behind = work.tokens - work.exact
-        heads = int(work.heads(self.options.heads).sum()) if self.options.policy != "none" else 0
+        heads = int(work.heads(self.amount().heads).sum()) if self.options.policy != "none" else 0
         computed = behind - reused + min(reused, heads + self.share * reused)
         others = min(work.tokens / rate, exact + behind / rate)
         return max(blend, computed / rate) < others

@@ -3,8 +3,9 @@
 Three rules and what they can be made of: nothing; the first tokens behind every seam (Hu et al.,
 "EPIC", arXiv 2410.15332), which later text attends to as to a beginning; those whose K or V at an
 early layer differs most from what was loaded (Yao et al., "CacheBlend", arXiv 2405.16444); and
-those that the question attends to most (as in ProphetKV, arXiv 2602.02579). Attention decides
-where questions are asked, heads where text runs on: `probe` has both.
+those that the question attends to most (as in ProphetKV, arXiv 2602.02579), the more the nearer
+they are to a seam. Attention decides where questions are asked, heads where text runs on: `probe`
+has both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import numpy.typing as npt
 
 from tierloom.stages.errors import ConfigError, InputError
 from tierloom.stages.kv.text import Run
+
+NEAR = 16
+"""Tokens from a seam at which a token counts half as strange as at the seam."""
 
 Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
@@ -54,6 +58,17 @@ class Patchwork(NamedTuple):
                 mask[run.start : min(run.start + tokens, run.end)] = True
         return mask
 
+    def strangeness(self) -> npt.NDArray[np.float64]:
+        """[tokens], 0 to 1: how much a token's KV may differ from what it would be here. Most at a
+        seam: farther on, what a token attends to most has come along with it."""
+        since = np.zeros(self.tokens)
+        seam = -math.inf
+        for run in self.runs:
+            seam = run.start if run.seam else seam
+            since[run.start : run.end] = np.arange(run.start, run.end) - seam
+        strange: npt.NDArray[np.float64] = 1 / (1 + since / NEAR)
+        return strange
+
 
 class Amount(NamedTuple):
     """How much a policy may choose."""
@@ -63,10 +78,8 @@ class Amount(NamedTuple):
     share: float
     """Of the tokens that runs cover: what is chosen by score, besides heads."""
     ceiling: float = 1.0
-    """Of the tokens that runs cover: heads, what is chosen by score and `asked` together. Heads
-    are computed even where they alone are more."""
-    asked: int = 0
-    """Tokens that were computed to get the scores."""
+    """Of the tokens that runs cover: heads and what is chosen by score together. Heads are
+    computed even where they alone are more."""
 
 
 class Policy(NamedTuple):
@@ -111,6 +124,8 @@ def choose(name: str, work: Patchwork, amount: Amount, scores: Scores | None = N
             raise InputError(
                 f"policy {name} of blend needs {policy.needs} [{work.tokens}]: it got {found}"
             )
+        if policy.needs == "scores":
+            scores = scores * work.strangeness()
         mask[_highest(scores, covered & ~mask, _room(amount, covered, mask))] = True
     mask |= ~covered
     mask[: work.exact] = False
@@ -126,7 +141,7 @@ def stretches(mask: Mask) -> list[tuple[int, int]]:
 def _room(amount: Amount, covered: Mask, heads: Mask) -> int:
     """Tokens that may be chosen by score. Rounded down."""
     total = int(covered.sum())
-    left = _part(amount.ceiling, total) - int(heads.sum()) - amount.asked
+    left = _part(amount.ceiling, total) - int(heads.sum())
     return max(0, min(_part(amount.share, total), left))
 
 

@@ -23,6 +23,8 @@ class Blended:
     """The caller computes by the plan already: nothing more is placed than it says."""
     policy: str = "none"
     amount: Amount = field(default_factory=lambda: Amount(0, 0.0))
+    attended: float = 0.0
+    """Of the attention that was scored, what fell on reused tokens that are computed."""
     measured: Callable[[float, float], None] = lambda computing, loading: None
     """Told how many seconds computing what was chosen took, and loading the rest."""
 
@@ -46,5 +48,14 @@ class Blended:
             amount = self.amount if scores is not None else self.amount._replace(share=0.0)
             padded = np.full(self.work.tokens, -np.inf)
             padded[: len(given)] = given
-            return choose(self.policy, self.work, amount, padded)
+            mask = choose(self.policy, self.work, amount, padded)
+            self.attended = _part_of(padded, mask & self.work.covered())
+            return mask
         return choose(self.policy, self.work, self.amount)
+
+
+def _part_of(scores: Scores, mask: Mask) -> float:
+    """What `mask` takes of all scores; 0 where none is a positive number."""
+    known = np.where(np.isfinite(scores), scores, 0.0)
+    total = float(known.sum())
+    return float(known[mask].sum()) / total if total > 0 else 0.0

@@ -107,6 +107,13 @@ class Ticket:
         blended = self._request.blend
         return blended.needs if blended is not None else "nothing"
 
+    @property
+    def attended(self) -> float:
+        """Retrieve with `blend` of a policy that needs scores: the share of them that fell on what
+        `compute` named last of what was reused; 0 to 1."""
+        blended = self._request.blend
+        return blended.attended if blended is not None else 0.0
+
     def wait_layer(self, layer: int) -> int:
         """Retrieve: wait until `layer` is in place; tokens valid for all layers up to its group.
 

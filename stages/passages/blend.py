@@ -1,6 +1,6 @@
 """blend: which tokens of a blended retrieve the engine computes.
 
-    mend: {use: blend, policy: probe, heads: 4, share: 9 %, ceiling: 12 %}
+    mend: {use: blend, policy: probe, share: 10 %}
 
 Between `lookup: {want: anywhere}` and `get`. What is computed whatever the scores is not placed.
 """

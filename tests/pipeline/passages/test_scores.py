@@ -10,6 +10,8 @@ import torch
 from conftest import Engine, tokens
 
 from tierloom import InputError
+from tierloom.stages.blend.policies import Patchwork
+from tierloom.stages.kv.text import Excerpt, Run
 from tierloom.triton_kernels.blend.reference import paid_to
 
 from .blends import blending, opened_with, rows
@@ -55,13 +57,16 @@ def test_what_the_question_attends_to_is_computed(opened: Open) -> None:
         paid_to(q.double(), k.nan_to_num(), at, here, END, target.dim**-0.5)
         for q, k in zip(queries, keys, strict=True)
     ]).mean(0)  # fmt: skip
-    best = np.sort(np.argsort(-want.numpy())[: PASSAGE // 10])
+    work = Patchwork(len(to), 0, [Run((Excerpt(BEFORE, PASSAGE, b"", 0, 0),), seam=True)])
+    weighed = want.numpy() * work.strangeness()[:END]
+    best = np.sort(np.argsort(-weighed)[: PASSAGE // 10])
     mask = np.zeros(len(to), np.bool_)
     for first, end in ticket.compute():
         mask[first:end] = True
     assert mask[:BEFORE].all()
     assert mask[END:].all()
     assert np.array_equal(np.flatnonzero(mask[:END])[BEFORE:], best)
+    assert ticket.attended == pytest.approx(float(want[best].sum() / want.sum()), rel=1e-4)
 
 
 def test_scores_of_the_caller_come_first(opened: Open) -> None:

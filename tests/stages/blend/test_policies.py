@@ -30,9 +30,7 @@ def patchworks(draw: st.DrawFn) -> Patchwork:
     return Patchwork(at + draw(st.integers(0, 9)), exact, runs)
 
 
-amounts = st.builds(
-    Amount, st.integers(0, 20), st.floats(0, 1), st.floats(0, 1), st.integers(0, 30)
-)
+amounts = st.builds(Amount, st.integers(0, 20), st.floats(0, 1), st.floats(0, 1))
 
 
 @given(patchworks(), amounts, st.sampled_from(sorted(POLICIES)), st.randoms(use_true_random=False))
@@ -56,7 +54,7 @@ def test_every_policy(work: Patchwork, amount: Amount, name: str, random) -> Non
         assert by_score == 0
     assert by_score <= amount.share * covered.sum() + 1e-6
     if by_score:
-        assert by_score + heads.sum() + amount.asked <= amount.ceiling * covered.sum() + 1e-6
+        assert by_score + heads.sum() <= amount.ceiling * covered.sum() + 1e-6
     assert np.array_equal(mask, choose(name, work, amount, scores.copy()))
     again = np.zeros_like(mask)
     for a, b in stretches(mask):
@@ -74,6 +72,9 @@ def test_the_highest_scores_are_taken() -> None:
     assert stretches(mask) == [(20, 24), (60, 62), (100, 101)]
     assert stretches(choose("heads", work, Amount(4, 0.03))) == [(20, 24)]
     assert stretches(choose("deviation", work, Amount(4, 0.02), scores)) == [(21, 22), (100, 101)]
+    # of two that are attended to alike, the one nearer to the seam is stranger here
+    scores[[90, 91, 92]] = scores[30] = 10
+    assert stretches(choose("probe", work, Amount(4, 0.01), scores)) == [(20, 24), (30, 31)]
     scores[60] = np.nan
     assert not choose("probe", work, Amount(4, 0.02), scores)[60]
 
