@@ -96,7 +96,22 @@ def test_what_is_in_place_is_what_a_selective_forward_makes(blending, model, pol
     rows = [r.rows_k for r in cache._rows] + [r.rows_v for r in cache._rows]
     for plane, found in zip(want, rows, strict=True):
         assert (plane[0].transpose(0, 1) - found[:448]).abs().max() < 1e-4
+    # what follows the passages goes along, and only where something is computed
+    assert done.ready == (448 if policy == "none" else 467)
+    for plane, found in zip(read_on(model, want, done.ready), rows, strict=True):
+        assert (plane[0].transpose(0, 1) - found[: done.ready]).abs().max() < 1e-4
     cache.abandon()
+
+
+def read_on(model, planes: list[torch.Tensor], end: int) -> list[torch.Tensor]:
+    """A plain forward of ASKED from `planes` on."""
+    cache, layers = DynamicCache(config=model.config), len(planes) // 2
+    for i in range(layers):
+        cache.update(planes[i].clone(), planes[layers + i].clone(), i)
+    if end > (first := planes[0].shape[2]):
+        with torch.no_grad():
+            model.base_model(input_ids=ASKED[:, first:end], **with_cache(model.base_model, cache))
+    return [x.keys for x in cache.layers] + [x.values for x in cache.layers]
 
 
 def kept_scores(kept: CachedModel) -> np.ndarray:
