@@ -27,9 +27,10 @@ def attended(query: torch.Tensor, kept: Pair, at: torch.Tensor, scale: float) ->
     from tierloom.triton_kernels.blend.attention_triton import launch_blend_attention
     from tierloom.triton_kernels.paged_copy.triton import DevicePlanes
 
-    planes = DevicePlanes.of(_planes(kept), query.device)
     queries = query[0].transpose(0, 1)
-    return launch_blend_attention(planes, 0, 1, _slots(kept), queries, at, scale=scale)[None]
+    with torch.cuda.device_of(query):  # where a launch goes
+        planes = DevicePlanes.of(_planes(kept), query.device)
+        return launch_blend_attention(planes, 0, 1, _slots(kept), queries, at, scale=scale)[None]
 
 
 def paid(
@@ -42,9 +43,10 @@ def paid(
 
     if query.shape[2] > QUERIES:
         return None
-    planes = DevicePlanes.of(_planes(kept), query.device)
     queries = query[0].transpose(0, 1)
-    return launch_probe_scores(planes, 0, _slots(kept), queries, at, context, scale=scale)
+    with torch.cuda.device_of(query):
+        planes = DevicePlanes.of(_planes(kept), query.device)
+        return launch_probe_scores(planes, 0, _slots(kept), queries, at, context, scale=scale)
 
 
 def deviations(fresh: Pair, kept: Pair) -> torch.Tensor:
@@ -56,8 +58,9 @@ def deviations(fresh: Pair, kept: Pair) -> torch.Tensor:
         from tierloom.triton_kernels.blend.deviation_triton import launch_deviation
         from tierloom.triton_kernels.paged_copy.triton import DevicePlanes
 
-        planes = DevicePlanes.of(_planes(kept), rows.device)
-        return launch_deviation(planes, _slots(kept), rows)
+        with torch.cuda.device_of(rows):
+            planes = DevicePlanes.of(_planes(kept), rows.device)
+            return launch_deviation(planes, _slots(kept), rows)
     from tierloom.triton_kernels.blend.deviation_cpu import deviation
 
     return deviation(_planes(kept), np.arange(rows.shape[1]), rows)

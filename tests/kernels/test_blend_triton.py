@@ -224,15 +224,18 @@ def test_deviation_on_a_cpu(layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [*KEY_LAYOUTS, "MLA"])
-def test_deviation(device: str, layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("layout", "width"), [*((name, 512) for name in (*KEY_LAYOUTS, "MLA")), ("pairs NHD", 16)]
+)
+def test_deviation(device: str, layout: str, width: int, dtype: torch.dtype) -> None:
     cache, slots, fresh, want = deviating(layout, dtype)
     there = make_cache(layout, **PROBED, dtype=dtype, device=device)  # type: ignore[arg-type]
     for view, mine in zip(there.views, cache.views, strict=True):
         view.copy_(mine)
     got = launch_deviation(
-        DevicePlanes.of(there.table, device), torch.from_numpy(slots).to(device), fresh.to(device)
-    )
+        DevicePlanes.of(there.table, device), torch.from_numpy(slots).to(device), fresh.to(device),
+        width=width,
+    )  # fmt: skip
     torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6)
 
 

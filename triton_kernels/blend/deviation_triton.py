@@ -20,10 +20,10 @@ ROWS, WIDTH = 8, 512
 
 
 def launch_deviation(
-    planes: DevicePlanes, slots: torch.Tensor, fresh: torch.Tensor
+    planes: DevicePlanes, slots: torch.Tensor, fresh: torch.Tensor, *, width: int = WIDTH
 ) -> torch.Tensor:
     """float32 [planes, tokens]: as `deviation` of the CPU, whose arguments are here on the device.
-    Enqueues; nothing is validated, nothing waits."""
+    `width`: channels at a time, a power of two. Enqueues; nothing is validated, nothing waits."""
     kind = KINDS[str(fresh.dtype).removeprefix("torch.")]
     many, tokens = fresh.shape[:2]
     found = torch.empty(many, tokens, device=slots.device)
@@ -33,7 +33,7 @@ def launch_deviation(
         planes.table, slots, fresh.view(torch.int16 if fresh.itemsize == 2 else torch.int32),
         found, tokens, BLOCK_TOKENS=planes.block_tokens, HEADS=planes.heads, HEAD=planes.dim,
         KIND=kind, WIDE=not planes.has_narrow, ROWS=rows,
-        WIDTH=min(WIDTH, triton.next_power_of_2(channels)),
+        WIDTH=min(width, triton.next_power_of_2(channels)),
     )  # fmt: skip
     return found
 
