@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tierloom.adapters.transformers.selective import Planes, Selective
-from tierloom.stages.errors import InputError
+from tierloom.stages.errors import InputError, LayoutError
 
 if TYPE_CHECKING:
     from tierloom.adapters.transformers.cache import KeptLayer
+
+log = logging.getLogger("tierloom.transformers")
 
 TAIL = 256
 """Most tokens behind the last passage that are run once more to ask what they attend to."""
@@ -52,8 +55,11 @@ def blend_prompt(
         empty = torch.from_numpy(np.flatnonzero(_mask(ticket.missing(), asked)[:context]))
         for plane in (*keys, *values):  # memory as it came, perhaps NaN: the probe reads all rows
             plane[:, :, empty.to(ids.device)] = 0
-        scores = selective.scores(ids[context:], keys, values, room=True)
-        mask = _mask(ticket.compute(scores), asked)
+        try:
+            scores = selective.scores(ids[context:], keys, values, room=True)
+            mask = _mask(ticket.compute(scores), asked)
+        except LayoutError as error:
+            log.warning("only heads of passages are computed: %s", error)
     computed = int(mask[:context].sum())
     # The tail costs less beside other tokens than in a forward of its own, over which K and V are
     # repeated for each group of heads.

@@ -3,6 +3,7 @@ touched by it."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -132,6 +133,22 @@ def test_generate_reuses_passages_and_says_so(blending) -> None:
     last = kept.last
     assert (last.blended_tokens, last.computed_tokens, last.not_blended) == (384, 16, "")
     assert last.hit_tokens == 448 - 16
+
+
+def test_a_model_that_hides_its_queries_has_heads_computed(blending, model, monkeypatch) -> None:
+    """It attends by itself, whatever the registry says: a mask is all that it is told."""
+    kept = blending(policy="probe", heads=8)
+    selective = kept._selective()
+    monkeypatch.setattr(selective, "model", SimpleNamespace(
+        config=model.config, set_attn_implementation=lambda name: None
+    ))  # fmt: skip
+    cache = kept._cache(ASKED, room=64, stepwise=True, blend=selective)
+    assert cache.blended.computed == 16
+    mask = np.zeros(448, np.bool_)
+    mask[64:72] = mask[192:200] = True
+    for plane, rows in zip(expected(model, mask), [r.rows_k for r in cache._rows], strict=False):
+        assert (plane[0].transpose(0, 1) - rows[:448]).abs().max() < 1e-4
+    cache.abandon()
 
 
 def test_nobody_else_notices(blending, model) -> None:
