@@ -230,7 +230,7 @@ class TierloomCache(Cache):
         except BaseException:
             self.loading.cancel()
             raise
-        self.planned = self.blended.tokens
+        self.planned = self.blended.ready
         for layer in self._rows:
             layer._set_length(self.planned)
 

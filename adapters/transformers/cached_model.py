@@ -255,7 +255,7 @@ class CachedModel:
         self.last.hit_tokens = cache.planned
         if cache.blended is not None:
             self.last.computed_tokens = cache.blended.computed
-            self.last.hit_tokens -= cache.blended.computed
+            self.last.hit_tokens = cache.blended.tokens - cache.blended.computed
             self.last.blended_tokens = cache.blended.tokens - cache.blended.exact
         self._close(cache, out)
         self.last.ttft_s = watch.first - started

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from inspect import signature
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tierloom.adapters.transformers import kernels
+from tierloom.adapters.transformers.attention import Reached, attending, by_stretches, paying
 from tierloom.adapters.transformers.model import with_cache
 from tierloom.adapters.transformers.shape import KVShape
 from tierloom.stages.errors import InputError, LayoutError
@@ -32,21 +34,22 @@ PROVED = 64
 """Tokens of the second proof."""
 FAR = 1021
 """The far position of the first proof, where the model reads that far."""
-_PROBE = "tierloom_probe"
 
 
 class RowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """K and V of a whole context: fresh rows go to `rows`, or behind the last where that is None.
     The caller's tensors are written in place."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys: torch.Tensor = keys
         self.values: torch.Tensor = values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.rows: torch.Tensor | None = None
+        self.rows = rows
         self.seen: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         """Called with fresh K and V before they are written."""
+        self.last = False
+        """Nothing that the model computes once these rows are written is wanted."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -55,13 +58,11 @@ class RowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             return super().update(key_states, value_states)
         if self.seen is not None:
             self.seen(key_states, value_states)
-        self.keys[:, :, self.rows] = key_states
-        self.values[:, :, self.rows] = value_states
+        self.keys.index_copy_(2, self.rows, key_states)
+        self.values.index_copy_(2, self.rows, value_states)
+        if self.last:
+            raise Reached
         return self.keys, self.values
-
-
-class _Reached(Exception):
-    """The model has come to the layer that was asked for."""
 
 
 class Selective:
@@ -113,14 +114,15 @@ class Selective:
         self._check(ids, keys, values)
         if mask.shape != (len(ids),):
             raise InputError(f"mask {mask.shape} for {len(ids)} tokens: it is one bool a token")
-        cache: DynamicCache = _over(keys, values)
-        layers: Any = cache.layers
         rows = torch.from_numpy(np.flatnonzero(mask)).to(ids.device)
+        cache: DynamicCache = _over(keys, values, rows)
+        layers: Any = cache.layers
+        layers[-1].last = True
         if len(rows):
-            with self._lock:
+            with self._lock, suppress(Reached):
                 self._run(ids, rows, cache)
         for layer in layers:
-            layer.rows = None
+            layer.rows, layer.last = None, False
         return cache
 
     @torch.no_grad()
@@ -140,65 +142,46 @@ class Selective:
         rows = torch.arange(first, len(ids), device=ids.device)
 
         def seen(fresh_k: torch.Tensor, fresh_v: torch.Tensor) -> None:
-            dk, dv = (
-                (new - old[layer][:, :, first:]).double().square().sum((0, 1, 3))
-                for new, old in ((fresh_k, keys), (fresh_v, values))
-            )
+            kept = keys[layer][:, :, first:], values[layer][:, :, first:]
+            dk, dv = kernels.deviations((fresh_k, fresh_v), kept).double()
             both = dk / dk.mean().clamp(min=1e-30) + dv / dv.mean().clamp(min=1e-30)
             found[first:] = {"k": dk, "v": dv, "both": both}[of].cpu().numpy()
-            raise _Reached
+            raise Reached
 
-        cache = _over(keys, values)
+        cache = _over(keys, values, rows)
         cache.layers[layer].seen = seen
         with self._lock:
             try:
                 self._run(ids, rows, cache)
-            except _Reached:
+            except Reached:
                 return found
         raise InputError(f"layer {layer} of {self.kind} was not reached")
 
     @torch.no_grad()
-    def scores(self, asked: torch.Tensor, keys: Planes, values: Planes) -> npt.NDArray[np.float64]:
+    def scores(
+        self, asked: torch.Tensor, keys: Planes, values: Planes, *, room: bool = False
+    ) -> npt.NDArray[np.float64]:
         """[tokens] the share of the attention on the context that the tokens `asked`, which follow
         it, pay to each of its tokens: maximum over heads, mean over layers.
 
-        Nothing given is written. Raises LayoutError for a model that does not show its queries.
+        Nothing given is written; but with `room` K and V end with rows for `asked`, and these are.
+        Raises LayoutError for a model that does not show its queries.
         """
-        n, total = keys[0].shape[2], torch.zeros(keys[0].shape[2], dtype=torch.float64)
-        layers = set()
-
-        def attention(
-            module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-            attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any,
-        ) -> Any:  # fmt: skip
-            layers.add(int(module.layer_idx))
-            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            grouped = query[0].reshape(key.shape[1], -1, *query.shape[2:])
-            logits = torch.einsum("hgqd,hkd->hgqk", grouped, key[0]).float() * scale
-            logits += attention_mask[0, 0] if attention_mask is not None else 0
-            paid = logits.softmax(-1)[..., :n].sum(2).flatten(0, 1)
-            total.add_((paid / paid.sum(-1, keepdim=True)).max(0).values.double().cpu())
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, *args, **kwargs
-            )
-
-        with self._lock:
-            before = self.model.config._attn_implementation
-            AttentionInterface.register(_PROBE, attention)
-            self.model.set_attn_implementation(_PROBE)
-            try:
-                at = torch.arange(n, n + len(asked), device=asked.device)
-                self._forward(asked, at, n + len(asked), _over(keys, values))
-            finally:
-                self.model.set_attn_implementation(before)
-        if len(layers) != self.shape.layers:
-            raise LayoutError(f"{self.kind} shows the queries of {len(layers)} layers only")
-        return (total / len(layers)).numpy()
+        n, layers = keys[0].shape[2] - (len(asked) if room else 0), self.shape.layers
+        total, seen = torch.zeros(n, dtype=torch.float64), set[int]()
+        at = torch.arange(n, n + len(asked), device=asked.device)
+        by = paying(at, n, layers, total, seen)
+        with self._lock, suppress(Reached), attending(self.model, by):
+            self._forward(asked, at, n + len(asked), _over(keys, values, at if room else None))
+        if len(seen) != layers:
+            raise LayoutError(f"{self.kind} shows the queries of {len(seen)} layers only")
+        return (total / layers).numpy()
 
     def _run(self, ids: torch.Tensor, rows: torch.Tensor, cache: Any) -> None:
-        for layer in cache.layers:
-            layer.rows = rows
-        self._forward(ids[rows], rows, len(ids), cache)
+        functional = self.model.config._attn_implementation == "sdpa"
+        by = attending(self.model, by_stretches(rows)) if functional else nullcontext()
+        with by:
+            self._forward(ids[rows], rows, len(ids), cache)
 
     def _forward(self, ids: torch.Tensor, at: torch.Tensor, total: int, cache: Any) -> None:
         """Tokens `ids` at positions `at`, each attending to all rows up to its own."""
@@ -287,7 +270,7 @@ class Selective:
                 )
 
 
-def _over(keys: Planes, values: Planes) -> Any:
+def _over(keys: Planes, values: Planes, rows: torch.Tensor | None = None) -> Any:
     cache = DynamicCache()
-    cache.layers = [RowLayer(k, v) for k, v in zip(keys, values, strict=True)]
+    cache.layers = [RowLayer(k, v, rows) for k, v in zip(keys, values, strict=True)]
     return cache

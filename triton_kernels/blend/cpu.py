@@ -15,7 +15,7 @@ from tierloom.triton_kernels.blend.turns import fit
 from tierloom.triton_kernels.checksum.xxh3_cpu import XXH3_START, xxh3_64
 from tierloom.triton_kernels.memory.floats import pair_turner
 from tierloom.triton_kernels.memory.machine_code import compiled
-from tierloom.triton_kernels.memory.raw import copy_bytes, publish
+from tierloom.triton_kernels.memory.raw import copy_bytes, prefetch, publish
 from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable, PlaneTable
 from tierloom.triton_kernels.paged_copy.cpu import copy_plane
 
@@ -28,6 +28,8 @@ BITS = {"bfloat16": np.uint16, "float16": np.int16, "float32": np.uint32}
 """Element types that can be turned, and what holds their bits (`memory/floats.py`)."""
 _BUFFER = 16384
 """Bytes that are turned at a time, if a row is not longer."""
+_AHEAD = 3072
+"""Bytes ahead of what is turned that are fetched: while a buffer is placed, nothing is read."""
 _LANES = 16
 """Pairs that are turned at a time, if half a head is not shorter."""
 
@@ -128,6 +130,8 @@ def _turner(interleaved):
     def turn_heads(to, source, heads_at, half, itemsize, cos, sin, like):
         whole, apart = half // _LANES * _LANES, half * itemsize
         for head in heads_at:
+            for line in range(0, heads_at.step, 64):
+                prefetch(source + head + _AHEAD + line)
             for i in range(0, whole, _LANES):
                 x = head + i * width * itemsize
                 turn(to + x, source + x, apart, cos + 4 * i, sin + 4 * i, like)

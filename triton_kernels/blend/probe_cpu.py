@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from tierloom.triton_kernels.blend.reference import paid_to
-from tierloom.triton_kernels.memory.tables import FrameTable, PlaneTable
-from tierloom.triton_kernels.paged_copy.cpu import gather_frames
+from tierloom.triton_kernels.blend.rows_cpu import gathered
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
+
+    from tierloom.triton_kernels.memory.tables import PlaneTable
 
 
 def probe_scores(
@@ -27,17 +29,7 @@ def probe_scores(
     the logits. `layer` is K's plane. Nothing is validated or written; the result is the caller's.
     """
     one = slice(layer, layer + 1)
-    table = PlaneTable(
-        planes.base[one], planes.stride[one], 1, planes.block_tokens, planes.heads, planes.dim,
-        planes.itemsize,
-    )  # fmt: skip
-    rows = np.array([len(slots)], np.int32)
-    keys = torch.empty(len(slots), planes.heads, planes.dim, dtype=queries.dtype)
-    frames = FrameTable(
-        np.array([keys.data_ptr()], np.int64), np.array([keys.nbytes], np.int64),
-        np.array([[0, 1]], np.int32), rows, rows, np.zeros(1, np.int64), np.zeros(1, np.uint64),
-        np.zeros(1, np.uint8),
-    )  # fmt: skip
-    gather_frames(table, frames, slots, np.zeros(1, np.uint8), checksum=False)
+    keys = gathered(replace(planes, base=planes.base[one], stride=planes.stride[one], kv=1),
+                    slots, queries.dtype)[0]  # fmt: skip
     here = torch.from_numpy(slots >= 0)
     return paid_to(queries.float(), keys.float(), positions, here, context, scale)

@@ -53,9 +53,31 @@ def paid_to(
 ) -> torch.Tensor:  # fmt: skip
     """The probe's scores [context] of `queries` [n, heads, dim] over `keys` [tokens, kv heads,
     dim], of which those are `here`, in their dtype."""
+    paid = _shares(queries, keys, positions, here, scale)[..., :context].sum(2).flatten(0, 1)
+    return (paid / paid.sum(1, keepdim=True).clamp(min=1e-30)).amax(0)
+
+
+def attended(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor,
+    here: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """[n, heads, dim] what `queries` get of `values` [tokens, kv heads, dim], likewise; zero where
+    they see nothing."""
+    share = _shares(queries, keys, positions, here, scale)
+    return torch.einsum("hgqk,khd->qhgd", share, values).flatten(1, 2)
+
+
+def deviation(fresh: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """[..., tokens] squared difference of [..., tokens, heads, dim], summed over heads and dim."""
+    return (fresh - kept).square().sum((-2, -1))
+
+
+def _shares(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, here: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """[kv heads, heads of each, n, tokens]"""
     grouped = queries.unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
     seen = here & (torch.arange(len(keys)) <= positions[:, None])
-    share = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
-    paid = share[..., :context].sum(2).flatten(0, 1)
-    return (paid / paid.sum(1, keepdim=True).clamp(min=1e-30)).amax(0)
+    return logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)

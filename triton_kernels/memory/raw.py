@@ -115,6 +115,20 @@ def _line(builder, base, offset, value):
 
 
 @intrinsic
+def prefetch(typing, address):
+    """Have the line at `address` brought near; any address will do."""
+
+    def generate(context, builder, signature, args):
+        pointer = _I8.as_pointer()
+        call = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        fn = cgutils.get_or_insert_function(builder.module, call, "llvm.prefetch.p0i8")
+        builder.call(fn, [builder.inttoptr(args[0], pointer), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
+
+
+@intrinsic
 def publish(typing):
     """Let every store before this call be seen before any after it."""
 

@@ -3,6 +3,7 @@ touched by it."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,7 +97,22 @@ def test_what_is_in_place_is_what_a_selective_forward_makes(blending, model, pol
     rows = [r.rows_k for r in cache._rows] + [r.rows_v for r in cache._rows]
     for plane, found in zip(want, rows, strict=True):
         assert (plane[0].transpose(0, 1) - found[:448]).abs().max() < 1e-4
+    # what follows the passages goes along, and only where something is computed
+    assert done.ready == (448 if policy == "none" else 467)
+    for plane, found in zip(read_on(model, want, done.ready), rows, strict=True):
+        assert (plane[0].transpose(0, 1) - found[: done.ready]).abs().max() < 1e-4
     cache.abandon()
+
+
+def read_on(model, planes: list[torch.Tensor], end: int) -> list[torch.Tensor]:
+    """A plain forward of ASKED from `planes` on."""
+    cache, layers = DynamicCache(config=model.config), len(planes) // 2
+    for i in range(layers):
+        cache.update(planes[i].clone(), planes[layers + i].clone(), i)
+    if end > (first := planes[0].shape[2]):
+        with torch.no_grad():
+            model.base_model(input_ids=ASKED[:, first:end], **with_cache(model.base_model, cache))
+    return [x.keys for x in cache.layers] + [x.values for x in cache.layers]
 
 
 def kept_scores(kept: CachedModel) -> np.ndarray:
@@ -117,6 +133,22 @@ def test_generate_reuses_passages_and_says_so(blending) -> None:
     last = kept.last
     assert (last.blended_tokens, last.computed_tokens, last.not_blended) == (384, 16, "")
     assert last.hit_tokens == 448 - 16
+
+
+def test_a_model_that_hides_its_queries_has_heads_computed(blending, model, monkeypatch) -> None:
+    """It attends by itself, whatever the registry says: a mask is all that it is told."""
+    kept = blending(policy="probe", heads=8)
+    selective = kept._selective()
+    monkeypatch.setattr(selective, "model", SimpleNamespace(
+        config=model.config, set_attn_implementation=lambda name: None
+    ))  # fmt: skip
+    cache = kept._cache(ASKED, room=64, stepwise=True, blend=selective)
+    assert cache.blended.computed == 16
+    mask = np.zeros(448, np.bool_)
+    mask[64:72] = mask[192:200] = True
+    for plane, rows in zip(expected(model, mask), [r.rows_k for r in cache._rows], strict=False):
+        assert (plane[0].transpose(0, 1) - rows[:448]).abs().max() < 1e-4
+    cache.abandon()
 
 
 def test_nobody_else_notices(blending, model) -> None:

@@ -82,6 +82,35 @@ def test_chosen_tokens_see_what_was_loaded(model, selective: Selective) -> None:
     assert off([keys[-1][:, :, mask]], [plain[-1][:, :, mask]]) > 1e-2
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_many_stretches_are_each_over_all_before_them(model, attention: str) -> None:
+    """Every third token over foreign KV, against one token after another, each of which a plain
+    forward computes over all rows before it."""
+    model.set_attn_implementation(attention)
+    try:
+        shape, ids = shape_of(model), tokens(240)[0]
+        selective = Selective(model, shape, rotation(model, shape))
+        keys, values = computed(model, tokens(240, seed=5)[0])
+        want_k, want_v = [k.clone() for k in keys], [v.clone() for v in values]
+        mask = np.arange(240) % 3 == 1
+        mask[100:140] = True
+        for at in np.flatnonzero(mask):
+            cache = DynamicCache(config=model.config)
+            for i, planes in enumerate(zip(want_k, want_v, strict=True)):
+                cache.update(*(plane[:, :, :at].clone() for plane in planes), i)
+            with torch.no_grad():
+                model.base_model(
+                    input_ids=ids[None, at : at + 1], **with_cache(model.base_model, cache)
+                )
+            for layer, k, v in zip(cache.layers, want_k, want_v, strict=True):
+                k[:, :, at], v[:, :, at] = layer.keys[:, :, at], layer.values[:, :, at]
+        selective.recompute(ids, mask, keys, values)
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert off(keys, want_k) < 1e-4
+    assert off(values, want_v) < 1e-4
+
+
 def test_scores_are_the_attention_of_what_follows(model, selective: Selective) -> None:
     ids, asked = tokens(N)[0], tokens(7, seed=3)[0]
     keys, values = computed(model, ids)
@@ -99,6 +128,9 @@ def test_scores_are_the_attention_of_what_follows(model, selective: Selective) -
     assert np.allclose(got, want.numpy(), atol=1e-5)
     assert model.config._attn_implementation == "sdpa"
     assert keys[0].shape[2] == N
+    longer = [[torch.cat([p, p[:, :, :7]], 2) for p in planes] for planes in (keys, values)]
+    assert np.array_equal(selective.scores(asked, *longer, room=True), got)
+    assert off([p[:, :, :N] for p in longer[0] + longer[1]], keys + values) == 0
 
 
 @pytest.mark.parametrize("of", ["k", "v", "both"])
