@@ -1,0 +1,245 @@
+"""What a Redis or Valkey server does for a directory, in Lua; each is one step for all others.
+
+    tierloomNAME               a chunk, NAME of 16 bytes: words of its holders
+    tierloom!w                 workers: number to epoch and record; nNAME to process and turns
+    tierloom!hNUMBER           lives as long as the worker does: EPOCH:SEQUENCE it has come to
+    tierloom!eEPOCH            a stream: what it announced of late
+    tierloom!l, tierloom!s     whether a sweep is due, and where it goes on
+
+In a cluster `{PLACE}` follows the prefix, 4 hex digits: in a chunk's key those of its name, so that
+16 chunks of a chain lie together; in all others those by which every node has them to itself, so
+that each can tell by itself who lives. Redis 7 or newer, or Valkey.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha1
+from typing import NamedTuple
+
+from tierloom.stages.directory.shared.embedded import EVENTS
+from tierloom.stages.directory.shared.records import MOST_HOLDERS, NUMBERS
+from tierloom.stages.tiers.redis.resp import command
+
+
+class Script(NamedTuple):
+    """A script, which a server knows by its hash once it has run it."""
+
+    text: str
+
+    def by_hash(self, key: bytes, *arguments: bytes | int) -> bytes:
+        return command("EVALSHA", sha1(self.text.encode()).hexdigest(), 1, key, *arguments)
+
+    def whole(self, key: bytes, *arguments: bytes | int) -> bytes:
+        return command("EVAL", self.text, 1, key, *arguments)
+
+
+# `home` is the prefix of all keys that are no chunks. `others`: the words of `v` without those of
+# the worker of `w`, if any, and of who is dead.
+_LIVING = f"""
+local living = {{}}
+local function number(w)
+  local a, b, c = string.byte(w, 1, 3)
+  return a * 4096 + b * 16 + math.floor(c / 16)
+end
+local function alive(home, n)
+  if living[n] == nil then living[n] = redis.call('EXISTS', home .. 'h' .. n) == 1 end
+  return living[n]
+end
+local function others(home, v, w)
+  local kept, mine = {{}}, w and number(w)
+  for i = 1, #v - 2, 3 do
+    local word = string.sub(v, i, i + 2)
+    local n = number(word)
+    if n ~= mine and alive(home, n) then kept[#kept + 1] = word end
+  end
+  local from = math.max(1, #kept - {MOST_HOLDERS - 1} + (w and 1 or 0))
+  return table.concat(kept, '', from)
+end
+"""
+
+# ARGV: prefix of chunks, names. Returns words and how many chunks have them, again and again.
+FIND = Script(
+    _LIVING
+    + """
+local home, prefix, names = KEYS[1], ARGV[1], ARGV[2]
+local seen, out, last = {}, {}, nil
+for i = 1, #names, 16 do
+  local v = redis.call('GET', prefix .. string.sub(names, i, i + 15))
+  if not v then break end
+  local now = seen[v]
+  if now == nil then now = others(home, v) seen[v] = now end
+  if now == '' then break end
+  if now == last then out[#out] = out[#out] + 1
+  else out[#out + 1] = now out[#out + 1] = 1 last = now end
+end
+return out
+"""
+)
+
+# ARGV: number, ms, epoch, sequence, events (empty: none); then word, prefix and names, again and
+# again. The first write of a chunk that nobody has is one call.
+ANNOUNCE = Script(
+    _LIVING
+    + f"""
+local home, beat, sequence = KEYS[1], KEYS[1] .. 'h' .. ARGV[1], tonumber(ARGV[4])
+local at = redis.call('GET', beat)
+if at == ARGV[3] .. ':' .. sequence then redis.call('PEXPIRE', beat, ARGV[2]) return 1 end
+if at ~= ARGV[3] .. ':' .. sequence - 1 then return 0 end
+for t = 6, #ARGV, 3 do
+  local w, prefix, names, made = ARGV[t], ARGV[t + 1], ARGV[t + 2], {{}}
+  local none = string.byte(w, 3) % 16 == 0
+  for i = 1, #names, 16 do
+    local k = prefix .. string.sub(names, i, i + 15)
+    local v
+    if none then v = redis.call('GET', k) else v = redis.call('SET', k, w, 'NX', 'GET') end
+    if v and v ~= w then
+      if made[v] == nil then made[v] = others(home, v, w) .. (none and '' or w) end
+      if made[v] == '' then redis.call('DEL', k)
+      elseif made[v] ~= v then redis.call('SET', k, made[v]) end
+    end
+  end
+end
+if #ARGV[5] > 0 then
+  local stream = home .. 'e' .. ARGV[3]
+  redis.call('XADD', stream, 'MAXLEN', '~', {EVENTS}, sequence .. '-0', 'c', ARGV[5])
+  redis.call('PEXPIRE', stream, 10 * ARGV[2])
+end
+redis.call('SET', beat, ARGV[3] .. ':' .. sequence, 'PX', ARGV[2])
+return 1
+"""
+)
+
+# ARGV: name, process, first and last turn, record. Returns the turn (0: the name is another's)
+# and the number of the process that had the name, or -1.
+JOIN = Script(
+    f"""
+local home, w, old = KEYS[1], KEYS[1] .. 'w', -1
+local name, process, first, last = 'n' .. ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local p, f, t = string.match(redis.call('HGET', w, name) or '', '^(%x+) (%d+) (%d+)$')
+if p then
+  f, old = tonumber(f), t % {NUMBERS}
+  local older = p ~= process and first > 0 and first <= f
+  if older and redis.call('EXISTS', home .. 'h' .. old) == 1 then return {{0, -1}} end
+  redis.call('HDEL', w, old)
+end
+local turn = math.max(tonumber(redis.call('HGET', w, 'last') or 0), last) + 1
+while redis.call('EXISTS', home .. 'h' .. turn % {NUMBERS}) == 1 do turn = turn + 1 end
+if first == 0 then first = 9007199254740992 end
+redis.call('HSET', w, 'last', turn, name, process .. string.format(' %.0f %.0f', first, turn),
+  turn % {NUMBERS}, turn .. ' ' .. ARGV[5])
+return {{turn, old}}
+"""
+)
+
+# ARGV: number, ms, epoch, the number that is no more. On each node, after JOIN on one.
+ENTER = Script(
+    """
+redis.call('DEL', KEYS[1] .. 'h' .. ARGV[4])
+redis.call('SET', KEYS[1] .. 'h' .. ARGV[1], ARGV[3] .. ':0', 'PX', ARGV[2])
+return 1
+"""
+)
+
+# ARGV: number, ms, epoch, sequence. Takes no memory, so that a full server does not bury everyone.
+BEAT = Script(
+    """
+local beat, sequence = KEYS[1] .. 'h' .. ARGV[1], tonumber(ARGV[4])
+local at = redis.call('GET', beat)
+if at ~= ARGV[3] .. ':' .. sequence and at ~= ARGV[3] .. ':' .. sequence + 1 then return 0 end
+return redis.call('PEXPIRE', beat, ARGV[2])
+"""
+)
+
+# ARGV: number, epoch.
+LEAVE = Script(
+    """
+local beat = KEYS[1] .. 'h' .. ARGV[1]
+if string.match(redis.call('GET', beat) or '', '^%d+') == ARGV[2] then
+  redis.call('DEL', beat)
+  redis.call('HDEL', KEYS[1] .. 'w', ARGV[1])
+end
+return 1
+"""
+)
+
+# ARGV: numbers, or none for all. Returns number and record, again and again.
+WORKERS = Script(
+    """
+local home, out, numbers = KEYS[1], {}, ARGV
+if #numbers == 0 then numbers = redis.call('HKEYS', home .. 'w') end
+for _, n in ipairs(numbers) do
+  if tonumber(n) and redis.call('EXISTS', home .. 'h' .. n) == 1 then
+    local record = redis.call('HGET', home .. 'w', n)
+    if record then out[#out + 1] = n out[#out + 1] = record end
+  end
+end
+return out
+"""
+)
+
+# KEYS: the chunk's. ARGV: the word.
+REPORT = Script(
+    """
+local v, kept = redis.call('GET', KEYS[1]) or '', {}
+for i = 1, #v - 2, 3 do
+  local word = string.sub(v, i, i + 2)
+  if word ~= ARGV[1] then kept[#kept + 1] = word end
+end
+local made = table.concat(kept)
+if made == v then return 0 end
+if made == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], made) end
+return 1
+"""
+)
+
+# ARGV: prefix, bytes of a chunk's key, most, ms. Whoever comes first in so many ms sweeps.
+SWEEP = Script(
+    _LIVING
+    + """
+local home, prefix, changed = KEYS[1], ARGV[1], 0
+if not redis.call('SET', home .. 'l', 1, 'NX', 'PX', ARGV[4]) then return 0 end
+local at = redis.call('GET', home .. 's') or '0'
+local got = redis.call('SCAN', at, 'MATCH', prefix .. '*', 'COUNT', ARGV[3], 'TYPE', 'string')
+local made = {}
+for _, k in ipairs(got[2]) do
+  if #k == tonumber(ARGV[2]) then
+    local v = redis.call('GET', k)
+    if made[v] == nil then made[v] = others(home, v) end
+    if made[v] == '' then redis.call('DEL', k) changed = changed + 1
+    elseif made[v] ~= v then redis.call('SET', k, made[v]) changed = changed + 1 end
+  end
+end
+redis.call('SET', home .. 's', got[1])
+if got[1] == '0' then
+  local all = redis.call('HGETALL', home .. 'w')
+  for i = 1, #all, 2 do
+    local n = tonumber(all[i]) or tonumber(string.match(all[i + 1], '^%x+ %d+ (%d+)$'))
+    if n and all[i] ~= 'last' and not alive(home, n % NUMBERS) then
+      redis.call('HDEL', home .. 'w', all[i])
+    end
+  end
+end
+return changed
+""".replace("NUMBERS", str(NUMBERS))
+)
+
+# ARGV: prefix, bytes of a chunk's key, most, cursor, number. Returns the cursor, then key and word.
+SNAPSHOT = Script(
+    _LIVING
+    + """
+local got = redis.call('SCAN', ARGV[4], 'MATCH', ARGV[1] .. '*', 'COUNT', ARGV[3], 'TYPE', 'string')
+local out, mine = {got[1]}, tonumber(ARGV[5])
+for _, k in ipairs(got[2]) do
+  if #k == tonumber(ARGV[2]) then
+    local v = redis.call('GET', k)
+    for i = 1, #v - 2, 3 do
+      if number(string.sub(v, i, i + 2)) == mine then
+        out[#out + 1] = k
+        out[#out + 1] = string.sub(v, i, i + 2)
+      end
+    end
+  end
+end
+return out
+"""
+)
