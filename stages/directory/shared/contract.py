@@ -17,6 +17,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tierloom.stages.directory.shared.records import Announced, Announcement, Holder, WorkerRecord
+from tierloom.stages.errors import ConfigError
+
+EVENTS = 64
+"""Calls of `announce` by each worker that `events` goes back, about."""
 
 
 class Member(NamedTuple):
@@ -99,3 +103,10 @@ class Directory(ABC):
     async def withdraw(self, epoch: int, sequence: int, names: Sequence[bytes]) -> bool:
         """`announce` that these are in no tier any more."""
         return await self.announce(epoch, sequence, [Announcement(name, 0) for name in names])
+
+
+def name_taken(worker: WorkerRecord) -> ConfigError:
+    return ConfigError(
+        f"directory: a process that began later calls itself {worker.name!r} too, so this one is "
+        "not announced any more; give each engine an `instance` of its own"
+    )

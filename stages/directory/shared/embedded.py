@@ -1,7 +1,7 @@
 """embedded: the directory in this process, for one engine's neighbors or in a server of ours.
 
-Nothing is written down: workers announce anew to one that was started again. A chunk costs one
-entry of a dictionary, its name of 16 bytes, and where one worker alone has it nothing more.
+Nothing is written down: workers announce anew to one that was started again. A chunk costs a slot
+of a table, and where several have it the bytes of their words.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import anyio.lowlevel
+import numpy as np
 
-from tierloom.stages.directory.shared.contract import Directory, Member, Page
+from tierloom.stages.directory.shared.chunk_table import ChunkTable
+from tierloom.stages.directory.shared.contract import EVENTS, Directory, Member, Page, name_taken
 from tierloom.stages.directory.shared.records import (
     MOST_HOLDERS,
-    NAME,
+    MOST_TIERS,
     NUMBERS,
-    WHOLE_NAME,
     WORD,
     Announced,
     Announcement,
@@ -35,11 +36,9 @@ from tierloom.stages.directory.shared.records import (
     unpack_changes,
     word_of,
 )
-from tierloom.stages.errors import ConfigError
 
-EVENTS = 64
-"""Calls of `announce` by each worker that `events` goes back."""
-_SLICE = 2000  # chunks that are looked at before others may run
+_SLICE = 2000  # slots that are looked at before others may run
+_SEVERAL = 1 << 24  # from here on a number is no word
 
 
 @dataclass(slots=True)
@@ -61,11 +60,11 @@ class EmbeddedDirectory(Directory):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: monotonic, in seconds."""
         self._clock = clock
-        self._chunks: dict[bytes, bytes] = {}  # the first 16 bytes of a name: words of holders
-        self._alone: dict[bytes, bytes] = {}  # the one copy of a word that chunks share
+        self._chunks = ChunkTable()  # to the word of the one holder, or _SEVERAL + where words are
+        self._several: list[bytes] = []
+        self._free: list[int] = []
         self._lives: dict[int, _Lives] = {}
-        self._turn = 0
-        self._to_sweep: Iterator[bytes] = iter(())
+        self._turn = self._swept = 0
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -100,44 +99,42 @@ class EmbeddedDirectory(Directory):
         require_changes(changes)
         if not await self.beat(epoch, sequence - 1):
             return False
-        lives, chunks = self._lives[number_of(epoch)], self._chunks
+        number, lives = number_of(epoch), self._lives[number_of(epoch)]
         if lives.sequence == sequence:
             return True
-        number = number_of(epoch)
-        single = [self._single(number, tiers) for tiers in range(16)]
-        for name, tiers, _ in changes:
-            short = name[:NAME]
-            words = chunks.get(short)
-            if words is None:
-                if tiers:
-                    chunks[short] = single[tiers]
-            elif words != single[tiers]:
-                self._replace(short, words, number, single[tiers] if tiers else b"")
+        held = {name: tiers for name, tiers, _ in changes}
+        tiers = np.frombuffer(bytes(held.values()), np.uint8)
+        new = np.where(tiers, np.uint32(number << MOST_TIERS) | tiers, 0).astype(np.uint32)
+        old = self._chunks.add(b"".join(held), new)
+        names = list(held)
+        for i in np.flatnonzero((old != 0) & (old != new)).tolist():
+            word = word_of(number, held[names[i]]) if held[names[i]] else b""
+            self._replace(names[i], int(old[i]), number, word)
         lives.sequence = sequence
         lives.told.append((sequence, pack_changes(changes)))
         return True
 
     async def find(self, names: Sequence[bytes]) -> list[tuple[Holder, ...]]:
         require_names(names)
+        found: list[tuple[Holder, ...]] = []
         seen: dict[bytes, tuple[Holder, ...]] = {}
-        found, chunks = [], self._chunks
-        for name in names:
-            words = chunks.get(name[:NAME])
-            if words is None:
-                break
-            holders = seen.get(words)
-            if holders is None:
-                holders = seen[words] = holders_in(self._living_words(words))
-            if not holders:
-                break
+        last, holders = 0, tuple[Holder, ...]()
+        for value in self._chunks.find(b"".join(names)):
+            if value != last:
+                words = self._words(value)
+                if words not in seen:
+                    seen[words] = holders_in(self._living_words(words))
+                last, holders = value, seen[words]
+                if not holders:
+                    break
             found.append(holders)
         return found
 
     async def report(self, name: bytes, holder: Holder) -> None:
         require_names([name])
-        words = self._chunks.get(name[:NAME], b"")
-        if holder in holders_in(words):
-            self._replace(name[:NAME], words, holder.number, b"")
+        for value in self._chunks.find(name):
+            if holder in holders_in(self._words(value)):
+                self._replace(name, value, holder.number, b"")
 
     async def events(self, after: Mapping[int, int]) -> dict[int, list[Announced] | None]:
         told: dict[int, list[Announced] | None] = {}
@@ -153,13 +150,13 @@ class EmbeddedDirectory(Directory):
         lives = self._find_living(epoch)
         if lives is None:
             return
-        sequence, names = lives.sequence, list(self._chunks)
-        for at in range(0, len(names), _SLICE):
+        sequence, then = lives.sequence, self._chunks.clone()
+        for at in range(0, then.slots, _SLICE):
             chunks = []
-            for name in names[at : at + _SLICE]:
-                for number, tiers in holders_in(self._chunks.get(name, b"")):
-                    if number == number_of(epoch):
-                        chunks.append((name.ljust(WHOLE_NAME, b"\0"), tiers))
+            for name in then.names(at, at + _SLICE):
+                for value in self._chunks.find(name):
+                    holders = holders_in(self._words(value))
+                    chunks += [(name, h.tiers) for h in holders if h.number == number_of(epoch)]
             yield Page(sequence, chunks)
             await anyio.lowlevel.checkpoint()
 
@@ -170,16 +167,13 @@ class EmbeddedDirectory(Directory):
 
     async def sweep(self, most: int = 2000) -> int:
         self._bury()
-        changed = 0
-        for _ in range(most):
-            name = next(self._to_sweep, None)
-            if name is None:
-                self._to_sweep = iter(list(self._chunks))
-                self._alone = {w: w for w in self._alone if holders_in(w)[0].number in self._lives}
-                break
-            words = self._chunks.get(name, b"")
-            if words and self._living_words(words) != words:
-                self._replace(name, words, -1, b"")
+        changed, begin = 0, self._swept
+        self._swept = begin + most if begin + most < self._chunks.slots else 0
+        for name in self._chunks.names(begin, begin + most):
+            (value,) = self._chunks.find(name)
+            words = self._words(value)
+            if self._living_words(words) != words:
+                self._replace(name, value, -1, b"")
                 changed += 1
         return changed
 
@@ -193,9 +187,8 @@ class EmbeddedDirectory(Directory):
         now = self._clock()
         self._lives = {n: lives for n, lives in self._lives.items() if lives.until > now}
 
-    def _single(self, number: int, tiers: int) -> bytes:
-        word = word_of(number, tiers)
-        return self._alone.setdefault(word, word)
+    def _words(self, value: int) -> bytes:
+        return value.to_bytes(WORD, "big") if value < _SEVERAL else self._several[value - _SEVERAL]
 
     def _living_words(self, words: bytes) -> bytes:
         """Of these words, those of workers that live."""
@@ -207,20 +200,20 @@ class EmbeddedDirectory(Directory):
                 kept += word
         return kept
 
-    def _replace(self, name: bytes, words: bytes, number: int, word: bytes) -> None:
-        """Forget what a worker held of a chunk, and who is dead; then add `word`."""
-        kept = self._living_words(words)
+    def _replace(self, name: bytes, value: int, number: int, word: bytes) -> None:
+        """Forget what a worker held of a chunk, and who is dead; then add `word`. `value`: what the
+        chunk has now."""
+        kept = self._living_words(self._words(value))
         split = [kept[i : i + WORD] for i in range(0, len(kept), WORD)]
         others = [each for each in split if holders_in(each)[0].number != number]
-        made = b"".join(others[-MOST_HOLDERS + bool(word) :]) + word
-        if made:
-            self._chunks[name] = self._alone.setdefault(made, made) if len(made) == WORD else made
-        else:
-            del self._chunks[name]
-
-
-def name_taken(worker: WorkerRecord) -> ConfigError:
-    return ConfigError(
-        f"directory: a process that began later calls itself {worker.name!r} too, so this one is "
-        "not announced any more; give each engine an `instance` of its own"
-    )
+        words = b"".join(others[-MOST_HOLDERS + bool(word) :]) + word
+        if value >= _SEVERAL:
+            self._free.append(value - _SEVERAL)
+        made = int.from_bytes(words, "big")
+        if len(words) > WORD:
+            if not self._free:
+                self._free.append(len(self._several))
+                self._several.append(b"")
+            made = _SEVERAL + self._free.pop()
+            self._several[made - _SEVERAL] = words
+        self._chunks.replace(name, made)

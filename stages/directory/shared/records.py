@@ -116,14 +116,14 @@ def require_names(names: Sequence[bytes], most: int = MOST_NAMES) -> None:
     """Raise InputError unless these are at most so many names of chunks."""
     if len(names) > most:
         raise InputError(f"{len(names)} chunks in one call: {most} at most")
-    for i, name in enumerate(names):
-        if len(name) != WHOLE_NAME:
-            raise InputError(f"name {i} of a chunk has {len(name)} bytes, not {WHOLE_NAME}")
+    if not set(map(len, names)) <= {WHOLE_NAME}:
+        i, name = next((i, n) for i, n in enumerate(names) if len(n) != WHOLE_NAME)
+        raise InputError(f"name {i} of a chunk has {len(name)} bytes, not {WHOLE_NAME}")
 
 
 def require_changes(changes: Sequence[Announcement]) -> None:
     """Raise InputError unless all of these can be announced in one call."""
-    require_names([change.name for change in changes])
+    require_names([name for name, _, _ in changes])
     for name, tiers, nbytes in changes:
         if not 0 <= tiers < 1 << MOST_TIERS or nbytes < 0:
             raise InputError(f"chunk {name.hex()}: tiers {tiers:#x} of {nbytes} bytes")

@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import groupby
 
 from tierloom.stages.directory.shared import scripts
-from tierloom.stages.directory.shared.contract import Directory, Member, Page
-from tierloom.stages.directory.shared.embedded import name_taken
+from tierloom.stages.directory.shared.contract import Directory, Member, Page, name_taken
 from tierloom.stages.directory.shared.nodes import FIRST, LARGE, DirectoryNodes
 from tierloom.stages.directory.shared.records import (
     NAME,
@@ -106,18 +105,18 @@ class RedisDirectory(Directory):
         if life is None:
             return False
         number, node_of = number_of(epoch), self._nodes.servers.node_of
-        by_node: dict[RedisNode | None, dict[tuple[bytes, int], list[bytes]]] = {}
-        for name, tiers in {change.name: change.tiers for change in changes}.items():
-            place = self._nodes.place(name)
-            groups = by_node.setdefault(node_of(place), defaultdict(list))
-            groups[place, tiers].append(name[:NAME])
+        groups: defaultdict[tuple[bytes, int], list[bytes]] = defaultdict(list)
+        cut = NAME if self._nodes.cluster else WHOLE_NAME
+        for name, tiers in {name: tiers for name, tiers, _ in changes}.items():
+            groups[name[cut:], tiers].append(name[:NAME])
 
         async def tell(node: RedisNode, home: bytes) -> None:
             nonlocal taken
             events = pack_changes(changes) if home == self._nodes.home(FIRST) else b""
             said: list[bytes | int] = [number, life, epoch, sequence, events]
-            for (place, tiers), names in by_node.get(node, {}).items():
-                said += (word_of(number, tiers), self._nodes.chunks_at(place), b"".join(names))
+            for (place, tiers), names in groups.items():
+                if node_of(place) is node:
+                    said += (word_of(number, tiers), self._nodes.chunks_at(place), b"".join(names))
             (done,) = await self._nodes.run(node, [(scripts.ANNOUNCE, home, tuple(said))])
             taken = taken and done == 1
 

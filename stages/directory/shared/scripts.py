@@ -16,7 +16,7 @@ from __future__ import annotations
 from hashlib import sha1
 from typing import NamedTuple
 
-from tierloom.stages.directory.shared.embedded import EVENTS
+from tierloom.stages.directory.shared.contract import EVENTS
 from tierloom.stages.directory.shared.records import MOST_HOLDERS, NUMBERS
 from tierloom.stages.tiers.redis.resp import command
 

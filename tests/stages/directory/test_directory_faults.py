@@ -201,7 +201,7 @@ async def test_a_node_of_a_cluster_dies() -> None:
         said = RedisOptions(url=f"redis-cluster://127.0.0.1:{nodes[0].port}", stall=0.4)
         directory = RedisDirectory(said, timeout=2.0)
         await directory.open()
-        announcer = Announcer(directory, worker_of("a", heartbeat=2.0))
+        announcer = Announcer(directory, worker_of("a", heartbeat=1.0))
 
         async def count():
             found = 0

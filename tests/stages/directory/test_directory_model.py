@@ -223,7 +223,7 @@ def test_in_redis() -> None:
             def pass_time(self, seconds):
                 self.loop.run_until_complete(asyncio.sleep(seconds))
 
-        walk(Served(), random.Random(1), 300)
+        walk(Served(), random.Random(1), 200)
 
 
 def walk(machine, rng, steps):
