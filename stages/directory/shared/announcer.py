@@ -23,6 +23,7 @@ from tierloom.stages.errors import ConfigError, InputError, TierDown
 log = logging.getLogger(__name__)
 
 _BATCH = 512  # chunks announced in one call
+_REPORTS = 32  # made at once
 _PAUSE = 0.02  # seconds between two looks for changes
 _SLOW = 0.02  # seconds for a batch, from which on the directory has enough to do
 _LONGEST = 5.0  # seconds for which a directory that fails is left alone
@@ -86,11 +87,11 @@ class Announcer:
                 if self.problem is None:
                     log.error("%s", error)  # noqa: TRY400 (no trace: it is somebody's mistake)
                 self.problem, pause = error, _LONGEST
-            except (TierDown, OSError) as error:
+            except Exception as error:  # whatever it is, engines go on
                 if not self._failures:
-                    log.warning("the directory is not told what is kept here: %s", error)
-                longest = self._worker.heartbeat / 2 if self.epoch else _LONGEST
-                pause = min(longest, self._worker.heartbeat / 4 * 2**self._failures)
+                    log.warning("the directory is not told what is kept here: %r", error)
+                least = self._worker.heartbeat / 4  # joined it goes on to say that it lives
+                pause = least if self.epoch else min(_LONGEST, least * 2**self._failures)
                 self._failures = min(self._failures + 1, 16)
             await anyio.sleep(pause)
 
@@ -107,10 +108,8 @@ class Announcer:
         """Do what is due; the seconds until something may be."""
         if not self.epoch:
             await self._join()
-        while self._gone:
-            await self._directory.report(*self._gone.popleft())
         began, taken, pause = self._clock(), True, _PAUSE
-        if began - self._beat_at >= self._worker.heartbeat / 2:  # also where nothing is taken
+        if began - self._beat_at >= self._worker.heartbeat / 2:  # a full server still takes it
             taken = await self._directory.beat(self.epoch, self._sequence)
             self._beat_at = began
             await self._directory.sweep()
@@ -118,12 +117,13 @@ class Announcer:
         if taken and self._pending:
             taken = await self._directory.announce(self.epoch, self._sequence + 1, self._pending)
             told, self._pending = len(self._pending), []
-            self._sequence, self._beat_at = self._sequence + 1, began
-            took = self._clock() - began
+            self._sequence, took = self._sequence + 1, self._clock() - began
             self._rest = min(1.0, 2 * self._rest + 0.01) if took > _SLOW else self._rest / 2
             pause = max(_PAUSE if told < _BATCH else 0.0, told / self._pace - took, self._rest)
         if not taken:  # a gap, or it came back empty: all anew, but not at once
             self.epoch, pause = 0, self._worker.heartbeat / 4
+        for _ in range(min(len(self._gone), _REPORTS)):
+            await self._directory.report(*self._gone.popleft())
         return pause
 
     async def _join(self) -> None:

@@ -92,8 +92,8 @@ class Directory(ABC):
 
     @abstractmethod
     async def workers(self, numbers: Sequence[int] = ()) -> dict[int, Member]:
-        """Living workers by number; all, or those asked for. Which worker a number is, never
-        changes in its life, so answers may be kept."""
+        """Living workers by number; all, or those asked for. Answers may be kept: a number is that
+        of one worker as long as it lives. A holder that is not among them is gone."""
 
     @abstractmethod
     async def sweep(self, most: int = 2000) -> int:

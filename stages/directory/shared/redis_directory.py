@@ -92,8 +92,8 @@ class RedisDirectory(Directory):
 
         async def beat(node: RedisNode, home: bytes) -> None:
             nonlocal lives
-            asked = (scripts.BEAT, home, (number_of(epoch), life, epoch, sequence))
-            (done,) = await self._nodes.run(node, [asked])
+            said = (number_of(epoch), life, epoch, sequence, int(home == self._nodes.home(FIRST)))
+            (done,) = await self._nodes.run(node, [(scripts.BEAT, home, said)])
             lives = lives and done == 1
 
         await self._nodes.everywhere(beat)

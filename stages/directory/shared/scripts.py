@@ -61,16 +61,20 @@ end
 FIND = Script(
     _LIVING
     + """
-local home, prefix, names = KEYS[1], ARGV[1], ARGV[2]
-local seen, out, last = {}, {}, nil
+local prefix, names, call, sub = ARGV[1], ARGV[2], redis.call, string.sub
+local seen, out, n, last, now, count = {}, {}, 0, nil, nil, 0
 for i = 1, #names, 16 do
-  local v = redis.call('GET', prefix .. string.sub(names, i, i + 15))
-  if not v then break end
-  local now = seen[v]
-  if now == nil then now = others(home, v) seen[v] = now end
-  if now == '' then break end
-  if now == last then out[#out] = out[#out] + 1
-  else out[#out + 1] = now out[#out + 1] = 1 last = now end
+  local v = call('GET', prefix .. sub(names, i, i + 15))
+  if v ~= last then
+    if not v then break end
+    last, now = v, seen[v] or others(KEYS[1], v)
+    seen[v] = now
+    if now == '' then break end
+    n, count = n + 2, 0
+    out[n - 1] = now
+  end
+  count = count + 1
+  out[n] = count
 end
 return out
 """
@@ -140,12 +144,14 @@ return 1
 """
 )
 
-# ARGV: number, ms, epoch, sequence. Takes no memory, so that a full server does not bury everyone.
+# ARGV: number, ms, epoch, sequence, 1 where the workers are. Takes no memory, so that a full server
+# does not bury everyone; and notices where a server that evicts has evicted the workers.
 BEAT = Script(
     """
 local beat, sequence = KEYS[1] .. 'h' .. ARGV[1], tonumber(ARGV[4])
 local at = redis.call('GET', beat)
 if at ~= ARGV[3] .. ':' .. sequence and at ~= ARGV[3] .. ':' .. sequence + 1 then return 0 end
+if ARGV[5] == '1' and redis.call('HEXISTS', KEYS[1] .. 'w', ARGV[1]) == 0 then return 0 end
 return redis.call('PEXPIRE', beat, ARGV[2])
 """
 )

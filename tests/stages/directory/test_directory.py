@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import anyio
+import numpy as np
 import pytest
 import servers
 
+from tierloom.stages.directory.shared.chunk_table import ChunkTable
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory
 from tierloom.stages.directory.shared.redis_directory import RedisDirectory
 from tierloom.stages.tiers.redis.tier import RedisOptions
 from tierloom.testing import Clock, DirectoryContract
+from tierloom.testing.directories import held, names_of, worker_of
 
 
 class TestEmbedded(DirectoryContract):
@@ -25,6 +30,35 @@ class TestEmbedded(DirectoryContract):
 
     async def size(self, directory):
         return len(directory)
+
+    async def test_what_several_have_leaves_nothing_behind(self, directory):
+        a, b = await directory.join(worker_of("a")), await directory.join(worker_of("b"))
+        names = names_of(1, 20)
+        assert await directory.announce(a, 1, held(names))
+        for sequence in range(1, 100):
+            assert await directory.announce(b, sequence, held(names, sequence % 4))
+        assert len(directory._several) == 20
+        assert await directory.announce(b, 100, held(names, 0))
+        assert len(directory._free) == 20
+
+    async def test_a_table_that_grows_and_shrinks_is_right(self, directory):
+        """Against a dictionary, over doublings and with names that share a home."""
+        rng, right = random.Random(1), {}
+        table = ChunkTable()
+        names = [rng.randbytes(1) + bytes(7) + rng.randbytes(8) + b"\0\0" for _ in range(3000)]
+        for _ in range(300):
+            some = {name: rng.randrange(1, 1 << 32) for name in rng.sample(names, 20)}
+            old = table.add(b"".join(some), np.array(list(some.values()), np.uint32)).tolist()
+            assert old == [right.get(name, 0) for name in some]
+            right = some | right
+            for name in rng.sample(sorted(right), min(len(right), 12)):
+                number = rng.randrange(2) * 7
+                table.replace(name, number)
+                right = {n: v for n, v in (right | {name: number}).items() if v}
+            assert len(table) == len(right)
+        for name in names:
+            assert table.find(name) == ([right[name]] if name in right else [])
+        assert sorted(table.names(0, table.slots)) == sorted(right)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ async def test_a_full_server_takes_nothing_and_forgets_nobody() -> None:
     """It is told when there is room again; until then whoever was known lives on."""
     with servers.redis() as server:
         directory = await opened(server)
-        announcer = Announcer(directory, worker_of("a", heartbeat=0.2))
+        announcer = Announcer(directory, worker_of("a", heartbeat=0.5))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(announcer.run)
             for name in NAMES[:20]:
@@ -102,7 +102,9 @@ async def test_a_full_server_takes_nothing_and_forgets_nobody() -> None:
                 await directory.join(worker_of("b"))
             for name in NAMES[20:]:
                 announcer.note(name, 0, True)
-            for _ in range(12):
+            for name in NAMES:
+                announcer.report(name, Holder(1 << 19, 1))
+            for _ in range(14):
                 await anyio.sleep(0.1)
                 assert len(await directory.find(NAMES)) == 20
             servers.ask(server.port, "CONFIG", "SET", "maxmemory", "0")
@@ -127,6 +129,10 @@ async def test_garbage_in_the_server() -> None:
             servers.ask(server.port, "HSET", "tierloom!w", field, value)
             servers.ask(server.port, "SET", f"tierloom!h{field}", "0")
         assert set(await directory.workers()) == {number_of(epoch)}
+        servers.ask(server.port, "DEL", "tierloom!w")
+        assert not await directory.beat(epoch, 1), "workers may be evicted, too"
+        epoch = await directory.join(worker_of("a", heartbeat=60.0), first=epoch, last=epoch)
+        assert await directory.announce(epoch, 1, held(NAMES))
         servers.ask(server.port, "SET", f"tierloom!h{number_of(epoch)}", "no number")
         assert not await directory.beat(epoch, 1)
         assert await directory.events({epoch: 0}) == {epoch: None}
