@@ -37,7 +37,7 @@ class Announcer:
         directory: Directory,
         worker: WorkerRecord,
         *,
-        pace: float = 100_000,
+        pace: float = 200_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`pace`: chunks announced in a second, at most, when all that is held is told anew.

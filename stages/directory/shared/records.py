@@ -163,6 +163,8 @@ class WorkerRecord:
         problem = ""
         if not self.instance or not self.instance.isprintable() or len(self.instance) > 200:
             problem = f"instance {self.instance!r:.80}: 1 to 200 printable characters"
+        elif not self.share.isprintable() or len(self.share) > 200:
+            problem = f"share {self.share!r:.80}: at most 200 printable characters"
         elif len(self.process) != 32 or not set(self.process) <= set("0123456789abcdef"):
             problem = f"process {self.process!r:.80}: 32 hex digits"
         elif len(self.tiers) > MOST_TIERS:
@@ -193,7 +195,7 @@ class WorkerRecord:
         """Fields that a later version added are passed over. Raises InputError."""
         try:
             said = json.loads(raw) if len(raw) <= _RECORD else None
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict):
             raise InputError("a worker's record that is not one")

@@ -258,3 +258,13 @@ def test_replies_that_nobody_sends(one, other) -> None:
         assert len(_unfolded(one, 8)) <= 8
     assert _in_order(_sequence(one, 1), other, 3) is None
     assert _in_order(9, other, 3) is None
+
+
+def test_events_with_a_hole() -> None:
+    four, five, six = ([b"%d-0" % n, [b"c", b""]] for n in (4, 5, 6))
+    assert _in_order(6, [four, six, six], 3) is None
+    assert _in_order(6, [five, six], 3) is None
+    assert _in_order(6, [four, five], 3) is None
+    told = _in_order(5, [four, five, six], 3)
+    assert told is not None
+    assert [each.sequence for each in told] == [4, 5, 6]
