@@ -25,6 +25,7 @@ LARGE = 16 << 20
 """Most bytes of an answer: with all workers, or with many events."""
 _CURES = {
     "READONLY": "this server is a replica: give the master, or redis-sentinel://",
+    "ERR": "it must be Redis 7 or newer, or Valkey; in a cluster slots may have moved",
     "OOM": "it is full: raise maxmemory, or set maxmemory-policy allkeys-lru",
 }
 Asked = tuple[Script, bytes, tuple[bytes | int, ...]]

@@ -31,7 +31,8 @@ MOST_NAMES = 1024
 """Chunks of one call."""
 _TAG = 20  # bits of an epoch that are its process's
 _RECORD = 8192  # most bytes of a worker's record
-_CHANGE = struct.Struct(f"<{WHOLE_NAME}sBI")
+_CHANGE = struct.Struct(f"<{WHOLE_NAME}sBI")  # name, tiers, bytes
+CHANGE_BYTES = _CHANGE.size
 
 
 def chunk_name(namespace: bytes, key: bytes, root: bytes = b"") -> bytes:

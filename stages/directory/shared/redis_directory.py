@@ -10,7 +10,6 @@ script. What time it is, the server decides.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import groupby
 
@@ -105,19 +104,17 @@ class RedisDirectory(Directory):
         if life is None:
             return False
         number, node_of = number_of(epoch), self._nodes.servers.node_of
-        groups: defaultdict[tuple[bytes, int], list[bytes]] = defaultdict(list)
-        cut = NAME if self._nodes.cluster else WHOLE_NAME
-        for name, tiers in {name: tiers for name, tiers, _ in changes}.items():
-            groups[name[cut:], tiers].append(name[:NAME])
+        prefix, tagged = self._nodes.prefix, self._nodes.cluster
+        everything: tuple[bytes, ...] = (pack_changes(changes),)
 
         async def tell(node: RedisNode, home: bytes) -> None:
             nonlocal taken
-            events = pack_changes(changes) if home == self._nodes.home(FIRST) else b""
-            said: list[bytes | int] = [number, life, epoch, sequence, events]
-            for (place, tiers), names in groups.items():
-                if node_of(place) is node:
-                    said += (word_of(number, tiers), self._nodes.chunks_at(place), b"".join(names))
-            (done,) = await self._nodes.run(node, [(scripts.ANNOUNCE, home, tuple(said))])
+            told = everything
+            if tagged:
+                mine = pack_changes(c for c in changes if node_of(c.name[NAME:]) is node)
+                told = (mine, *everything) if home == self._nodes.home(FIRST) else (mine,)
+            said: tuple[bytes | int, ...] = (number, life, epoch, sequence, prefix, int(tagged))
+            (done,) = await self._nodes.run(node, [(scripts.ANNOUNCE, home, said + told)])
             taken = taken and done == 1
 
         await self._nodes.everywhere(tell)

@@ -17,7 +17,13 @@ from hashlib import sha1
 from typing import NamedTuple
 
 from tierloom.stages.directory.shared.contract import EVENTS
-from tierloom.stages.directory.shared.records import MOST_HOLDERS, NUMBERS
+from tierloom.stages.directory.shared.records import (
+    CHANGE_BYTES,
+    MOST_HOLDERS,
+    MOST_TIERS,
+    NUMBERS,
+    WHOLE_NAME,
+)
 from tierloom.stages.tiers.redis.resp import command
 
 
@@ -80,8 +86,9 @@ return out
 """
 )
 
-# ARGV: number, ms, epoch, sequence, events (empty: none); then word, prefix and names, again and
-# again. The first write of a chunk that nobody has is one call.
+# ARGV: number, ms, epoch, sequence, prefix, 1 in a cluster, changes as they are packed; the node of
+# a cluster that has the workers gets those of all nodes, too. The first write of a chunk that
+# nobody has is one call.
 ANNOUNCE = Script(
     _LIVING
     + f"""
@@ -89,26 +96,38 @@ local home, beat, sequence = KEYS[1], KEYS[1] .. 'h' .. ARGV[1], tonumber(ARGV[4
 local at = redis.call('GET', beat)
 if at == ARGV[3] .. ':' .. sequence then redis.call('PEXPIRE', beat, ARGV[2]) return 1 end
 if at ~= ARGV[3] .. ':' .. sequence - 1 then return 0 end
-for t = 6, #ARGV, 3 do
-  local w, prefix, names, made = ARGV[t], ARGV[t + 1], ARGV[t + 2], {{}}
-  local none = string.byte(w, 3) % 16 == 0
-  for i = 1, #names, 16 do
-    local k = prefix .. string.sub(names, i, i + 15)
-    local v
-    if none then v = redis.call('GET', k) else v = redis.call('SET', k, w, 'NX', 'GET') end
-    if v and v ~= w then
-      if made[v] == nil then made[v] = others(home, v, w) .. (none and '' or w) end
-      if made[v] == '' then redis.call('DEL', k)
-      elseif made[v] ~= v then redis.call('SET', k, made[v]) end
+local all, prefix, tagged, call, sub = ARGV[7], ARGV[5], ARGV[6] == '1', redis.call, string.sub
+local words, made, tags = {{}}, {{}}, {{}}
+for tiers = 0, {(1 << MOST_TIERS) - 1} do
+  local n = ARGV[1] * {1 << MOST_TIERS} + tiers
+  words[tiers] = string.char(math.floor(n / 65536), math.floor(n / 256) % 256, n % 256)
+  made[tiers] = {{}}
+end
+for i = 1, #all, {CHANGE_BYTES} do
+  local tiers, k, v = string.byte(all, i + {WHOLE_NAME}), sub(all, i, i + 15), nil
+  if tagged then
+    local place = sub(all, i + 16, i + 17)
+    if not tags[place] then
+      tags[place] = prefix .. string.format('{{%02x%02x}}', string.byte(place, 1, 2))
     end
+    k = tags[place] .. k
+  else
+    k = prefix .. k
+  end
+  local w, seen = words[tiers], made[tiers]
+  if tiers == 0 then v = call('GET', k) else v = call('SET', k, w, 'NX', 'GET') end
+  if v and v ~= w then
+    if seen[v] == nil then seen[v] = others(home, v, w) .. (tiers == 0 and '' or w) end
+    if seen[v] == '' then call('DEL', k)
+    elseif seen[v] ~= v then call('SET', k, seen[v]) end
   end
 end
-if #ARGV[5] > 0 then
+if home == prefix .. (tagged and '{{0000}}!' or '!') then
   local stream = home .. 'e' .. ARGV[3]
-  redis.call('XADD', stream, 'MAXLEN', '~', {EVENTS}, sequence .. '-0', 'c', ARGV[5])
-  redis.call('PEXPIRE', stream, 10 * ARGV[2])
+  call('XADD', stream, 'MAXLEN', '~', {EVENTS}, sequence .. '-0', 'c', ARGV[8] or all)
+  call('PEXPIRE', stream, 10 * ARGV[2])
 end
-redis.call('SET', beat, ARGV[3] .. ':' .. sequence, 'PX', ARGV[2])
+call('SET', beat, ARGV[3] .. ':' .. sequence, 'PX', ARGV[2])
 return 1
 """
 )

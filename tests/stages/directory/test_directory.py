@@ -89,7 +89,7 @@ class ServedDirectory(DirectoryContract):
 
     async def make(self):
         url = f"{self.scheme}://127.0.0.1:{self.running[0].port}"
-        directory = RedisDirectory(RedisOptions(url=url), timeout=5.0)
+        directory = RedisDirectory(RedisOptions(url=url, stall=10.0), timeout=20.0)
         await directory.open()
         return directory
 

@@ -32,8 +32,8 @@ def anyio_backend():
     return "asyncio"
 
 
-async def opened(server, url="redis://127.0.0.1:{port}", within=5.0, **options):
-    said = RedisOptions(url=url.format(port=server.port), **options)
+async def opened(server, url="redis://127.0.0.1:{port}", within=20.0, **options):
+    said = RedisOptions(url=url.format(port=server.port), **({"stall": 10.0} | options))
     directory = RedisDirectory(said, timeout=within)
     await directory.open()
     return directory
@@ -251,7 +251,7 @@ replies = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(replies, replies)
 def test_replies_that_nobody_sends(one, other) -> None:
     with suppress(TierDown):

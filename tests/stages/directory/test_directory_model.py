@@ -39,7 +39,7 @@ class Instance:
 
     def begin(self, machine):
         machine.processes += 1
-        worker = worker_of(f"i{self.number}", machine.processes, heartbeat=HEARTBEAT)
+        worker = worker_of(f"i{self.number}", machine.processes, heartbeat=machine.heartbeat)
         self.announcer = Announcer(machine.frail, worker, clock=machine.clock)
         for name in self.held[1]:
             self.announcer.note(name, 1, True)
@@ -49,6 +49,8 @@ class Instance:
 
 
 class Cluster(RuleBasedStateMachine):
+    heartbeat = HEARTBEAT
+
     def __init__(self):
         super().__init__()
         self.loop = asyncio.new_event_loop()
@@ -157,7 +159,7 @@ class Cluster(RuleBasedStateMachine):
     def two_heartbeats(self):
         self.frail.before = self.frail.after = 0
         for _ in range(12):
-            self.pass_time(HEARTBEAT / 4)
+            self.pass_time(self.heartbeat / 4)
             for zombie in self.zombies:
                 self.step(zombie)
             for instance in self.instances:
@@ -196,7 +198,7 @@ def test_in_this_process() -> None:
     run_state_machine_as_test(
         Cluster,
         settings=settings(
-            max_examples=40, stateful_step_count=40, deadline=None,
+            max_examples=25, stateful_step_count=40, deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
@@ -208,12 +210,14 @@ def test_in_redis() -> None:
     with servers.redis() as server:
 
         class Served(Cluster):
+            heartbeat = 0.5
+
             def make_clock(self):
                 return self.loop.time
 
             async def make(self):
                 url = f"redis://127.0.0.1:{server.port}"
-                directory = RedisDirectory(RedisOptions(url=url), timeout=5.0)
+                directory = RedisDirectory(RedisOptions(url=url, stall=10.0), timeout=20.0)
                 await directory.open()
                 return directory
 
@@ -251,7 +255,7 @@ def walk(machine, rng, steps):
             rng.choice([machine.is_emptied, machine.sweep])()
             machine.is_started_twice(i)
         else:
-            machine.time_passes(HEARTBEAT / 2)
+            machine.time_passes(machine.heartbeat / 2)
         if n % 100 == 99:
             machine.two_heartbeats()
     machine.teardown()
