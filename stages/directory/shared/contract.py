@@ -12,8 +12,9 @@ directory came back empty. What is known under its old number is then of nobody.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tierloom.stages.directory.shared.records import Announced, Announcement, Holder, WorkerRecord
@@ -92,8 +93,9 @@ class Directory(ABC):
 
     @abstractmethod
     async def workers(self, numbers: Sequence[int] = ()) -> dict[int, Member]:
-        """Living workers by number; all, or those asked for. Answers may be kept: a number is that
-        of one worker as long as it lives. A holder that is not among them is gone."""
+        """Living workers by number; all, or those asked for. A holder that is not among them is
+        gone. A number is one worker's as long as that lives and the directory is not lost, so
+        answers are kept for seconds (`Roster`)."""
 
     @abstractmethod
     async def sweep(self, most: int = 2000) -> int:
@@ -103,6 +105,36 @@ class Directory(ABC):
     async def withdraw(self, epoch: int, sequence: int, names: Sequence[bytes]) -> bool:
         """`announce` that these are in no tier any more."""
         return await self.announce(epoch, sequence, [Announcement(name, 0) for name in names])
+
+
+class Roster:
+    """Who the numbers are that `find` names, asked for now and then. On one loop."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        keep: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`keep`: seconds for which an answer holds; a directory that was lost gives numbers to
+        others. `clock`: monotonic."""
+        self._directory, self._keep, self._clock = directory, keep, clock
+        self._known: dict[int, tuple[float, Member]] = {}
+
+    async def members(self, found: Iterable[Sequence[Holder]]) -> dict[int, Member]:
+        """Living workers among those that `find` named. Raises TierDown."""
+        numbers = {holder.number for holders in set(map(tuple, found)) for holder in holders}
+        now = self._clock()
+        self._known = {n: known for n, known in self._known.items() if known[0] > now}
+        if new := sorted(numbers - self._known.keys()):
+            for number, member in (await self._directory.workers(new)).items():
+                self._known[number] = now + self._keep, member
+        return {n: self._known[n][1] for n in numbers if n in self._known}
+
+    def forget(self, number: int) -> None:
+        """It had nothing of what it was named for: who it is, is asked again."""
+        self._known.pop(number, None)
 
 
 def name_taken(worker: WorkerRecord) -> ConfigError:

@@ -12,6 +12,7 @@ import pytest
 
 from tierloom.stages.directory.shared import announcer as module
 from tierloom.stages.directory.shared.announcer import Announcer
+from tierloom.stages.directory.shared.contract import Roster
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory
 from tierloom.stages.directory.shared.records import Holder, number_of
 from tierloom.stages.errors import ConfigError, InputError
@@ -219,3 +220,29 @@ async def test_what_is_no_chunk_or_no_tier() -> None:
         a.note(names_of(1, 1)[0], 2, True)
     with pytest.raises(InputError, match="chunk 6162 in tier 0"):
         a.note(b"ab", 0, True)
+
+
+async def test_who_a_number_is_is_asked_now_and_then() -> None:
+    """Numbers of a directory that was lost are others' in the next."""
+    clock = Clock()
+    frail = Frail(EmbeddedDirectory(clock))
+    roster = Roster(frail, keep=10.0, clock=clock)
+    epoch = await frail.join(worker_of("a", heartbeat=60.0))
+    number = number_of(epoch)
+    found = [(Holder(number, 1), Holder(77, 1))] * 64
+    for _ in range(3):
+        (member,) = (await roster.members(found)).values()
+        assert (member.epoch, member.record.instance) == (epoch, "a")
+    assert frail.calls.count("workers") == 3, "77 is nobody, and is asked for again"
+    assert await roster.members([(Holder(number, 1),)]) == {number: member}
+    assert frail.calls.count("workers") == 3
+    frail.inner = EmbeddedDirectory(clock)
+    assert number_of(await frail.join(worker_of("b", heartbeat=60.0))) == number
+    assert (await roster.members(found))[number].record.instance == "a"
+    roster.forget(number)
+    assert (await roster.members(found))[number].record.instance == "b"
+    await frail.leave(epoch)
+    frail.inner = EmbeddedDirectory(clock)
+    clock.now += 11
+    assert await roster.members(found) == {}
+    assert await roster.members([]) == {}
