@@ -14,7 +14,10 @@ from __future__ import annotations
 import pytest
 
 pytest.register_assert_rewrite(
-    "tierloom.testing.bench", "tierloom.testing.codecs", "tierloom.testing.tiers"
+    "tierloom.testing.bench",
+    "tierloom.testing.codecs",
+    "tierloom.testing.directories",
+    "tierloom.testing.tiers",
 )
 
 from tierloom.testing.arena import PoisonArena as PoisonArena  # noqa: E402
@@ -41,4 +44,5 @@ from tierloom.testing.codecs import (  # noqa: E402
     mutations as mutations,
     noise as noise,
 )
+from tierloom.testing.directories import DirectoryContract as DirectoryContract  # noqa: E402
 from tierloom.testing.tiers import TierContract as TierContract  # noqa: E402

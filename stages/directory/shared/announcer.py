@@ -1,0 +1,145 @@
+"""What a worker tells a directory, in the background: nobody waits for it, and it may be lost.
+
+`note` takes a microsecond, on any thread. A task joins, announces what changed in batches, says
+that the worker lives, and starts anew with all that is held when the directory has a gap or was
+emptied; a directory that fails is left alone for a while, longer each time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+
+import anyio
+
+from tierloom.stages.directory.shared.contract import Directory
+from tierloom.stages.directory.shared.records import WHOLE_NAME, Announcement, Holder, WorkerRecord
+from tierloom.stages.errors import ConfigError, InputError, TierDown
+
+log = logging.getLogger(__name__)
+
+_BATCH = 512  # chunks announced in one call
+_REPORTS = 32  # made at once
+_PAUSE = 0.02  # seconds between two looks for changes
+_SLOW = 0.02  # seconds for a batch, from which on the directory has enough to do
+_LONGEST = 5.0  # seconds for which a directory that fails is left alone
+
+
+class Announcer:
+    """One for each worker."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        worker: WorkerRecord,
+        *,
+        pace: float = 200_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`pace`: chunks announced in a second, at most, when all that is held is told anew.
+        `clock`: monotonic, in seconds."""
+        self.epoch = 0
+        """Given by the directory; 0: not joined."""
+        self.problem: ConfigError | None = None
+        """Another process has the worker's name, and lives; it is asked for again now and then."""
+        self.snapshots = 0
+        """How often all that is held was told."""
+        self._directory, self._worker, self._clock, self._pace = directory, worker, clock, pace
+        self._lock = threading.Lock()
+        self._held: dict[bytes, int] = {}  # chunk: a bit for each tier
+        self._changed: dict[bytes, int] = {}  # in the order in which it is to be told: bytes
+        self._again: list[bytes] = []  # the same of all that is held, told when nothing else is
+        self._pending: list[Announcement] = []  # sent, and perhaps not taken
+        self._first = self._last = self._sequence = 0
+        self._failures, self._rest, self._beat_at = 0, 0.0, 0.0
+        self._gone: deque[tuple[bytes, Holder]] = deque(maxlen=1024)
+
+    def note(self, name: bytes, tier: int, kept: bool, nbytes: int = 0) -> None:
+        """A chunk came to tier `tier` of the worker's record, or left it. Raises InputError."""
+        if len(name) != WHOLE_NAME or not 0 <= tier < len(self._worker.tiers):
+            raise InputError(f"chunk {name.hex()} in tier {tier} of {len(self._worker.tiers)}")
+        with self._lock:
+            was = self._held.get(name, 0)
+            now = was | 1 << tier if kept else was & ~(1 << tier)
+            if now == was:
+                return
+            if now:
+                self._held[name] = now
+            else:
+                del self._held[name]
+            self._changed[name] = nbytes
+
+    def report(self, name: bytes, holder: Holder) -> None:
+        """A holder that `find` named did not have the chunk; any thread."""
+        self._gone.append((name, holder))
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            try:
+                pause = await self._step()
+                self._failures, self.problem = 0, None
+            except ConfigError as error:
+                if self.problem is None:
+                    log.error("%s", error)  # noqa: TRY400 (no trace: it is somebody's mistake)
+                self.problem, pause = error, _LONGEST
+            except Exception as error:  # whatever it is, engines go on
+                if not self._failures:
+                    log.warning("the directory is not told what is kept here: %r", error)
+                least = self._worker.heartbeat / 4  # joined it goes on to say that it lives
+                pause = least if self.epoch else min(_LONGEST, least * 2**self._failures)
+                self._failures = min(self._failures + 1, 16)
+            await anyio.sleep(pause)
+
+    async def leave(self) -> None:
+        """Nothing of this worker is found any more. After `run`; never raises for a directory that
+        is down."""
+        try:
+            await self._directory.leave(self.epoch)
+        except (TierDown, OSError) as error:
+            log.info("the directory was not told that this worker leaves: %s", error)
+        self.epoch = 0
+
+    async def _step(self) -> float:
+        """Do what is due; the seconds until something may be."""
+        if not self.epoch:
+            await self._join()
+        began, taken, pause = self._clock(), True, _PAUSE
+        if began - self._beat_at >= self._worker.heartbeat / 2:  # a full server still takes it
+            taken = await self._directory.beat(self.epoch, self._sequence)
+            self._beat_at = began
+            await self._directory.sweep()
+        self._pending = self._pending or self._next()
+        if taken and self._pending:
+            taken = await self._directory.announce(self.epoch, self._sequence + 1, self._pending)
+            told, self._pending = len(self._pending), []
+            self._sequence, took = self._sequence + 1, self._clock() - began
+            self._rest = min(1.0, 2 * self._rest + 0.01) if took > _SLOW else self._rest / 2
+            pause = max(_PAUSE if told < _BATCH else 0.0, told / self._pace - took, self._rest)
+        if not taken:  # a gap, or it came back empty: all anew, but not at once
+            self.epoch, pause = 0, self._worker.heartbeat / 4
+        for _ in range(min(len(self._gone), _REPORTS)):
+            await self._directory.report(*self._gone.popleft())
+        return pause
+
+    async def _join(self) -> None:
+        epoch = await self._directory.join(self._worker, first=self._first, last=self._last)
+        self.epoch = self._last = epoch
+        self._first = self._first or epoch
+        self._sequence, self._pending, self._beat_at = 0, [], self._clock()
+        self.snapshots += 1
+        with self._lock:
+            self._again = list(self._held)
+            self._changed = {n: size for n, size in self._changed.items() if n in self._held}
+
+    def _next(self) -> list[Announcement]:
+        """What is to be told next: what changed, and then what is told again."""
+        with self._lock:
+            sizes = {name: self._changed.pop(name) for name in list(islice(self._changed, _BATCH))}
+            while self._again and len(sizes) < _BATCH:
+                sizes.setdefault(self._again.pop(), 0)
+            return [Announcement(n, self._held.get(n, 0), size) for n, size in sizes.items()]
