@@ -24,6 +24,7 @@ from harness import prompt, transfer  # noqa: E402
 from plain import Plain  # noqa: E402
 
 from tierloom.adapters.vllm.repair.rows import Rows  # noqa: E402
+from tierloom.adapters.vllm.scheduler.blend_orders import SLICE  # noqa: E402
 
 FOLDER = Path(sys.argv[1])
 NEAR = 1e-3
@@ -61,15 +62,25 @@ class Blending:
         )  # fmt: skip
         core = self.driver._core()
         self.core, self.side = core, core.scheduler.connector.scheduler
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-        worker: Any = get_kv_transfer_group().worker  # type: ignore[attr-defined]
-        self.pipeline, self.blends = worker.pipelines[0], worker._blends
+        self.pipeline: Any = None
+        self.blends: Any = None
+        if has_kv_transfer_group():  # else the workers are other processes
+            worker: Any = get_kv_transfer_group().worker  # type: ignore[attr-defined]
+            self.pipeline = next(iter(worker.pipelines), None)
+            self.blends = worker._blends
         self.orders: list[Any] = []
+        self.over: list[tuple[int, Any]] = []
+        """Steps of which repairs take more than vLLM's token budget leaves, and they need not."""
         given_out = self.side.blends.orders
 
         def noted(scheduled: int) -> list[Any]:
             self.orders += (orders := given_out(scheduled))
+            made = [sum(b - a for a, b in o.stretches) for o in orders if o.stretches]
+            budget = core.scheduler.max_num_scheduled_tokens
+            if len(made) > 1 and sum(made) > max(budget - scheduled, SLICE):
+                self.over.append((scheduled, orders))
             return orders
 
         self.side.blends.orders = noted
@@ -113,11 +124,13 @@ class Blending:
         return [i for o in mine if o.what == "compute" for s in o.stretches for i in range(*s)]
 
     def first_token(self, name: str) -> tuple[list[int], int]:
-        """Step until a request has a token: its blocks, and tokens that were not vLLM's to do."""
+        """Step until a request has a token more: its blocks, and tokens that were not vLLM's to
+        do."""
         blocks: list[int] = []
-        while not self.driver._open[name].ids:
-            blocks = next((b for n, b in self.blocks().items() if n.startswith(name)), blocks)
+        had = len(self.driver._open[name].ids)
+        while len(self.driver._open[name].ids) == had:
             self.driver.step()
+            blocks = next((b for n, b in self.blocks().items() if n.startswith(name)), blocks)
         return blocks, self.driver._open[name].cached or 0
 
 
@@ -137,6 +150,7 @@ def blending(policy: str = "heads", *, alone: bool = False, **options: Any) -> I
         _running.append((key, Blending(policy, **options)))
     try:
         yield _running[0][1]
+        assert not _running[0][1].over
     finally:
         if alone or sys.exc_info()[0] is not None:
             _running.pop()[1].driver.stop()
@@ -170,14 +184,18 @@ def selective(
     return torch.stack([torch.stack(k), torch.stack(v)])
 
 
-def check_rows(engine: Blending, name: str, ids: list[int], kept: Any) -> list[int]:
-    blocks, there = engine.first_token(name)
-    chosen = engine.computed(name)
-    wanted = selective(ids, kept, chosen)[:, :, :there]
-    off = (engine.rows(blocks, there) - wanted).abs().max()
+def check_rows(
+    engine: Blending, name: str, ids: list[int], kept: Any, there: int | None = None
+) -> list[int]:
+    """All rows of a prompt are what the cases say; the tokens that were computed over text of
+    others. `there`: tokens that vLLM did not compute, where it does not say so."""
+    blocks, cached = engine.first_token(name)
+    there, chosen = cached if there is None else there, engine.computed(name)
+    wanted = selective(ids, kept, [*chosen, *range(there, len(ids))])
+    off = (engine.rows(blocks, len(ids)) - wanted).abs().max()
     print(f"{name}: {there} of {len(ids)} tokens, {len(chosen)} computed, rows off by {off:.2g}",
           file=sys.stderr)  # fmt: skip
     assert off <= NEAR, off
-    exact = selective(ids, [], [0])[:, :, :there]
-    assert (wanted - exact).abs().max() > 10 * NEAR  # the case is one
+    exact = selective(ids, [], [0])
+    assert (wanted - exact)[:, :, :there].abs().max() > 10 * NEAR  # the case is one
     return chosen

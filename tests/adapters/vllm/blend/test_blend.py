@@ -44,3 +44,9 @@ def test_in_an_engine(script: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if "CAMPAIGN" in listed(s)])
 def test_at_length(script: str, tmp_path: Path) -> None:
     run(script, "CAMPAIGN", tmp_path)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1000)
+def test_in_a_compiled_engine(tmp_path: Path) -> None:
+    run("rank_cases.py", "COMPILED", tmp_path, TORCH_COMPILE_DISABLE="0")
