@@ -56,16 +56,6 @@ def plainly(engine: Blending) -> Any:
     return engine.driver.generate([{"tokens": ASKED, "kv": {"tierloom.skip_save": True}}])[0]
 
 
-def without_salt_they_would_not_be() -> None:
-    with blending("heads", alone=True) as engine:
-        engine.keep(KEPT)
-        engine.core.scheduler.reset_prefix_cache()
-        engine.side.blends.salt = lambda *_: None
-        engine.driver.generate([{"tokens": ASKED, "kv": ASK}])
-        engine.driver.settle()
-        assert plainly(engine)["cached"] > 64
-
-
 def all_is_found_in_another_order_up_to_the_last_block() -> None:
     """Nothing is in front and nothing behind: the last token is vLLM's to compute."""
     with blending("none") as engine:
@@ -180,7 +170,6 @@ CASES = [
     several_blended_and_a_plain_one_run_together,
     passages_in_a_new_order_are_what_a_selective_forward_gives,
     an_aborted_one_gives_its_blocks_back,
-    without_salt_they_would_not_be,
     a_repair_that_goes_wrong_is_computed_by_the_engine,
     what_fails_its_proofs_is_served_exactly,
     a_damaged_object_is_computed,

@@ -65,7 +65,7 @@ def tokens_and_seconds_of_a_blend_are_counted_and_logged() -> None:
 
 def who_asks_and_what_it_says_decides() -> None:
     """`ask` and `on`, true, false, nothing and nonsense; nonsense is neither loaded nor saved."""
-    for how, blended in (("ask", [True, False, False, False]), ("on", [True, False, True, False])):
+    for how, blended in (("on", [True, False, True, False]), ("ask", [True, False, False, False])):
         with blending("heads", extra={"tierloom.blend": how}) as engine:
             cold = engine.cold(ASKED)
             engine.keep(KEPT)
