@@ -48,8 +48,6 @@ class BlendedLoad:
     """Tokens that were, each named once."""
     seconds: float = 0.0
     """Spent in repairs."""
-    attention: float | None = None
-    """Of a probe, the share that fell on tokens that are computed."""
     done: bool = False
     """It is in place, and repaired."""
 
@@ -106,7 +104,8 @@ class BlendedLoads:
                     blending.broken = True
             finally:
                 self.running = False
-                blending.seconds += time.perf_counter() - began
+                if order.stretches:
+                    blending.seconds += time.perf_counter() - began
 
     def placed(self, report: WorkerReport) -> None:
         """Tell of those whose passages have come to their blocks, or were lost."""
@@ -172,9 +171,6 @@ class BlendedLoads:
                     [exact, *_moved(ticket.compute(scores), start)],
                     [exact, *_moved(ticket.missing(), start)], ticket.needs == "scores",
                 )  # fmt: skip
-            if scores is not None and (whole := float(scores.sum())) > 0:
-                seen = sum(float(scores[a - start : b - start].sum()) for a, b in told.compute)
-                blending.attention = seen / whole
         except Exception:
             log.exception("request %s: all of it is computed", request)
         report.placed[request] = told
@@ -182,6 +178,8 @@ class BlendedLoads:
     def _end(self, blending: BlendedLoad, *, done: bool) -> None:
         for ticket in blending.tickets:
             ticket.cancel()  # nothing, where it is done
+            if done:
+                ticket.repaired(blending.seconds)
         del self._blends[blending.load.request]
         blending.done = done
         self._ended.append(blending)

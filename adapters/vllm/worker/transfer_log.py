@@ -49,6 +49,7 @@ class TransferLog:
             return
         receipt, computed = blend.tickets[0].wait(), len(blend.computed)
         exact = max(0, blend.load.start + receipt.tokens - blend.load.fresh)
+        attended = blend.tickets[0].attended
         self.stats.add(
             blends=1, blend_exact_tokens=exact, blend_tokens=receipt.blended,
             blend_computed_tokens=computed, blend_seconds=blend.seconds,
@@ -56,7 +57,7 @@ class TransferLog:
         log.info(
             "request %s: %d tokens exact, %d blended, loaded in %.4f s; %d computed in %.4f s%s",
             blend.load.request, exact, receipt.blended, receipt.seconds, computed, blend.seconds,
-            "" if blend.attention is None else f", {blend.attention:.0%} of attention fell on them",
+            f", {attended:.0%} of attention fell on them" if attended else "",
         )  # fmt: skip
 
     def stored(self, save: Save, tickets: list[Ticket]) -> None:
