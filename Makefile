@@ -98,7 +98,8 @@ check: $(READY)
 # All block sizes, all orders of hooks, also with the scheduler of vLLM's next release: an hour.
 test-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py tests/adapters/vllm/test_speculative.py \
-	  tests/adapters/vllm/test_block_sizes.py -m "campaign or not campaign"
+	  tests/adapters/vllm/test_block_sizes.py tests/adapters/vllm/blend tests/adapters/vllm/repair \
+	  -m "campaign or not campaign"
 	TIERLOOM_CASES=20000 $(BIN)/python -m pytest tests/pipeline/test_positions.py --timeout 20000
 
 test-sglang: $(READY) $(SGLANG_READY)

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests" / "adapters" / "vllm"))
+for folder in ("tests/adapters", "tests/adapters/vllm"):
+    sys.path.append(str(ROOT / folder))
 import harness  # noqa: E402
 import models  # noqa: E402
 
-sys.path.pop()
+del sys.path[-2:]
 
 from tierloom.adapters.demo import smollm2  # noqa: E402
 

@@ -26,6 +26,11 @@ COUNTS = {
     "load_tokens": "Tokens whose KV was loaded instead of computed.",
     "load_bytes": "Bytes of KV placed in the engine's blocks.",
     "load_seconds": "Seconds from the start to the end of loads, added up.",
+    "blends": "Loads among them that brought text captured elsewhere, repaired.",
+    "blend_exact_tokens": "Of blended prompts, tokens of the exact prefix that were loaded.",
+    "blend_tokens": "Of blended prompts, tokens of text captured elsewhere that were placed.",
+    "blend_computed_tokens": "Of blended prompts, tokens that repairs computed.",
+    "blend_seconds": "Seconds that repairs took, added up.",
     "load_failed_tokens": "Tokens promised to the scheduler that could not be loaded.",
     "stores": "Stores of computed KV that ended.",
     "store_tokens": "Tokens whose KV was stored.",
@@ -96,6 +101,8 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # no vLLM where types are 
             out[f"{past} tokens"] = round(get(f"{verb}_tokens", 0))
             out[f"{past} GB"] = _short(nbytes / 1e9)
             out[f"{verb} GB/s"] = _short(nbytes / 1e9 / seconds) if seconds > 0 else 0
+        out["blended tokens"] = round(get("blend_tokens", 0))
+        out["repaired tokens"] = round(get("blend_computed_tokens", 0))
         out["failed tokens"] = round(get("load_failed_tokens", 0))
         out["asked tokens"] = round(get("asked_tokens", 0))
         for name, n in sorted(self.data.items()):

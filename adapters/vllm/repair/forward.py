@@ -8,8 +8,8 @@ Yao et al., "CacheBlend", arXiv 2405.16444, with any attention backend and no mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,34 @@ def cut(stretches: Sequence[Stretch], tokens: int, sequences: int) -> list[list[
     return slices
 
 
+Made = TypeVar("Made")
+
+
+def together(make: Callable[[], Made]) -> Made:
+    """What `make` returns, once it has returned on all tensor-parallel ranks.
+
+    Whatever a rank may fail at alone is made before a call of the model that all must make, or the
+    others would wait for it in vLLM's collectives. Raises what `make` raised, on the others
+    RuntimeError. All ranks call it in step.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    made: Any = None
+    error: Exception | None = None
+    try:
+        made = make()
+    except Exception as raised:
+        error = raised
+    if (group := get_tp_group()).world_size > 1:
+        well = torch.tensor([error is None], dtype=torch.int32)
+        torch.distributed.all_reduce(well, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+        if error is None and not well:
+            error = RuntimeError("another rank could not go on")
+    if error is not None:
+        raise error
+    return made  # type: ignore[no-any-return]
+
+
 class Repair:
     """Calls the engine's model on chosen tokens. Used by the worker's one thread, on its stream.
 
@@ -90,11 +118,11 @@ class Repair:
         prompt's. `stretches` rise, do not overlap, and are within the limits of one call (`cut`).
         On a GPU this launches work on the current stream, and does not wait for it.
 
-        Raises InputError, before anything is computed, where one of that does not hold.
+        Raises InputError, before anything is computed, where one of that does not hold, and what
+        `together` raises.
         """
-        self.compute(
-            self.batch(stretches, block_ids, token_ids), block_ids, skip_compiled=skip_compiled
-        )
+        batch = together(lambda: self.batch(stretches, block_ids, token_ids))
+        self.compute(batch, block_ids, skip_compiled=skip_compiled)
 
     def batch(
         self, stretches: Sequence[Stretch], block_ids: Sequence[int], token_ids: Sequence[int]
@@ -123,7 +151,7 @@ class Repair:
         from vllm.forward_context import set_forward_context
 
         with torch.inference_mode():
-            metadata = self._metadata(batch, block_ids)
+            metadata = together(lambda: self._metadata(batch, block_ids))
             with set_forward_context(
                 metadata, self._vllm, num_tokens=len(batch.ids),
                 slot_mapping=dict.fromkeys(metadata, batch.slots), skip_compiled=skip_compiled,

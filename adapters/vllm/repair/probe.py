@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import torch
 
-from tierloom.adapters.vllm.repair.forward import Repair, Stretch
+from tierloom.adapters.vllm.repair.forward import Repair, Stretch, together
 from tierloom.adapters.vllm.repair.rows import Rows
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def probe(
     the maximum over heads, each head's shares adding up to 1. All loaded rows must be in place in
     every layer. All ranks call it in step and get the same scores. Waits for the device.
 
-    Raises InputError as `Repair.forward` does. No hook is left behind whatever is raised.
+    Raises what `Repair.forward` does. No hook is left behind whatever is raised.
     """
     first, end = tail
-    repair.batch([tail], block_ids, token_ids)  # refused before a hook is set
+    repair.batch([tail], block_ids, token_ids)  # refused on all ranks, before a hook is set
     layers = list(repair.model.layers.values())
     queries: dict[int, torch.Tensor] = {}
-    with Rows(repair.group, end, 1) as rows:  # no memory is an error before ranks wait for others
+    with together(lambda: Rows(repair.group, end, 1)) as rows:
         hooks = []
         try:
             for i, layer in enumerate(layers):
@@ -49,10 +49,10 @@ def probe(
             for hook in hooks:
                 hook.remove()
         slots = repair.slots(block_ids)[:end]
-        scores = torch.stack([
+        scores = together(lambda: torch.stack([
             _shares(layer, queries[i], rows.read(slots, range(i, i + 1))[0, 0], first)
             for i, layer in enumerate(layers)
-        ])  # fmt: skip
+        ]))  # fmt: skip
     _maximum_over_ranks(scores)
     out: npt.NDArray[np.float32] = scores.mean(0).numpy()
     return out

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tierloom.adapters.vllm.repair.forward import ModelInput, Repair, Stretch, cut
+from tierloom.adapters.vllm.repair.forward import ModelInput, Repair, Stretch, cut, together
 from tierloom.adapters.vllm.repair.rows import Rows
 from tierloom.stages.kv.rope import Rotation
 from tierloom.triton_kernels.blend.reference import turn_pairs
@@ -37,7 +37,7 @@ def prove(repair: Repair, block_ids: Sequence[int], rotation: Rotation) -> str |
     Raises InputError where the blocks are too few, and what the model raises.
     """
     layers = range(len(repair.model.layers))
-    with Rows(repair.group, ROWS, len(layers)) as rows:
+    with together(lambda: Rows(repair.group, ROWS, len(layers))) as rows:
         alone = _alone(repair, rows, block_ids)
         first, again = _twice(repair, rows, block_ids)
     return _turns(repair, alone, rotation) or _same(repair, first, again)

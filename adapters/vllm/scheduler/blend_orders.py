@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -47,6 +47,9 @@ SLICE = 64
 FAULTS = 2
 """Repairs that may go wrong before blending is off."""
 
+_NOT = "prompts are not blended: "
+"""How a worker's reason begins, which is said of it alone."""
+
 
 @dataclass(slots=True)
 class BlendState:
@@ -78,7 +81,8 @@ class BlendOrders:
         self._answers: dict[int, str] = {}
         """Of the proofs, by worker."""
         self._proving = self._proved = False
-        self._faults = 0
+        self._faults: set[str] = set()
+        """Requests whose repairs went wrong."""
         self.off = ""
         """Why nothing is blended any more."""
 
@@ -106,12 +110,18 @@ class BlendOrders:
         asked, request = p.options.blend, p.request
         if self.off or (asked is not True if self._asked_only else asked is False):
             return False
-        return not (
-            request.lora_request
-            or request.mm_features
-            or request.skip_reading_prefix_cache  # among them those who want prompt logprobs
-            or request.resumable
-        )
+        reasons = {
+            "it has an adapter (LoRA)": request.lora_request,
+            "it has images, or the like": request.mm_features,
+            # among them those who want log-probabilities of the prompt
+            "it wants its prompt computed": request.skip_reading_prefix_cache,
+            "it is a session that gets more input": request.resumable,
+        }
+        why = next((why for why, has in reasons.items() if has), "")
+        if why:
+            log.info("request %s is not blended: %s", request.request_id, why)
+            p.options = replace(p.options, blend=False)
+        return not why
 
     def _find(
         self, p: TrackedRequest, texts: TextIndex, info: WorkerInfo, exact: int, most: int
@@ -189,7 +199,10 @@ class BlendOrders:
                 left -= sum(b - a for a, b in part)
                 out.append(Order(name, "compute", part))
             if not blend.left and blend.next and not self.off:
-                self._next(name, blend, out)
+                asks = blend.tail[1] - blend.tail[0] if blend.next == "probe" else 0
+                if asks <= left or not any(order.stretches for order in out):
+                    left -= asks
+                    self._next(name, blend, out)
         return out
 
     def add(self, reports: WorkerReports | None) -> None:
@@ -204,9 +217,11 @@ class BlendOrders:
                 if len(blend.placed) == self._workers:
                     self._plan(blend)
         for name, why in report.broken.items():
+            if name in self._faults:  # another worker has told
+                continue
             log.error("request %s: its repair went wrong, vLLM computes it: %s", name, why)
-            self._faults += 1
-            if self._faults >= FAULTS:
+            self._faults.add(name)
+            if len(self._faults) >= FAULTS:
                 self._turn_off("repairs went wrong")
             elif (blend := self._blends.get(name)) is not None:
                 blend.left, blend.next = [], "fail"
@@ -246,7 +261,7 @@ class BlendOrders:
 
     def _turn_off(self, why: str) -> None:
         if not self.off:
-            log.error("prompts are not blended from now on: %s", why)
+            log.error("prompts are not blended from now on: %s", why.removeprefix(_NOT))
         self.off = self.off or why
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,9 @@ from tierloom.adapters.vllm.exchange.messages import (
     WorkerReport,
 )
 from tierloom.adapters.vllm.repair.engine_model import EngineModel
-from tierloom.adapters.vllm.repair.forward import Repair, cut
+from tierloom.adapters.vllm.repair.forward import Repair, cut, together
 from tierloom.adapters.vllm.repair.probe import probe
 from tierloom.adapters.vllm.repair.proofs import prove, read_rotation
-from tierloom.adapters.vllm.worker.loads import Loading
 from tierloom.adapters.vllm.worker.tickets import Tickets
 from tierloom.stages.contract.ticket import Ticket
 
@@ -43,9 +42,14 @@ class BlendedLoad:
     placing: bool = False
     """It was begun; without a ticket, in vain."""
     told: bool = False
-    computed: int = 0
+    broken: bool = False
+    """A repair went wrong. It still does what all ranks are ordered to, or others would wait."""
+    computed: set[int] = field(default_factory=set)
+    """Tokens that were, each named once."""
     seconds: float = 0.0
     """Spent in repairs."""
+    done: bool = False
+    """It is in place, and repaired."""
 
 
 class BlendedLoads:
@@ -59,7 +63,7 @@ class BlendedLoads:
         self.running = False
         """The model runs for a repair: hooks that it calls are not vLLM's own forward."""
         self._blends: dict[str, BlendedLoad] = {}
-        self._ended: list[tuple[Loading, int]] = []
+        self._ended: list[BlendedLoad] = []
 
     def __len__(self) -> int:
         return len(self._blends) + len(self._ended)
@@ -75,7 +79,7 @@ class BlendedLoads:
         """These requests are gone: their blocks are free when this returns."""
         for request in requests:
             if (blending := self._blends.get(request)) is not None:
-                self._end(blending, got=0)
+                self._end(blending, done=False)
 
     def cancel_all(self) -> None:
         self.cancel(list(self._blends))
@@ -84,7 +88,7 @@ class BlendedLoads:
         """What the scheduler orders in this step. All ranks run the same, or their model hangs."""
         for order in orders:
             blending = self._blends.get(order.request)
-            if blending is None:  # it went wrong here
+            if blending is None:  # it was canceled
                 if order.what == "prove":  # others wait for the answer
                     report.proved = "the request in whose blocks they were to be is gone"
                 continue
@@ -97,10 +101,11 @@ class BlendedLoads:
                     report.proved = f"the proofs went wrong: {error!r}"
                 else:
                     report.broken[order.request] = repr(error)
-                    self._end(blending, got=0)
+                    blending.broken = True
             finally:
                 self.running = False
-                blending.seconds += time.perf_counter() - began
+                if order.stretches:
+                    blending.seconds += time.perf_counter() - began
 
     def placed(self, report: WorkerReport) -> None:
         """Tell of those whose passages have come to their blocks, or were lost."""
@@ -112,9 +117,8 @@ class BlendedLoads:
             ):
                 self._tell(request, blending, report, None)
 
-    def ended(self) -> list[tuple[Loading, int]]:
-        """Loads that have ended since the last call, and tokens from the span's first on that are
-        in place."""
+    def ended(self) -> list[BlendedLoad]:
+        """Loads that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -123,18 +127,15 @@ class BlendedLoads:
             report.proved = self._prove(blending)
         elif order.what == "place":
             self._place(blending)
-        elif order.what == "fail":
-            self._end(blending, got=0)
-        elif order.what == "end":
-            self._end(blending, got=blending.load.span.wanted)
+        elif order.what in {"end", "fail"}:
+            self._end(blending, done=order.what == "end" and not blending.broken)
         else:
             self._compute(order, blending, report)
 
     def _prove(self, blending: BlendedLoad) -> str:
         fresh = blending.load.fresh // self._tickets.pipelines[0].group.block_tokens
-        rotation = read_rotation(self.model.rotary)
-        why = prove(self._made(), blending.passages.blocks[fresh:], rotation)
-        return why or ""
+        rotation = together(lambda: read_rotation(self.model.rotary))
+        return prove(together(self._made), blending.passages.blocks[fresh:], rotation) or ""
 
     def _made(self) -> Repair:
         if self._repair is None:
@@ -147,9 +148,9 @@ class BlendedLoads:
         blending.placing = True
 
     def _compute(self, order: Order, blending: BlendedLoad, report: WorkerReport) -> None:
-        repair, blocks = self._made(), blending.passages.blocks
+        repair, blocks = together(self._made), blending.passages.blocks
         ids = np.frombuffer(blending.passages.ids, np.int32)
-        blending.computed += sum(b - a for a, b in order.stretches)
+        blending.computed.update(i for s in order.stretches for i in range(*s))
         if order.what == "probe":
             scores = probe(repair, order.stretches[0], blocks, ids)  # type: ignore[arg-type]
             self._tell(order.request, blending, report, scores[blending.load.start :])
@@ -174,19 +175,14 @@ class BlendedLoads:
             log.exception("request %s: all of it is computed", request)
         report.placed[request] = told
 
-    def _end(self, blending: BlendedLoad, got: int) -> None:
-        load, tickets = blending.load, blending.tickets
-        for ticket in tickets:
+    def _end(self, blending: BlendedLoad, *, done: bool) -> None:
+        for ticket in blending.tickets:
             ticket.cancel()  # nothing, where it is done
-        del self._blends[load.request]
-        self._ended.append((Loading(load, tickets), got))
-        if got and tickets:
-            receipt = tickets[0].wait()
-            log.info(
-                "request %s: %d tokens exact, %d blended, %d computed in %.4f s",
-                load.request, load.start + receipt.tokens, receipt.blended, blending.computed,
-                blending.seconds,
-            )  # fmt: skip
+            if done:
+                ticket.repaired(blending.seconds)
+        del self._blends[blending.load.request]
+        blending.done = done
+        self._ended.append(blending)
 
 
 def _moved(given: Stretches, by: int) -> Stretches:

@@ -40,7 +40,7 @@ from tierloom.stages.errors import ConfigError, TierloomError
 from tierloom.stages.kv.namespace import Namespace
 
 if TYPE_CHECKING:
-    from tierloom.adapters.vllm.worker.blended_loads import BlendedLoads
+    from tierloom.adapters.vllm.worker.blended_loads import BlendedLoad, BlendedLoads
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -236,9 +236,9 @@ class WorkerSide:
             self._loaded(loading, out)
         if self._blends is not None:
             self._blends.placed(self._report)
-            for loading, placed in self._blends.ended():
-                out.finished_recving.add(loading.load.request)
-                self._loaded(loading, out, placed)
+            for blend in self._blends.ended():
+                out.finished_recving.add(blend.load.request)
+                self._loaded(Loading(blend.load, blend.tickets), out, blend)
         if self._saves:
             out.finished_sending.update(self._saves.released())
             self._report.captured += self._saves.captured()
@@ -248,16 +248,21 @@ class WorkerSide:
         return out
 
     def _loaded(
-        self, loading: Loading, out: KVConnectorTransferResults, placed: int | None = None
+        self, loading: Loading, out: KVConnectorTransferResults, blend: BlendedLoad | None = None
     ) -> None:
-        """A load has ended: report what is missing, so that it is computed. `placed`: tokens of it
-        that are in place, where its tickets alone do not say it."""
+        """A load has ended: report what is missing, so that it is computed. Of a blend all is
+        there, or nothing."""
         load = loading.load
         skipped = load.fresh - load.start
-        if placed is None:
+        if blend is None:
             placed = min((t.wait().tokens for t in loading.tickets), default=0)
-        got = min(max(0, placed - skipped), load.span.wanted - skipped)
-        self.transfer_log.loaded(load, loading.tickets, got)
+            got = min(max(0, placed - skipped), load.span.wanted - skipped)
+            self.transfer_log.loaded(load, loading.tickets, got)
+        else:
+            got = load.span.wanted - skipped if blend.done else 0
+            self.transfer_log.loaded(load, loading.tickets, got, len(blend.computed) * blend.done)
+            if blend.done:
+                self.transfer_log.blended(blend)
         if got == load.span.wanted - skipped:
             return
         self._report.failed.append(load.request)
@@ -303,7 +308,7 @@ class WorkerSide:
         return {
             "flight": sum(s["arena"]["flight"] for s in every),
             "open": sum(g["open"] for s in every for g in s["graphs"].values()),
-            "loads": len(self._loads), "asked": len(self._asked),
+            "loads": len(self._loads) + len(self._blends or ()), "asked": len(self._asked),
             **self._saves.report(), "stats": every[0] if every else {},
         }  # fmt: skip
 

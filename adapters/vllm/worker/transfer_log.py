@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from tierloom.adapters.vllm.exchange.messages import Load, Save
 from tierloom.adapters.vllm.exchange.metrics import Stats
 from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import Lost
+
+if TYPE_CHECKING:
+    from tierloom.adapters.vllm.worker.blended_loads import BlendedLoad
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -22,20 +26,38 @@ class TransferLog:
         self._first = first
         self.stats = Stats()
 
-    def loaded(self, load: Load, tickets: list[Ticket], got: int) -> None:
-        """A load has ended; `got` tokens of what was wanted are in place."""
+    def loaded(self, load: Load, tickets: list[Ticket], got: int, computed: int = 0) -> None:
+        """A load has ended; `got` tokens of what was wanted are in place, `computed` of them since
+        they were computed for it."""
         lost, nbytes, seconds = self._count("load", tickets)
         if not self._first:
             return
         want = load.start + load.span.wanted - load.fresh
-        self.stats.add(loads=1, load_tokens=got, load_failed_tokens=want - got)
+        self.stats.add(loads=1, load_tokens=got - computed, load_failed_tokens=want - got)
         tiers = tickets[0].delivered() if tickets else {}
         for tier, n in tiers.items():
             self.stats.count(f"hit_tokens.{tier}", n)
         log.info(
             "request %s: %d tokens, %d in vLLM's cache, %d to load, %d loaded (%s) in %s%s",
-            load.request, load.total, load.fresh, want, got,
+            load.request, load.total, load.fresh, want, got - computed,
             _listed(tiers.items()), _speed(nbytes, seconds), lost,
+        )  # fmt: skip
+
+    def blended(self, blend: BlendedLoad) -> None:
+        """A load with passages has ended, and so have its repairs."""
+        if not self._first or not blend.tickets:
+            return
+        receipt, computed = blend.tickets[0].wait(), len(blend.computed)
+        exact = max(0, blend.load.start + receipt.tokens - blend.load.fresh)
+        attended = blend.tickets[0].attended
+        self.stats.add(
+            blends=1, blend_exact_tokens=exact, blend_tokens=receipt.blended,
+            blend_computed_tokens=computed, blend_seconds=blend.seconds,
+        )  # fmt: skip
+        log.info(
+            "request %s: %d tokens exact, %d blended, loaded in %.4f s; %d computed in %.4f s%s",
+            blend.load.request, exact, receipt.blended, receipt.seconds, computed, blend.seconds,
+            f", {attended:.0%} of attention fell on them" if attended else "",
         )  # fmt: skip
 
     def stored(self, save: Save, tickets: list[Ticket]) -> None:

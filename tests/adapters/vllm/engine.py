@@ -249,6 +249,28 @@ class Driver:
         self.finish([name])
         return {"wall_s": walls, "cpu_s": cpus, "hooks": hooks}
 
+    def beside(self, decodes: list[list[int]], tokens: list[int], kv: Any) -> dict[str, Any]:
+        """CPU seconds of each step from a request's arrival to its first token, while prompts
+        beside it get a token in every step; and of as many steps before it."""
+        names = [self.add(ids, max_tokens=512) for ids in decodes]
+        while not all(self._open[name].ids for name in names):
+            self._step()
+        alone, gaps = ([self._timed_step() for _ in range(8)], [])
+        name = self.add(tokens, kv=kv, max_tokens=1)
+        while not self._open[name].ids:
+            had = [len(self._open[one].ids) for one in names]
+            gaps.append(self._timed_step())
+            assert [len(self._open[one].ids) for one in names] == [n + 1 for n in had]
+        found = self.finish([name])[0]
+        self.abort(names)
+        self.finish(names)
+        return {"alone_s": alone, "gaps_s": gaps, "cached": found["cached"]}
+
+    def _timed_step(self) -> float:
+        began = time.process_time()
+        self._step()
+        return time.process_time() - began
+
     def time_hooks(self) -> None:
         """From now on note how long each hook takes that vLLM calls, in either role."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group

@@ -62,6 +62,8 @@ def test_settings_and_overrides_are_told_apart(monkeypatch) -> None:
         ({"tierloom.wait": "soon"}, "not a time"),
         ({"tierloom.min_tokens": -1}, "must not be negative"),
         ({"tierloom.blend": "on", "tierloom.load": "layer"}, "wants load: async"),
+        ({"tierloom.blend": "always"}, "one of off, ask, on"),
+        ({"tierloom.blend": True}, "one of off, ask, on"),
         ({"tierloom.wait": "250"}, "'250' has no unit; write '250 ms' or '250 s'"),
         ({"tierloom": {"hold": 0.5}}, "0.5 has no unit; write '0.5 ms' or '0.5 s'"),
         ({"tierloom": {"laod": "async"}}, "unknown key 'laod'.*load"),
@@ -100,6 +102,7 @@ def test_what_the_user_says_of_the_pipeline_wins(said) -> None:
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
+        ({"tierloom.blend": "on"}, "tierloom.blend: on, but .*finds no text anywhere"),
         ({"tiers.hto.capacity": "1 GiB"}, "tiers.hto.capacity: no 'hto' in tiers"),
         ({"tierloom.config": "teired"}, "no preset is called 'teired'"),
         ({"tierloom.config": {"version": 1, "graphs": {"stroe": {}}}}, "graphs.stroe: there is no"),
@@ -143,6 +146,7 @@ def test_wishes_of_a_request() -> None:
     "params",
     [
         {"tierloom.skip": True}, {"tierloom.skip_load": 1}, {"tierloom.tags": ["a"]},
+        {"tierloom.blend": "yes"}, {"tierloom.blend": 1},
         {"tierloom.max_tokens": -1}, {"tierloom.max_tokens": True}, {"tierloom": True},
         {"tierloom": {"skip": 1}}, {"tierloom.skip_save": False, "tierloom": {"skip_save": True}},
     ],
