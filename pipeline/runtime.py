@@ -18,7 +18,7 @@ from tierloom.pipeline.kept_texts import KeptTexts
 from tierloom.pipeline.run.graph_runner import GraphRunner
 from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
-from tierloom.pipeline.tier_stack import open_tiers
+from tierloom.pipeline.run.tier_stack import open_tiers
 from tierloom.stages.contract.stage import Context, ModelFacts, Stage
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.geometry import Geometry

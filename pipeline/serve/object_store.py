@@ -19,7 +19,7 @@ import anyio
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.run.threads import Pool
-from tierloom.pipeline.tier_stack import open_tiers
+from tierloom.pipeline.run.tier_stack import open_tiers
 from tierloom.stages.directory.chunk_directory import ChunkDirectory
 from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import anyio
 import anyio.lowlevel
 
-from tierloom.pipeline.object_store import MemoryReservation, ObjectStore
+from tierloom.pipeline.serve.object_store import MemoryReservation, ObjectStore
 from tierloom.stages.errors import ArenaFull, BadObject, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
