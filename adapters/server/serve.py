@@ -15,7 +15,7 @@ import anyio
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.serve.listener import Listen, Listener, certificate
 from tierloom.pipeline.serve.object_store import ObjectStore
-from tierloom.pipeline.serve.session import Terms
+from tierloom.pipeline.serve.terms import Terms
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.tiers.server.client import TOKEN, read_token
 

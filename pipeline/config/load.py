@@ -66,6 +66,7 @@ def _pipeline(tree: Table, found: Findings) -> PipelineSpec | None:
     tiers = {t.name: t for t in _tiers(tree, found)}
     named = tree.items.get("tiers")
     names = set(named.items) if isinstance(named, Table) else set()
+    _check_served(tree, options, names, tiers, found)
     if "graphs" not in tree.items:
         found.add(tree.at, "graphs", "is missing", f"describe {' or '.join(GRAPHS)}, or both")
     graphs = {}
@@ -153,6 +154,22 @@ def _entries(
             hint = WRITTEN if section == "tiers" else ""
             hint = f"there is no {id!r} to remove" if shown(entry) == "nothing" else hint
             found.add(whole.keys[id], here, f"wants a mapping, got {shown(entry)}", hint)
+
+
+def _check_served(
+    tree: Table, options: PipelineOptions | None, names: set[str], tiers: Mapping[str, TierSpec],
+    found: Findings,
+) -> None:  # fmt: skip
+    """What is served lies in this process: else two engines could ask each other for ever."""
+    if options is None or options.serve is None:
+        return
+    place, path = _place(tree, "serve"), "serve.tiers"
+    for name in options.serve.tiers:
+        if name not in names:
+            found.add(place, path, f"there is no tier {name!r}", nearest(name, names))
+        elif name in tiers and not tiers[name].cls.local:
+            hint = "others reach it themselves; serve tiers that use memory or disk"
+            found.add(place, path, f"tier {name!r} is not this process's own", hint)
 
 
 def _check_tier_names(

@@ -19,7 +19,9 @@ import anyio
 import anyio.lowlevel
 
 from tierloom.pipeline.serve.object_store import ObjectStore
-from tierloom.pipeline.serve.session import Lending, Session, Terms
+from tierloom.pipeline.serve.own_tiers import OwnTiers
+from tierloom.pipeline.serve.session import Session
+from tierloom.pipeline.serve.terms import Lending, Terms
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server.client import PORT
@@ -66,7 +68,7 @@ class Listen(Address):
             )[0]
             return socket.create_server(where[:2], family=family, backlog=512)
         except OSError as error:
-            raise ConfigError(f"--listen {self}: {error.strerror or error}") from None
+            raise ConfigError(f"cannot listen at {self}: {error.strerror or error}") from None
 
     def _bind_path(self) -> socket.socket:
         """A socket for our own user alone. One that nobody listens at any more is replaced."""
@@ -98,7 +100,7 @@ class Listener:
     """Bound sockets and the clients that came in by them; on one loop."""
 
     def __init__(
-        self, store: ObjectStore, listens: Sequence[Listen], terms: Terms, *,
+        self, store: ObjectStore | OwnTiers, listens: Sequence[Listen], terms: Terms, *,
         context: ssl.SSLContext | None = None, clients: int = 512,
     ) -> None:  # fmt: skip
         """`context`: TLS, for those of `listens` that want it. `clients`: at most, at once. Raises
@@ -192,5 +194,5 @@ def certificate(cert: Path, key: Path) -> ssl.SSLContext:
     try:
         context.load_cert_chain(cert, key)
     except OSError as error:
-        raise ConfigError(f"--cert {cert}, --key {key}: {error}; both must be PEM") from None
+        raise ConfigError(f"certificate {cert}, key {key}: {error}; both must be PEM") from None
     return context

@@ -119,6 +119,8 @@ class TierContext(NamedTuple):
     cancelled caller does not end it: `leases` are all whose memory it touches, held until then."""
     watch: TierWatch | None = None
     """Told of each object of a local tier that comes or goes."""
+    epoch: bytes = b""
+    """By which this pipeline's own listener greets, if it has one."""
 
 
 @dataclass(slots=True)
