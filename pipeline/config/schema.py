@@ -80,7 +80,7 @@ def _one_of(kind: catalog.Kind, names: dict[str, str], shared: dict[str, Any]) -
     picks = []
     for name in sorted(names):
         cls = catalog.load_class(kind, name).Options
-        properties = {"use": {"const": name}} | shared | _properties(cls, without=set(shared))
+        properties = {"use": {"const": name}} | shared | _properties(cls)
         defs[f"{kind}.{name}"] = _object(properties, _required(cls))
         chosen = {"properties": {"use": {"const": name}}, "required": ["use"]}
         picks.append({"if": chosen, "then": {"$ref": f"#/$defs/{kind}.{name}"}})

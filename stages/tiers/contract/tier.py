@@ -145,6 +145,8 @@ class Tier(ABC):
     """It has an index in this process, so `find` answers at once and knows inner links."""
     in_arena: bool = False
     """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
+    read_only: bool = False
+    """Nothing can be put into it: it is others' to keep."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "has": "exists",

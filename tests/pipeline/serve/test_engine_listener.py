@@ -125,6 +125,9 @@ def test_nothing_is_put_or_deleted_by_others(opened: Open) -> None:
     with Client(pipe) as client:
         gone = wire.unpack(wire.Holdings, client.answer(Kind.DROP, b"".join(keys)).body)
         assert (gone.done, gone.objects) == (0, 3)
+        offer = wire.pack(wire.Offer(bytes(32), 1 << 14))
+        assert client.answer(Kind.PUT, offer)[::2] == (Kind.GRANT, bytes([Lost.NO_ROOM]))
+        assert client.message().kind is Kind.KEPT
         client.ask(Kind.SETTLE, b"".join(keys))
         assert client.answer(Kind.HAS, b"".join(keys)).body == bytes(3)
         assert client.answer(Kind.BORROW, keys[0]).kind is Kind.ERROR
