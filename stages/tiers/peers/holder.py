@@ -60,6 +60,8 @@ class Holder(Server):
         self._strikes = 0
         self._shunned: dict[bytes, float] = {}
         self._causes: set[Lost] = set()
+        # One connection is left to questions, which must not wait for objects.
+        self._reading = anyio.Semaphore(options.connections - 1)
         self._client.prepare(options.token_file, options.ca_file, options.connections)
 
     @property
@@ -105,10 +107,13 @@ class Holder(Server):
 
     async def fetch(self, reads: Sequence[Read]) -> None:
         """`read`, but that it fails is said in the reads that it left undone. Never raises."""
-        before, began = sum(r.object.arrived for r in reads if r.object), time.monotonic()
+        before = sum(r.object.arrived for r in reads if r.object)
         self.busy += 1
         try:
-            came = await self._within(lambda: self._read(reads), cargo=True)
+            async with self._reading:
+                began, came = time.monotonic(), None
+                if self.healthy:  # else it was put aside meanwhile
+                    came = await self._within(lambda: self._read(reads), cargo=True)
         finally:
             self.busy -= 1
         nbytes = sum(r.object.arrived for r in reads if r.object) - before

@@ -49,7 +49,7 @@ class PeerOptions:
     ca_file: str = ""
     """PEM file of the certificate authorities to trust. Default: the system's."""
     connections: int = 4
-    """Most questions to one engine at once, each on a connection of its own."""
+    """Most calls to one engine at once, each on a connection of its own; one is for questions."""
     timeout: Seconds = 0.4
     """Longest wait for one answer of one engine, objects included. It is then left alone."""
     hedge: Seconds | None = 0.03
@@ -62,8 +62,8 @@ class PeerOptions:
             raise ValueError("directory: name at least one engine")
         for address in self.addresses:
             address_of(_url(address))
-        if self.connections < 1 or self.timeout <= 0 or self.probe <= 0:
-            raise ValueError("connections, timeout and probe must be positive")
+        if self.connections < 2 or self.timeout <= 0 or self.probe <= 0:
+            raise ValueError("connections must be at least 2, timeout and probe positive")
 
     @property
     def addresses(self) -> list[str]:

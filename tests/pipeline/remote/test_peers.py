@@ -377,6 +377,21 @@ def test_a_slow_peer_is_hedged(opened: Open, whole: Any) -> None:
         assert asker.get(1).tokens == 192
 
 
+def test_a_question_does_not_wait_for_objects(opened: Open) -> None:
+    """However many reads hang, another prompt is asked about, and the peer is not to blame."""
+    with contextlib.closing(Liar(answers(objects_of(opened, 1), most=1))) as liar:
+        options = {"timeout": "20 s", "graphs__retrieve__deadline": "20 s", "connections": 2}
+        asker = Asker(opened, near(liar.url, **options))
+        ids = tokens(192, seed=1)
+        blanks = [asker.engine.blank() for _ in range(3)]
+        hung = [asker.pipe.retrieve(ids, blank.caches, SLOTS) for blank in blanks]
+        until(lambda: asker.tier.holders[liar.url].busy == 3)
+        assert asker.pipe.begin_lookup(ids).result(10) == 192
+        for ticket in hung:
+            ticket.cancel()
+            ticket.wait()
+
+
 def test_what_nobody_may_put_into_is_told(opened: Open) -> None:
     made = near("127.0.0.1:1")
     made["graphs"]["store"]["stages"]["near"] = {"use": "put", "tier": "near"}

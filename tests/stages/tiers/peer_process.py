@@ -31,10 +31,14 @@ class EngineProcess(processes.Process):
 
     def __init__(
         self, folder: Path, config: dict[str, Any], *, model: str = "test", bare: bool = False,
-        env: dict[str, str] | None = None,
+        env: dict[str, str] | None = None, space: str = "", engine: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
+        """`space`: hex of the namespace of a bare one. `engine`: its shape, where that is not the
+        tests'."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._first = {"config": config, "model": model, "bare": bare}
+        self._first = {
+            "config": config, "model": model, "bare": bare, "space": space, "engine": engine or {},
+        }  # fmt: skip
         self.url = ""
         command = [sys.executable, str(Path(__file__).resolve())]
         super().__init__(command, 0, folder / "log.txt", {"PYTHONSAFEPATH": "1"} | (env or {}))
@@ -95,13 +99,13 @@ def engine(folder: Path, config: dict[str, Any], **more: Any) -> Iterator[Engine
 class _Bare:
     """The life of a pipeline without its calls, in the contract's namespace."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], space: str) -> None:
         from tierloom.pipeline.config.load import load_config
         from tierloom.pipeline.runtime import Worker
         from tierloom.testing import NAMESPACE
         from tierloom.testing.bench import GEOMETRY
 
-        names: Any = SimpleNamespace(digest=NAMESPACE)
+        names: Any = SimpleNamespace(digest=bytes.fromhex(space) or NAMESPACE)
         self.worker = Worker(load_config(config), GEOMETRY, "cpu", names)
         assert self.worker.serving is not None
         self.url = self.worker.serving.address
@@ -140,14 +144,14 @@ def main() -> None:
     first = json.loads(sys.stdin.readline())
     served: Any
     if first["bare"]:
-        served = _Bare(first["config"])
+        served = _Bare(first["config"], first["space"])
         url, close = served.url, served.worker.close
     else:
         import conftest
 
         import tierloom
 
-        rig = conftest.Engine()
+        rig = conftest.Engine(**first["engine"])
         served = tierloom.open(first["config"], layout=rig.layout, model=first["model"])
         url, close = served.serves_at, served.close
     print(json.dumps(url), flush=True)

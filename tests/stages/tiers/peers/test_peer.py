@@ -114,7 +114,7 @@ def test_an_address_is_named_once() -> None:
     "options",
     [
         {"directory": []}, {"directory": [" , "]}, {"directory": ["nowhere:port"]}, {"directory": ["http://h:1"]},
-        {"directory": ["user:secret@h:1"]}, {"connections": 0}, {"timeout": 0.0}, {"probe": 0.0},
+        {"directory": ["user:secret@h:1"]}, {"connections": 1}, {"timeout": 0.0}, {"probe": 0.0},
     ],
 )  # fmt: skip
 def test_bad_options(options: dict[str, Any]) -> None:
