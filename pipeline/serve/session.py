@@ -216,9 +216,11 @@ class Session:
             part = wanted[begin : begin + _AHEAD]
             with self._store.reservation() as reservation:
                 keys = [asked.key for asked in part]
-                room = await self._store.make_room(self._space, reservation, keys)
-                read = partial(self._store.read, self._space, reservation, room=room)
-                objects = await map_concurrently(read, keys, _AHEAD)
+                objects: list[Object | Lost] = [Lost.NO_ROOM] * len(keys)
+                if not self._terms.limit.exceeded:  # else no disk is read for nothing
+                    room = await self._store.make_room(self._space, reservation, keys)
+                    read = partial(self._store.read, self._space, reservation, room=room)
+                    objects = await map_concurrently(read, keys, _AHEAD)
                 for asked, obj in zip(part, objects, strict=True):
                     item, data = _cut(asked, obj)
                     if len(data) and not await self._terms.limit.wait(len(data)):

@@ -18,12 +18,17 @@ class RateLimit:
         """`limit`: bytes per second; 0: none."""
         self._limit, self._free = limit, 0.0
 
+    @property
+    def exceeded(self) -> bool:
+        """So much has been sent that what is asked for now would wait too long."""
+        return self._free - time.monotonic() > _QUEUE
+
     async def wait(self, nbytes: int) -> bool:
         """Until `nbytes` may be sent; False: that takes too long, somebody else is to be asked."""
+        if not self._limit or self.exceeded:
+            return not self._limit
         now = time.monotonic()
         begin = max(now, self._free)
-        if not self._limit or begin - now > _QUEUE:
-            return not self._limit
         self._free = begin + nbytes / self._limit
         await anyio.sleep(begin - now)
         return True

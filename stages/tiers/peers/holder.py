@@ -180,6 +180,8 @@ class Holder(Server):
         if not self._aside:
             pause = _REJECTED if self._rejected else self._probe * ((1 << self._strikes) - 1)
             self._aside, self._retry = True, time.monotonic() + min(pause, _REJECTED)
+            extra = self.counts.extra
+            extra["left_alone"] = extra.get("left_alone", 0) + 1
             self._wake()
         elif self._rejected:
             self._retry = time.monotonic() + _REJECTED

@@ -158,6 +158,7 @@ def test_the_next_has_it_when_one_is_gone(opened: Open, whole: Any, end: str) ->
         assert asker.get(1).tokens == 192
         assert asker.get(2).tokens == 0, "nobody else has it"
     assert asker.pipe.tiers["near"].available
+    assert asker.pipe.stats()["tiers"]["near"]["left_alone"] >= 1
     whole[0].start() if end == "killed" else whole[0].resume()
     until(lambda: len(asker.healthy()) == 2)
     if end == "killed":
