@@ -215,7 +215,8 @@ def main() -> None:
     run: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=ROOT / "benchmarks") as made:
         run["copies"] = asyncio.run(copies(Path(made), given.rounds, given.idle))
-        run["stops"] = stops(Path(made) / "stops", given.stops)
+        if given.stops:
+            run["stops"] = stops(Path(made) / "stops", given.stops)
     print(json.dumps(run, indent=1))
     if given.json is not None:
         given.json.write_text(json.dumps(run, indent=1) + "\n")
