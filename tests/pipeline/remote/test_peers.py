@@ -223,9 +223,11 @@ class Liar:
     """A peer that greets as it should, and then answers as it is told."""
 
     def __init__(
-        self, answer: Callable[[wire.Message], bytes], version: int = wire.VERSION
-    ) -> None:
-        self._answer, self._version = answer, version
+        self, answer: Callable[[wire.Message], bytes], version: int = wire.VERSION,
+        *, silent: bool = False,
+    ) -> None:  # fmt: skip
+        """`silent`: it does not say what it has."""
+        self._answer, self._version, self._silent = answer, version, silent
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._socks: list[socket.socket] = []
@@ -265,7 +267,7 @@ class Liar:
                 message = self._message(sock)
                 if message.kind is Kind.PING:
                     sock.sendall(wire.message(Kind.PONG, message.number))
-                elif message.kind is Kind.HAS:
+                elif message.kind is Kind.HAS and not self._silent:
                     keys = len(message.body) // 32
                     sock.sendall(wire.message(Kind.HAD, message.number, bytes(keys)))
                 else:
@@ -411,6 +413,15 @@ def test_a_slow_peer_is_hedged(opened: Open, whole: Any) -> None:
         other.cost.add(1 << 20, 5.0)
         other._measured = time.monotonic()
         assert asker.get(1).tokens == 192
+
+
+def test_who_is_slow_to_say_what_it_has(opened: Open, whole: Any) -> None:
+    """Another has it all: that one is not waited for, nor by the next."""
+    with contextlib.closing(Liar(lambda message: b"", silent=True)) as liar:
+        options = {"timeout": "20 s", "hedge": "300 ms", "graphs__retrieve__deadline": "20 s"}
+        asker = Asker(opened, near(liar.url, whole[0].url, **options))
+        assert asker.get(1).tokens == 192
+        assert asker.pipe.stats()["tiers"]["near"]["left_alone"] == 1
 
 
 def test_a_question_does_not_wait_for_objects(opened: Open) -> None:
