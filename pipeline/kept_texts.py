@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tierloom.pipeline.tier_stack import Note
+from tierloom.pipeline.run.tier_stack import Note
 from tierloom.stages.errors import ArenaFull
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.kv.text import Text

@@ -173,7 +173,7 @@ class Pipeline:
 
     def stats(self) -> dict[str, Any]:
         """Counters of stages, tiers and arena, as plain numbers."""
-        flows = self._runners.items()
+        flows, serving = self._runners.items(), self._worker.serving
         return {
             "stages": {g: {id: m.read() for id, m in f.meters.items()} for g, f in flows},
             "graphs": {
@@ -188,7 +188,7 @@ class Pipeline:
                 "leases": self.arena.leases,
             },
             "off": self.off,
-        }
+        } | ({"serve": serving.figures()} if serving is not None else {})
 
     def clear(self, *, local: bool = False) -> int:
         """Forget everything that this pipeline keeps, stores under way included; how many objects
@@ -235,6 +235,12 @@ class Pipeline:
 
         count: int = self._portal.call(all_tiers)
         return count
+
+    @property
+    def serves_at(self) -> str:
+        """Where other engines read what this one keeps, as their tier `peer` names it; empty:
+        nowhere."""
+        return self._worker.serving.address if self._worker.serving is not None else ""
 
     @property
     def names(self) -> Namespace:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 
@@ -18,7 +19,7 @@ from tierloom.pipeline.kept_texts import KeptTexts
 from tierloom.pipeline.run.graph_runner import GraphRunner
 from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
-from tierloom.pipeline.tier_stack import open_tiers
+from tierloom.pipeline.run.tier_stack import open_tiers
 from tierloom.stages.contract.stage import Context, ModelFacts, Stage
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.geometry import Geometry
@@ -29,6 +30,9 @@ from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+
+if TYPE_CHECKING:
+    from tierloom.pipeline.serve.engine_listener import EngineListener
 
 
 class Change(NamedTuple):
@@ -70,6 +74,7 @@ class Worker:
         self._names, self._replica, self._watch = names, replica, watch
         self._facts, self._rotation = facts or ModelFacts(), rotation
         self.changes: deque[Change] = deque()
+        self._epoch = secrets.token_bytes(16) if spec.serve is not None else b""
         self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
         kept = sum(spec.tiers[n].options.capacity for n in self._memory)
         self.arena = Arena(spec.budget.arena, kept)
@@ -91,10 +96,12 @@ class Worker:
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
         self.portal = Portal(self._live)
+        self.serving: EngineListener | None = None
         try:
             self.portal.start()
+            self._serve()
         except BaseException:
-            self._release()
+            self.close()
             raise
 
     async def clear(self, local: bool) -> tuple[int, list[str]]:
@@ -114,6 +121,8 @@ class Worker:
 
     def close(self) -> None:
         """End every request, close the tiers, free the arena."""
+        if self.serving is not None:
+            self.serving.close()
         self.portal.close()
         self._release()
 
@@ -123,7 +132,7 @@ class Worker:
             note = self._note if self._watch or self._texts else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
-                namespace=self._names.digest, note=note,
+                namespace=self._names.digest, note=note, epoch=self._epoch,
             )  # fmt: skip
             for name, tier in self.tiers.items():
                 tier.unread.watch = partial(note, name) if note and tier.local else None
@@ -150,6 +159,18 @@ class Worker:
             self._watch(change)
         else:
             self.changes.append(change)
+
+    def _serve(self) -> None:
+        """Let other engines read what this one keeps, where the file says so."""
+        if (options := self._spec.serve) is None:
+            return
+        from tierloom.pipeline.serve.engine_listener import EngineListener
+        from tierloom.pipeline.serve.own_tiers import OwnTiers
+
+        served = [self.tiers[name] for name in options.tiers]
+        store = OwnTiers(served, self.arena, self._names.digest, self.portal)
+        self.serving = EngineListener(options, store, self._epoch)
+        self.serving.start()
 
     def _new_texts(self) -> KeptTexts | None:
         """What finds kept text anywhere; None: no stage asks for it, and nothing is imported."""

@@ -89,6 +89,7 @@ TIERS = {
     "mock": "tierloom.stages.tiers.wrappers.mock:Mock",
     "mooncake": "tierloom.stages.tiers.pools.mooncake:Mooncake",
     "nixl": "tierloom.stages.tiers.nixl.tier:Nixl",
+    "peer": "tierloom.stages.tiers.peers.tier:Peer",
     "redis": "tierloom.stages.tiers.redis.tier:Redis",
     "s3": "tierloom.stages.tiers.buckets.s3:S3",
     "server": "tierloom.stages.tiers.server.tier:Server",

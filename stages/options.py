@@ -2,7 +2,7 @@
 
 The YAML checker, `tierloom explain`, the JSON schema and the docs all read these classes. Sizes
 and times are written with units (`64 GiB`, `150 ms`) and typed `Size` and `Seconds`; a `Share` may
-be written `7 %`.
+be written `7 %`, and a `Rate` is written `2 GiB/s`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,15 @@ def parse_size(text: str | int) -> int:
     return int(float(m[1]) * _UNITS[unit])
 
 
+def parse_rate(text: str | int) -> int:
+    """'2 GiB/s' -> bytes per second. Only 0 needs no unit. Raises ValueError."""
+    if text == 0 or (isinstance(text, str) and text.strip() == "0"):
+        return 0
+    if not isinstance(text, str) or not text.rstrip().endswith("/s"):
+        raise ValueError(f"{text!r} is not a rate; write one as in '2 GiB/s'")
+    return parse_size(text.rstrip().removesuffix("/s").rstrip())
+
+
 def parse_seconds(text: str | float) -> float:
     """'150 ms' -> seconds. Only 0 needs no unit: a bare number may be meant as milliseconds, as
     other programs have it. Raises ValueError."""
@@ -75,6 +84,8 @@ Size = Annotated[int, parse_size]
 """Bytes, written with a unit."""
 Seconds = Annotated[float, parse_seconds]
 """Seconds, written with a unit."""
+Rate = Annotated[int, parse_rate]
+"""Bytes per second, written with a unit; 0: no limit."""
 Share = Annotated[float, parse_share]
 """A part of a whole, from 0 to 1; also written in per cent."""
 

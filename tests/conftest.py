@@ -76,7 +76,7 @@ def poisoned(monkeypatch):
         return Pool(copying or threads if name == "work" else threads, name)
 
     monkeypatch.setattr("tierloom.pipeline.runtime.Arena", arena)
-    monkeypatch.setattr("tierloom.pipeline.object_store.Arena", arena)
+    monkeypatch.setattr("tierloom.pipeline.serve.object_store.Arena", arena)
     begin = Call.__init__
 
     def named(call, fn, args, leases):

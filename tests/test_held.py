@@ -17,6 +17,7 @@ RUNNERS = {"run_in_executor", "to_thread", "run_sync", "start_new_thread", "subm
 THREADS = {
     "pipeline/run/threads.py": "Pool.__init__",
     "pipeline/run/loop_thread.py": "Portal.__init__ awaited",
+    "pipeline/serve/engine_listener.py": "EngineListener.__init__",  # a loop, as the portal has
     "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
     "src/tierloom/testing/bench.py": "Pool.__call__",
     "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files

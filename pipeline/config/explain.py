@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from tierloom.pipeline.config.segments import Segment, lower
 from tierloom.pipeline.config.spec import Graph, Node, PipelineSpec
 from tierloom.stages.contract.stage import runs_on_loop
-from tierloom.stages.options import masked, parse_seconds, parse_size, seconds_text
+from tierloom.stages.options import masked, parse_rate, parse_seconds, parse_size, seconds_text
 from tierloom.stages.tiers.contract.tier import Inner
 
 
@@ -20,6 +20,8 @@ def explain(spec: PipelineSpec) -> str:
         f"  {name}: {option_words(getattr(spec, name), all=True)}" for name in ("chunk", "budget")
     ]
     lines += [f"  order: {spec.order}, verify: {spec.verify}"]
+    if spec.serve is not None:
+        lines += [f"  serve: {option_words(spec.serve, all=True)}"]
     if spec.tiers:
         lines += ["", "tiers"]
     for tier in spec.tiers.values():
@@ -130,9 +132,9 @@ def _shown(kind: Any, value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     marks = {m for k in (kind, *get_args(kind)) for m in getattr(k, "__metadata__", ())}
-    if parse_size in marks:
+    if marks & {parse_size, parse_rate}:
         unit = next(((n, u) for n, u in _SIZES if value >= n), (1, "B"))
-        return f"{value / unit[0]:g} {unit[1]}"
+        return f"{value / unit[0]:g} {unit[1]}" + "/s" * (parse_rate in marks)
     if parse_seconds in marks:
         return seconds_text(value)
     return str(value)

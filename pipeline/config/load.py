@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tierloom.stages.contract.stage import PortType
 
 GRAPHS = ("store", "retrieve")
 _ID = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_TRIES = 5
 _OUTSIDE = {"version", "extends", "tiers", "graphs"}
 """Keys of a file that are not options."""
 
@@ -55,6 +57,8 @@ def warnings(spec: PipelineSpec) -> tuple[Problem, ...]:
         stores = name == "store"
         used = {t for n in graph.nodes for t in (n.keeps_in() if stores else n.reads(spec.tiers))}
         for tier in spec.tiers.keys() - used:
+            if stores and spec.tiers[tier].cls.read_only:
+                continue
             what = "keeps nothing in it" if stores else "does not read it"
             found.add(spec.tiers[tier].place, f"tiers.{tier}", f"graph {name!r} {what}")
     return found.sorted()
@@ -66,6 +70,7 @@ def _pipeline(tree: Table, found: Findings) -> PipelineSpec | None:
     tiers = {t.name: t for t in _tiers(tree, found)}
     named = tree.items.get("tiers")
     names = set(named.items) if isinstance(named, Table) else set()
+    _check_served(tree, options, names, tiers, found)
     if "graphs" not in tree.items:
         found.add(tree.at, "graphs", "is missing", f"describe {' or '.join(GRAPHS)}, or both")
     graphs = {}
@@ -98,9 +103,9 @@ def _pipeline(tree: Table, found: Findings) -> PipelineSpec | None:
 def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
     """The tiers that are right so far."""
     in_arena = 0
-    shared = names_of(Breaker)
     for name, table, path in _entries(tree, "tiers", "", found):
         use, cls = class_of("tier", table, path, found)
+        shared = names_of(Breaker) - (names_of(cls.Options) if cls is not None else set())
         breaker = fill(Breaker, table.part(shared), path, found)
         if cls is None:
             continue
@@ -115,6 +120,9 @@ def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
                     f"at most half of it is a good start: capacity: {there >> 31} GiB",
                 )  # fmt: skip
         if breaker is not None and options is not None:
+            if "timeout" not in shared:  # of one of several servers: a call may try some of them
+                limit = max(breaker.timeout, _TRIES * options.timeout)
+                breaker = replace(breaker, timeout=limit)
             yield TierSpec(name, use, cls, options, breaker, table.at._replace(text=""))
 
 
@@ -155,6 +163,22 @@ def _entries(
             found.add(whole.keys[id], here, f"wants a mapping, got {shown(entry)}", hint)
 
 
+def _check_served(
+    tree: Table, options: PipelineOptions | None, names: set[str], tiers: Mapping[str, TierSpec],
+    found: Findings,
+) -> None:  # fmt: skip
+    """What is served lies in this process: else two engines could ask each other for ever."""
+    if options is None or options.serve is None:
+        return
+    place, path = _place(tree, "serve"), "serve.tiers"
+    for name in options.serve.tiers:
+        if name not in names:
+            found.add(place, path, f"there is no tier {name!r}", nearest(name, names))
+        elif name in tiers and not tiers[name].cls.local:
+            hint = "others reach it themselves; serve tiers that use memory or disk"
+            found.add(place, path, f"tier {name!r} is not this process's own", hint)
+
+
 def _check_tier_names(
     draft: Draft, table: Table, names: set[str], tiers: Mapping[str, TierSpec], found: Findings
 ) -> None:
@@ -173,6 +197,9 @@ def _check_tier_names(
             elif option in draft.cls.arena_options and name in tiers and name not in in_arena:
                 hint = nearest("", in_arena) or "add a tier that uses memory"
                 found.add(leaf.at, path, f"tier {name!r} does not keep its objects in memory", hint)
+            elif name in tiers and tiers[name].cls.read_only and not isinstance(tree, Row):
+                hint = "name it where 'retrieve' looks; each engine keeps its own"
+                found.add(leaf.at, path, f"tier {name!r} is only read", hint)
 
 
 def _refuse_encoders(drafts: list[Draft], found: Findings) -> None:

@@ -16,7 +16,7 @@ from tierloom.pipeline.config.load import GRAPHS
 from tierloom.pipeline.config.presets import VERSION
 from tierloom.pipeline.config.spec import Breaker, GraphOptions, PipelineOptions, Wire
 from tierloom.stages import catalog
-from tierloom.stages.options import field_docs, parse_seconds, parse_size, seconds_text
+from tierloom.stages.options import field_docs, parse_rate, parse_seconds, parse_size, seconds_text
 from tierloom.stages.tiers.contract.tier import Inner
 
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}
@@ -80,7 +80,7 @@ def _one_of(kind: catalog.Kind, names: dict[str, str], shared: dict[str, Any]) -
     picks = []
     for name in sorted(names):
         cls = catalog.load_class(kind, name).Options
-        properties = {"use": {"const": name}} | shared | _properties(cls, without=set(shared))
+        properties = {"use": {"const": name}} | shared | _properties(cls)
         defs[f"{kind}.{name}"] = _object(properties, _required(cls))
         chosen = {"properties": {"use": {"const": name}}, "required": ["use"]}
         picks.append({"if": chosen, "then": {"$ref": f"#/$defs/{kind}.{name}"}})
@@ -118,7 +118,8 @@ def _type(kind: Any) -> dict[str, Any]:
     """What may be written for a type."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        plain = {"type": ["integer" if parse_size in args else "number", "string"]}
+        whole = parse_size in args or parse_rate in args
+        plain = {"type": ["integer" if whole else "number", "string"]}
         timed = _TIME if parse_seconds in args else {}
         return plain | timed if any(map(callable, args[1:])) else _type(args[0])
     if origin in (Union, types.UnionType):

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tierloom.pipeline.config.problems import Place
 from tierloom.stages.contract.stage import ChunkOptions, PortType, Stage
-from tierloom.stages.options import Seconds, Size
+from tierloom.stages.options import Rate, Seconds, Size
 from tierloom.stages.tiers.contract.tier import Tier
+from tierloom.stages.tiers.net.address import Address
 
 WhenFull = Literal["block", "drop", "spill"]
 
@@ -156,6 +157,55 @@ class Breaker:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOptions:
+    """What a pipeline gives to other engines out of its own tiers, for reading."""
+
+    listen: str = "127.0.0.1:0"
+    """`HOST:PORT`, `tls://HOST:PORT` or `unix:///PATH`; port 0: one that is free. Other hosts are
+    let in only if there is a token."""
+    advertise: str = "auto"
+    """`HOST` or `HOST:PORT` by which others reach it. `auto`: what it listens at, or this host's
+    address where that is every address."""
+    tiers: list[str]
+    """Tiers to serve, best first; each with an index in this process, as memory and disk have."""
+    token_file: str = ""
+    """File with the token to ask for. Default: the environment variable TIERLOOM_TOKEN, if set."""
+    cert_file: str = ""
+    """PEM file of the certificate, for `tls://`."""
+    key_file: str = ""
+    """PEM file of its key."""
+    limit: Rate = 0
+    """Bytes per second to give to all others together; 0: no limit."""
+    clients: int = 64
+    """Most connections at once."""
+
+    def __post_init__(self) -> None:
+        if not self.tiers:
+            raise ValueError("tiers: name at least one")
+        if self.clients < 1:
+            raise ValueError(f"clients must be at least 1, got {self.clients}")
+        if bool(self.cert_file) != bool(self.key_file) or self.at.tls != bool(self.cert_file):
+            raise ValueError("tls:// needs cert_file and key_file, which are for it alone")
+        try:
+            self.reached_at("", 1)
+        except ValueError:
+            raise ValueError(f"advertise {self.advertise!r}: write HOST or HOST:PORT") from None
+
+    @property
+    def at(self) -> Address:
+        """Where to listen. Raises ValueError."""
+        url = self.listen if "://" in self.listen else f"tcp://{self.listen}"
+        return Address.parse(url, "tcp", tls="tls", unix="unix")
+
+    def reached_at(self, host: str, port: int) -> tuple[str, int]:
+        """Where others dial what listens at `port`. `host`: for `auto`."""
+        if self.advertise == "auto":
+            return host, port
+        named = Address.parse(f"tcp://{self.advertise}", "tcp", port=port)
+        return named.host, named.port
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineOptions:
     """What may be said of a pipeline besides its tiers and graphs."""
 
@@ -170,6 +220,8 @@ class PipelineOptions:
     """How prompts are cut."""
     budget: Budget = field(default_factory=Budget)
     """How much may be under way at once."""
+    serve: ServeOptions | None = None
+    """What other engines may read out of this pipeline's tiers; not said: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

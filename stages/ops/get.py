@@ -26,12 +26,12 @@ from tierloom.stages.errors import Lost
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.object import LINK, Object
 from tierloom.stages.memory.allocator import PAGE
-from tierloom.stages.ops.hedge import race
 from tierloom.stages.ops.promote import settle
 from tierloom.stages.ops.scan_budget import ScanBudget
 from tierloom.stages.options import Seconds
 from tierloom.stages.passages.anywhere import extend, why_foreign
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.contract.hedge import race
 from tierloom.stages.tiers.contract.tier import Read
 
 

@@ -89,6 +89,8 @@ class Lookup(RequestStage):
             request.chunks = await self.ctx.pool(fresh_chunks, request, self.ctx, leases=())
         elif request.exact < 1 << 62:  # what follows must not be found by its name
             request.chunks = [c for c in request.chunks if c.start + c.tokens <= request.exact]
+        if absent:
+            tiers = {n: t for n, t in tiers.items() if not t.read_only}
         if absent and self.ctx.replica:  # another process puts the same bytes where both can read
             tiers = {n: t for n, t in tiers.items() if t.local}
         known = await self._ask_remote(tiers, request.chunks)

@@ -119,6 +119,8 @@ class TierContext(NamedTuple):
     cancelled caller does not end it: `leases` are all whose memory it touches, held until then."""
     watch: TierWatch | None = None
     """Told of each object of a local tier that comes or goes."""
+    epoch: bytes = b""
+    """By which this pipeline's own listener greets, if it has one."""
 
 
 @dataclass(slots=True)
@@ -143,6 +145,8 @@ class Tier(ABC):
     """It has an index in this process, so `find` answers at once and knows inner links."""
     in_arena: bool = False
     """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
+    read_only: bool = False
+    """Nothing can be put into it: it is others' to keep."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "has": "exists",

@@ -18,7 +18,7 @@ class WrapperTier(Tier):
 
     def wrap(self, tier: Tier) -> None:
         self.tier, self.counts = tier, tier.counts
-        self.local, self.in_arena = tier.local, tier.in_arena
+        self.local, self.in_arena, self.read_only = tier.local, tier.in_arena, tier.read_only
 
     async def open(self) -> None:
         await self.tier.open()

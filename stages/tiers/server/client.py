@@ -10,7 +10,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anyio
 
@@ -56,7 +56,13 @@ async def connect_server(address: Address, context: ssl.SSLContext | None) -> Co
     """A connected connection. Raises OSError."""
     if address.path:
         return await _reach(socket.AF_UNIX, address.path)
-    found = await anyio.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    found: list[Any]
+    try:  # a number needs no thread to be looked up
+        found = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )
+    except socket.gaierror:
+        found = await anyio.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     error: OSError = OSError(f"host {address.host} has no address")
     for family, _, _, _, where in found:
         try:
@@ -149,6 +155,11 @@ class Client:
         self._epoch = b""
         self._pool: ConnectionPool[Connection] | None = None
         self._shared_memory: SharedMemory | None = None
+
+    @property
+    def epoch(self) -> bytes:
+        """Of the server that was spoken to last; empty: of none."""
+        return self._epoch
 
     def prepare(self, token_file: str, ca_file: str, connections: int) -> None:
         """Raises ConfigError."""

@@ -20,8 +20,8 @@ from tierloom.stages.memory.arena import Lease
 from tierloom.stages.memory.held import held
 from tierloom.stages.tiers.server import protocol as wire
 
-_PIECE = 1 << 20
-"""Bytes of one system call."""
+_PIECE = 2 << 20
+"""Bytes of one system call, and of one wake-up: of 1 MiB they took a quarter more CPU."""
 _TURN = 4 << 20
 """Bytes between two turns of the loop."""
 _BULK = 64 << 10

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import processes
 
-from tierloom.adapters.server.serve import Listen, Serving
+from tierloom.adapters.server.serve import Serving
 from tierloom.pipeline.config.load import load_config
+from tierloom.pipeline.serve.listener import Listen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ import yaml
 from store_server import Process, process
 
 from tierloom.adapters.cli.commands import app
-from tierloom.adapters.server.serve import Listen
+from tierloom.pipeline.serve.listener import Listen
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.tier import TierContext

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tierloom.adapters.server import serve
+from tierloom.pipeline.serve import listener
 from tierloom.stages.errors import Lost
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.server import protocol as wire
@@ -37,7 +37,7 @@ def test_who_does_not_read_is_sent_away(within: Within, url: str) -> None:
             for _ in range(20):
                 sock.sendall(question(Kind.GET, wire.pack(*wanted)))
     unharmed(url)
-    eventually(lambda: not within.serving.sessions)
+    eventually(lambda: not within.serving.listener.sessions)
     for sock in greedy:
         sock.close()
     unharmed(url)
@@ -69,9 +69,9 @@ def test_who_floods_is_served_in_turn(url: str) -> None:
 
 
 def test_strangers_cannot_take_every_place(within: Within, url: str) -> None:
-    strangers = [connected(url) for _ in range(serve._STRANGERS + 20)]
-    eventually(lambda: len(within.serving.sessions) == serve._STRANGERS)
-    eventually(lambda: not within.serving.sessions)
+    strangers = [connected(url) for _ in range(listener._STRANGERS + 20)]
+    eventually(lambda: len(within.serving.listener.sessions) == listener._STRANGERS)
+    eventually(lambda: not within.serving.listener.sessions)
     unharmed(url)
     for sock in strangers:
         sock.close()
@@ -79,7 +79,7 @@ def test_strangers_cannot_take_every_place(within: Within, url: str) -> None:
 
 def test_a_burst_of_strangers(within: Within, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are all there before the server looks."""
-    monkeypatch.setattr(serve, "_HELLO", 60.0)
+    monkeypatch.setattr(listener, "_HELLO", 60.0)
     looks = threading.Event()
 
     async def busy() -> None:
@@ -87,14 +87,14 @@ def test_a_burst_of_strangers(within: Within, url: str, monkeypatch: pytest.Monk
 
     caller = threading.Thread(target=within.call, args=[busy])
     caller.start()
-    strangers = [connected(url) for _ in range(3 * serve._STRANGERS)]
+    strangers = [connected(url) for _ in range(3 * listener._STRANGERS)]
     looks.set()
     caller.join()
     greeted = sum(sock.recv(1) != b"" for sock in strangers)
-    assert greeted == serve._STRANGERS
+    assert greeted == listener._STRANGERS
     for sock in strangers:
         sock.close()
-    eventually(lambda: not within.serving.sessions)
+    eventually(lambda: not within.serving.listener.sessions)
     unharmed(url)
 
 

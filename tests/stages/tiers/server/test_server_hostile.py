@@ -16,7 +16,7 @@ import anyio
 import pytest
 from store_server import Within
 
-from tierloom.adapters.server import serve
+from tierloom.pipeline.serve import listener
 from tierloom.stages.errors import Lost, TierDown
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.tier import Read, TierContext
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 @pytest.fixture
 def within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Within]:
     """A server with little patience, which holds nothing of anybody's in the end."""
-    monkeypatch.setattr(serve, "_STALL", 0.5)
-    monkeypatch.setattr(serve, "_HELLO", 0.5)
+    monkeypatch.setattr(listener, "_STALL", 0.5)
+    monkeypatch.setattr(listener, "_HELLO", 0.5)
     made = Within(tmp_path / "socket")
     yield made
     store = made.serving.store
     eventually(lambda: store.arena.flight == 0 and store.arena._reserved == 0)
-    eventually(lambda: made.serving._lending.nbytes == 0)
-    eventually(lambda: not made.serving.sessions)
+    eventually(lambda: made.serving.listener.lending.nbytes == 0)
+    eventually(lambda: not made.serving.listener.sessions)
     made.stop()
 
 

@@ -39,8 +39,8 @@ def within(tmp_path: Path) -> Iterator[Within]:
     tiers = {"hot": {"use": "memory", "capacity": CAPACITY}}
     made = Within(tmp_path / "socket", tiers=tiers)
     yield made
-    eventually(lambda: not made.serving.sessions)
-    assert made.serving._lending.nbytes == 0
+    eventually(lambda: not made.serving.listener.sessions)
+    assert made.serving.listener.lending.nbytes == 0
     assert made.serving.store.arena.flight == 0
     made.stop()
 
@@ -73,12 +73,12 @@ class TestLoans(TierBench):
         assert isinstance(obj.lease.arena, SharedMemory)
         assert obj.lease.view.readonly
         assert verify(obj, key_of(1)) == self.bytes_of(arena, 1)
-        assert within.serving._lending.nbytes == SIZE
+        assert within.serving.listener.lending.nbytes == SIZE
         kept = obj.lease.retain()
         obj.lease.release()
         assert verify(obj, key_of(1)) == self.bytes_of(arena, 1)
         kept.release()
-        eventually(lambda: within.serving._lending.nbytes == 0)
+        eventually(lambda: within.serving.listener.lending.nbytes == 0)
         with pytest.raises(RuntimeError, match="twice"):
             kept.release()
 
@@ -149,10 +149,10 @@ class TestLoans(TierBench):
         right = self.bytes_of(arena, 1)
         (obj,) = await self.held(tier, 1)
         await tier.close()
-        assert within.serving._lending.nbytes == SIZE
+        assert within.serving.listener.lending.nbytes == SIZE
         assert bytes(obj.lease.view[:SIZE]) == right
         obj.lease.release()
-        eventually(lambda: within.serving._lending.nbytes == 0)
+        eventually(lambda: within.serving.listener.lending.nbytes == 0)
 
     @pytest.mark.anyio
     async def test_who_is_sent_away_keeps_what_was_lent(
@@ -164,11 +164,11 @@ class TestLoans(TierBench):
         (obj,) = await self.held(tier, 1)
         shared_memory = obj.lease.arena
         shared_memory._connection.sock.send(b"nonsense" * 4)
-        eventually(lambda: any(session.gone for session in within.serving.sessions))
+        eventually(lambda: any(session.gone for session in within.serving.listener.sessions))
         for seed in range(10, 40):
             await self.put(tier, seed)
             assert bytes(obj.lease.view[:SIZE]) == right
-        assert within.serving._lending.nbytes == SIZE
+        assert within.serving.listener.lending.nbytes == SIZE
         (other,) = await self.held(tier, 39)
         assert other.lease.arena is not shared_memory, "a new connection, with a mapping of its own"
         obj.lease.release()
@@ -187,7 +187,7 @@ class TestLoans(TierBench):
                 group.cancel_scope.cancel()
             if reads[0].object is not None:
                 reads[0].object.lease.release()
-        eventually(lambda: within.serving._lending.nbytes == 0)
+        eventually(lambda: within.serving.listener.lending.nbytes == 0)
         (obj,) = await self.held(tier, 1)
         obj.lease.release()
 
@@ -303,15 +303,15 @@ def test_a_client_that_dies_gives_everything_back(within: Within) -> None:
     arena = Arena(2 * SIZE, huge_pages=False)
     fill(within.urls[1], arena, 1, 2)
     arena.close()
-    most = within.serving._lending.nbytes
+    most = within.serving.listener.lending.nbytes
     env = os.environ | {"PYTHONPATH": f"{ROOT}/src", "PYTHONSAFEPATH": "1"}
     run = subprocess.Popen([sys.executable, "-c", BORROWER.format(url=within.urls[1])], env=env)
     while run.poll() is None:
-        most = max(most, within.serving._lending.nbytes)
+        most = max(most, within.serving.listener.lending.nbytes)
         time.sleep(0.001)
     assert run.returncode == -signal.SIGKILL
     assert most == 2 * SIZE
-    eventually(lambda: within.serving._lending.nbytes == 0)
+    eventually(lambda: within.serving.listener.lending.nbytes == 0)
 
 
 def test_shared_memory_cannot_be_written_or_cut_by_others() -> None:

@@ -23,15 +23,17 @@ class Note(Protocol):
 async def open_tiers(
     spec: PipelineSpec, arena: Arena, pool: Pool, tiers: dict[str, CircuitBreaker],
     closing: AsyncExitStack, *, namespace: bytes = b"", note: Note | None = None,
+    epoch: bytes = b"",
 ) -> None:  # fmt: skip
     """Fill `tiers` by name; `closing` closes them. A tier is in `tiers` before it opens, when it
     tells `note` of what it kept. `namespace`: the digest that every object carries; empty: objects
-    of all. Raises ConfigError; a tier that cannot be reached is opened and down."""
+    of all. `epoch`: of this pipeline's own listener. Raises ConfigError; a tier that cannot be
+    reached is opened and down."""
     for name, t in spec.tiers.items():
         make: Any = t.cls  # every tier takes (options, context)
         watch = partial(note, name) if note is not None else None
         tier = CircuitBreaker(
-            make(t.options, TierContext(arena, namespace, pool, watch)), name, t.breaker
+            make(t.options, TierContext(arena, namespace, pool, watch, epoch)), name, t.breaker
         )
         closing.push_async_callback(tier.close)
         tiers[name] = tier

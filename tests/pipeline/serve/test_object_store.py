@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from tierloom.pipeline.config.load import load_config
-from tierloom.pipeline.object_store import MemoryReservation, ObjectStore
+from tierloom.pipeline.serve.object_store import MemoryReservation, ObjectStore
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.testing import NAMESPACE, SIZE, key_of, make_object

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from tierloom.stages.ops.hedge import race
+from tierloom.stages.tiers.contract.hedge import race
 
 pytestmark = pytest.mark.anyio
 

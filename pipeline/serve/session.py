@@ -14,12 +14,13 @@ import secrets
 import socket
 import struct
 from functools import partial
-from typing import NamedTuple
 
 import anyio
 import anyio.lowlevel
 
-from tierloom.pipeline.object_store import MemoryReservation, ObjectStore
+from tierloom.pipeline.serve.object_store import MemoryReservation, ObjectStore
+from tierloom.pipeline.serve.own_tiers import OwnTiers
+from tierloom.pipeline.serve.terms import Lending, Terms
 from tierloom.stages.errors import ArenaFull, BadObject, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
@@ -35,17 +36,6 @@ _AHEAD = 4
 """Objects that are read, or held, at once to answer one GET."""
 
 
-class Terms(NamedTuple):
-    """What every client is told and held to."""
-
-    token: bytes
-    epoch: bytes
-    window: int
-    """Bytes of objects that one PUT may bring."""
-    lends: int
-    """Bytes that may be lent to one client; all of them together get twice as much."""
-
-
 class _Refuse(Exception):
     """The client is told why, and the connection is closed."""
 
@@ -54,20 +44,13 @@ class _Refuse(Exception):
         self.why = why
 
 
-class Lending:
-    """How much of the memory is lent, in all."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.nbytes = 0
-
-
 class Session:
     """Owns the connection until `serve` returns."""
 
     def __init__(
-        self, connection: Connection, store: ObjectStore, terms: Terms, lending: Lending
-    ) -> None:
+        self, connection: Connection, store: ObjectStore | OwnTiers, terms: Terms,
+        lending: Lending,
+    ) -> None:  # fmt: skip
         self._connection, self._store = connection, store
         self._terms, self._lending = terms, lending
         self._space = b""
@@ -231,13 +214,17 @@ class Session:
         """Read a few objects at once, send them one after another."""
         for begin in range(0, len(wanted), _AHEAD):
             part = wanted[begin : begin + _AHEAD]
-            with MemoryReservation(self._store.arena) as reservation:
+            with self._store.reservation() as reservation:
                 keys = [asked.key for asked in part]
-                room = await self._store.make_room(self._space, reservation, keys)
-                read = partial(self._store.read, self._space, reservation, room=room)
-                objects = await map_concurrently(read, keys, _AHEAD)
+                objects: list[Object | Lost] = [Lost.NO_ROOM] * len(keys)
+                if not self._terms.limit.exceeded:  # else no disk is read for nothing
+                    room = await self._store.make_room(self._space, reservation, keys)
+                    read = partial(self._store.read, self._space, reservation, room=room)
+                    objects = await map_concurrently(read, keys, _AHEAD)
                 for asked, obj in zip(part, objects, strict=True):
                     item, data = _cut(asked, obj)
+                    if len(data) and not await self._terms.limit.wait(len(data)):
+                        item, data = _cut(asked, Lost.NO_ROOM)
                     head = wire.message(Kind.ITEM, number, wire.pack(item))
                     leases = () if isinstance(obj, Lost) else (obj.lease,)
                     await self._connection.send(head, data, leases=leases)
@@ -245,7 +232,7 @@ class Session:
     async def _put(self, number: int, offers: list[wire.Offer]) -> None:
         """Say which objects are wanted, receive them, and keep each when it is whole."""
         there = await self._store.exists(self._space, [key for key, _ in offers])
-        with MemoryReservation(self._store.arena) as reservation:
+        with self._store.reservation() as reservation:
             codes, leases = await self._make_room(offers, there, reservation)
             await self._connection.send(wire.message(Kind.GRANT, number, bytes(codes)))
             for i, lease in enumerate(leases):
@@ -262,13 +249,14 @@ class Session:
     ) -> tuple[list[int], list[Lease | None]]:
         """A code for each, and a lease for those that are to be sent."""
         codes, leases, total = [], [], 0
+        most = self._store.largest if self._store.writable else 0
         for (_, nbytes), kept in zip(offers, there, strict=True):
             code = wire.SEND
             if kept:
                 code = wire.DONE
             elif nbytes % PAGE or nbytes < PAGE:
                 code = Lost.CORRUPT
-            elif nbytes > self._store.largest or (total and total + nbytes > self._terms.window):
+            elif nbytes > most or (total and total + nbytes > self._terms.window):
                 code = Lost.NO_ROOM
             total += nbytes if code == wire.SEND else 0
             codes.append(code)
@@ -306,7 +294,7 @@ class Session:
             raise wire.BadMessage("BORROW without shared memory")
         loans = []
         for key in keys:
-            with MemoryReservation(self._store.arena) as reservation:
+            with self._store.reservation() as reservation:
                 room = await self._store.make_room(self._space, reservation, [key])
                 obj = await self._store.read(self._space, reservation, key, room=room)
                 loans.append(self._loan(obj))

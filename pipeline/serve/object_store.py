@@ -19,7 +19,7 @@ import anyio
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.run.threads import Pool
-from tierloom.pipeline.tier_stack import open_tiers
+from tierloom.pipeline.run.tier_stack import open_tiers
 from tierloom.stages.directory.chunk_directory import ChunkDirectory
 from tierloom.stages.errors import ArenaFull, Lost
 from tierloom.stages.kv.object import LINK, Object, name_of
@@ -106,6 +106,8 @@ class MemoryReservation:
 class ObjectStore:
     """Everything runs on the loop that opened it."""
 
+    writable = True
+
     def __init__(self, spec: PipelineSpec, *, shared: bool = False) -> None:
         """`shared`: the arena can be mapped by other processes."""
         self.spec = spec
@@ -156,6 +158,9 @@ class ObjectStore:
         self._io.close()
         if not self.arena.leases:  # otherwise somebody still reads it
             self.arena.close()
+
+    def reservation(self) -> MemoryReservation:
+        return MemoryReservation(self.arena)
 
     async def exists(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
         """Which exist in any tier. Those that do count as used."""

@@ -1,0 +1,175 @@
+"""OwnTiers: what a pipeline keeps, for other engines to read, while its own requests go first.
+
+What lies in memory is sent from where it lies. What lies on a disk is read on the pipeline's loop,
+a little at a time and into memory that no request was promised; what does not fit is a miss.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import anyio
+import anyio.lowlevel
+
+from tierloom.pipeline.run.loop_thread import Portal, awaited
+from tierloom.pipeline.serve.object_store import MemoryReservation
+from tierloom.stages.errors import Lost
+from tierloom.stages.kv.object import Object
+from tierloom.stages.memory.arena import Arena, Lease
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.contract.tier import Read, TierStat
+
+_COLD = 2
+"""Objects that are read from disks at once."""
+_SLICE = 64
+"""Keys looked up between two turns of the loop."""
+_WHOLE = 1 << 30
+
+
+class OwnTiers:
+    """Read on the listener's loop, by clients of the pipeline's own namespace. That neither counts
+    as a use, nor puts, deletes or lends anything."""
+
+    writable = False
+    kept_in_memory = 0
+    """Nothing of it is lent: an engine may need it at any time."""
+
+    def __init__(
+        self, tiers: Sequence[CircuitBreaker], arena: Arena, namespace: bytes, portal: Portal
+    ) -> None:
+        """`tiers`: with an index in this process, best first. `portal`: runs the loop they are
+        on."""
+        self._tiers, self._namespace, self._portal = tiers, namespace, portal
+        self.arena, self.largest = arena, arena.total
+        self._most = max(arena.total - arena.working, arena.working) // 4
+        self.lock = threading.Lock()
+        self.held = self.promised = self.given = 0
+        """Bytes that clients hold; of these in memory for requests; objects given so far."""
+        self._cold = anyio.Semaphore(_COLD)
+
+    def reservation(self) -> MemoryReservation:
+        return HeldForClient(self)
+
+    async def exists(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
+        found = [space == self._namespace] * len(keys)
+        for i, key in enumerate(keys):
+            found[i] = found[i] and any(self._nbytes(tier, key) for tier in self._tiers)
+            if i % _SLICE == _SLICE - 1:
+                await anyio.lowlevel.checkpoint()
+        return found
+
+    async def make_room(
+        self, space: bytes, reservation: MemoryReservation, keys: Iterable[bytes]
+    ) -> bool:
+        """`read` sees to that."""
+        return True
+
+    async def read(
+        self, space: bytes, reservation: MemoryReservation, key: bytes, *, room: bool
+    ) -> Object | Lost:
+        """The whole object, whose lease the reservation releases."""
+        lost = Lost.ABSENT
+        for tier in self._tiers if space == self._namespace else ():
+            nbytes = self._nbytes(tier, key)
+            if not nbytes or not tier.available:
+                continue
+            if self.held and self.held + nbytes > self._most:
+                return Lost.NO_ROOM
+            got: Object | Lost | None
+            if tier.in_arena:
+                got = tier.hold(key)
+                if got is not None:
+                    reservation.take(got.lease)
+            else:
+                async with self._cold:
+                    begun = self._portal.begin(self._read, tier, reservation, key, nbytes)
+                    got = await awaited(begun)
+            if isinstance(got, Object):
+                self.given += 1
+                return got
+            lost = got or lost
+        return lost
+
+    async def put(self, space: bytes, obj: Object) -> Lost | None:
+        return Lost.NO_ROOM
+
+    async def order_for_eviction(self, space: bytes, keys: Iterable[bytes]) -> None:
+        return
+
+    async def delete(self, space: bytes, keys: Iterable[bytes]) -> int:
+        return 0
+
+    async def clear(self, space: bytes) -> int:
+        return 0
+
+    def stat(self, space: bytes) -> TierStat:
+        stats = [t.stat() for t in self._tiers] if space == self._namespace else []
+        return TierStat(*(sum(s[i] for s in stats) for i in range(3)))
+
+    @property
+    def evicted(self) -> int:
+        return sum(tier.counts.evicted for tier in self._tiers)
+
+    def let_go(self, leases: Iterable[Lease], promised: int) -> None:
+        """Release leases, and then what was promised for them; any thread."""
+        for lease in leases:
+            lease.release()
+        if promised:
+            self._portal.post(self._unpromise, promised)
+
+    def _nbytes(self, tier: CircuitBreaker, key: bytes) -> int:
+        """Of a whole object; 0: it is not there, or cannot be read."""
+        found = tier.find(key)
+        there = found is not None and found.key == key and key not in tier.unread
+        return found.nbytes if found is not None and there else 0
+
+    async def _read(
+        self, tier: CircuitBreaker, reservation: MemoryReservation, key: bytes, nbytes: int
+    ) -> Object | Lost | None:
+        """On the pipeline's loop, where a promise is never waited for."""
+        assert isinstance(reservation, HeldForClient)
+        room = min(self.arena.working // 4 - self.promised, self.arena.spare)
+        if nbytes > room:
+            return Lost.NO_ROOM
+        self.promised += nbytes
+        await self.arena.reserve(nbytes)
+        read = Read(key, _WHOLE)
+        try:
+            await tier.read([read])
+        finally:
+            if read.object is not None:
+                reservation.take(read.object.lease, nbytes)
+            else:
+                self._unpromise(nbytes)
+        return read.object or read.lost
+
+    def _unpromise(self, nbytes: int) -> None:
+        self.promised -= nbytes
+        self.arena.unreserve(nbytes)
+
+
+class HeldForClient(MemoryReservation):
+    """What one answer holds. A disk may hand a lease over when the client has gone already."""
+
+    def __init__(self, store: OwnTiers) -> None:
+        super().__init__(store.arena)
+        self._store, self._closed = store, False
+
+    def take(self, lease: Lease, promised: int = 0) -> None:
+        """Any thread. `promised`: bytes of the arena that are given back with it."""
+        with self._store.lock:
+            if not self._closed:
+                self._leases.append(lease)
+                self._promised += promised
+                self._store.held += lease.nbytes
+                return
+        self._store.let_go([lease], promised)
+
+    def close(self) -> None:
+        with self._store.lock:
+            self._closed = True
+            leases, promised = self._leases, self._promised
+            self._leases, self._promised = [], 0
+            self._store.held -= sum(lease.nbytes for lease in leases)
+        self._store.let_go(leases, promised)

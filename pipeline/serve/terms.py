@@ -1,0 +1,54 @@
+"""What a listener tells its clients, and holds all of them to together."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import anyio
+
+_QUEUE = 0.1
+"""Seconds for which an object may wait until it is sent, where bytes per second are limited."""
+
+
+class RateLimit:
+    """At most so many bytes per second, to all clients together."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: bytes per second; 0: none."""
+        self._limit, self._free = limit, 0.0
+
+    @property
+    def exceeded(self) -> bool:
+        """So much has been sent that what is asked for now would wait too long."""
+        return self._free - time.monotonic() > _QUEUE
+
+    async def wait(self, nbytes: int) -> bool:
+        """Until `nbytes` may be sent; False: that takes too long, somebody else is to be asked."""
+        if not self._limit or self.exceeded:
+            return not self._limit
+        now = time.monotonic()
+        begin = max(now, self._free)
+        self._free = begin + nbytes / self._limit
+        await anyio.sleep(begin - now)
+        return True
+
+
+class Terms(NamedTuple):
+    """What every client is told and held to."""
+
+    token: bytes
+    epoch: bytes
+    window: int
+    """Bytes of objects that one PUT may bring."""
+    lends: int
+    """Bytes that may be lent to one client; all of them together get twice as much."""
+    limit: RateLimit = RateLimit(0)
+
+
+class Lending:
+    """How much of the memory is lent, in all."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.nbytes = 0
