@@ -20,6 +20,10 @@ class WrapperTier(Tier):
         self.tier, self.counts = tier, tier.counts
         self.local, self.in_arena = tier.local, tier.in_arena
 
+    @property
+    def address(self) -> str:
+        return self.tier.address
+
     async def open(self) -> None:
         await self.tier.open()
 

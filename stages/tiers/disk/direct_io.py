@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,8 @@ SegmentPiece = tuple[int, int]
 
 log = logging.getLogger(__name__)
 
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a place that may be read, and not written."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, quota or file."""
 _MINIMUM = 1 << 20  # smaller growth is not worth a call
@@ -81,7 +84,8 @@ def can_direct(folder: Path) -> bool:
     try:
         fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     except OSError:
-        probe.unlink(missing_ok=True)  # some file systems create first and refuse then
+        with suppress(OSError):  # some file systems create first and refuse then
+            probe.unlink(missing_ok=True)
         return False
     try:
         with mmap.mmap(-1, PAGE) as page, memoryview(page) as view:
@@ -121,13 +125,15 @@ class Segments:
         self._told = False
         for number in numbers(folder, "segment", "slab"):
             if number >= len(self.sizes):
-                (folder / f"segment-{number:05}.slab").unlink()
+                with suppress(OSError):  # read-only
+                    (folder / f"segment-{number:05}.slab").unlink()
                 continue
             fd = self._open(number)
             size = os.fstat(fd).st_size
             if size > self._wanted(number):
                 size = self._wanted(number)
-                os.ftruncate(fd, size)
+                with suppress(OSError):
+                    os.ftruncate(fd, size)
             self.sizes[number] = size // PAGE * PAGE
 
     def grow(self, nbytes: int, keep_free: int) -> tuple[int, int] | None:
@@ -213,7 +219,13 @@ class Segments:
 
     def _open(self, number: int) -> int:
         if number not in self._fds:
-            flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0)
+            direct = os.O_DIRECT if self._direct else 0
             path = self._folder / f"segment-{number:05}.slab"
-            self._fds[number] = self._file_io.open(path, flags, 0o600)
+            try:
+                fd = self._file_io.open(path, os.O_RDWR | os.O_CREAT | direct, 0o600)
+            except OSError as error:
+                if error.errno not in READ_ONLY or not path.exists():
+                    raise
+                fd = self._file_io.open(path, os.O_RDONLY | direct)
+            self._fds[number] = fd
         return self._fds[number]
