@@ -20,7 +20,7 @@ import anyio
 from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.options import masked
-from tierloom.stages.tiers.contract.direction import Direction, Limits, cause, refusal
+from tierloom.stages.tiers.contract.direction import Direction, Limits, cause, why_refused
 from tierloom.stages.tiers.contract.object_reader import is_still
 from tierloom.stages.tiers.contract.read_cost import ReadCostModel
 from tierloom.stages.tiers.contract.tier import Read, Tier
@@ -199,7 +199,7 @@ class CircuitBreaker(WrapperTier):
                 await self._within(_PATIENCE * self._limits.timeout, self._open)
             result = await self._within(self._limits.timeout, work)
         except Exception as error:
-            why = refusal(error) if way is self.writing and self._opened else None
+            why = why_refused(error) if way is self.writing and self._opened else None
             if why is not None:
                 way.refused(why, error)
                 return why

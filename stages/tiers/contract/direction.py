@@ -116,7 +116,7 @@ class Direction:
             log.warning("tier %s %s: %s", self._tier, down, self.last_error)
 
 
-def refusal(error: Exception) -> Lost | None:
+def why_refused(error: Exception) -> Lost | None:
     """Why a place refused a put, if it did; None: it failed."""
     if isinstance(error, Refused):
         return error.lost

@@ -396,13 +396,9 @@ class TestSecrets:
         assert secret not in told
         assert KEY not in told
 
-    @pytest.mark.parametrize(
-        ("status", "code"), [("403 Forbidden", Lost.REFUSED), ("507 Storage", Lost.NO_ROOM)]
-    )
+    @pytest.mark.parametrize(("status", "code"), [("403 F", Lost.REFUSED), ("507 I", Lost.NO_ROOM)])
     async def test_a_bucket_that_refuses_puts_is_read(self, ctx, local, monkeypatch, status, code):
-        """Its client's own error, as the server's answer makes it."""
-        server, _ = local
-        tier = CircuitBreaker(self.tier(ctx, server), "cold", Limits())
+        tier = CircuitBreaker(self.tier(ctx, local[0]), "cold", Limits())
         await tier.open()
         bench = TestLocalBucket()
         assert await bench.put(tier, 1) == [None]
@@ -417,9 +413,6 @@ class TestSecrets:
             assert await bench.put(tier, 2) == [code]
         assert tier.available
         assert isinstance(await bench.get(tier, 1), bytes)
-        monkeypatch.undo()
-        await tier.clear()
-        assert await bench.put(tier, 2) == [None]
         await tier.clear()
         await tier.close()
 
