@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ def blend_prompt(
         raise InputError("policy deviation of blend is for comparison: use heads or probe here")
     if not receipt.blended:
         return BlendedPrompt(receipt.tokens, receipt.tokens, receipt.tokens, 0, ticket)
-    asked = len(prompt) - 1
+    began, asked = time.perf_counter(), len(prompt) - 1
     mask = _mask(ticket.compute(), asked)
     context = asked - int(mask[::-1].argmin())  # where the last passage ends
     ids = torch.from_numpy(prompt).to(rows[0].device)
@@ -65,6 +66,7 @@ def blend_prompt(
     # repeated for each group of heads.
     ready = asked if short and computed else context
     selective.recompute(ids[:ready], mask[:ready], *_planes(rows, ready))
+    ticket.repaired(time.perf_counter() - began)
     return BlendedPrompt(ready, context, receipt.tokens, computed, ticket)
 
 

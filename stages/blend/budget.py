@@ -24,7 +24,7 @@ class BlendOptions:
     the nearer they are to a seam."""
     heads: int | None = None
     """Tokens computed after each seam, where text follows other text than it was captured after.
-    Default: 16 with `heads`, else 0."""
+    Default: 16 with `heads`, and where nobody can say what is attended to; else 0."""
     share: Share = 0.10
     """Of reused tokens, what is computed besides heads."""
     ceiling: Share = 0.12
@@ -64,10 +64,13 @@ class BlendBudget:
 
     def amount(self) -> Amount:
         """What the next blend may choose."""
-        heads = self.options.heads
-        if heads is None:
-            heads = HEADS if self.options.policy == "heads" else 0
+        heads = self.heads if self.options.policy == "heads" else self.options.heads or 0
         return Amount(heads, self.share, self.options.ceiling)
+
+    @property
+    def heads(self) -> int:
+        """Tokens after each seam, where nothing else says what is computed."""
+        return HEADS if self.options.heads is None else self.options.heads
 
     def measured(self, computing: float, loading: float) -> None:
         """Seconds that a blend computed and loaded: with `adapt` the slower one gets less to do.

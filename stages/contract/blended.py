@@ -23,6 +23,8 @@ class Blended:
     """The caller computes by the plan already: nothing more is placed than it says."""
     policy: str = "none"
     amount: Amount = field(default_factory=lambda: Amount(0, 0.0))
+    heads: int = 0
+    """Tokens after each seam that are computed where a policy that needs scores gets none."""
     attended: float = 0.0
     """Of the attention that was scored, what fell on reused tokens that are computed."""
     measured: Callable[[float, float], None] = lambda computing, loading: None
@@ -45,7 +47,9 @@ class Blended:
         assert self.work is not None
         if self.needs != "nothing":
             given = np.zeros(0) if scores is None else scores
-            amount = self.amount if scores is not None else self.amount._replace(share=0.0)
+            amount = self.amount
+            if scores is None:
+                amount = amount._replace(heads=self.heads, share=0.0)
             padded = np.full(self.work.tokens, -np.inf)
             padded[: len(given)] = given
             mask = choose(self.policy, self.work, amount, padded)

@@ -32,7 +32,7 @@ class Blend(RequestStage):
         all_of_it = self._seconds(request, excerpts=True)
         if self.budget.worth_blending(blended.work, rate, exact, all_of_it):
             blended.policy, blended.amount = self.options.policy, self.budget.amount()
-            blended.measured = self.budget.measured
+            blended.heads, blended.measured = self.budget.heads, self.budget.measured
         else:
             blended.work = None
             request.chunks = [c for c in request.chunks if c.excerpt is None]

@@ -30,7 +30,7 @@ def blended(opened: Open, **mend: object) -> tuple[Ticket, Engine, np.ndarray, l
     """A retrieve that has ended, whose engine has computed the question over it, and the question's
     queries in each layer. Nothing but NaN is where the prompt begins."""
     engine = Engine(dtype=torch.float32, heads=2)
-    source = blending(policy="probe", heads=0, share="10 %", **mend)
+    source = blending(policy="probe", share="10 %", **mend)
     pipe, target = opened_with(opened, source, engine), engine.blank()
     kept = np.concatenate([tokens(64, 2), PROMPT[BEFORE:END]])
     pipe.store(kept, engine.caches, engine.slots(192)).wait()
@@ -67,6 +67,12 @@ def test_what_the_question_attends_to_is_computed(opened: Open) -> None:
     assert mask[END:].all()
     assert np.array_equal(np.flatnonzero(mask[:END])[BEFORE:], best)
     assert ticket.attended == pytest.approx(float(want[best].sum() / want.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "computed"), [(None, 16), (0, 0), (5, 5)])
+def test_without_scores_heads_are_computed(opened: Open, heads: int | None, computed: int) -> None:
+    ticket, _, to, _ = blended(opened, **({} if heads is None else {"heads": heads}))
+    assert ticket.compute() == [(0, BEFORE + computed), (END, len(to))]
 
 
 def test_scores_of_the_caller_come_first(opened: Open) -> None:
