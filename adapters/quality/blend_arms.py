@@ -36,6 +36,7 @@ class BlendArm(NamedTuple):
     share: float = 0.0
     """Of reused tokens; of the whole context where the policy is `deviation`, as with the peer."""
     ceiling: float = 1.0
+    near: float = 16
     alone: bool = False
     """Each piece was captured by itself, not behind a prompt."""
     layer: int = 1
@@ -102,7 +103,7 @@ class Case:
             share *= n / int(work.covered().sum())
         if rule == RANDOM:
             rule = "deviation"
-        mask = choose(rule, work, Amount(arm.heads, min(1.0, share), arm.ceiling), scores)
+        mask = choose(rule, work, Amount(arm.heads, min(1.0, share), *arm[3:5]), scores)
         spent += int(mask.sum()) * (layers - (arm.layer if arm.policy == "deviation" else 0))
         self.selective.recompute(self.ids, mask, keys, values)
         got = self._read(keys, values)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -33,10 +34,15 @@ DEFAULT = BlendArm("probe", 0, _OPTIONS.share, _OPTIONS.ceiling)
 
 def candidates() -> dict[str, BlendArm]:
     """What the default is chosen from."""
-    return {
-        f"probe, heads {heads}": BlendArm("probe", heads, 1.0, _OPTIONS.share)
-        for heads in (0, 2, 4, 8, 16)
-    } | {"none": BlendArm("none"), "peer": PEER, "heads 16": BlendArm("heads", 16)}
+    share = _OPTIONS.share
+    return (
+        {f"probe, heads {heads}": BlendArm("probe", heads, 1.0, share) for heads in (0, 4, 16)}
+        | {
+            f"probe, near {near:g}": BlendArm("probe", 0, 1.0, share, near)
+            for near in (4, 8, 32, 128, math.inf)
+        }
+        | {"none": BlendArm("none"), "peer": PEER, "heads 16": BlendArm("heads", 16)}
+    )
 
 
 def judged(reused: int, seams: int, tokens: int, layers: int, asked: int) -> dict[str, BlendArm]:

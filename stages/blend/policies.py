@@ -20,8 +20,8 @@ import numpy.typing as npt
 from tierloom.stages.errors import ConfigError, InputError
 from tierloom.stages.kv.text import Run
 
-NEAR = 16
-"""Tokens from a seam at which a token counts half as strange as at the seam."""
+_FAR = 1 << 40
+"""Tokens behind a seam where there is none."""
 
 Mask = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating]
@@ -58,15 +58,16 @@ class Patchwork(NamedTuple):
                 mask[run.start : min(run.start + tokens, run.end)] = True
         return mask
 
-    def strangeness(self) -> npt.NDArray[np.float64]:
+    def strangeness(self, near: float) -> npt.NDArray[np.float64]:
         """[tokens], 0 to 1: how much a token's KV may differ from what it would be here. Most at a
-        seam: farther on, what a token attends to most has come along with it."""
+        seam: farther on, what a token attends to most has come along with it. `near`: tokens from
+        a seam at which it is half as much."""
         since = np.zeros(self.tokens)
-        seam = -math.inf
+        seam = -_FAR
         for run in self.runs:
             seam = run.start if run.seam else seam
             since[run.start : run.end] = np.arange(run.start, run.end) - seam
-        strange: npt.NDArray[np.float64] = 1 / (1 + since / NEAR)
+        strange: npt.NDArray[np.float64] = 1 / (1 + since / near)
         return strange
 
 
@@ -80,6 +81,8 @@ class Amount(NamedTuple):
     ceiling: float = 1.0
     """Of the tokens that runs cover: heads and what is chosen by score together. Heads are
     computed even where they alone are more."""
+    near: float = 16
+    """Tokens from a seam at which attention paid to a token counts half as much as at the seam."""
 
 
 class Policy(NamedTuple):
@@ -125,7 +128,7 @@ def choose(name: str, work: Patchwork, amount: Amount, scores: Scores | None = N
                 f"policy {name} of blend needs {policy.needs} [{work.tokens}]: it got {found}"
             )
         if policy.needs == "scores":
-            scores = scores * work.strangeness()
+            scores = scores * work.strangeness(amount.near)
         mask[_highest(scores, covered & ~mask, _room(amount, covered, mask))] = True
     mask |= ~covered
     mask[: work.exact] = False

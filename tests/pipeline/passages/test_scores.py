@@ -10,7 +10,7 @@ import torch
 from conftest import Engine, tokens
 
 from tierloom import InputError
-from tierloom.stages.blend.policies import Patchwork
+from tierloom.stages.blend.policies import Amount, Patchwork
 from tierloom.stages.kv.text import Excerpt, Run
 from tierloom.triton_kernels.blend.reference import paid_to
 
@@ -58,7 +58,7 @@ def test_what_the_question_attends_to_is_computed(opened: Open) -> None:
         for q, k in zip(queries, keys, strict=True)
     ]).mean(0)  # fmt: skip
     work = Patchwork(len(to), 0, [Run((Excerpt(BEFORE, PASSAGE, b"", 0, 0),), seam=True)])
-    weighed = want.numpy() * work.strangeness()[:END]
+    weighed = want.numpy() * work.strangeness(Amount(0, 0).near)[:END]
     best = np.sort(np.argsort(-weighed)[: PASSAGE // 10])
     mask = np.zeros(len(to), np.bool_)
     for first, end in ticket.compute():

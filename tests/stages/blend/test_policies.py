@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -30,7 +32,9 @@ def patchworks(draw: st.DrawFn) -> Patchwork:
     return Patchwork(at + draw(st.integers(0, 9)), exact, runs)
 
 
-amounts = st.builds(Amount, st.integers(0, 20), st.floats(0, 1), st.floats(0, 1))
+amounts = st.builds(
+    Amount, st.integers(0, 20), st.floats(0, 1), st.floats(0, 1), st.sampled_from([1, 16, math.inf])
+)
 
 
 @given(patchworks(), amounts, st.sampled_from(sorted(POLICIES)), st.randoms(use_true_random=False))
