@@ -14,7 +14,7 @@ from tierloom.stages.directory.shared.records import (
     MOST_NAMES,
     NUMBERS,
     Announcement,
-    Holder,
+    ChunkHolder,
     WorkerRecord,
     chunk_names,
     number_of,
@@ -77,7 +77,7 @@ class DirectoryContract:
         assert await directory.announce(b, 1, held(names[:20], 2) + held(names[50:], 3))
         found = await directory.find(names)
         assert len(found) == 40
-        one, other = Holder(number_of(a), 1), Holder(number_of(b), 2)
+        one, other = ChunkHolder(number_of(a), 1), ChunkHolder(number_of(b), 2)
         assert [set(holders) for holders in found] == [{one, other}] * 20 + [{one}] * 20
         assert await directory.find(names[20:]) == found[20:]
         assert await directory.find([]) == []
@@ -94,7 +94,7 @@ class DirectoryContract:
         a, names = await directory.join(worker_of("a")), names_of(1, 1)
         for sequence, tiers in enumerate((1, 3, 2, 2, 8, 15), 1):
             assert await directory.announce(a, sequence, held(names, tiers))
-            assert await directory.find(names) == [(Holder(number_of(a), tiers),)]
+            assert await directory.find(names) == [(ChunkHolder(number_of(a), tiers),)]
         assert await directory.withdraw(a, 7, names)
         assert await directory.withdraw(a, 8, names)
         assert await directory.find(names) == []
@@ -116,7 +116,7 @@ class DirectoryContract:
         with pytest.raises(InputError, match="1025 chunks in one call"):
             await directory.announce(a, 1, held(names * 1025))
         with pytest.raises(InputError, match="0 bytes, not 18"):
-            await directory.report(b"", Holder(1, 1))
+            await directory.report(b"", ChunkHolder(1, 1))
         assert await directory.find(names) == []
         assert await directory.beat(a, 0)
 
@@ -149,13 +149,13 @@ class DirectoryContract:
         for _ in range(14):
             await self.wait(0.1)
             assert await directory.beat(b, 1)
-        assert await directory.find(names) == [(Holder(number_of(b), 1),)] * 2
+        assert await directory.find(names) == [(ChunkHolder(number_of(b), 1),)] * 2
         assert set(await directory.workers()) == {number_of(b)}
         assert not await directory.beat(a, 1)
         assert not await directory.announce(a, 2, held(names))
         again = await directory.join(worker_of("a"), first=a, last=a)
         assert again > b > a
-        assert await directory.find(names) == [(Holder(number_of(b), 1),)] * 2
+        assert await directory.find(names) == [(ChunkHolder(number_of(b), 1),)] * 2
         assert await directory.announce(again, 1, held(names))
         assert len(await directory.find(names)) == 4
         assert {h.number for h in (await directory.find(names))[0]} == {
@@ -240,13 +240,13 @@ class DirectoryContract:
         names = names_of(1, 2)
         for epoch in (a, b):
             assert await directory.announce(epoch, 1, held(names))
-        await directory.report(names[0], Holder(number_of(a), 1))
-        assert await directory.find(names[:1]) == [(Holder(number_of(b), 1),)]
+        await directory.report(names[0], ChunkHolder(number_of(a), 1))
+        assert await directory.find(names[:1]) == [(ChunkHolder(number_of(b), 1),)]
         assert len((await directory.find(names[1:]))[0]) == 2
         assert await directory.announce(b, 2, held(names, 2))
-        await directory.report(names[0], Holder(number_of(b), 1))
-        assert await directory.find(names[:1]) == [(Holder(number_of(b), 2),)]
-        await directory.report(names[0], Holder(number_of(b), 2))
+        await directory.report(names[0], ChunkHolder(number_of(b), 1))
+        assert await directory.find(names[:1]) == [(ChunkHolder(number_of(b), 2),)]
+        await directory.report(names[0], ChunkHolder(number_of(b), 2))
         assert await directory.find(names) == []
         assert await self.size(directory) == 1
 
@@ -299,7 +299,7 @@ class DirectoryContract:
             if await self.size(directory) == 10:
                 break
         assert await self.size(directory) == 10
-        assert await directory.find(names[:20]) == [(Holder(number_of(b), 1),)] * 10
+        assert await directory.find(names[:20]) == [(ChunkHolder(number_of(b), 1),)] * 10
 
     async def test_of_one_chunk_so_many_holders(self, directory: Directory) -> None:
         names = names_of(1, 2)

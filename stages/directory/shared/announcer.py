@@ -17,7 +17,12 @@ from itertools import islice
 import anyio
 
 from tierloom.stages.directory.shared.contract import Directory
-from tierloom.stages.directory.shared.records import WHOLE_NAME, Announcement, Holder, WorkerRecord
+from tierloom.stages.directory.shared.records import (
+    WHOLE_NAME,
+    Announcement,
+    ChunkHolder,
+    WorkerRecord,
+)
 from tierloom.stages.errors import ConfigError, InputError, TierDown
 
 log = logging.getLogger(__name__)
@@ -56,7 +61,7 @@ class Announcer:
         self._pending: list[Announcement] = []  # sent, and perhaps not taken
         self._first = self._last = self._sequence = 0
         self._failures, self._rest, self._beat_at = 0, 0.0, 0.0
-        self._gone: deque[tuple[bytes, Holder]] = deque(maxlen=1024)
+        self._gone: deque[tuple[bytes, ChunkHolder]] = deque(maxlen=1024)
 
     def note(self, name: bytes, tier: int, kept: bool, nbytes: int = 0) -> None:
         """A chunk came to tier `tier` of the worker's record, or left it. Raises InputError."""
@@ -73,7 +78,7 @@ class Announcer:
                 del self._held[name]
             self._changed[name] = nbytes
 
-    def report(self, name: bytes, holder: Holder) -> None:
+    def report(self, name: bytes, holder: ChunkHolder) -> None:
         """A holder that `find` named did not have the chunk; any thread."""
         self._gone.append((name, holder))
 

@@ -17,7 +17,12 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from tierloom.stages.directory.shared.records import Announced, Announcement, Holder, WorkerRecord
+from tierloom.stages.directory.shared.records import (
+    Announced,
+    Announcement,
+    ChunkHolder,
+    WorkerRecord,
+)
 from tierloom.stages.errors import ConfigError
 
 EVENTS = 64
@@ -74,12 +79,12 @@ class Directory(ABC):
         gap, or the worker counts as dead; it must join anew and announce all that it holds."""
 
     @abstractmethod
-    async def find(self, names: Sequence[bytes]) -> list[tuple[Holder, ...]]:
+    async def find(self, names: Sequence[bytes]) -> list[tuple[ChunkHolder, ...]]:
         """Living holders of each chunk of the longest prefix that somebody has; `names` of
         consecutive chunks (`chunk_names`)."""
 
     @abstractmethod
-    async def report(self, name: bytes, holder: Holder) -> None:
+    async def report(self, name: bytes, holder: ChunkHolder) -> None:
         """This holder, as `find` named it, did not have the chunk: it is no longer named."""
 
     @abstractmethod
@@ -122,7 +127,7 @@ class Roster:
         self._directory, self._keep, self._clock = directory, keep, clock
         self._known: dict[int, tuple[float, Member]] = {}
 
-    async def members(self, found: Iterable[Sequence[Holder]]) -> dict[int, Member]:
+    async def members(self, found: Iterable[Sequence[ChunkHolder]]) -> dict[int, Member]:
         """Living workers among those that `find` named. Raises TierDown."""
         numbers = {holder.number for holders in set(map(tuple, found)) for holder in holders}
         now = self._clock()

@@ -24,7 +24,7 @@ from tierloom.stages.directory.shared.records import (
     WORD,
     Announced,
     Announcement,
-    Holder,
+    ChunkHolder,
     WorkerRecord,
     epoch_of,
     holders_in,
@@ -114,11 +114,11 @@ class EmbeddedDirectory(Directory):
         lives.told.append((sequence, pack_changes(changes)))
         return True
 
-    async def find(self, names: Sequence[bytes]) -> list[tuple[Holder, ...]]:
+    async def find(self, names: Sequence[bytes]) -> list[tuple[ChunkHolder, ...]]:
         require_names(names)
-        found: list[tuple[Holder, ...]] = []
-        seen: dict[bytes, tuple[Holder, ...]] = {}
-        last, holders = 0, tuple[Holder, ...]()
+        found: list[tuple[ChunkHolder, ...]] = []
+        seen: dict[bytes, tuple[ChunkHolder, ...]] = {}
+        last, holders = 0, tuple[ChunkHolder, ...]()
         for value in self._chunks.find(b"".join(names)):
             if value != last:
                 words = self._words(value)
@@ -130,7 +130,7 @@ class EmbeddedDirectory(Directory):
             found.append(holders)
         return found
 
-    async def report(self, name: bytes, holder: Holder) -> None:
+    async def report(self, name: bytes, holder: ChunkHolder) -> None:
         require_names([name])
         for value in self._chunks.find(name):
             if holder in holders_in(self._words(value)):

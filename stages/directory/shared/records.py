@@ -66,7 +66,7 @@ def number_of(epoch: int) -> int:
     return turn_of(epoch) % NUMBERS
 
 
-class Holder(NamedTuple):
+class ChunkHolder(NamedTuple):
     """A worker that has a chunk."""
 
     number: int
@@ -94,11 +94,11 @@ def word_of(number: int, tiers: int) -> bytes:
     return (number << MOST_TIERS | tiers).to_bytes(WORD, "big")
 
 
-def holders_in(words: bytes) -> tuple[Holder, ...]:
+def holders_in(words: bytes) -> tuple[ChunkHolder, ...]:
     """The holders that words name; bytes that make no word are passed over."""
     whole = range(0, len(words) - WORD + 1, WORD)
     numbers = (int.from_bytes(words[i : i + WORD], "big") for i in whole)
-    return tuple(Holder(n >> MOST_TIERS, n & (1 << MOST_TIERS) - 1) for n in numbers)
+    return tuple(ChunkHolder(n >> MOST_TIERS, n & (1 << MOST_TIERS) - 1) for n in numbers)
 
 
 def pack_changes(changes: Iterable[Announcement]) -> bytes:

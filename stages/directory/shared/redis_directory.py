@@ -21,7 +21,7 @@ from tierloom.stages.directory.shared.records import (
     WHOLE_NAME,
     Announced,
     Announcement,
-    Holder,
+    ChunkHolder,
     WorkerRecord,
     epoch_of,
     holders_in,
@@ -120,7 +120,7 @@ class RedisDirectory(Directory):
         await self._nodes.everywhere(tell)
         return taken
 
-    async def find(self, names: Sequence[bytes]) -> list[tuple[Holder, ...]]:
+    async def find(self, names: Sequence[bytes]) -> list[tuple[ChunkHolder, ...]]:
         require_names(names)
         if not names:
             return []
@@ -138,7 +138,7 @@ class RedisDirectory(Directory):
                 found[i] = reply
 
         await self._nodes.each(places, ask)
-        prefix: list[tuple[Holder, ...]] = []
+        prefix: list[tuple[ChunkHolder, ...]] = []
         for group, reply in zip(groups, found, strict=True):
             here = _unfolded(reply, len(group))
             prefix += here
@@ -146,7 +146,7 @@ class RedisDirectory(Directory):
                 break
         return prefix
 
-    async def report(self, name: bytes, holder: Holder) -> None:
+    async def report(self, name: bytes, holder: ChunkHolder) -> None:
         require_names([name])
         place, word = self._nodes.place(name), word_of(*holder)
         key = self._nodes.chunks_at(place) + name[:NAME]
@@ -233,9 +233,9 @@ def _sequence(beat: Reply, epoch: int) -> int | None:
     return int(sequence) if whose == b"%d" % epoch and sequence.isdigit() else None
 
 
-def _unfolded(reply: Reply, most: int) -> list[tuple[Holder, ...]]:
+def _unfolded(reply: Reply, most: int) -> list[tuple[ChunkHolder, ...]]:
     """The holders of each chunk, from what `FIND` said of at most so many. Raises TierDown."""
-    found: list[tuple[Holder, ...]] = []
+    found: list[tuple[ChunkHolder, ...]] = []
     parts = reply if isinstance(reply, list) else []
     for words, count in zip(parts[::2], parts[1::2], strict=False):
         if not isinstance(words, bytes) or not isinstance(count, int):

@@ -14,7 +14,7 @@ from tierloom.stages.directory.shared import announcer as module
 from tierloom.stages.directory.shared.announcer import Announcer
 from tierloom.stages.directory.shared.contract import Roster
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory
-from tierloom.stages.directory.shared.records import Holder, number_of
+from tierloom.stages.directory.shared.records import ChunkHolder, number_of
 from tierloom.stages.errors import ConfigError, InputError
 from tierloom.testing import Clock, directories
 from tierloom.testing.directories import names_of
@@ -72,7 +72,7 @@ async def test_what_comes_and_goes_is_told() -> None:
         await until(lambda: _tiers_are(directory, names[10:], 2))
         assert len((await directory.find(names))[0]) == 2
     await a.leave()
-    assert (await directory.find(names))[:2] == [(Holder(number_of(b.epoch), 2),)]
+    assert (await directory.find(names))[:2] == [(ChunkHolder(number_of(b.epoch), 2),)]
 
 
 async def _tiers_are(directory, names, tiers):
@@ -184,7 +184,7 @@ async def test_reports_are_passed_on() -> None:
         for name in names:
             a.note(name, 0, True)
         await finds(directory, names, 2)
-        b.report(names[1], Holder(number_of(a.epoch), 1))
+        b.report(names[1], ChunkHolder(number_of(a.epoch), 1))
         await finds(directory, names, 1)
 
 
@@ -229,12 +229,12 @@ async def test_who_a_number_is_is_asked_now_and_then() -> None:
     roster = Roster(frail, keep=10.0, clock=clock)
     epoch = await frail.join(worker_of("a", heartbeat=60.0))
     number = number_of(epoch)
-    found = [(Holder(number, 1), Holder(77, 1))] * 64
+    found = [(ChunkHolder(number, 1), ChunkHolder(77, 1))] * 64
     for _ in range(3):
         (member,) = (await roster.members(found)).values()
         assert (member.epoch, member.record.instance) == (epoch, "a")
     assert frail.calls.count("workers") == 3, "77 is nobody, and is asked for again"
-    assert await roster.members([(Holder(number, 1),)]) == {number: member}
+    assert await roster.members([(ChunkHolder(number, 1),)]) == {number: member}
     assert frail.calls.count("workers") == 3
     frail.inner = EmbeddedDirectory(clock)
     assert number_of(await frail.join(worker_of("b", heartbeat=60.0))) == number

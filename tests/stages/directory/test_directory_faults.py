@@ -10,7 +10,7 @@ import servers
 from hypothesis import given, settings, strategies as st
 
 from tierloom.stages.directory.shared.announcer import Announcer
-from tierloom.stages.directory.shared.records import Holder, number_of
+from tierloom.stages.directory.shared.records import ChunkHolder, number_of
 from tierloom.stages.directory.shared.redis_directory import (
     RedisDirectory,
     _in_order,
@@ -79,7 +79,7 @@ async def test_a_replica_is_read_and_not_written() -> None:
             assert set(await reader.workers()) == {number_of(epoch)}
             for call in (
                 reader.join(worker_of("b")), reader.sweep(),
-                reader.report(NAMES[0], Holder(number_of(epoch), 1)),
+                reader.report(NAMES[0], ChunkHolder(number_of(epoch), 1)),
             ):  # fmt: skip
                 with pytest.raises(TierDown, match="READONLY: this server is a replica"):
                     await call
@@ -103,7 +103,7 @@ async def test_a_full_server_takes_nothing_and_forgets_nobody() -> None:
             for name in NAMES[20:]:
                 announcer.note(name, 0, True)
             for name in NAMES:
-                announcer.report(name, Holder(1 << 19, 1))
+                announcer.report(name, ChunkHolder(1 << 19, 1))
             for _ in range(14):
                 await anyio.sleep(0.1)
                 assert len(await directory.find(NAMES)) == 20
@@ -156,7 +156,7 @@ async def test_entries_of_the_dead_do_not_hide_the_living() -> None:
         assert await directory.announce(lives, 1, held(names[3][:64]))
         servers.ask(server.port, "DEL", f"tierloom!h{number_of(dead)}")
         found = await directory.find(names[3])
-        assert found == [(Holder(number_of(lives), 1),)] * 64
+        assert found == [(ChunkHolder(number_of(lives), 1),)] * 64
         assert await directory.find(names[4]) == []
         await directory.close()
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from tierloom.stages.directory.shared.records import (
     NUMBERS,
     Announcement,
-    Holder,
+    ChunkHolder,
     WorkerRecord,
     chunk_name,
     chunk_names,
@@ -49,7 +49,7 @@ def test_a_chunk_is_called_as_a_server_calls_its_object() -> None:
 @given(st.integers(0, NUMBERS - 1), st.integers(0, 15), st.binary(max_size=2))
 def test_words(number, tiers, more) -> None:
     words = word_of(number, tiers) * 2
-    assert holders_in(words + more) == (Holder(number, tiers),) * 2
+    assert holders_in(words + more) == (ChunkHolder(number, tiers),) * 2
 
 
 def test_epochs_grow_with_turns_and_tell_processes_apart() -> None:
