@@ -32,6 +32,7 @@ from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 if TYPE_CHECKING:
+    from tierloom.pipeline.serve.announced import AnnouncedTiers
     from tierloom.pipeline.serve.engine_listener import EngineListener
 
 
@@ -95,6 +96,7 @@ class Worker:
         copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
+        self._announced = self._new_announced()
         self.portal = Portal(self._live)
         self.serving: EngineListener | None = None
         try:
@@ -129,7 +131,8 @@ class Worker:
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            note = self._note if self._watch or self._texts else None
+            noted = self._watch or self._texts or self._announced
+            note = self._note if noted else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
                 namespace=self._names.digest, note=note, epoch=self._epoch,
@@ -144,6 +147,8 @@ class Worker:
                     runner.start(tasks)
                 if self._texts is not None:
                     tasks.start_soon(self._texts.read_headers, self._note)
+                if self._announced is not None:
+                    tasks.start_soon(self._announced.run)
                 ready()
                 await stop.wait()
                 await self._drain()
@@ -152,6 +157,8 @@ class Worker:
     def _note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
         if self._texts is not None:
             self._texts.note(tier, kept, links, text)
+        if self._announced is not None:
+            self._announced.note(tier, kept, links)
         if not self._watch:
             return
         change = Change(tier, kept, links, text)
@@ -171,6 +178,18 @@ class Worker:
         store = OwnTiers(served, self.arena, self._names.digest, self.portal)
         self.serving = EngineListener(options, store, self._epoch)
         self.serving.start()
+        if self._announced is not None and self.serving.address:
+            at = self.serving.address, self._epoch.hex()
+            self.portal.post(self._announced.listens_at, *at)
+
+    def _new_announced(self) -> AnnouncedTiers | None:
+        """What tells a directory what is served; None: nobody is told, and nothing is imported."""
+        options = self._spec.serve
+        if options is None or not options.directory:
+            return None
+        from tierloom.pipeline.serve.announced import AnnouncedTiers
+
+        return AnnouncedTiers(options, self._spec, self._names)
 
     def _new_texts(self) -> KeptTexts | None:
         """What finds kept text anywhere; None: no stage asks for it, and nothing is imported."""

@@ -168,6 +168,11 @@ class ServeOptions:
     address where that is every address."""
     tiers: list[str]
     """Tiers to serve, best first; each with an index in this process, as memory and disk have."""
+    directory: str = ""
+    """Where other engines look up what this one has, as in `redis://HOST:PORT/DB`; its password may
+    be in the environment variable TIERLOOM_DIRECTORY_PASSWORD. Empty: they must name this one."""
+    instance: str = ""
+    """This engine's name there, which no other has. Default: made of its host and process."""
     token_file: str = ""
     """File with the token to ask for. Default: the environment variable TIERLOOM_TOKEN, if set."""
     cert_file: str = ""

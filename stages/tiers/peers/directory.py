@@ -17,6 +17,12 @@ class HolderDirectory(Protocol):
         """Addresses of the engines that have each key. Never raises: what is not known, nobody
         has."""
 
+    def missed(self, key: bytes, address: str) -> None:
+        """The engine there, which was named for it, did not have it."""
+
+    async def close(self) -> None:
+        """Release everything."""
+
 
 class AskAll:
     """The directory of those who have none: every engine is asked what it has, all at once."""
@@ -54,3 +60,9 @@ class AskAll:
                     asked[address].suspect()
                 tasks.cancel_scope.cancel()
         return [[a for a, found in answers.items() if found[i]] for i in range(len(keys))]
+
+    def missed(self, key: bytes, address: str) -> None:
+        """It has said so itself."""
+
+    async def close(self) -> None:
+        """The engines are the tier's."""

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _KNOWN, _FRESH = 1 << 14, 10.0
 """Keys whose holders are remembered, and seconds for which they are."""
+_MANY = 64
+"""Engines that a directory has named, from which on those that are left alone are forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,8 @@ class PeerOptions:
 
     directory: list[str]
     """Engines that serve: `HOST:PORT`, or a URL as a `server` tier takes it; one may be several,
-    with commas between. This engine itself may be among them."""
+    with commas between. This engine itself may be among them. Or one directory that engines tell
+    what they serve, `redis://HOST:PORT/DB`; see `serve.directory`."""
     token_file: str = ""
     """File with the token they ask for. Default: the environment variable TIERLOOM_TOKEN, if
     set."""
@@ -60,7 +63,9 @@ class PeerOptions:
     def __post_init__(self) -> None:
         if not self.addresses:
             raise ValueError("directory: name at least one engine")
-        for address in self.addresses:
+        if self.looks_up and len(self.addresses) > 1:
+            raise ValueError("directory: name one directory, or engines")
+        for address in () if self.looks_up else self.addresses:
             address_of(_url(address))
         if self.connections < 2 or self.timeout <= 0 or self.probe <= 0:
             raise ValueError("connections must be at least 2, timeout and probe positive")
@@ -70,6 +75,11 @@ class PeerOptions:
         """One by one, each once."""
         words = (word.strip() for entry in self.directory for word in entry.split(","))
         return list(dict.fromkeys(word for word in words if word))
+
+    @property
+    def looks_up(self) -> bool:
+        """It names a directory; sentinels of one have commas between them."""
+        return self.directory[0].strip().startswith("redis") if self.directory else False
 
 
 class Peer(Tier):
@@ -83,6 +93,7 @@ class Peer(Tier):
         self.options = options
         self.holders: dict[str, Holder] = {}
         """By address."""
+        self._addresses: dict[Holder, str] = {}
         self._directory: HolderDirectory = AskAll(self.holders, options.hedge)
         self._known: dict[bytes, tuple[float, list[Holder]]] = {}
         self._came: dict[bytes, Holder] = {}
@@ -96,7 +107,13 @@ class Peer(Tier):
         """Dials nobody: that is done in the background. Raises ConfigError."""
         if not self.ctx.namespace:
             raise ConfigError("peer: this tier needs a namespace")
-        for address in self.options.addresses:
+        if self.options.looks_up:
+            from tierloom.stages.directory.shared.named import named_directory
+            from tierloom.stages.tiers.peers.looked_up import LookedUp
+
+            at = named_directory(self.options.directory[0].strip(), timeout=self.options.timeout)
+            self._directory = LookedUp(at, self.ctx.namespace)
+        for address in () if self.options.looks_up else self.options.addresses:
             self._holder(address)
         self._watcher = asyncio.create_task(self._watch())
         self._watcher.add_done_callback(_say_why)
@@ -107,6 +124,7 @@ class Peer(Tier):
             await asyncio.gather(self._watcher, return_exceptions=True)
         for holder in self.holders.values():
             await holder.close()
+        await self._directory.close()
 
     @property
     def healthy(self) -> list[Holder]:
@@ -119,8 +137,9 @@ class Peer(Tier):
         for key, addresses in zip(keys, found, strict=True):
             self._known.pop(key, None)
             if addresses:
-                self._known[key] = until, [self._holder(address) for address in addresses]
+                self._known[key] = until, [h for a in addresses if (h := self._holder_at(a))]
         _trim(self._known)
+        await self._forget_some()
         return [bool(addresses) for addresses in found]
 
     async def read(self, reads: Sequence[Read]) -> None:
@@ -177,7 +196,25 @@ class Peer(Tier):
                 options, self.ctx, self.counts, limit=o.timeout, probe=o.probe,
                 wake=self._woken.set,
             )  # fmt: skip
+            self._addresses[self.holders[address]] = address
         return self.holders[address]
+
+    def _holder_at(self, address: str) -> Holder | None:
+        """The same for an address that somebody else says; None: it is none."""
+        try:
+            return self._holder(address)
+        except (ConfigError, ValueError):
+            return None
+
+    async def _forget_some(self) -> None:
+        """Engines come and go where a directory names them: those that are left alone are closed
+        when there are very many."""
+        if not self.options.looks_up or len(self.holders) <= _MANY:
+            return
+        for address, holder in list(self.holders.items()):
+            if not holder.healthy and not holder.busy:
+                del self.holders[address], self._addresses[holder]
+                await holder.close()
 
     def _best(self, key: bytes, asked: list[Holder]) -> Iterator[Holder]:
         """Those who have an object and were not asked for it yet, quickest first."""
@@ -231,6 +268,8 @@ class Peer(Tier):
                     self._came[read.key] = holder
                     _trim(self._came)
                 return
+            if each.lost is Lost.ABSENT:
+                self._directory.missed(read.key, self._addresses.get(holder, ""))
             # That one engine has what cannot be read here says nothing of what others have.
             bad = each.lost is not None and each.lost.unreadable
             read.lost = Lost.ABSENT if bad else each.lost or Lost.LATE

@@ -1,0 +1,91 @@
+"""Which engine has what, as a directory says that all of them tell."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from tierloom.stages.directory.shared.contract import Directory, Roster
+from tierloom.stages.directory.shared.records import ChunkHolder, chunk_names
+from tierloom.stages.errors import TierDown
+
+log = logging.getLogger(__name__)
+
+_ASKED = 512
+"""Chunks of one question."""
+_REPORTS = 64
+"""Reports under way, at most; more are dropped: who asks next makes them."""
+_REMEMBERED = 1 << 14
+
+
+class LookedUp:
+    """A `HolderDirectory`. What it says is a hint: a chunk that is gone is a miss, and reported."""
+
+    def __init__(self, directory: Directory, namespace: bytes) -> None:
+        self._directory, self._namespace = directory, namespace
+        self._roster = Roster(directory)
+        self._named: dict[tuple[bytes, str], ChunkHolder] = {}
+        """By key and address: as `find` named them last."""
+        self._reports: set[asyncio.Task[None]] = set()
+        self._opened = self._silent = False
+
+    async def holders(self, keys: Sequence[bytes]) -> list[list[str]]:
+        """Of the longest prefix of `keys` that somebody has. Never raises."""
+        try:
+            if not self._opened:
+                await self._directory.open()
+                self._opened = True
+            found = await self._find(keys)
+        except (TierDown, OSError, TimeoutError) as error:
+            if not self._silent:
+                log.warning("the directory does not say what other engines keep: %s", error)
+            self._silent = True
+            return [[] for _ in keys]
+        if self._silent:
+            log.warning("the directory says again what other engines keep")
+        self._silent = False
+        return found
+
+    def missed(self, key: bytes, address: str) -> None:
+        """An engine that was named for a chunk did not have it. Returns at once."""
+        holder = self._named.pop((key, address), None)
+        if holder is None or len(self._reports) >= _REPORTS:
+            return
+        self._roster.forget(holder.number)
+        task = asyncio.create_task(self._report(key, holder))
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
+
+    async def close(self) -> None:
+        for task in self._reports:
+            task.cancel()
+        await asyncio.gather(*self._reports, return_exceptions=True)
+        await self._directory.close()
+
+    async def _find(self, keys: Sequence[bytes]) -> list[list[str]]:
+        names = chunk_names(self._namespace, keys)
+        found: list[tuple[ChunkHolder, ...]] = []
+        for first in range(0, len(names), _ASKED):
+            part = names[first : first + _ASKED]
+            found += await self._directory.find(part)
+            if len(found) < first + len(part):  # the prefix ends here
+                break
+        members = await self._roster.members(found)
+        out: list[list[str]] = [[] for _ in keys]
+        for key, holders, addresses in zip(keys, found, out, strict=False):
+            for holder in holders:
+                member = members.get(holder.number)
+                for address in member.record.addresses if member is not None else ():
+                    addresses.append(address)
+                    self._named[key, address] = holder
+        while len(self._named) > _REMEMBERED:
+            del self._named[next(iter(self._named))]
+        return out
+
+    async def _report(self, key: bytes, holder: ChunkHolder) -> None:
+        (name,) = chunk_names(self._namespace, [key])
+        try:
+            await self._directory.report(name, holder)
+        except (TierDown, OSError, TimeoutError) as error:
+            log.debug("a stale entry of the directory was not reported: %s", error)

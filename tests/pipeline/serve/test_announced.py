@@ -1,0 +1,109 @@
+"""Engines that find each other through a directory: what one keeps, the others read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import Engine, config, settle, tokens
+
+sys.path.append(str(Path(__file__).parents[2] / "stages" / "tiers"))
+
+from servers import redis
+
+from tierloom.pipeline.config.problems import ConfigProblems
+from tierloom.stages.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conftest import Open
+
+IDS = tokens(192)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    with redis() as made:
+        yield made
+
+
+def url(server: Any) -> str:
+    return f"redis://127.0.0.1:{server.port}/0"
+
+
+def engine_file(at: str, **serve: Any) -> dict[str, Any]:
+    """An engine that serves its memory, tells so, and reads what others tell."""
+    made = config(
+        serve={"tiers": ["hot"], "directory": at} | serve,
+        tiers__near={"use": "peer", "directory": [at], "timeout": "2 s"},
+    )
+    made["graphs"]["retrieve"]["stages"]["plan"] = {"use": "lookup", "tiers": ["hot", "near"]}
+    return made
+
+
+def found(pipe: Any, engine: Engine, at: Any, *, wanted: int, seconds: float = 20.0) -> int:
+    """Tokens that a retrieve brings, asked again until they are so many."""
+    end = time.monotonic() + seconds
+    while True:
+        got = pipe.retrieve(IDS, engine.caches, at).wait(10).tokens
+        if got == wanted or time.monotonic() > end:
+            return int(got)
+        time.sleep(0.05)
+
+
+def test_what_one_keeps_the_other_finds(opened: Open, server: Any) -> None:
+    engine = Engine()
+    target = engine.blank()
+    at, to = engine.slots(192), target.slots(192)
+    one, two = (opened(engine_file(url(server)), engine) for _ in range(2))
+    one.store(IDS, engine.caches, at).wait()
+    settle(one)
+    assert found(two, target, to, wanted=192) == 192
+    assert torch.equal(engine.rows(at), target.rows(to))
+    assert two.stats()["tiers"]["near"]["hits"] == 3
+    assert one.stats()["serve"]["given"] == 3
+    # what is gone is a miss, and nobody is sent there again
+    one.clear()
+    two.clear()
+    assert found(two, target, to, wanted=0) == 0
+    one.store(IDS, engine.caches, at).wait()
+    assert found(two, target, to, wanted=192) == 192
+    # an engine that has ended is named no more
+    two.clear()
+    one.close()
+    assert found(two, target, to, wanted=0) == 0
+
+
+def test_what_was_kept_before_the_directory_came(opened: Open) -> None:
+    """And what is kept when it comes back empty."""
+    engine = Engine()
+    target = engine.blank()
+    at, to = engine.slots(192), target.slots(192)
+    with redis() as server:
+        one, two = (opened(engine_file(url(server)), engine) for _ in range(2))
+        one.store(IDS, engine.caches, at).wait()
+        assert found(two, target, to, wanted=192) == 192
+        two.clear()
+        server.stop()
+        assert two.retrieve(IDS, target.caches, to).wait(10).tokens == 0
+        assert two.store(tokens(64, 9), engine.caches, at[:64]).wait(10).tokens == 64
+        server.start()
+        assert found(two, target, to, wanted=192, seconds=40) == 192
+
+
+def test_a_directory_is_named_alone(opened: Open) -> None:
+    engine = Engine()
+    for wrong, words in (
+        (["redis://h:1", "10.0.0.2:1"], "one directory, or engines"),
+        (["redis-cluster://h:1"], "redis-sentinel"),
+    ):
+        source = config(tiers__near={"use": "peer", "directory": wrong})
+        with pytest.raises((ConfigError, ConfigProblems), match=words):
+            opened(source, engine)
+    with pytest.raises(ConfigError, match="redis://, rediss://"):
+        opened(config(serve={"tiers": ["hot"], "directory": "h:1"}), engine)
