@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,7 @@ def test_no_folder_to_be_had(
             got = pipe.store(tokens(300), engine.caches, engine.slots(300)).wait(30)
             assert (got.tokens, pipe.lookup(tokens(300))) == (300, 300)
     (line,) = [r.getMessage() for r in caplog.records]
-    assert re.match(r"tier warm \(.*\) is down: ", line)
+    assert line.startswith("tier warm is down: ")
     assert "/dev/null/home/.cache/tierloom" in line
     assert "set TIERLOOM_DIR" in line
 
