@@ -34,6 +34,7 @@ def test_one_finds_what_the_other_computed(
                 "tiers.warm.path": str(tmp_path / f"kv-{n}"), "tiers.warm.capacity": "256 MiB",
                 "tiers.warm.segment": "32 MiB", "serve.listen": f"127.0.0.1:{ports[n]}",
                 "tiers.near.directory": [peers], "tiers.near.timeout": "10 s",
+                "tierloom.wait": "10 s",  # the machine may be slow
             },
         )  # fmt: skip
 
