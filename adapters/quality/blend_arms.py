@@ -103,7 +103,8 @@ class Case:
             share *= n / int(work.covered().sum())
         if rule == RANDOM:
             rule = "deviation"
-        mask = choose(rule, work, Amount(arm.heads, min(1.0, share), *arm[3:5]), scores)
+        amount = Amount(arm.heads, min(1.0, share), arm.ceiling, arm.near)
+        mask = choose(rule, work, amount, scores)
         spent += int(mask.sum()) * (layers - (arm.layer if arm.policy == "deviation" else 0))
         self.selective.recompute(self.ids, mask, keys, values)
         got = self._read(keys, values)

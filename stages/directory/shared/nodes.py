@@ -10,13 +10,10 @@ import anyio
 from tierloom.stages.directory.shared.records import NAME
 from tierloom.stages.directory.shared.scripts import Script
 from tierloom.stages.errors import TierDown
-from tierloom.stages.tiers.net.tls import client_context
-from tierloom.stages.tiers.redis.cluster import Cluster
-from tierloom.stages.tiers.redis.connection import Credentials
 from tierloom.stages.tiers.redis.resp import ErrorReply, Reply
-from tierloom.stages.tiers.redis.tier import RedisOptions
-from tierloom.stages.tiers.redis.topology import RedisNode, Sentinel, Servers, reply_error
-from tierloom.stages.tiers.redis.url import parse_url, password_of
+from tierloom.stages.tiers.redis.tier import RedisOptions, servers_of
+from tierloom.stages.tiers.redis.topology import RedisNode, Servers, reply_error
+from tierloom.stages.tiers.redis.url import parse_url
 
 FIRST = bytes(2)
 """The place of what there is once."""
@@ -36,9 +33,9 @@ class DirectoryNodes:
 
     def __init__(self, options: RedisOptions, limit: float) -> None:
         """`limit`: seconds that anything may take."""
-        self._options, self._limit, self._url = options, limit, parse_url(options.url)
+        self._options, self._limit = options, limit
         self.prefix = options.prefix.encode()
-        self.cluster = self._url.kind == "cluster"
+        self.cluster = parse_url(options.url).kind == "cluster"
         self.key_bytes = len(self.prefix) + 6 * self.cluster + NAME
         """Of a chunk's key."""
         self._servers: Servers | None = None
@@ -47,15 +44,7 @@ class DirectoryNodes:
 
     async def open(self) -> None:
         if self._servers is None:
-            url, o = self._url, self._options
-            tls = client_context(o.ca_file, o.cert_file, o.key_file) if url.tls else None
-
-            def enter() -> Credentials:
-                password = password_of(url, o.password_env, o.password_file)
-                return Credentials(url.user, password, url.db, tls)
-
-            kind = {"single": Servers, "sentinel": Sentinel, "cluster": Cluster}[url.kind]
-            self._servers = kind(url, enter, o.stall, o.connections)
+            self._servers = servers_of(self._options)
         with self.in_time():
             await self._servers.open()
 

@@ -95,6 +95,18 @@ class RedisOptions:
             raise ValueError("stall must be greater than 0, and ttl not negative")
 
 
+def servers_of(options: RedisOptions) -> Servers:
+    """The servers that options name, not opened; to be made on the loop. Raises ConfigError."""
+    url, o = parse_url(options.url), options
+    tls = client_context(o.ca_file, o.cert_file, o.key_file) if url.tls else None
+
+    def enter() -> Credentials:
+        password = password_of(url, o.password_env, o.password_file)
+        return Credentials(url.user, password, url.db, tls)
+
+    return _TOPOLOGIES[url.kind](url, enter, o.stall, o.connections)
+
+
 class Redis(SharedTier):
     """Whole chunks only: inner links are found in local tiers. For asyncio only."""
 
@@ -110,7 +122,7 @@ class Redis(SharedTier):
 
     async def open(self) -> None:
         if self._servers is None:
-            self._servers = self._make_servers()
+            self._servers = servers_of(self.options)
         await self._servers.open()
 
     async def close(self) -> None:
@@ -187,16 +199,6 @@ class Redis(SharedTier):
         if self._servers is None:
             raise TierDown("redis tier is not open")
         return self._servers
-
-    def _make_servers(self) -> Servers:
-        url, o = self._url, self.options
-        tls = client_context(o.ca_file, o.cert_file, o.key_file) if url.tls else None
-
-        def enter() -> Credentials:
-            password = password_of(url, o.password_env, o.password_file)
-            return Credentials(url.user, password, url.db, tls)
-
-        return _TOPOLOGIES[url.kind](url, enter, o.stall, o.connections)
 
     def _name(self, key: bytes) -> bytes:
         return b"%b{%b}" % (self._space, key.hex().encode())
