@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tierloom.stages.directory.shared.contract import Directory, Roster
 from tierloom.stages.directory.shared.records import ChunkHolder, chunk_names
-from tierloom.stages.errors import TierDown
+from tierloom.stages.errors import ConfigError, TierDown
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class LookedUp:
                 await self._directory.open()
                 self._opened = True
             found = await self._find(keys)
-        except (TierDown, OSError, TimeoutError) as error:
+        except (ConfigError, TierDown, OSError, TimeoutError) as error:
             if not self._silent:
                 log.warning("the directory does not say what other engines keep: %s", error)
             self._silent = True

@@ -96,6 +96,24 @@ def test_what_was_kept_before_the_directory_came(opened: Open) -> None:
         assert found(two, target, to, wanted=192, seconds=40) == 192
 
 
+def test_a_wrong_password_costs_what_others_have(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, and the engine's own tiers serve on; that one is no failure of the tier."""
+    engine = Engine()
+    at = engine.slots(192)
+    with redis("--requirepass", "sesame") as server:
+        pipe = opened(engine_file(url(server)), engine)
+        pipe.store(IDS, engine.caches, at).wait()
+        assert pipe.retrieve(IDS, engine.caches, at).wait(10).tokens == 192
+        for _ in range(5):
+            assert pipe.retrieve(tokens(64, 9), engine.caches, at[:64]).wait(10).tokens == 0
+        assert pipe.tiers["near"].available
+    said = [r.getMessage() for r in caplog.records]
+    assert sum("does not say what other engines keep" in line for line in said) == 1
+    assert not any("unexpected error" in line for line in said)
+
+
 def test_a_directory_is_named_alone(opened: Open) -> None:
     engine = Engine()
     for wrong, words in (
