@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tierloom import __version__
+from tierloom.adapters.cli import handoff_commands
 from tierloom.stages.errors import ConfigError, TierloomError
 from tierloom.stages.options import parse_seconds
 
@@ -304,6 +305,9 @@ def sglang(
             check=check,
         )
     )  # fmt: skip
+
+
+app.command()(handoff_commands.proxy)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -1,0 +1,77 @@
+"""`tierloom proxy`: from options to a server."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable, Sequence
+
+from tierloom.adapters.proxy.parts import ProxyParts
+from tierloom.stages.errors import ConfigError
+from tierloom.stages.tiers.net.credentials import secret_in_file
+
+TOKEN_VARIABLE = "TIERLOOM_PROXY_TOKEN"
+
+
+def run_proxy(
+    parts: ProxyParts, prefill: Sequence[str], decode: Sequence[str], *, host: str, port: int,
+    token_file: str, drain: float, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Serve until SIGTERM or SIGINT; then `drain` seconds are left to what is under way. Raises
+    ConfigError."""
+    if missing := [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]:
+        raise ConfigError(f"proxy: {missing[0]} is not installed: pip install 'tierloom[http]'")
+    import uvicorn
+
+    from tierloom.adapters.proxy.http_app import ProxyRoutes
+
+    token = secret_in_file("--token-file", token_file) if token_file else ""
+    parts.token = (token or os.environ.get(TOKEN_VARIABLE, "")).strip().encode()
+    if not _is_local(host) and not parts.token:
+        raise ConfigError(
+            f"--host {host} can be reached from other hosts, which could change the engines: name "
+            f"a --token-file, or set {TOKEN_VARIABLE}"
+        )
+    for url in prefill:
+        parts.fleet.add(url, "prefill")
+    for url in decode:
+        parts.fleet.add(url, "decode")
+    if not decode and not parts.token and not prefill:
+        raise ConfigError("proxy: no engine: pass --decode http://HOST:PORT, and --prefill")
+    listener = _listener(host, port)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two for each stream
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    config = uvicorn.Config(
+        ProxyRoutes(parts).app, log_config=None, log_level="critical", access_log=False, ws="none",
+        server_header=False, date_header=False, timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )  # fmt: skip
+    say(f"listening on http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
+    with listener:
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sets TCP_NODELAY only where it sees that it is TCP: else each answer waits 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    listener.listen(2048)
+    return listener
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
