@@ -62,7 +62,7 @@ def _engine_lines(fleet: Fleet) -> Iterator[str]:
     gauges: dict[str, tuple[str, Callable[[EngineSeat], int]]] = {
         "engine_up": ("1 if it is asked, 0 if it is left alone.", lambda s: int(s.is_up)),
         "engine_requests": ("Requests that it works on.", lambda s: s.running),
-        "engine_queued_tokens": ("Tokens of prompts to compute.", lambda s: round(s.queued)),
+        "engine_queued_tokens": ("Tokens of prompts to compute.", lambda s: s.queued),
         "engine_draining": ("1 if it gets no new requests.", lambda s: int(s.draining)),
     }
     for name, (help_, value) in gauges.items():

@@ -117,8 +117,9 @@ class Exchange:
                 return await self._prefill(seat, raw)
             except EngineFailed as error:
                 log.warning("proxy: request %s: %s %s", self.relay.name, seat.url, error)
+                late = isinstance(error, EngineLate)
             seat = None
-            if len(tried) < _TRIES:
+            if len(tried) < _TRIES and not late:
                 seat = self._fleet.prefiller(self._blocks, self._tokens, tried)
             if seat is not None:
                 self._count("retries_total", role="prefill")
@@ -141,7 +142,7 @@ class Exchange:
 
     async def _prefill(self, seat: EngineSeat, raw: bytes) -> dict[str, Any] | None:
         """Have one engine compute the prompt. Raises EngineFailed."""
-        seat.queued += (fresh := self._fresh(seat))
+        seat.queued += (fresh := int(self._fresh(seat)))
         self._hold(seat)
         outcome = "failed"
         try:

@@ -41,7 +41,7 @@ class EngineSeat:
         self.draining = False
         self.running = 0
         """Requests that it works on, or whose decoder may still ask it."""
-        self.queued = 0.0
+        self.queued = 0
         """Tokens of prompts that it is to compute."""
         self.host: dict[str, Any] | None = None
         """Where decoders reach it, once it has said so."""
@@ -169,7 +169,7 @@ class Fleet:
         seat.draining = True
         self.seats.remove(seat)
         seat.abandon()
-        seat.upstream.close()
+        seat.upstream.close(for_good=True)
 
     def settle(self, seat: EngineSeat) -> None:
         """After a request of it ended."""

@@ -142,7 +142,7 @@ class ProxyRoutes:
         yield
         watch.cancel()
         for seat in self.parts.fleet.seats:
-            seat.upstream.close()
+            seat.upstream.close(for_good=True)
 
     async def engines(self, request: Request) -> Response:
         """Which there are; add, drain, remove one. Raises Refusal."""
@@ -200,5 +200,5 @@ class ProxyRoutes:
 def _shown(seat: EngineSeat) -> dict[str, Any]:
     return {
         "url": seat.url, "role": seat.role, "up": seat.is_up, "draining": seat.draining,
-        "requests": seat.running, "queued_tokens": round(seat.queued),
+        "requests": seat.running, "queued_tokens": seat.queued,
     }  # fmt: skip

@@ -165,6 +165,7 @@ class Upstream:
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._host = f"host: {parts.netloc}\r\n".encode()
         self._idle: list[_Line] = []
+        self._ended = False
 
     async def ask(
         self, method: bytes, target: bytes, headers: Headers = (), body: bytes = b""
@@ -219,10 +220,14 @@ class Upstream:
 
     def keep(self, line: _Line) -> None:
         """Take a connection for the next request."""
-        self._idle.append(line)
+        if self._ended:
+            line.drop()
+        else:
+            self._idle.append(line)
 
-    def close(self) -> None:
-        """Close what is idle."""
+    def close(self, *, for_good: bool = False) -> None:
+        """Close what is idle. `for_good`: and what becomes idle later."""
+        self._ended = self._ended or for_good
         while self._idle:
             self._idle.pop().drop()
 

@@ -40,7 +40,7 @@ def rig(engines, running, request) -> Iterator[Rig]:
         stub.__dict__.update(seen=[], aborted=[], faults=[], pace=0.0)
     options = getattr(request, "param", {})
     threads.do(lambda: renew(parts, ports, **options))
-    made = Rig(stubs, parts, threads.ports[0])
+    made = Rig(stubs, parts, threads)
     with made.client:
         yield made
         made.until(made.at_rest)

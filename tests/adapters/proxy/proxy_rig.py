@@ -23,10 +23,10 @@ TEXT = "The Slow Survey began in 1936, and was slow. " * 120
 class Rig:
     """2 prefillers, 2 decoders, a proxy over them, and a client."""
 
-    def __init__(self, stubs: list[StubEngine], parts: ProxyParts, port: int) -> None:
-        self.stubs, self.parts, self.port = stubs, parts, port
+    def __init__(self, stubs: list[StubEngine], parts: ProxyParts, threads: InThread) -> None:
+        self.stubs, self.parts, self.threads = stubs, parts, threads
         self.prefillers, self.decoders = stubs[:2], stubs[2:]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{threads.ports[0]}"
         self.client = httpx.Client(base_url=self.url, timeout=20, trust_env=False)
 
     def ask(self, prompt: Any = TEXT, path: str = "/v1/completions", **body: Any) -> httpx.Response:
@@ -43,6 +43,18 @@ class Rig:
         engines = self.prefillers if role == "prefill" else self.decoders
         return [{**s["body"], "headers": s["headers"]} for e in engines for s in e.seen]
 
+    def swap(self, role: str, *ports: int) -> None:
+        """Other engines in a role; the last has so much to do that it is asked last."""
+
+        def swapped() -> None:
+            fleet = self.parts.fleet
+            for seat in [seat for seat in fleet.seats if seat.role == role]:
+                fleet.remove(seat)
+            for n, port in enumerate(ports):
+                fleet.add(f"http://127.0.0.1:{port}", role).running += n * 1000
+
+        self.threads.do(swapped)
+
     def metric(self, start: str) -> float:
         lines = self.client.get("/metrics").text.splitlines()
         found = [line for line in lines if line.startswith(f"tierloom_proxy_{start}")]
@@ -57,7 +69,7 @@ class Rig:
     def at_rest(self) -> bool:
         """No request is held against an engine, none waits."""
         seats = self.parts.fleet.seats
-        return not any(s.running or s.queued or s.waiting or s.streaming for s in seats)
+        return not any(s.running % 1000 or s.queued or s.waiting or s.streaming for s in seats)
 
 
 @contextlib.contextmanager
