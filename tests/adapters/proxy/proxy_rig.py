@@ -90,7 +90,7 @@ def renew(parts: ProxyParts, ports: list[int], **options: Any) -> None:
 
 
 class RawServer:
-    """Answers whatever comes with the same bytes, in pieces, and hangs up; counts connections."""
+    """Answers whatever comes with the same bytes, in pieces, and hangs up; counts requests."""
 
     def __init__(self, *pieces: bytes, hang: bool = False) -> None:
         self.pieces, self.hang, self.taken = pieces, hang, 0
@@ -110,10 +110,9 @@ class RawServer:
                 conn, _ = self.sock.accept()
             except OSError:
                 break
-            self.taken += 1
             with contextlib.suppress(OSError):
                 conn.settimeout(5)
-                conn.recv(1 << 20)
+                self.taken += conn.recv(1 << 20).startswith(b"POST")  # not of probes
                 conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for piece in self.pieces:
                     conn.sendall(piece)

@@ -51,6 +51,7 @@ def test_garbage_of_a_prefiller_or_a_decoder(rig: Rig, said) -> None:
         rig.swap("prefill", bad.port)
         right(rig, "2")  # the decoder computes
         assert bad.taken == 2
+        rig.swap("prefill")
         rig.swap("decode", bad.port, rig.decoders[0].port)
         right(rig, "3")
         assert bad.taken == 3
