@@ -308,6 +308,7 @@ def sglang(
 
 
 app.command()(handoff_commands.proxy)
+app.command()(handoff_commands.pd)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -65,6 +65,47 @@ def proxy(
     )  # fmt: skip
 
 
+def pd(
+    model: Annotated[str, typer.Argument(help="What vLLM calls --model.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="vLLM's other arguments.")
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=0, help="Engines that compute prompts.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Engines that answer.")] = 1,
+    port: Annotated[
+        int, typer.Option(min=1, max=65000, help="The proxy's; engines have those from +100 on.")
+    ] = 8000,
+    devices: Annotated[
+        str, typer.Option(metavar="0,1,...", help="GPUs, one for each engine in turn.")
+    ] = "",
+    wait: Annotated[
+        str, typer.Option(metavar="TIME", help="Time for all engines to come up.")
+    ] = "10 min",
+    start: Annotated[
+        bool, typer.Option(help="Start them; else only print the engines' commands.")
+    ] = True,
+) -> None:
+    """Start vLLM engines that compute prompts, others that answer, and the proxy, on this machine.
+
+    tierloom pd --prefill 2 --decode 2 MODEL -- --max-model-len 8192
+    """
+    from tierloom.adapters.cli.pd_launch import parsed_devices, planned, run_pd
+
+    counts = {"prefill": prefill, "decode": decode}
+    engines = planned(model, counts, port, parsed_devices(devices), arguments or [])
+
+    def serve(prefill: list[str], decode: list[str]) -> None:
+        from tierloom.adapters.proxy.parts import ProxyParts
+        from tierloom.adapters.proxy.run_proxy import run_proxy
+
+        run_proxy(
+            ProxyParts(), prefill, decode, host="127.0.0.1", port=port, token_file="", drain=10,
+            say=typer.echo,
+        )  # fmt: skip
+
+    run_pd(engines, start=start, wait=_seconds(wait, "--wait"), say=typer.echo, serve=serve)
+
+
 def _seconds(text: str, option: str) -> float:
     try:
         return parse_seconds(text)

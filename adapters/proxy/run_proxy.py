@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import logging
 import os
 import resource
+import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 
 from tierloom.adapters.proxy.parts import ProxyParts
@@ -52,7 +55,8 @@ def run_proxy(
         timeout_graceful_shutdown=max(1, round(drain)),
     )  # fmt: skip
     say(f"listening on http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
-    with listener:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
+    with listener, contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -23,8 +23,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 MODEL = "stub"
-COMPUTED: set[str] = set()
-"""Transfers whose prompt a prefiller of this process is through with."""
+COMPUTED: dict[str, asyncio.Event] = {}
+"""Of each transfer: a prefiller of this process is through with its prompt."""
 
 
 def prompt_of(body: dict[str, Any]) -> str:
@@ -117,17 +117,17 @@ class StubEngine:
             return refusal("no such model", 404)
         params = body.get("kv_transfer_params") or {}
         transfer = params.get("transfer_id")
-        if params.get("do_remote_prefill") and transfer:
-            for _ in range(200):  # as a decoder waits for what is to land
-                if transfer not in COMPUTED:
-                    await asyncio.sleep(0.005)
+        computed = COMPUTED.setdefault(transfer, asyncio.Event()) if transfer else None
+        if computed and params.get("do_remote_prefill"):
+            with contextlib.suppress(TimeoutError):  # a decoder waits for what is to land
+                await asyncio.wait_for(computed.wait(), 1)
         if body.get("stream"):
             return StreamingResponse(
                 self._stream(body, fault == "half", request), media_type="text/event-stream"
             )
         answer = completion(body)
-        if transfer:
-            COMPUTED.add(transfer)
+        if computed:
+            computed.set()
         if params.get("do_remote_decode") and fault != "no params":
             answer["kv_transfer_params"] = self.params(request.headers.get("x-request-id", ""))
         return JSONResponse(answer)
