@@ -19,7 +19,7 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-peers bench-vllm bench-sglang quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -34,6 +34,7 @@ help:
 	@echo "make engines   what tiers are tested against: Redis, Valkey, buckets, NIXL, kvikio, pools (make test does this, too)"
 	@echo "make bench-remote   tiers behind a server: copies, bare clients, lookups, faults; writes bench-remote.json"
 	@echo "make bench-peers   engines that read each other: copies beside bare sockets, stops and kills; writes bench-peers.json"
+	@echo "make bench-proxy   the proxy: overhead, CPU beside vLLM's toy proxy, memory; writes bench-proxy.json"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make sglang  SGLang on the CPU, in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
@@ -123,6 +124,9 @@ bench-remote: engines
 bench-peers: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m remote.peers --json bench-peers.json
 
+bench-proxy: $(READY) $(VLLM_READY)
+	$(BIN)/python benchmarks/proxy.py --json bench-proxy.json
+
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
@@ -138,5 +142,5 @@ quality: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-vllm.json bench-sglang*.json demo.json demo-vllm.json \
+	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-proxy.json bench-vllm.json bench-sglang*.json demo.json demo-vllm.json \
 	  demo-sglang.json
