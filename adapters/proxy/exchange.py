@@ -32,6 +32,10 @@ _WHOLE = 1 << 20
 """Bytes up to which an answer of known length is read to its end before the client gets any of it,
 so that another engine can still be asked."""
 
+_GRACE = 1.0
+"""Seconds that a prefill has to end when its decoder has answered: most are through by then, and
+what they keep is of use later; one that is not yet begun is of none."""
+
 
 class Exchange:
     """One client's request. `run` is its whole life."""
@@ -56,6 +60,7 @@ class Exchange:
         """Answer it. `raw`: the body. Raises Refusal while nothing is sent, and EngineFailed when
         an answer broke."""
         beside: asyncio.Task[Any] | None = None
+        grace = 0.0
         try:
             if self._path in LIMITS and self._method == b"POST":
                 body = ClientBody.parsed(raw, self._path)
@@ -70,9 +75,10 @@ class Exchange:
             else:
                 seat = self._placed(raw)
             await self._decoded(seat, raw)
+            grace = _GRACE
         finally:
             if beside is not None:
-                beside.cancel()
+                asyncio.get_running_loop().call_later(grace, beside.cancel)
             for held in self._held[:]:
                 self._let_go(held)
 

@@ -63,7 +63,7 @@ def refusal(text: str, status: int) -> JSONResponse:
 
 class StubEngine:
     """`seen`: what it was asked, in order. `faults`: what it does to the next requests, one each:
-    a status, a delay in seconds, "garbage", "half" (of a stream), "no params"."""
+    a status, a delay in seconds, "garbage", "half" (of a stream), "no params", "at once"."""
 
     def __init__(self, pace: float = 0.0) -> None:
         self.pace = pace
@@ -118,7 +118,7 @@ class StubEngine:
         params = body.get("kv_transfer_params") or {}
         transfer = params.get("transfer_id")
         computed = COMPUTED.setdefault(transfer, asyncio.Event()) if transfer else None
-        if computed and params.get("do_remote_prefill"):
+        if computed and params.get("do_remote_prefill") and fault != "at once":
             with contextlib.suppress(TimeoutError):  # a decoder waits for what is to land
                 await asyncio.wait_for(computed.wait(), 1)
         if body.get("stream"):

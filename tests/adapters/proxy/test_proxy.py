@@ -71,6 +71,24 @@ def test_together_both_are_asked_under_one_name_of_its_own(rig: Rig) -> None:
     assert len(names) == len(told)
 
 
+@pytest.mark.parametrize(("takes", "ended"), [(0.2, []), (10.0, ["late"])])
+def test_together_a_prefill_that_nobody_waits_for_ends_soon(
+    rig: Rig, takes, ended, monkeypatch
+) -> None:
+    monkeypatch.setattr("tierloom.adapters.proxy.exchange._GRACE", 0.6)
+    for i in range(2):
+        rig.ask(f"{i}{TEXT}")
+    rig.until(rig.at_rest)
+    for engine in rig.prefillers:
+        engine.faults = [takes]
+    for engine in rig.decoders:
+        engine.faults = ["at once"]
+    assert rig.ask("3" + TEXT, headers={"X-Request-Id": "late"}).status_code == 200
+    assert not rig.at_rest()
+    rig.until(rig.at_rest)
+    rig.until(lambda: [each for e in rig.prefillers for each in e.aborted] == ended)
+
+
 @pytest.mark.parametrize("rig", [{"way": "after"}], indirect=True)
 def test_the_way_can_be_said(rig: Rig) -> None:
     for i in range(4):
