@@ -42,8 +42,7 @@ PROMPT, BATCH, FINDS = 64, 512, 10_000
 def prompt(n: int) -> list[bytes]:
     """Names of the chunks of prompt `n`: random bytes are as good as digests."""
     raw = random.Random(n).randbytes(16 * PROMPT)
-    place = n.to_bytes(4, "big")[2:]
-    return [raw[i : i + 16] + place for i in range(0, len(raw), 16)]
+    return [raw[i : i + 16] for i in range(0, len(raw), 16)]
 
 
 def worker(name: str, heartbeat: float = 600.0) -> WorkerRecord:
@@ -60,11 +59,8 @@ async def fill(directory: Directory, chunks: int, epoch: int) -> None:
 
 
 async def opened(port: int) -> RedisDirectory:
-    directory = RedisDirectory(
-        RedisOptions(url=f"redis://127.0.0.1:{port}", stall=10.0), timeout=30.0
-    )
-    await directory.open()
-    return directory
+    options = RedisOptions(url=f"redis://127.0.0.1:{port}", stall=10.0)
+    return RedisDirectory(options, timeout=30.0)
 
 
 def info(port: int, section: str, field: str) -> int:
@@ -170,7 +166,7 @@ async def stale(server: Any, chunks: int) -> None:
     """All that there is, is a dead worker's; a living one has one prompt more. Swept by and by."""
     directory = await opened(server.port)
     alive = await directory.join(worker("b"))
-    mine = [b"%016d" % i + b"\0\0" for i in range(PROMPT)]
+    mine = [b"%016d" % i for i in range(PROMPT)]
     assert await directory.announce(alive, 1, [Announcement(n, 1) for n in mine])
     (dead,) = set(await directory.workers()) - {number_of(alive)}
     servers.ask(server.port, "DEL", f"tierloom!h{dead}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -14,14 +13,10 @@ from tierloom.stages.directory.shared.announcer import Announcer
 from tierloom.stages.directory.shared.contract import Directory
 from tierloom.stages.directory.shared.named import named_directory
 from tierloom.stages.directory.shared.records import MOST_TIERS, WorkerRecord, chunk_name
-from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.errors import ConfigError
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.object import LINK
 
-log = logging.getLogger("tierloom.serve")
-
-_AGAIN = 5.0
-"""Seconds between two tries to reach a directory at the start."""
 _LEAVE = 1.0
 """Seconds that it may take to say that this engine ends."""
 
@@ -80,28 +75,11 @@ class AnnouncedTiers:
         announcer = self._announcer
         assert announcer is not None
         try:
-            await self._open()
             await announcer.run()
         finally:
             with anyio.move_on_after(_LEAVE, shield=True):
                 await announcer.leave()
                 await self._directory.close()
-
-    async def _open(self) -> None:
-        told = False
-        while (why := await self._refusal()) is not None:
-            if not told:
-                log.warning("the directory is not told what is kept here: %s", why)
-            told = True
-            await anyio.sleep(_AGAIN)
-
-    async def _refusal(self) -> Exception | None:
-        """Why the directory cannot be opened now."""
-        try:
-            await self._directory.open()
-        except (ConfigError, TierDown, OSError, TimeoutError) as error:
-            return error
-        return None
 
     def _tell(self, tier: str, key: bytes, kept: bool) -> None:
         assert self._announcer is not None

@@ -17,12 +17,7 @@ from itertools import islice
 import anyio
 
 from tierloom.stages.directory.shared.contract import Directory
-from tierloom.stages.directory.shared.records import (
-    WHOLE_NAME,
-    Announcement,
-    ChunkHolder,
-    WorkerRecord,
-)
+from tierloom.stages.directory.shared.records import NAME, Announcement, ChunkHolder, WorkerRecord
 from tierloom.stages.errors import ConfigError, InputError, TierDown
 
 log = logging.getLogger(__name__)
@@ -31,6 +26,7 @@ _BATCH = 512  # chunks announced in one call
 _REPORTS = 32  # made at once
 _PAUSE = 0.02  # seconds between two looks for changes
 _SLOW = 0.02  # seconds for a batch, from which on the directory has enough to do
+_UNTOLD = "the directory is not told what is kept here"
 _LONGEST = 5.0  # seconds for which a directory that fails is left alone
 
 
@@ -50,7 +46,7 @@ class Announcer:
         self.epoch = 0
         """Given by the directory; 0: not joined."""
         self.problem: ConfigError | None = None
-        """Another process has the worker's name, and lives; it is asked for again now and then."""
+        """Why the directory refuses this worker; it is asked again now and then."""
         self.snapshots = 0
         """How often all that is held was told."""
         self._directory, self._worker, self._clock, self._pace = directory, worker, clock, pace
@@ -65,7 +61,7 @@ class Announcer:
 
     def note(self, name: bytes, tier: int, kept: bool, nbytes: int = 0) -> None:
         """A chunk came to tier `tier` of the worker's record, or left it. Raises InputError."""
-        if len(name) != WHOLE_NAME or not 0 <= tier < len(self._worker.tiers):
+        if len(name) != NAME or not 0 <= tier < len(self._worker.tiers):
             raise InputError(f"chunk {name.hex()} in tier {tier} of {len(self._worker.tiers)}")
         with self._lock:
             was = self._held.get(name, 0)
@@ -90,11 +86,11 @@ class Announcer:
                 self._failures, self.problem = 0, None
             except ConfigError as error:
                 if self.problem is None:
-                    log.error("%s", error)  # noqa: TRY400 (no trace: it is somebody's mistake)
+                    log.error("%s: %s", _UNTOLD, error)  # noqa: TRY400 (no trace: it is a mistake)
                 self.problem, pause = error, _LONGEST
             except Exception as error:  # whatever it is, engines go on
                 if not self._failures:
-                    log.warning("the directory is not told what is kept here: %r", error)
+                    log.warning("%s: %r", _UNTOLD, error)
                 least = self._worker.heartbeat / 4  # joined it goes on to say that it lives
                 pause = least if self.epoch else min(_LONGEST, least * 2**self._failures)
                 self._failures = min(self._failures + 1, 16)

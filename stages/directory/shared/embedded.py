@@ -8,36 +8,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import anyio.lowlevel
 import numpy as np
 
 from tierloom.stages.directory.shared.chunk_table import ChunkTable
-from tierloom.stages.directory.shared.contract import EVENTS, Directory, Member, Page, name_taken
+from tierloom.stages.directory.shared.contract import Directory, Member, name_taken
 from tierloom.stages.directory.shared.records import (
     MOST_HOLDERS,
     MOST_TIERS,
     NUMBERS,
     WORD,
-    Announced,
     Announcement,
     ChunkHolder,
     WorkerRecord,
     epoch_of,
     holders_in,
     number_of,
-    pack_changes,
     require_changes,
     require_names,
     turn_of,
-    unpack_changes,
     word_of,
 )
 
-_SLICE = 2000  # slots that are looked at before others may run
 _SEVERAL = 1 << 24  # from here on a number is no word
 
 
@@ -51,7 +45,6 @@ class _Lives:
     may have counted further in a directory that was lost."""
     until: float
     sequence: int = 0
-    told: deque[tuple[int, bytes]] = field(default_factory=lambda: deque(maxlen=EVENTS))
 
 
 class EmbeddedDirectory(Directory):
@@ -111,7 +104,6 @@ class EmbeddedDirectory(Directory):
             word = word_of(number, held[names[i]]) if held[names[i]] else b""
             self._replace(names[i], int(old[i]), number, word)
         lives.sequence = sequence
-        lives.told.append((sequence, pack_changes(changes)))
         return True
 
     async def find(self, names: Sequence[bytes]) -> list[tuple[ChunkHolder, ...]]:
@@ -135,30 +127,6 @@ class EmbeddedDirectory(Directory):
         for value in self._chunks.find(name):
             if holder in holders_in(self._words(value)):
                 self._replace(name, value, holder.number, b"")
-
-    async def events(self, after: Mapping[int, int]) -> dict[int, list[Announced] | None]:
-        told: dict[int, list[Announced] | None] = {}
-        for epoch, sequence in after.items():
-            lives = self._find_living(epoch)
-            told[epoch] = None
-            if lives is not None and lives.sequence - len(lives.told) <= sequence <= lives.sequence:
-                new = [Announced(n, unpack_changes(raw)) for n, raw in lives.told if n > sequence]
-                told[epoch] = new
-        return told
-
-    async def snapshot(self, epoch: int) -> AsyncIterator[Page]:
-        lives = self._find_living(epoch)
-        if lives is None:
-            return
-        sequence, then = lives.sequence, self._chunks.clone()
-        for at in range(0, then.slots, _SLICE):
-            chunks = []
-            for name in then.names(at, at + _SLICE):
-                for value in self._chunks.find(name):
-                    holders = holders_in(self._words(value))
-                    chunks += [(name, h.tiers) for h in holders if h.number == number_of(epoch)]
-            yield Page(sequence, chunks)
-            await anyio.lowlevel.checkpoint()
 
     async def workers(self, numbers: Sequence[int] = ()) -> dict[int, Member]:
         now = self._clock()

@@ -12,15 +12,17 @@ from tierloom.stages.tiers.redis.tier import RedisOptions
 
 PASSWORD = "TIERLOOM_DIRECTORY_PASSWORD"
 """Environment variable with the directory's password, where its URL has none."""
-_SCHEMES = ("redis", "rediss", "redis-sentinel")
-"""Not a cluster: there a chunk's place depends on its chain, which a tier does not know."""
+_SCHEMES = tuple(
+    f"{redis}{kind}" for redis in ("redis", "rediss") for kind in ("", "-sentinel", "-cluster")
+)
 
 
 def named_directory(url: str, *, timeout: float = 1.0) -> Directory:
     """The directory at a URL as the tier `redis` takes it, not opened. Raises ConfigError."""
     if url.partition("://")[0] not in _SCHEMES:
         raise ConfigError(
-            f"directory {masked(url)!r}: a directory is redis://, rediss:// or redis-sentinel://"
+            f"directory {masked(url)!r}: a directory is redis://, rediss://, redis-sentinel:// or "
+            "redis-cluster://"
         )
     own = "@" in url or PASSWORD not in os.environ
     try:

@@ -17,11 +17,7 @@ from tierloom.stages.errors import InputError
 from tierloom.stages.kv.object import LINK, name_of
 
 NAME = 16
-"""Bytes of a chunk's name that say which chunk it is."""
-WHOLE_NAME = NAME + 2
-"""Bytes of a name: 2 more say which group of 16 chunks of a chain it is in."""
-GROUP = 16
-"""Chunks of a chain, one after another, that lie on one node of a Redis cluster."""
+"""Bytes of a chunk's name."""
 WORD = 3
 NUMBERS = 1 << 20
 MOST_TIERS = 4
@@ -31,24 +27,15 @@ MOST_NAMES = 1024
 """Chunks of one call."""
 _TAG = 20  # bits of an epoch that are its process's
 _RECORD = 8192  # most bytes of a worker's record
-_CHANGE = struct.Struct(f"<{WHOLE_NAME}sBI")  # name, tiers, bytes
+_CHANGE = struct.Struct(f"<{NAME}sBI")  # name, tiers, bytes
 CHANGE_BYTES = _CHANGE.size
 
 
-def chunk_name(namespace: bytes, key: bytes, root: bytes = b"") -> bytes:
-    """What a directory calls a chunk: 16 bytes of the digest that `serve` names objects by, and 2
-    of the group's. `root`: the key of the chunk that begins its group; only a Redis cluster needs
-    it."""
+def chunk_name(namespace: bytes, key: bytes) -> bytes:
+    """What a directory calls a chunk: 16 bytes of the digest that `serve` names objects by."""
     if len(key) != LINK or len(namespace) != LINK:
         raise InputError(f"a key of {len(key)} and a namespace of {len(namespace)} bytes, not 32")
-    place = name_of(namespace, root)[: WHOLE_NAME - NAME] if root else bytes(WHOLE_NAME - NAME)
-    return name_of(namespace, key)[:NAME] + place
-
-
-def chunk_names(namespace: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    """Names of a chain's chunks: `keys` from its first chunk on, or from one whose number 16
-    divides."""
-    return [chunk_name(namespace, key, keys[i - i % GROUP]) for i, key in enumerate(keys)]
+    return name_of(namespace, key)[:NAME]
 
 
 def epoch_of(turn: int, worker: WorkerRecord) -> int:
@@ -83,13 +70,6 @@ class Announcement(NamedTuple):
     nbytes: int = 0
 
 
-class Announced(NamedTuple):
-    """Announcements that a worker made in one call."""
-
-    sequence: int
-    changes: tuple[Announcement, ...]
-
-
 def word_of(number: int, tiers: int) -> bytes:
     return (number << MOST_TIERS | tiers).to_bytes(WORD, "big")
 
@@ -117,9 +97,9 @@ def require_names(names: Sequence[bytes], most: int = MOST_NAMES) -> None:
     """Raise InputError unless these are at most so many names of chunks."""
     if len(names) > most:
         raise InputError(f"{len(names)} chunks in one call: {most} at most")
-    if not set(map(len, names)) <= {WHOLE_NAME}:
-        i, name = next((i, n) for i, n in enumerate(names) if len(n) != WHOLE_NAME)
-        raise InputError(f"name {i} of a chunk has {len(name)} bytes, not {WHOLE_NAME}")
+    if not set(map(len, names)) <= {NAME}:
+        i, name = next((i, n) for i, n in enumerate(names) if len(n) != NAME)
+        raise InputError(f"name {i} of a chunk has {len(name)} bytes, not {NAME}")
 
 
 def require_changes(changes: Sequence[Announcement]) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from tierloom.stages.directory.shared.contract import Directory, Roster
-from tierloom.stages.directory.shared.records import ChunkHolder, chunk_names
+from tierloom.stages.directory.shared.records import ChunkHolder, chunk_name
 from tierloom.stages.errors import ConfigError, TierDown
 
 log = logging.getLogger(__name__)
@@ -28,14 +28,11 @@ class LookedUp:
         self._named: dict[tuple[bytes, str], ChunkHolder] = {}
         """By key and address: as `find` named them last."""
         self._reports: set[asyncio.Task[None]] = set()
-        self._opened = self._silent = False
+        self._silent = False
 
     async def holders(self, keys: Sequence[bytes]) -> list[list[str]]:
         """Of the longest prefix of `keys` that somebody has. Never raises."""
         try:
-            if not self._opened:
-                await self._directory.open()
-                self._opened = True
             found = await self._find(keys)
         except (ConfigError, TierDown, OSError, TimeoutError) as error:
             if not self._silent:
@@ -64,7 +61,7 @@ class LookedUp:
         await self._directory.close()
 
     async def _find(self, keys: Sequence[bytes]) -> list[list[str]]:
-        names = chunk_names(self._namespace, keys)
+        names = [chunk_name(self._namespace, key) for key in keys]
         found: list[tuple[ChunkHolder, ...]] = []
         for first in range(0, len(names), _ASKED):
             part = names[first : first + _ASKED]
@@ -84,8 +81,7 @@ class LookedUp:
         return out
 
     async def _report(self, key: bytes, holder: ChunkHolder) -> None:
-        (name,) = chunk_names(self._namespace, [key])
         try:
-            await self._directory.report(name, holder)
+            await self._directory.report(chunk_name(self._namespace, key), holder)
         except (TierDown, OSError, TimeoutError) as error:
             log.debug("a stale entry of the directory was not reported: %s", error)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import Engine, config, settle, tokens
+from conftest import Engine, config, settle, tokens, with_disk
 
 sys.path.append(str(Path(__file__).parents[2] / "stages" / "tiers"))
 
-from servers import redis
+from servers import cluster, redis
 
 from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import ConfigError
@@ -96,6 +96,26 @@ def test_what_was_kept_before_the_directory_came(opened: Open) -> None:
         assert found(two, target, to, wanted=192, seconds=40) == 192
 
 
+def test_a_cluster_and_what_a_disk_kept(opened: Open, tmp_path: Path) -> None:
+    """After a restart an engine knows no chain, and tells what it has all the same."""
+    engine = Engine()
+    target = engine.blank()
+    at, to = engine.slots(192), target.slots(192)
+    with cluster() as nodes:
+        where = f"redis-cluster://127.0.0.1:{nodes[0].port}"
+        keeper = with_disk(tmp_path, serve={"tiers": ["hot", "warm"], "directory": where})
+        one, two = opened(keeper, engine), opened(engine_file(where), engine)
+        one.store(IDS, engine.caches, at).wait()
+        settle(one)
+        assert found(two, target, to, wanted=192) == 192
+        two.clear()
+        one.close()
+        assert found(two, target, to, wanted=0) == 0
+        opened(keeper, engine)
+        assert found(two, target, to, wanted=192) == 192
+    assert torch.equal(engine.rows(at), target.rows(to))
+
+
 def test_a_wrong_password_costs_what_others_have(
     opened: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -118,7 +138,7 @@ def test_a_directory_is_named_alone(opened: Open) -> None:
     engine = Engine()
     for wrong, words in (
         (["redis://h:1", "10.0.0.2:1"], "one directory, or engines"),
-        (["redis-cluster://h:1"], "redis-sentinel"),
+        (["redis:h:1"], "redis-sentinel"),
     ):
         source = config(tiers__near={"use": "peer", "directory": wrong})
         with pytest.raises((ConfigError, ConfigProblems), match=words):

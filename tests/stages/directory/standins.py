@@ -5,7 +5,7 @@ from __future__ import annotations
 from tierloom.stages.directory.shared.contract import Directory
 from tierloom.stages.errors import TierDown
 
-CALLS = ("join", "leave", "beat", "announce", "find", "report", "events", "workers", "sweep")
+CALLS = ("join", "leave", "beat", "announce", "find", "report", "workers", "sweep")
 
 
 class Frail(Directory):
@@ -16,9 +16,6 @@ class Frail(Directory):
         self.inner = inner
         self.before = self.after = 0
         self.calls = []
-
-    def snapshot(self, epoch):
-        return self.inner.snapshot(epoch)
 
     async def _call(self, name, *args, **options):
         self.calls.append(name)
