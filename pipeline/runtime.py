@@ -147,8 +147,6 @@ class Worker:
                     runner.start(tasks)
                 if self._texts is not None:
                     tasks.start_soon(self._texts.read_headers, self._note)
-                if self._announced is not None:
-                    tasks.start_soon(self._announced.run)
                 ready()
                 await stop.wait()
                 await self._drain()
@@ -157,8 +155,8 @@ class Worker:
     def _note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
         if self._texts is not None:
             self._texts.note(tier, kept, links, text)
-        if self._announced is not None:
-            self._announced.note(tier, kept, links)
+        if (announced := self._announced) is not None:
+            announced.note(tier, kept, links)
         if not self._watch:
             return
         change = Change(tier, kept, links, text)
@@ -176,11 +174,10 @@ class Worker:
 
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal)
-        self.serving = EngineListener(options, store, self._epoch)
+        self.serving = EngineListener(options, store, self._epoch, self._announced)
         self.serving.start()
-        if self._announced is not None and self.serving.address:
-            at = self.serving.address, self._epoch.hex()
-            self.portal.post(self._announced.listens_at, *at)
+        if not self.serving.address:  # nobody can be told of it
+            self._announced = None
 
     def _new_announced(self) -> AnnouncedTiers | None:
         """What tells a directory what is served; None: nobody is told, and nothing is imported."""
@@ -189,7 +186,7 @@ class Worker:
             return None
         from tierloom.pipeline.serve.announced import AnnouncedTiers
 
-        return AnnouncedTiers(options, self._spec, self._names)
+        return AnnouncedTiers(options, self._spec, self._names, self._epoch.hex())
 
     def _new_texts(self) -> KeptTexts | None:
         """What finds kept text anywhere; None: no stage asks for it, and nothing is imported."""

@@ -169,12 +169,18 @@ class ServeOptions:
     tiers: list[str]
     """Tiers to serve, best first; each with an index in this process, as memory and disk have."""
     directory: str = ""
-    """Where other engines look up what this one has, as in `redis://HOST:PORT/DB`; its password may
-    be in the environment variable TIERLOOM_DIRECTORY_PASSWORD. Empty: they must name this one."""
+    """Where other engines look up what this one has: `redis://HOST:PORT/DB`, whose password may be
+    in the environment variable TIERLOOM_DIRECTORY_PASSWORD; `directory://HOST:PORT` of who hosts
+    one; or `embedded`, to host it at `listen`, as others then name it. Empty: they must name this
+    engine."""
     instance: str = ""
     """This engine's name there, which no other has. Default: made of its host and process."""
     token_file: str = ""
-    """File with the token to ask for. Default: the environment variable TIERLOOM_TOKEN, if set."""
+    """File with the token to ask for, and to show to who hosts the directory. Default: the
+    environment variable TIERLOOM_TOKEN, if set."""
+    ca_file: str = ""
+    """PEM file of the certificate authorities to trust, for a directory with TLS. Default: the
+    system's."""
     cert_file: str = ""
     """PEM file of the certificate, for `tls://`."""
     key_file: str = ""

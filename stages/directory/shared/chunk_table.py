@@ -130,6 +130,14 @@ class ChunkTable:
     def slots(self) -> int:
         return len(self._values)
 
+    @staticmethod
+    def warm_up() -> None:
+        """Compile what all tables use."""
+        table, names = ChunkTable(), np.arange(2 * _SMALLEST, dtype=np.uint64).tobytes()
+        table.add(names, np.ones(_SMALLEST, np.uint32))
+        table.find(names[:NAME])
+        table.replace(names[:NAME], 0)
+
     def _make(self, slots: int) -> None:
         self._rows = np.zeros((slots, 2), np.uint64)
         self._values = np.zeros(slots, np.uint32)

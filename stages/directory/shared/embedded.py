@@ -1,4 +1,4 @@
-"""embedded: the directory in this process, for one engine's neighbors or in a server of ours.
+"""embedded: the directory in this process, which hosts it for others, too (`hosted.py`).
 
 Nothing is written down: workers announce anew to one that was started again. A chunk costs a slot
 of a table, and where several have it the bytes of their words.
@@ -31,8 +31,11 @@ from tierloom.stages.directory.shared.records import (
     turn_of,
     word_of,
 )
+from tierloom.stages.errors import InputError
 
 _SEVERAL = 1 << 24  # from here on a number is no word
+_MOST_WORKERS = 1 << 14
+_SWEEP_EVERY = 1.0  # seconds between two sweeps, whoever makes them
 
 
 @dataclass(slots=True)
@@ -58,6 +61,13 @@ class EmbeddedDirectory(Directory):
         self._free: list[int] = []
         self._lives: dict[int, _Lives] = {}
         self._turn = self._swept = 0
+        self._sweep_due = -math.inf
+
+    @classmethod
+    def warm(cls) -> EmbeddedDirectory:
+        """One whose first call compiles nothing."""
+        ChunkTable.warm_up()
+        return cls()
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -70,6 +80,8 @@ class EmbeddedDirectory(Directory):
             if lives.member.record.process != worker.process and 0 < first <= lives.first:
                 raise name_taken(worker)
             del self._lives[number]
+        if len(self._lives) >= _MOST_WORKERS:
+            raise InputError(f"a directory of {_MOST_WORKERS} workers takes no more")
         self._turn = max(self._turn, turn_of(last)) + 1
         while self._turn % NUMBERS in self._lives:
             self._turn += 1
@@ -134,6 +146,9 @@ class EmbeddedDirectory(Directory):
         return {n: living[n] for n in numbers if n in living} if numbers else living
 
     async def sweep(self, most: int = 2000) -> int:
+        if self._clock() < self._sweep_due:
+            return 0
+        self._sweep_due = self._clock() + _SWEEP_EVERY
         self._bury()
         changed, begin = 0, self._swept
         self._swept = begin + most if begin + most < self._chunks.slots else 0

@@ -19,7 +19,7 @@ FIRST = bytes(2)
 """The place of what there is once."""
 SMALL = 64 << 10
 LARGE = 16 << 20
-"""Most bytes of an answer: with all workers, or with many events."""
+"""Most bytes of an answer, with all workers."""
 _CURES = {
     "READONLY": "this server is a replica: give the master, or redis-sentinel://",
     "ERR": "it must be Redis 7 or newer, or Valkey; in a cluster slots may have moved",

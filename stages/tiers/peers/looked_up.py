@@ -7,8 +7,10 @@ import logging
 from collections.abc import Sequence
 
 from tierloom.stages.directory.shared.contract import Directory, Roster
+from tierloom.stages.directory.shared.named import named_directory
 from tierloom.stages.directory.shared.records import ChunkHolder, chunk_name
 from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.tiers.peers.tier import PeerOptions
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,13 @@ class LookedUp:
         """By key and address: as `find` named them last."""
         self._reports: set[asyncio.Task[None]] = set()
         self._silent = False
+
+    @classmethod
+    def named(cls, options: PeerOptions, namespace: bytes) -> LookedUp:
+        """By the directory that options name. Raises ConfigError."""
+        o, url = options, options.directory[0].strip()
+        made = named_directory(url, timeout=o.timeout, token_file=o.token_file, ca_file=o.ca_file)
+        return cls(made, namespace)
 
     async def holders(self, keys: Sequence[bytes]) -> list[list[str]]:
         """Of the longest prefix of `keys` that somebody has. Never raises."""

@@ -11,10 +11,13 @@ import servers
 
 from tierloom.stages.directory.shared.chunk_table import ChunkTable
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory
+from tierloom.stages.directory.shared.hosted import HostedDirectory
 from tierloom.stages.directory.shared.redis_directory import RedisDirectory
 from tierloom.stages.tiers.redis.tier import RedisOptions
 from tierloom.testing import Clock, DirectoryContract
 from tierloom.testing.directories import held, names_of, worker_of
+
+from .standins import hosting
 
 
 class TestEmbedded(DirectoryContract):
@@ -77,6 +80,33 @@ def valkey():
 def cluster():
     with servers.cluster() as nodes:
         yield nodes
+
+
+class TestHosted(DirectoryContract):
+    """An embedded one, asked over a socket of `tierloom serve` by several clients' connections."""
+
+    async def make(self):
+        self.clock = Clock()
+        self.hosting = hosting(EmbeddedDirectory(self.clock))
+        self.host, url = await self.hosting.__aenter__()
+        return HostedDirectory(url, timeout=20.0)
+
+    @pytest.fixture
+    async def directory(self):
+        directory = await self.make()
+        yield directory
+        await directory.close()
+        await self.hosting.__aexit__(None, None, None)
+
+    async def empty(self, directory):
+        self.host._directory = EmbeddedDirectory(self.clock)
+        return directory
+
+    async def wait(self, seconds):
+        self.clock.now += seconds
+
+    async def size(self, directory):
+        return len(self.host._directory)
 
 
 class ServedDirectory(DirectoryContract):
