@@ -19,6 +19,7 @@ import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,17 +27,20 @@ sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 sys.path.append(str(ROOT / "tests" / "stages" / "tiers"))
 
 import servers  # noqa: E402
+import store_server  # noqa: E402
 from yardstick import cpu_of, machine  # noqa: E402
 
 from tierloom.stages.directory.shared.announcer import Announcer  # noqa: E402
 from tierloom.stages.directory.shared.contract import Directory  # noqa: E402
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory  # noqa: E402
+from tierloom.stages.directory.shared.named import named_directory  # noqa: E402
 from tierloom.stages.directory.shared.records import Announcement, WorkerRecord, number_of  # noqa: E402
 from tierloom.stages.directory.shared.redis_directory import RedisDirectory  # noqa: E402
 from tierloom.stages.tiers.redis.resp import command  # noqa: E402
 from tierloom.stages.tiers.redis.tier import RedisOptions  # noqa: E402
 
 PROMPT, BATCH, FINDS = 64, 512, 10_000
+STORE = {"hot": {"use": "memory", "capacity": "1 MiB"}}
 
 
 def prompt(n: int) -> list[bytes]:
@@ -84,9 +88,9 @@ async def searched(directory: Directory, chunks: int, finds: int, seed: int) -> 
     return sorted(took)
 
 
-def client(port: int, chunks: int, finds: int, seed: int) -> list[float]:
+def client(url: str, chunks: int, finds: int, seed: int) -> list[float]:
     async def go() -> list[float]:
-        directory = await opened(port)
+        directory = named_directory(url, timeout=30.0)
         took = await searched(directory, chunks, finds, seed)
         await directory.close()
         return took
@@ -107,6 +111,38 @@ async def embedded(chunks: int) -> None:
     took = await searched(directory, chunks, FINDS, 1)
     told("embedded: find 64 [20 us]", p50_us=1e6 * median(took), p99_us=1e6 * tail(took))
     told("embedded: announce", us_a_chunk=1e6 * cpu / chunks, bytes_a_chunk=grown / chunks)
+
+
+async def hosted(chunks: int) -> None:
+    """The same in a `tierloom serve`, asked over its socket."""
+    with (
+        TemporaryDirectory() as folder,
+        store_server.process(Path(folder), "--directory", "embedded", tiers=STORE) as server,
+    ):
+        url = server.url.replace("tierloom", "directory")
+        directory = named_directory(url, timeout=30.0)
+        epoch = await directory.join(worker("a"))
+        cpu = cpu_of(server.pid)
+        await fill(directory, chunks, epoch)
+        told("hosted: announce", server_us_a_chunk=1e6 * (cpu_of(server.pid) - cpu) / chunks)
+        cpu, mine = cpu_of(server.pid), time.process_time()
+        took = await searched(directory, chunks, FINDS, 1)
+        told(
+            "hosted: find 64, one client [0.2 ms]",
+            p50_ms=1e3 * median(took), p99_ms=1e3 * tail(took),
+            server_ms=1e3 * (cpu_of(server.pid) - cpu) / FINDS,
+            client_ms=1e3 * (time.process_time() - mine) / FINDS,
+        )  # fmt: skip
+        cpu = cpu_of(server.pid)
+        with get_context("spawn").Pool(8) as pool:
+            parts = pool.starmap(client, [(url, chunks, FINDS // 8, n) for n in range(8)])
+        took = sorted(t for part in parts for t in part)
+        told(
+            "hosted: find 64, 8 clients, each in a process",
+            p50_ms=1e3 * median(took), p99_ms=1e3 * tail(took),
+            server_ms=1e3 * (cpu_of(server.pid) - cpu) / len(took),
+        )  # fmt: skip
+        await directory.close()
 
 
 def median(took: list[float]) -> float:
@@ -152,7 +188,8 @@ async def find(server: Any, chunks: int) -> None:
     told("bare MGET of as many", server_ms=1e3 * (cpu_of(server.pid) - cpu) / len(asked))
     cpu = cpu_of(server.pid)
     with get_context("spawn").Pool(8) as pool:
-        parts = pool.starmap(client, [(server.port, chunks, FINDS // 8, n) for n in range(8)])
+        url = f"redis://127.0.0.1:{server.port}"
+        parts = pool.starmap(client, [(url, chunks, FINDS // 8, n) for n in range(8)])
     took = sorted(t for part in parts for t in part)
     told(
         "find 64, 8 clients, each in a process",
@@ -300,7 +337,7 @@ async def count(server: Any) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("embedded", "find", "stale", "many", "refill")
+    parts = ("embedded", "hosted", "find", "stale", "many", "refill")
     parser.add_argument("--chunks", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--only", nargs="*", default=parts, choices=parts)
@@ -309,6 +346,8 @@ def main() -> None:
     print(machine())
     if "embedded" in given.only:
         asyncio.run(embedded(given.chunks))
+    if "hosted" in given.only:
+        asyncio.run(hosted(given.chunks))
     program = servers.valkey_program() if given.valkey else servers.redis_program()
     with servers.redis(program_=program) as server:
         if "find" in given.only:

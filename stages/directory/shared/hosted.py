@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 
 import anyio
 
@@ -204,10 +203,15 @@ def _unpacked(form: struct.Struct, body: bytes) -> tuple[int, ...]:
 
 
 def _pack_found(found: Sequence[tuple[ChunkHolder, ...]]) -> bytes:
+    runs = list[tuple[tuple[ChunkHolder, ...], list[int]]]()
+    for holders in found:
+        if not runs or holders is not runs[-1][0]:
+            runs.append((holders, [0]))
+        runs[-1][1][0] += 1
     parts = list[bytes]()
-    for holders, chunks in groupby(found):
+    for holders, (chunks,) in runs:
         words = b"".join([word_of(*holder) for holder in holders])
-        parts.append(_RUN.pack(sum(1 for _ in chunks), len(words)) + words)
+        parts.append(_RUN.pack(chunks, len(words)) + words)
     return b"".join(parts)
 
 
