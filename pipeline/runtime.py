@@ -34,6 +34,7 @@ from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 if TYPE_CHECKING:
     from tierloom.pipeline.serve.announced import AnnouncedTiers
     from tierloom.pipeline.serve.engine_listener import EngineListener
+    from tierloom.pipeline.serve.page_events import PageEvents
 
 
 class Change(NamedTuple):
@@ -96,7 +97,7 @@ class Worker:
         copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
-        self._announced = self._new_announced()
+        self._announced, self._events = self._new_announced(), self._new_events()
         self.portal = Portal(self._live)
         self.serving: EngineListener | None = None
         try:
@@ -126,12 +127,14 @@ class Worker:
         if self.serving is not None:
             self.serving.close()
         self.portal.close()
+        if self._events is not None:
+            self._events.close()
         self._release()
 
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            noted = self._watch or self._texts or self._announced
+            noted = self._watch or self._texts or self._announced or self._events
             note = self._note if noted else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
@@ -157,6 +160,8 @@ class Worker:
             self._texts.note(tier, kept, links, text)
         if (announced := self._announced) is not None:
             announced.note(tier, kept, links)
+        if self._events is not None:
+            self._events.note(tier, kept, links)
         if not self._watch:
             return
         change = Change(tier, kept, links, text)
@@ -187,6 +192,17 @@ class Worker:
         from tierloom.pipeline.serve.announced import AnnouncedTiers
 
         return AnnouncedTiers(options, self._spec, self._names, self._epoch.hex())
+
+    def _new_events(self) -> PageEvents | None:
+        """What tells routers what comes and goes; None: nothing does, and nothing is imported."""
+        options = self._spec.serve
+        if options is None or not options.events:
+            return None
+        from tierloom.pipeline.serve.page_events import PageEvents
+
+        events = PageEvents(options, self._spec)
+        events.start()
+        return events
 
     def _new_texts(self) -> KeptTexts | None:
         """What finds kept text anywhere; None: no stage asks for it, and nothing is imported."""

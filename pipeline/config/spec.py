@@ -175,6 +175,14 @@ class ServeOptions:
     engine."""
     instance: str = ""
     """This engine's name there, which no other has. Default: made of its host and process."""
+    events: str = ""
+    """Where routers hear of what comes and goes in these tiers, as KV events on a ZMQ socket:
+    `tcp://*:5558`, to which they connect, or `tcp://HOST:PORT` of one that listens. With
+    `chunk.keys: sglang` alone. Empty: nowhere."""
+    events_replay: str = ""
+    """Where they ask for events that they missed: `tcp://*:5559`."""
+    events_topic: str = ""
+    """What the events are published under."""
     token_file: str = ""
     """File with the token to ask for, and to show to who hosts the directory. Default: the
     environment variable TIERLOOM_TOKEN, if set."""
@@ -193,6 +201,10 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not self.tiers:
             raise ValueError("tiers: name at least one")
+        if not self.events and (self.events_replay or self.events_topic):
+            raise ValueError("events_replay and events_topic need events")
+        if not all("://" in at for at in (self.events, self.events_replay) if at):
+            raise ValueError("events and events_replay: write tcp://HOST:PORT")
         if self.clients < 1:
             raise ValueError(f"clients must be at least 1, got {self.clients}")
         if bool(self.cert_file) != bool(self.key_file) or self.at.tls != bool(self.cert_file):

@@ -196,3 +196,13 @@ def test_a_directory_is_named_alone(opened: Open) -> None:
         )
     with pytest.raises(ConfigError, match="redis://, redis-sentinel://"):
         opened(config(serve={"tiers": ["hot"], "directory": "h:1"}), engine)
+
+
+def test_routers_are_told_of_pages_they_know(opened: Open) -> None:
+    """By SGLang's hashes; what is told then is tested with SGLang's own classes."""
+    serve = {"tiers": ["hot"], "events": "tcp://*:5558"}
+    with pytest.raises(ConfigError, match="only SGLang's page hashes"):
+        opened(config(serve=serve), Engine())
+    for wrong in ({"events": "h:1"}, {"events_topic": "kv"}):
+        with pytest.raises(ConfigProblems, match=r"tcp://HOST:PORT|need events"):
+            opened(config(serve={"tiers": ["hot"]} | wrong), Engine())
