@@ -34,7 +34,7 @@ from tierloom.stages.directory.shared.announcer import Announcer  # noqa: E402
 from tierloom.stages.directory.shared.contract import Directory  # noqa: E402
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory  # noqa: E402
 from tierloom.stages.directory.shared.named import named_directory  # noqa: E402
-from tierloom.stages.directory.shared.records import Announcement, WorkerRecord, number_of  # noqa: E402
+from tierloom.stages.directory.shared.records import WorkerRecord, number_of, pack_changes  # noqa: E402
 from tierloom.stages.directory.shared.redis_directory import RedisDirectory  # noqa: E402
 from tierloom.stages.tiers.redis.resp import command  # noqa: E402
 from tierloom.stages.tiers.redis.tier import RedisOptions  # noqa: E402
@@ -59,7 +59,7 @@ async def fill(directory: Directory, chunks: int, epoch: int) -> None:
     per = BATCH // PROMPT
     for sequence, at in enumerate(range(0, len(prompts), per), 1):
         names = [name for n in prompts[at : at + per] for name in prompt(n)]
-        assert await directory.announce(epoch, sequence, [Announcement(n, 1) for n in names])
+        assert await directory.announce(epoch, sequence, pack_changes((n, 1) for n in names))
 
 
 async def opened(port: int) -> RedisDirectory:
@@ -101,7 +101,7 @@ def client(url: str, chunks: int, finds: int, seed: int) -> list[float]:
 async def embedded(chunks: int) -> None:
     directory = EmbeddedDirectory()
     epoch = await directory.join(worker("a"))
-    prompts = [[Announcement(n, 1) for n in prompt(i)] for i in range(chunks // PROMPT)]
+    prompts = [pack_changes((n, 1) for n in prompt(i)) for i in range(chunks // PROMPT)]
     assert await directory.announce(epoch, 1, prompts[0])  # compiled by then
     gc.collect()
     before, cpu = resident(), time.process_time()
@@ -204,7 +204,7 @@ async def stale(server: Any, chunks: int) -> None:
     directory = await opened(server.port)
     alive = await directory.join(worker("b"))
     mine = [b"%016d" % i for i in range(PROMPT)]
-    assert await directory.announce(alive, 1, [Announcement(n, 1) for n in mine])
+    assert await directory.announce(alive, 1, pack_changes((n, 1) for n in mine))
     (dead,) = set(await directory.workers()) - {number_of(alive)}
     servers.ask(server.port, "DEL", f"tierloom!h{dead}")
     assert await directory.find(prompt(0)) == []
@@ -234,7 +234,7 @@ async def loaded(port: int, part: int, seconds: float) -> tuple[int, int, int, f
 
     async def tell(i: int, names: list[bytes]) -> None:
         sequences[i] += 1
-        changes = [Announcement(name, 1) for name in names]
+        changes = pack_changes((name, 1) for name in names)
         assert await clients[i % 8].announce(epochs[i], sequences[i], changes)
 
     async def beat(n: int) -> None:
@@ -335,9 +335,53 @@ async def count(server: Any) -> int:
     return int(servers.ask(server.port, "DBSIZE")[1:])
 
 
+async def stale_finds(seconds: float) -> None:
+    """Three engines that put and evict, 1,000 times a second, 1 in 20 of them an eviction."""
+    directory, rng = EmbeddedDirectory.warm(), random.Random(1)
+    names = [name for n in range(62) for name in prompt(n)]
+    announcers = [Announcer(directory, worker(f"i{i}", 2.0)) for i in range(3)]
+    tasks = [asyncio.create_task(a.run()) for a in announcers]
+    held, finds, bad, holders_named, stale = [set[bytes]() for _ in range(3)], 0, 0, 0, 0
+    for i in range(3):
+        for name in names:
+            held[i].add(name)
+            announcers[i].note(name, 0, True)
+    await asyncio.sleep(1)
+
+    async def change() -> None:
+        began, made = time.perf_counter(), 0
+        while True:
+            await asyncio.sleep(0.001)
+            for _ in range(int(1000 * (time.perf_counter() - began)) - made):
+                i, name, kept = rng.randrange(3), rng.choice(names), rng.random() > 0.054
+                (held[i].add if kept else held[i].discard)(name)
+                announcers[i].note(name, 0, kept)
+                made += 1
+
+    tasks.append(asyncio.create_task(change()))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        await asyncio.sleep(0.004 * rng.random())
+        at = PROMPT * rng.randrange(62)
+        asked = names[at : at + PROMPT]
+        who = {number_of(a.epoch): i for i, a in enumerate(announcers)}
+        found = await directory.find(asked)
+        named = [(n, who[h.number]) for n, hs in zip(asked, found, strict=False) for h in hs]
+        wrong = sum(name not in held[i] for name, i in named)
+        finds, bad = finds + 1, bad + (wrong > 0)
+        holders_named, stale = holders_named + len(named), stale + wrong
+    told(
+        "stale finds [0.1 %]", finds=finds, stale_percent=100 * bad / finds,
+        stale_holders_percent=100 * stale / holders_named, holders_a_find=holders_named / finds,
+    )  # fmt: skip
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("embedded", "hosted", "find", "stale", "many", "refill")
+    parts = ("embedded", "hosted", "stale_finds", "find", "stale", "many", "refill")
     parser.add_argument("--chunks", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--only", nargs="*", default=parts, choices=parts)
@@ -348,6 +392,8 @@ def main() -> None:
         asyncio.run(embedded(given.chunks))
     if "hosted" in given.only:
         asyncio.run(hosted(given.chunks))
+    if "stale_finds" in given.only:
+        asyncio.run(stale_finds(4 * given.seconds))
     program = servers.valkey_program() if given.valkey else servers.redis_program()
     with servers.redis(program_=program) as server:
         if "find" in given.only:

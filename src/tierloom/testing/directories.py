@@ -13,11 +13,11 @@ from tierloom.stages.directory.shared.records import (
     MOST_HOLDERS,
     MOST_NAMES,
     NUMBERS,
-    Announcement,
     ChunkHolder,
     WorkerRecord,
     chunk_name,
     number_of,
+    pack_changes,
     turn_of,
 )
 from tierloom.stages.errors import ConfigError, InputError
@@ -37,8 +37,8 @@ def worker_of(instance: str, process: int = 1, **fields: Any) -> WorkerRecord:
     return WorkerRecord(instance=instance, process=f"{process:032x}", **(said | fields))
 
 
-def held(names: list[bytes], tiers: int = 1) -> list[Announcement]:
-    return [Announcement(name, tiers, 100) for name in names]
+def held(names: list[bytes], tiers: int = 1) -> bytes:
+    return pack_changes((name, tiers) for name in names)
 
 
 class DirectoryContract:
@@ -103,7 +103,10 @@ class DirectoryContract:
 
     async def test_the_last_word_of_a_call_counts(self, directory: Directory) -> None:
         a, (name,) = await directory.join(worker_of("a")), names_of(1, 1)
-        assert await directory.announce(a, 1, [Announcement(name, 3), Announcement(name, 0)])
+        assert await directory.announce(a, 1, held([name], 3) + held([name], 0))
+        assert await directory.announce(a, 2, b"".join(held([name], n) for n in (1, 3, 1)))
+        assert await directory.find([name]) == [(ChunkHolder(number_of(a), 1),)]
+        assert await directory.announce(a, 3, held([name], 0) * 2)
         assert await directory.find([name]) == []
 
     async def test_wrong_input_is_named(self, directory: Directory) -> None:
@@ -112,9 +115,9 @@ class DirectoryContract:
             await directory.find([*names, names[0][:15]])
         with pytest.raises(InputError, match=f"{MOST_NAMES} at most"):
             await directory.find(names * (MOST_NAMES + 1))
-        with pytest.raises(InputError, match="tiers 0x10"):
+        with pytest.raises(InputError, match="tiers that no worker has"):
             await directory.announce(a, 1, held(names, 16))
-        with pytest.raises(InputError, match="1025 chunks in one call"):
+        with pytest.raises(InputError, match="changes of 17425 bytes: 1024 of 17 at most"):
             await directory.announce(a, 1, held(names * 1025))
         with pytest.raises(InputError, match="0 bytes, not 16"):
             await directory.report(b"", ChunkHolder(1, 1))

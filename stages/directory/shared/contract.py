@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from tierloom.stages.directory.shared.records import Announcement, ChunkHolder, WorkerRecord
+from tierloom.stages.directory.shared.records import ChunkHolder, WorkerRecord, pack_changes
 from tierloom.stages.errors import ConfigError
 
 
@@ -53,8 +53,9 @@ class Directory(ABC):
         it must join anew."""
 
     @abstractmethod
-    async def announce(self, epoch: int, sequence: int, changes: Sequence[Announcement]) -> bool:
-        """What a worker holds from now on; counts as a beat. `sequence`: 1 for its first call,
+    async def announce(self, epoch: int, sequence: int, changes: bytes) -> bool:
+        """What a worker holds from now on (`pack_changes`), of 1,024 chunks at most, the last word
+        on each; counts as a beat. `sequence`: 1 for its first call,
         1 more for the next. When a call raised, it is made again just as it was. False: there is a
         gap, or the worker counts as dead; it must join anew and announce all that it holds."""
 
@@ -80,7 +81,7 @@ class Directory(ABC):
 
     async def withdraw(self, epoch: int, sequence: int, names: Sequence[bytes]) -> bool:
         """`announce` that these are in no tier any more."""
-        return await self.announce(epoch, sequence, [Announcement(name, 0) for name in names])
+        return await self.announce(epoch, sequence, pack_changes((name, 0) for name in names))
 
 
 class Roster:

@@ -16,11 +16,12 @@ import numpy as np
 from tierloom.stages.directory.shared.chunk_table import ChunkTable
 from tierloom.stages.directory.shared.contract import Directory, Member, name_taken
 from tierloom.stages.directory.shared.records import (
+    CHANGE,
     MOST_HOLDERS,
     MOST_TIERS,
+    NAME,
     NUMBERS,
     WORD,
-    Announcement,
     ChunkHolder,
     WorkerRecord,
     epoch_of,
@@ -100,14 +101,14 @@ class EmbeddedDirectory(Directory):
         lives.until = self._clock() + 2 * lives.member.record.heartbeat
         return True
 
-    async def announce(self, epoch: int, sequence: int, changes: Sequence[Announcement]) -> bool:
+    async def announce(self, epoch: int, sequence: int, changes: bytes) -> bool:
         require_changes(changes)
         if not await self.beat(epoch, sequence - 1):
             return False
         number, lives = number_of(epoch), self._lives[number_of(epoch)]
         if lives.sequence == sequence:
             return True
-        held = {name: tiers for name, tiers, _ in changes}
+        held = {changes[i : i + NAME]: changes[i + NAME] for i in range(0, len(changes), CHANGE)}
         tiers = np.frombuffer(bytes(held.values()), np.uint8)
         new = np.where(tiers, np.uint32(number << MOST_TIERS) | tiers, 0).astype(np.uint32)
         old = self._chunks.add(b"".join(held), new)

@@ -18,15 +18,12 @@ from tierloom.stages.directory.shared.records import (
     MOST_NAMES,
     NAME,
     WORD,
-    Announcement,
     ChunkHolder,
     WorkerRecord,
     holders_in,
     number_of,
-    pack_changes,
     require_changes,
     require_names,
-    unpack_changes,
     word_of,
 )
 from tierloom.stages.errors import ConfigError, InputError, TierDown
@@ -83,10 +80,9 @@ class HostedDirectory(Directory):
     async def beat(self, epoch: int, sequence: int) -> bool:
         return bool(await self._tell(Kind.BEAT, _PAIR.pack(epoch, sequence)))
 
-    async def announce(self, epoch: int, sequence: int, changes: Sequence[Announcement]) -> bool:
+    async def announce(self, epoch: int, sequence: int, changes: bytes) -> bool:
         require_changes(changes)
-        said = _PAIR.pack(epoch, sequence) + pack_changes(changes)
-        return bool(await self._tell(Kind.ANNOUNCE, said))
+        return bool(await self._tell(Kind.ANNOUNCE, _PAIR.pack(epoch, sequence) + changes))
 
     async def find(self, names: Sequence[bytes]) -> list[tuple[ChunkHolder, ...]]:
         require_names(names)
@@ -189,7 +185,7 @@ async def _done(directory: Directory, kind: Kind, body: bytes) -> int:
     one, other = _unpacked(_PAIR, body[: _PAIR.size])
     rest = body[_PAIR.size :]
     if kind is Kind.ANNOUNCE:
-        return await directory.announce(one, other, unpack_changes(rest))
+        return await directory.announce(one, other, rest)
     try:
         return await directory.join(WorkerRecord.unpack(rest), first=one, last=other)
     except ConfigError:

@@ -7,7 +7,6 @@ that has the chunk. What is known of a chunk is the words of its holders, one af
 from __future__ import annotations
 
 import json
-import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -27,8 +26,9 @@ MOST_NAMES = 1024
 """Chunks of one call."""
 _TAG = 20  # bits of an epoch that are its process's
 _RECORD = 8192  # most bytes of a worker's record
-_CHANGE = struct.Struct(f"<{NAME}sBI")  # name, tiers, bytes
-CHANGE_BYTES = _CHANGE.size
+CHANGE = NAME + 1
+"""Bytes of a change: name and tiers."""
+_TIERS = [bytes([tiers]) for tiers in range(256)]
 
 
 def chunk_name(namespace: bytes, key: bytes) -> bytes:
@@ -61,15 +61,6 @@ class ChunkHolder(NamedTuple):
     """Bit i: tier i of its record has it."""
 
 
-class Announcement(NamedTuple):
-    """What a worker holds of a chunk from now on."""
-
-    name: bytes
-    tiers: int
-    """Bit i: tier i of the worker's record has it. 0: none has."""
-    nbytes: int = 0
-
-
 def word_of(number: int, tiers: int) -> bytes:
     return (number << MOST_TIERS | tiers).to_bytes(WORD, "big")
 
@@ -81,16 +72,10 @@ def holders_in(words: bytes) -> tuple[ChunkHolder, ...]:
     return tuple(ChunkHolder(n >> MOST_TIERS, n & (1 << MOST_TIERS) - 1) for n in numbers)
 
 
-def pack_changes(changes: Iterable[Announcement]) -> bytes:
-    pack = _CHANGE.pack
-    return b"".join([pack(n, tiers, min(size, 0xFFFFFFFF)) for n, tiers, size in changes])
-
-
-def unpack_changes(raw: bytes) -> tuple[Announcement, ...]:
-    """Raises InputError."""
-    if len(raw) % _CHANGE.size:
-        raise InputError(f"announcements of {len(raw)} bytes, not a multiple of {_CHANGE.size}")
-    return tuple(Announcement(*each) for each in _CHANGE.iter_unpack(raw))
+def pack_changes(changes: Iterable[tuple[bytes, int]]) -> bytes:
+    """What a worker holds of chunks from now on: name, and bit i where tier i of its record has the
+    chunk; 0: none has."""
+    return b"".join([name + _TIERS[tiers] for name, tiers in changes])
 
 
 def require_names(names: Sequence[bytes], most: int = MOST_NAMES) -> None:
@@ -102,12 +87,12 @@ def require_names(names: Sequence[bytes], most: int = MOST_NAMES) -> None:
         raise InputError(f"name {i} of a chunk has {len(name)} bytes, not {NAME}")
 
 
-def require_changes(changes: Sequence[Announcement]) -> None:
-    """Raise InputError unless all of these can be announced in one call."""
-    require_names([name for name, _, _ in changes])
-    for name, tiers, nbytes in changes:
-        if not 0 <= tiers < 1 << MOST_TIERS or nbytes < 0:
-            raise InputError(f"chunk {name.hex()}: tiers {tiers:#x} of {nbytes} bytes")
+def require_changes(raw: bytes) -> None:
+    """Raise InputError unless these can be announced in one call."""
+    if len(raw) % CHANGE or len(raw) > MOST_NAMES * CHANGE:
+        raise InputError(f"changes of {len(raw)} bytes: {MOST_NAMES} of {CHANGE} at most")
+    if max(raw[NAME::CHANGE], default=0) >> MOST_TIERS:
+        raise InputError(f"changes of tiers that no worker has: {MOST_TIERS} at most")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

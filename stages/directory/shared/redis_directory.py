@@ -17,13 +17,12 @@ from tierloom.stages.directory.shared import scripts
 from tierloom.stages.directory.shared.contract import Directory, Member, name_taken
 from tierloom.stages.directory.shared.nodes import FIRST, LARGE, DirectoryNodes
 from tierloom.stages.directory.shared.records import (
-    Announcement,
+    CHANGE,
     ChunkHolder,
     WorkerRecord,
     epoch_of,
     holders_in,
     number_of,
-    pack_changes,
     require_changes,
     require_names,
     turn_of,
@@ -91,21 +90,23 @@ class RedisDirectory(Directory):
         await self._nodes.everywhere(beat)
         return lives
 
-    async def announce(self, epoch: int, sequence: int, changes: Sequence[Announcement]) -> bool:
+    async def announce(self, epoch: int, sequence: int, changes: bytes) -> bool:
         require_changes(changes)
         life, taken = self._lives.get(epoch), True
         if life is None:
             return False
-        parts: dict[RedisNode | None, list[Announcement]] = {}
-        for change in changes:
-            node = self._nodes.servers.node_of(self._nodes.place(change.name))
-            parts.setdefault(node, []).append(change)
+        parts: dict[RedisNode | None, bytearray] = {}
+        for at in range(0, len(changes) if self._nodes.cluster else 0, CHANGE):
+            change = changes[at : at + CHANGE]
+            node = self._nodes.servers.node_of(self._nodes.place(change))
+            parts.setdefault(node, bytearray()).extend(change)
 
         async def tell(node: RedisNode, home: bytes) -> None:
             nonlocal taken
+            mine = bytes(parts.get(node, b"")) if self._nodes.cluster else changes
             said = (
                 number_of(epoch), life, epoch, sequence, self._nodes.prefix,
-                int(self._nodes.cluster), pack_changes(parts.get(node, ())),
+                int(self._nodes.cluster), mine,
             )  # fmt: skip
             (done,) = await self._nodes.run(node, [(scripts.ANNOUNCE, home, said)])
             taken = taken and done == 1
@@ -117,15 +118,17 @@ class RedisDirectory(Directory):
         require_names(names)
         if not names:
             return []
-        places = [self._nodes.place(name) for name in names]
+        every = range(len(names))
+        places = [self._nodes.place(name) for name in names] if self._nodes.cluster else [FIRST]
         found: list[tuple[ChunkHolder, ...]] = [()] * len(names)
 
         async def ask(node: RedisNode, which: list[int]) -> None:
-            asked = b"".join([names[i] for i in which])
+            wanted: Sequence[int] = which if self._nodes.cluster else every
+            asked = b"".join([names[i] for i in wanted])
             what = (self._nodes.prefix, int(self._nodes.cluster), asked)
             run = (scripts.FIND, self._nodes.home_of(node), what)
-            (reply,) = await self._nodes.run(node, [run], 1024 + 256 * len(which))
-            for i, holders in zip(which, _unfolded(reply, len(which)), strict=False):
+            (reply,) = await self._nodes.run(node, [run], 1024 + 256 * len(wanted))
+            for i, holders in zip(wanted, _unfolded(reply, len(wanted)), strict=False):
                 found[i] = holders
 
         await self._nodes.each(places, ask)

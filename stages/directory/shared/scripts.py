@@ -12,17 +12,17 @@ Redis 7 or newer, or Valkey.
 
 from __future__ import annotations
 
+from functools import cache
 from hashlib import sha1
 from typing import NamedTuple
 
-from tierloom.stages.directory.shared.records import (
-    CHANGE_BYTES,
-    MOST_HOLDERS,
-    MOST_TIERS,
-    NAME,
-    NUMBERS,
-)
+from tierloom.stages.directory.shared.records import CHANGE, MOST_HOLDERS, MOST_TIERS, NAME, NUMBERS
 from tierloom.stages.tiers.redis.resp import command
+
+
+@cache
+def _hash(text: str) -> str:
+    return sha1(text.encode()).hexdigest()
 
 
 class Script(NamedTuple):
@@ -31,7 +31,7 @@ class Script(NamedTuple):
     text: str
 
     def by_hash(self, key: bytes, *arguments: bytes | int) -> bytes:
-        return command("EVALSHA", sha1(self.text.encode()).hexdigest(), 1, key, *arguments)
+        return command("EVALSHA", _hash(self.text), 1, key, *arguments)
 
     def whole(self, key: bytes, *arguments: bytes | int) -> bytes:
         return command("EVAL", self.text, 1, key, *arguments)
@@ -110,7 +110,7 @@ for tiers = 0, {(1 << MOST_TIERS) - 1} do
   words[tiers] = string.char(math.floor(n / 65536), math.floor(n / 256) % 256, n % 256)
   made[tiers] = {{}}
 end
-for i = 1, #all, {CHANGE_BYTES} do
+for i = 1, #all, {CHANGE} do
   local tiers, k, v = string.byte(all, i + {NAME}), sub(all, i, i + 15), nil
   k = tag(prefix, tagged, k)
   local w, seen = words[tiers], made[tiers]

@@ -11,7 +11,6 @@ from hypothesis import given, settings, strategies as st
 
 from tierloom.stages.directory.shared.records import (
     NUMBERS,
-    Announcement,
     ChunkHolder,
     WorkerRecord,
     chunk_name,
@@ -19,8 +18,8 @@ from tierloom.stages.directory.shared.records import (
     holders_in,
     number_of,
     pack_changes,
+    require_changes,
     turn_of,
-    unpack_changes,
     word_of,
 )
 from tierloom.stages.errors import InputError
@@ -54,12 +53,13 @@ def test_epochs_grow_with_turns_and_tell_processes_apart() -> None:
 
 
 def test_changes_are_packed() -> None:
-    changes = (Announcement(b"n" * 16, 3, 7), Announcement(b"m" * 16, 0, 1 << 40))
-    largest = changes[1]._replace(nbytes=(1 << 32) - 1)
-    assert unpack_changes(pack_changes(changes)) == (changes[0], largest)
-    assert unpack_changes(b"") == ()
-    with pytest.raises(InputError, match="22 bytes"):
-        unpack_changes(b"x" * 22)
+    raw = pack_changes([(b"n" * 16, 3), (b"m" * 16, 0)])
+    assert raw == b"n" * 16 + b"\3" + b"m" * 16 + b"\0"
+    require_changes(raw)
+    require_changes(b"")
+    for bad in (raw[:-1], raw * 513, b"n" * 16 + b"\x10"):
+        with pytest.raises(InputError, match="at most"):
+            require_changes(bad)
 
 
 @pytest.mark.parametrize(
