@@ -196,7 +196,7 @@ class ServeOptions:
     limit: Rate = 0
     """Bytes per second to give to all others together; 0: no limit."""
     clients: int = 64
-    """Most connections at once."""
+    """Most connections at once; for a directory that is hosted here an engine takes up to 4."""
 
     def __post_init__(self) -> None:
         if not self.tiers:

@@ -11,25 +11,18 @@ import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 
 import anyio
 
 from tierloom.stages.directory.shared.contract import Directory
-from tierloom.stages.directory.shared.records import (
-    CHANGE,
-    NAME,
-    ChunkHolder,
-    WorkerRecord,
-    pack_changes,
-)
+from tierloom.stages.directory.shared.records import CHANGE, NAME, WorkerRecord, pack_changes
 from tierloom.stages.errors import ConfigError, InputError, TierDown
 
 log = logging.getLogger(__name__)
 
 _BATCH = 512  # chunks announced in one call
-_REPORTS = 32  # made at once
 _PAUSE = 0.02  # seconds between two looks for changes
 _GONE = 0.002  # the same where something went: until it is told, others ask for it
 _SLOW = 0.02  # seconds for a batch, from which on the directory has enough to do
@@ -65,10 +58,9 @@ class Announcer:
         ] = {}  # the same of all that is held, told when nothing else is
         self._pending = b""  # changes that were sent, and perhaps not taken
         self._went = False  # something that is held no more, and that is not told yet
-        self._doze: asyncio.Event | None = None
+        self._doze: tuple[asyncio.Event, Callable[[], bool]] | None = None
         self._first = self._last = self._sequence = 0
         self._failures, self._rest, self._beat_at = 0, 0.0, 0.0
-        self._gone: deque[tuple[bytes, ChunkHolder]] = deque(maxlen=1024)
 
     def note(self, name: bytes, tier: int, kept: bool) -> None:
         """A chunk came to tier `tier` of the worker's record, or left it. Raises InputError."""
@@ -84,15 +76,11 @@ class Announcer:
             else:
                 del self._held[name]
             self._changed[name] = None
-            if was & ~now and not self._went:
-                self._went = True
-                if self._doze is not None:
-                    self._loop.call_soon_threadsafe(self._doze.set)
+            self._went = self._went or was > now
+            if self._doze is not None and self._doze[1]():
+                self._loop.call_soon_threadsafe(self._doze[0].set)
+                self._doze = None
             self._again.pop(name, None)
-
-    def report(self, name: bytes, holder: ChunkHolder) -> None:
-        """A holder that `find` named did not have the chunk; any thread."""
-        self._gone.append((name, holder))
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -123,15 +111,23 @@ class Announcer:
         self.epoch = 0
 
     async def _rest_for(self, pause: float) -> None:
-        """So many seconds, but shorter where a chunk goes meanwhile and the directory has time."""
-        await anyio.sleep(min(pause, _GONE) if pause <= _PAUSE else pause)
+        """So many seconds; longer while nothing changes, and shorter where a chunk goes."""
+        if pause != _PAUSE:  # more is to be told, or the directory to be left alone
+            await anyio.sleep(pause)
+            return
+        await anyio.sleep(_GONE)
+        await self._doze_until(lambda: bool(self._changed), self._worker.heartbeat / 4)
+        await self._doze_until(lambda: self._went, pause - _GONE)
+
+    async def _doze_until(self, woken: Callable[[], bool], most: float) -> None:
+        """`most`: seconds."""
         doze = asyncio.Event()
         with self._lock:
-            if self._went or not _GONE < pause <= _PAUSE:
+            if woken():
                 return
-            self._doze = doze
+            self._doze = doze, woken
         try:
-            with anyio.move_on_after(pause - _GONE):
+            with anyio.move_on_after(most):
                 await doze.wait()
         finally:
             with self._lock:
@@ -155,8 +151,6 @@ class Announcer:
             pause = max(_PAUSE if told < _BATCH else 0.0, told / self._pace - took, self._rest)
         if not taken:  # a gap, or it came back empty: all anew, but not at once
             self.epoch, pause = 0, self._worker.heartbeat / 4
-        for _ in range(min(len(self._gone), _REPORTS)):
-            await self._directory.report(*self._gone.popleft())
         return pause
 
     async def _join(self) -> None:

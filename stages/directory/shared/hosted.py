@@ -44,7 +44,7 @@ _U64, _PAIR, _U32 = struct.Struct("<Q"), struct.Struct("<QQ"), struct.Struct("<I
 _RUN = struct.Struct("<HH")  # chunks, and bytes of the words that all of them have
 _MEMBER = struct.Struct("<QI")  # epoch, and bytes of the record
 _PAGE = 192 << 10  # bytes of workers in one answer, about
-_CONNECTIONS = 4
+_CONNECTIONS = 2
 
 
 class HostedDirectory(Directory):

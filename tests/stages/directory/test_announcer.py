@@ -178,16 +178,6 @@ async def test_from_many_threads() -> None:
         await until(lambda: _tiers_are(directory, names, 1))
 
 
-async def test_reports_are_passed_on() -> None:
-    directory, names = EmbeddedDirectory(), names_of(1, 2)
-    async with running(directory, worker_of("a"), worker_of("b")) as (a, b):
-        for name in names:
-            a.note(name, 0, True)
-        await finds(directory, names, 2)
-        b.report(names[1], ChunkHolder(number_of(a.epoch), 1))
-        await finds(directory, names, 1)
-
-
 async def test_all_is_told_at_a_pace() -> None:
     """By a clock that does not move: what it waits is what the pace says."""
     clock = Clock()

@@ -95,8 +95,6 @@ async def test_a_full_server_takes_nothing_and_forgets_nobody() -> None:
                 await directory.join(worker_of("b"))
             for name in NAMES[20:]:
                 announcer.note(name, 0, True)
-            for name in NAMES:
-                announcer.report(name, ChunkHolder(1 << 19, 1))
             for _ in range(14):
                 await anyio.sleep(0.1)
                 assert len(await directory.find(NAMES)) == 20
