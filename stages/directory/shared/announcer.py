@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 
 import anyio
 
@@ -53,9 +54,7 @@ class Announcer:
         self._lock = threading.Lock()
         self._held: dict[bytes, int] = {}  # chunk: a bit for each tier
         self._changed = OrderedDict[bytes, None]()  # in the order in which it is to be told
-        self._again: dict[
-            bytes, int
-        ] = {}  # the same of all that is held, told when nothing else is
+        self._again: dict[bytes, int] = {}  # what is held, to be told anew: told last
         self._pending = b""  # changes that were sent, and perhaps not taken
         self._went = False  # something that is held no more, and that is not told yet
         self._doze: tuple[asyncio.Event, Callable[[], bool]] | None = None
@@ -78,7 +77,8 @@ class Announcer:
             self._changed[name] = None
             self._went = self._went or was > now
             if self._doze is not None and self._doze[1]():
-                self._loop.call_soon_threadsafe(self._doze[0].set)
+                with suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(self._doze[0].set)
                 self._doze = None
             self._again.pop(name, None)
 

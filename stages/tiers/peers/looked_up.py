@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from tierloom.stages.directory.shared.contract import Directory, Roster
@@ -19,6 +20,8 @@ _ASKED = 512
 _REPORTS = 64
 """Reports under way, at most; more are dropped: who asks next makes them."""
 _REMEMBERED = 1 << 14
+_REST = 1.0
+"""Seconds for which a directory that failed is asked by nobody."""
 
 
 class LookedUp:
@@ -30,7 +33,7 @@ class LookedUp:
         self._named: dict[tuple[bytes, str], ChunkHolder] = {}
         """By key and address: as `find` named them last."""
         self._reports: set[asyncio.Task[None]] = set()
-        self._silent = False
+        self._silent, self._retry = False, 0.0
 
     @classmethod
     def named(cls, options: PeerOptions, namespace: bytes) -> LookedUp:
@@ -41,6 +44,10 @@ class LookedUp:
 
     async def holders(self, keys: Sequence[bytes]) -> list[list[str]]:
         """Of the longest prefix of `keys` that somebody has. Never raises."""
+        now = time.monotonic()
+        if self._silent and now < self._retry:
+            return [[] for _ in keys]
+        self._retry = now + _REST  # one call finds out; the others go on without
         try:
             found = await self._find(keys)
         except (ConfigError, TierDown, OSError, TimeoutError) as error:
