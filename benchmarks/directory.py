@@ -19,6 +19,7 @@ import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,24 +27,26 @@ sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 sys.path.append(str(ROOT / "tests" / "stages" / "tiers"))
 
 import servers  # noqa: E402
+import store_server  # noqa: E402
 from yardstick import cpu_of, machine  # noqa: E402
 
 from tierloom.stages.directory.shared.announcer import Announcer  # noqa: E402
 from tierloom.stages.directory.shared.contract import Directory  # noqa: E402
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory  # noqa: E402
-from tierloom.stages.directory.shared.records import Announcement, WorkerRecord, number_of  # noqa: E402
+from tierloom.stages.directory.shared.named import named_directory  # noqa: E402
+from tierloom.stages.directory.shared.records import WorkerRecord, number_of, pack_changes  # noqa: E402
 from tierloom.stages.directory.shared.redis_directory import RedisDirectory  # noqa: E402
 from tierloom.stages.tiers.redis.resp import command  # noqa: E402
 from tierloom.stages.tiers.redis.tier import RedisOptions  # noqa: E402
 
 PROMPT, BATCH, FINDS = 64, 512, 10_000
+STORE = {"hot": {"use": "memory", "capacity": "1 MiB"}}
 
 
 def prompt(n: int) -> list[bytes]:
     """Names of the chunks of prompt `n`: random bytes are as good as digests."""
     raw = random.Random(n).randbytes(16 * PROMPT)
-    place = n.to_bytes(4, "big")[2:]
-    return [raw[i : i + 16] + place for i in range(0, len(raw), 16)]
+    return [raw[i : i + 16] for i in range(0, len(raw), 16)]
 
 
 def worker(name: str, heartbeat: float = 600.0) -> WorkerRecord:
@@ -56,15 +59,12 @@ async def fill(directory: Directory, chunks: int, epoch: int) -> None:
     per = BATCH // PROMPT
     for sequence, at in enumerate(range(0, len(prompts), per), 1):
         names = [name for n in prompts[at : at + per] for name in prompt(n)]
-        assert await directory.announce(epoch, sequence, [Announcement(n, 1) for n in names])
+        assert await directory.announce(epoch, sequence, pack_changes((n, 1) for n in names))
 
 
 async def opened(port: int) -> RedisDirectory:
-    directory = RedisDirectory(
-        RedisOptions(url=f"redis://127.0.0.1:{port}", stall=10.0), timeout=30.0
-    )
-    await directory.open()
-    return directory
+    options = RedisOptions(url=f"redis://127.0.0.1:{port}", stall=10.0)
+    return RedisDirectory(options, timeout=30.0)
 
 
 def info(port: int, section: str, field: str) -> int:
@@ -88,9 +88,9 @@ async def searched(directory: Directory, chunks: int, finds: int, seed: int) -> 
     return sorted(took)
 
 
-def client(port: int, chunks: int, finds: int, seed: int) -> list[float]:
+def client(url: str, chunks: int, finds: int, seed: int) -> list[float]:
     async def go() -> list[float]:
-        directory = await opened(port)
+        directory = named_directory(url, timeout=30.0)
         took = await searched(directory, chunks, finds, seed)
         await directory.close()
         return took
@@ -101,7 +101,7 @@ def client(port: int, chunks: int, finds: int, seed: int) -> list[float]:
 async def embedded(chunks: int) -> None:
     directory = EmbeddedDirectory()
     epoch = await directory.join(worker("a"))
-    prompts = [[Announcement(n, 1) for n in prompt(i)] for i in range(chunks // PROMPT)]
+    prompts = [pack_changes((n, 1) for n in prompt(i)) for i in range(chunks // PROMPT)]
     assert await directory.announce(epoch, 1, prompts[0])  # compiled by then
     gc.collect()
     before, cpu = resident(), time.process_time()
@@ -111,6 +111,38 @@ async def embedded(chunks: int) -> None:
     took = await searched(directory, chunks, FINDS, 1)
     told("embedded: find 64 [20 us]", p50_us=1e6 * median(took), p99_us=1e6 * tail(took))
     told("embedded: announce", us_a_chunk=1e6 * cpu / chunks, bytes_a_chunk=grown / chunks)
+
+
+async def hosted(chunks: int) -> None:
+    """The same in a `tierloom serve`, asked over its socket."""
+    with (
+        TemporaryDirectory() as folder,
+        store_server.process(Path(folder), "--directory", "embedded", tiers=STORE) as server,
+    ):
+        url = server.url.replace("tierloom", "directory")
+        directory = named_directory(url, timeout=30.0)
+        epoch = await directory.join(worker("a"))
+        cpu = cpu_of(server.pid)
+        await fill(directory, chunks, epoch)
+        told("hosted: announce", server_us_a_chunk=1e6 * (cpu_of(server.pid) - cpu) / chunks)
+        cpu, mine = cpu_of(server.pid), time.process_time()
+        took = await searched(directory, chunks, FINDS, 1)
+        told(
+            "hosted: find 64, one client [0.2 ms]",
+            p50_ms=1e3 * median(took), p99_ms=1e3 * tail(took),
+            server_ms=1e3 * (cpu_of(server.pid) - cpu) / FINDS,
+            client_ms=1e3 * (time.process_time() - mine) / FINDS,
+        )  # fmt: skip
+        cpu = cpu_of(server.pid)
+        with get_context("spawn").Pool(8) as pool:
+            parts = pool.starmap(client, [(url, chunks, FINDS // 8, n) for n in range(8)])
+        took = sorted(t for part in parts for t in part)
+        told(
+            "hosted: find 64, 8 clients, each in a process",
+            p50_ms=1e3 * median(took), p99_ms=1e3 * tail(took),
+            server_ms=1e3 * (cpu_of(server.pid) - cpu) / len(took),
+        )  # fmt: skip
+        await directory.close()
 
 
 def median(took: list[float]) -> float:
@@ -156,7 +188,8 @@ async def find(server: Any, chunks: int) -> None:
     told("bare MGET of as many", server_ms=1e3 * (cpu_of(server.pid) - cpu) / len(asked))
     cpu = cpu_of(server.pid)
     with get_context("spawn").Pool(8) as pool:
-        parts = pool.starmap(client, [(server.port, chunks, FINDS // 8, n) for n in range(8)])
+        url = f"redis://127.0.0.1:{server.port}"
+        parts = pool.starmap(client, [(url, chunks, FINDS // 8, n) for n in range(8)])
     took = sorted(t for part in parts for t in part)
     told(
         "find 64, 8 clients, each in a process",
@@ -170,8 +203,8 @@ async def stale(server: Any, chunks: int) -> None:
     """All that there is, is a dead worker's; a living one has one prompt more. Swept by and by."""
     directory = await opened(server.port)
     alive = await directory.join(worker("b"))
-    mine = [b"%016d" % i + b"\0\0" for i in range(PROMPT)]
-    assert await directory.announce(alive, 1, [Announcement(n, 1) for n in mine])
+    mine = [b"%016d" % i for i in range(PROMPT)]
+    assert await directory.announce(alive, 1, pack_changes((n, 1) for n in mine))
     (dead,) = set(await directory.workers()) - {number_of(alive)}
     servers.ask(server.port, "DEL", f"tierloom!h{dead}")
     assert await directory.find(prompt(0)) == []
@@ -201,7 +234,7 @@ async def loaded(port: int, part: int, seconds: float) -> tuple[int, int, int, f
 
     async def tell(i: int, names: list[bytes]) -> None:
         sequences[i] += 1
-        changes = [Announcement(name, 1) for name in names]
+        changes = pack_changes((name, 1) for name in names)
         assert await clients[i % 8].announce(epochs[i], sequences[i], changes)
 
     async def beat(n: int) -> None:
@@ -302,9 +335,53 @@ async def count(server: Any) -> int:
     return int(servers.ask(server.port, "DBSIZE")[1:])
 
 
+async def stale_finds(seconds: float) -> None:
+    """Three engines that put and evict, 1,000 times a second, 1 in 20 of them an eviction."""
+    directory, rng = EmbeddedDirectory.warm(), random.Random(1)
+    names = [name for n in range(62) for name in prompt(n)]
+    announcers = [Announcer(directory, worker(f"i{i}", 2.0)) for i in range(3)]
+    tasks = [asyncio.create_task(a.run()) for a in announcers]
+    held, finds, bad, holders_named, stale = [set[bytes]() for _ in range(3)], 0, 0, 0, 0
+    for i in range(3):
+        for name in names:
+            held[i].add(name)
+            announcers[i].note(name, 0, True)
+    await asyncio.sleep(1)
+
+    async def change() -> None:
+        began, made = time.perf_counter(), 0
+        while True:
+            await asyncio.sleep(0.001)
+            for _ in range(int(1000 * (time.perf_counter() - began)) - made):
+                i, name, kept = rng.randrange(3), rng.choice(names), rng.random() > 0.054
+                (held[i].add if kept else held[i].discard)(name)
+                announcers[i].note(name, 0, kept)
+                made += 1
+
+    tasks.append(asyncio.create_task(change()))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        await asyncio.sleep(0.004 * rng.random())
+        at = PROMPT * rng.randrange(62)
+        asked = names[at : at + PROMPT]
+        who = {number_of(a.epoch): i for i, a in enumerate(announcers)}
+        found = await directory.find(asked)
+        named = [(n, who[h.number]) for n, hs in zip(asked, found, strict=False) for h in hs]
+        wrong = sum(name not in held[i] for name, i in named)
+        finds, bad = finds + 1, bad + (wrong > 0)
+        holders_named, stale = holders_named + len(named), stale + wrong
+    told(
+        "stale finds [0.1 %]", finds=finds, stale_percent=100 * bad / finds,
+        stale_holders_percent=100 * stale / holders_named, holders_a_find=holders_named / finds,
+    )  # fmt: skip
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("embedded", "find", "stale", "many", "refill")
+    parts = ("embedded", "hosted", "stale_finds", "find", "stale", "many", "refill")
     parser.add_argument("--chunks", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--only", nargs="*", default=parts, choices=parts)
@@ -313,6 +390,10 @@ def main() -> None:
     print(machine())
     if "embedded" in given.only:
         asyncio.run(embedded(given.chunks))
+    if "hosted" in given.only:
+        asyncio.run(hosted(given.chunks))
+    if "stale_finds" in given.only:
+        asyncio.run(stale_finds(4 * given.seconds))
     program = servers.valkey_program() if given.valkey else servers.redis_program()
     with servers.redis(program_=program) as server:
         if "find" in given.only:

@@ -34,6 +34,7 @@ from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 if TYPE_CHECKING:
     from tierloom.pipeline.serve.announced import AnnouncedTiers
     from tierloom.pipeline.serve.engine_listener import EngineListener
+    from tierloom.pipeline.serve.page_events import PageEvents
 
 
 class Change(NamedTuple):
@@ -96,7 +97,7 @@ class Worker:
         copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
-        self._announced = self._new_announced()
+        self._announced, self._events = self._new_announced(), self._new_events()
         self.portal = Portal(self._live)
         self.serving: EngineListener | None = None
         try:
@@ -126,12 +127,14 @@ class Worker:
         if self.serving is not None:
             self.serving.close()
         self.portal.close()
+        if self._events is not None:
+            self._events.close()
         self._release()
 
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            noted = self._watch or self._texts or self._announced
+            noted = self._watch or self._texts or self._announced or self._events
             note = self._note if noted else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
@@ -147,8 +150,6 @@ class Worker:
                     runner.start(tasks)
                 if self._texts is not None:
                     tasks.start_soon(self._texts.read_headers, self._note)
-                if self._announced is not None:
-                    tasks.start_soon(self._announced.run)
                 ready()
                 await stop.wait()
                 await self._drain()
@@ -157,8 +158,10 @@ class Worker:
     def _note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
         if self._texts is not None:
             self._texts.note(tier, kept, links, text)
-        if self._announced is not None:
-            self._announced.note(tier, kept, links)
+        if (announced := self._announced) is not None:
+            announced.note(tier, kept, links)
+        if self._events is not None:
+            self._events.note(tier, kept, links)
         if not self._watch:
             return
         change = Change(tier, kept, links, text)
@@ -176,11 +179,10 @@ class Worker:
 
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal)
-        self.serving = EngineListener(options, store, self._epoch)
+        self.serving = EngineListener(options, store, self._epoch, self._announced)
         self.serving.start()
-        if self._announced is not None and self.serving.address:
-            at = self.serving.address, self._epoch.hex()
-            self.portal.post(self._announced.listens_at, *at)
+        if not self.serving.address:  # nobody can be told of it
+            self._announced = None
 
     def _new_announced(self) -> AnnouncedTiers | None:
         """What tells a directory what is served; None: nobody is told, and nothing is imported."""
@@ -189,7 +191,18 @@ class Worker:
             return None
         from tierloom.pipeline.serve.announced import AnnouncedTiers
 
-        return AnnouncedTiers(options, self._spec, self._names)
+        return AnnouncedTiers(options, self._spec, self._names, self._epoch.hex())
+
+    def _new_events(self) -> PageEvents | None:
+        """What tells routers what comes and goes; None: nothing does, and nothing is imported."""
+        options = self._spec.serve
+        if options is None or not options.events:
+            return None
+        from tierloom.pipeline.serve.page_events import PageEvents
+
+        events = PageEvents(options, self._spec)
+        events.start()
+        return events
 
     def _new_texts(self) -> KeptTexts | None:
         """What finds kept text anywhere; None: no stage asks for it, and nothing is imported."""

@@ -18,6 +18,7 @@ THREADS = {
     "pipeline/run/threads.py": "Pool.__init__",
     "pipeline/run/loop_thread.py": "Portal.__init__ awaited",
     "pipeline/serve/engine_listener.py": "EngineListener.__init__",  # a loop, as the portal has
+    "pipeline/serve/page_events.py": "PageEvents.__init__",  # is told names, touches nothing
     "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
     "src/tierloom/testing/bench.py": "Pool.__call__",
     "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files

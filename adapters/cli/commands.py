@@ -255,6 +255,12 @@ def serve(
     drain: Annotated[
         str, typer.Option(metavar="TIME", help="Time to finish requests in flight at the end.")
     ] = "10 s",
+    directory: Annotated[
+        str,
+        typer.Option(
+            help="embedded: host a directory of what engines serve, directory://HOST:PORT to them."
+        ),
+    ] = "",
 ) -> None:
     """Keep objects for many engines, whose pipelines have a tier that uses `server`."""
     from tierloom.adapters.server.serve import run_serve
@@ -265,7 +271,8 @@ def serve(
         raise typer.BadParameter(str(error), param_hint="--drain") from None
     run_serve(
         config, listen or ["tcp://127.0.0.1:7654"], token_file=token_file, cert=cert, key=key,
-        without_token=without_token, clients=clients, drain=seconds, say=typer.echo,
+        without_token=without_token, clients=clients, drain=seconds,
+        directory=directory, say=typer.echo,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import signal
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -17,7 +18,11 @@ from tierloom.pipeline.serve.listener import Listen, Listener, certificate
 from tierloom.pipeline.serve.object_store import ObjectStore
 from tierloom.pipeline.serve.terms import Terms
 from tierloom.stages.errors import ConfigError
+from tierloom.stages.options import masked
 from tierloom.stages.tiers.server.client import TOKEN, read_token
+
+if TYPE_CHECKING:
+    from tierloom.stages.directory.shared.hosted import DirectoryHost
 
 _WINDOW = 64 << 20
 
@@ -28,15 +33,19 @@ class Serving:
     def __init__(
         self, spec: PipelineSpec, listens: Sequence[Listen], *, token: bytes = b"",
         context: ssl.SSLContext | None = None, clients: int = 512, drain: float = 10.0,
+        host: DirectoryHost | None = None,
     ) -> None:  # fmt: skip
         """`context`: TLS, for listeners that want it. `drain`: seconds that are left to what is
-        under way when it is to end. Raises ConfigError."""
+        under way when it is to end. `host`: of a directory. Raises ConfigError."""
         if not spec.tiers:
             raise ConfigError(f"{spec.source}: has no tiers to serve")
         self._drain = drain
         self.store = ObjectStore(spec, shared=any(listen.path for listen in listens))
         window = min(_WINDOW, self.store.largest)
-        terms = Terms(token, secrets.token_bytes(16), window, self.store.kept_in_memory // 4)
+        terms = Terms(
+            token, secrets.token_bytes(16), window, self.store.kept_in_memory // 4,
+            host=host,
+        )  # fmt: skip
         self.listener = Listener(self.store, listens, terms, context=context, clients=clients)
 
     async def run(self, started: Callable[[list[str]], None], stop: anyio.Event) -> None:
@@ -60,7 +69,8 @@ class Serving:
 
 def run_serve(
     config: str, urls: Sequence[str], *, token_file: str, cert: Path | None, key: Path | None,
-    without_token: bool, clients: int, drain: float, say: Callable[[str], None],
+    without_token: bool, clients: int, drain: float, directory: str,
+    say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """What the command does, until SIGTERM or SIGINT. Raises ConfigError."""
     from tierloom.pipeline.config.load import load_config
@@ -77,8 +87,9 @@ def run_serve(
         raise ConfigError("--cert and --key go together")
     context = certificate(cert, key) if cert is not None and key is not None else None
     serving = Serving(
-        load_config(config), listens, token=token, context=context, clients=clients, drain=drain
-    )
+        load_config(config), listens, token=token, context=context, clients=clients, drain=drain,
+        host=_host(directory) if directory else None,
+    )  # fmt: skip
 
     def started(where: list[str]) -> None:
         for url in where:
@@ -106,3 +117,13 @@ def run_serve(
     anyio.run(main)
     if failed:
         raise failed[0]
+
+
+def _host(directory: str) -> DirectoryHost:
+    """Raises ConfigError."""
+    from tierloom.stages.directory.shared.hosted import DirectoryHost
+    from tierloom.stages.directory.shared.named import EMBEDDED, named_directory
+
+    if directory != EMBEDDED:
+        raise ConfigError(f"--directory {masked(directory)}: write --directory {EMBEDDED}")
+    return DirectoryHost(named_directory(EMBEDDED))

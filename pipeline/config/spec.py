@@ -169,12 +169,26 @@ class ServeOptions:
     tiers: list[str]
     """Tiers to serve, best first; each with an index in this process, as memory and disk have."""
     directory: str = ""
-    """Where other engines look up what this one has, as in `redis://HOST:PORT/DB`; its password may
-    be in the environment variable TIERLOOM_DIRECTORY_PASSWORD. Empty: they must name this one."""
+    """Where other engines look up what this one has: `redis://HOST:PORT/DB`, whose password may be
+    in the environment variable TIERLOOM_DIRECTORY_PASSWORD; `directory://HOST:PORT` of who hosts
+    one; or `embedded`, to host it at `listen`, as others then name it. Empty: they must name this
+    engine."""
     instance: str = ""
     """This engine's name there, which no other has. Default: made of its host and process."""
+    events: str = ""
+    """Where routers hear of what comes and goes in these tiers, as KV events on a ZMQ socket:
+    `tcp://*:5558`, to which they connect, or `tcp://HOST:PORT` of one that listens. With
+    `chunk.keys: sglang` alone. Empty: nowhere."""
+    events_replay: str = ""
+    """Where they ask for events that they missed: `tcp://*:5559`."""
+    events_topic: str = ""
+    """What the events are published under."""
     token_file: str = ""
-    """File with the token to ask for. Default: the environment variable TIERLOOM_TOKEN, if set."""
+    """File with the token to ask for, and to show to who hosts the directory. Default: the
+    environment variable TIERLOOM_TOKEN, if set."""
+    ca_file: str = ""
+    """PEM file of the certificate authorities to trust, for a directory with TLS. Default: the
+    system's."""
     cert_file: str = ""
     """PEM file of the certificate, for `tls://`."""
     key_file: str = ""
@@ -182,11 +196,15 @@ class ServeOptions:
     limit: Rate = 0
     """Bytes per second to give to all others together; 0: no limit."""
     clients: int = 64
-    """Most connections at once."""
+    """Most connections at once; for a directory that is hosted here an engine takes up to 4."""
 
     def __post_init__(self) -> None:
         if not self.tiers:
             raise ValueError("tiers: name at least one")
+        if not self.events and (self.events_replay or self.events_topic):
+            raise ValueError("events_replay and events_topic need events")
+        if not all("://" in at for at in (self.events, self.events_replay) if at):
+            raise ValueError("events and events_replay: write tcp://HOST:PORT")
         if self.clients < 1:
             raise ValueError(f"clients must be at least 1, got {self.clients}")
         if bool(self.cert_file) != bool(self.key_file) or self.at.tls != bool(self.cert_file):

@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -20,6 +21,9 @@ from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.client import TOKEN, connect_server, read_token
 from tierloom.stages.user_home import expanded
+
+if TYPE_CHECKING:
+    from tierloom.pipeline.serve.announced import AnnouncedTiers
 
 log = logging.getLogger("tierloom.serve")
 
@@ -34,8 +38,12 @@ _NOWHERE = ("192.0.2.1", 9)
 class EngineListener:
     """From `start` to `close`. Nothing that fails here fails the pipeline."""
 
-    def __init__(self, options: ServeOptions, store: OwnTiers, epoch: bytes) -> None:
-        """`epoch`: 16 bytes, by which an engine that dials itself knows it. Raises ConfigError."""
+    def __init__(
+        self, options: ServeOptions, store: OwnTiers, epoch: bytes,
+        announced: AnnouncedTiers | None = None,
+    ) -> None:  # fmt: skip
+        """`epoch`: 16 bytes, by which an engine that dials itself knows it. `announced`: run as
+        long as others are let in. Raises ConfigError."""
         listen = Listen(*options.at)
         token = read_token(options.token_file)
         if not listen.is_local and not token:
@@ -45,10 +53,11 @@ class EngineListener:
             )
         files = Path(expanded(options.cert_file)), Path(expanded(options.key_file))
         context = certificate(*files) if listen.tls else None
-        terms = Terms(token, epoch, store.largest, 0, RateLimit(options.limit))
+        host = announced.host if announced is not None else None
+        terms = Terms(token, epoch, store.largest, 0, RateLimit(options.limit), host)
         self._listener = Listener(store, [listen], terms, context=context, clients=options.clients)
         self._store, self._listen, self._epoch = store, listen, epoch
-        self._options = options
+        self._options, self._announced = options, announced
         self._thread = threading.Thread(target=self._run, name="tierloom-serve", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
@@ -94,6 +103,8 @@ class EngineListener:
         self._ready.set()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._dial_oneself)
+            if self._announced is not None:
+                tasks.start_soon(self._announced.run, self.address)
             await self._listener.run(tasks, self._stop)
             with anyio.move_on_after(_DRAIN):
                 await self._listener.gone()

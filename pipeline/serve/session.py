@@ -152,8 +152,9 @@ class Session:
         fd = self._store.arena.fd
         shares = hello.flags & wire.MEMORY and fd >= 0 and self._store.kept_in_memory
         self._shares = bool(shares) and self._is_ours()
+        hosts = wire.DIRECTORY if self._terms.host is not None else 0
         welcome = wire.Welcome(
-            wire.MEMORY if self._shares else 0, wire.proof(token, b"server", *said),
+            hosts | wire.MEMORY * self._shares, wire.proof(token, b"server", *said),
             self._terms.window, self._store.largest,
             self._store.arena.total if self._shares else 0,
         )  # fmt: skip
@@ -200,6 +201,8 @@ class Session:
                 clears = kind is Kind.CLEAR
                 count = await self._store.clear(self._space) if clears else 0
                 await self._holds(number, count)
+        elif self._terms.host is not None and (told := await self._terms.host.answer(message)):
+            await self._connection.send(told)
         else:
             raise wire.BadMessage(f"{kind.name} is not a question")
 

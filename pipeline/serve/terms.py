@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
+
+if TYPE_CHECKING:
+    from tierloom.stages.directory.shared.hosted import DirectoryHost
 
 _QUEUE = 0.1
 """Seconds for which an object may wait until it is sent, where bytes per second are limited."""
@@ -44,6 +47,8 @@ class Terms(NamedTuple):
     lends: int
     """Bytes that may be lent to one client; all of them together get twice as much."""
     limit: RateLimit = RateLimit(0)
+    host: DirectoryHost | None = None
+    """Of the directory that is asked here, on the listener's loop."""
 
 
 class Lending:

@@ -13,11 +13,11 @@ from tierloom.stages.directory.shared.records import (
     MOST_HOLDERS,
     MOST_NAMES,
     NUMBERS,
-    Announcement,
     ChunkHolder,
     WorkerRecord,
-    chunk_names,
+    chunk_name,
     number_of,
+    pack_changes,
     turn_of,
 )
 from tierloom.stages.errors import ConfigError, InputError
@@ -27,7 +27,8 @@ SPACE = b"s" * 32
 
 def names_of(seed: int, count: int) -> list[bytes]:
     """Names of the chunks of prompt `seed`."""
-    return chunk_names(SPACE, [hashlib.sha256(b"%d/%d" % (seed, i)).digest() for i in range(count)])
+    keys = [hashlib.sha256(b"%d/%d" % (seed, i)).digest() for i in range(count)]
+    return [chunk_name(SPACE, key) for key in keys]
 
 
 def worker_of(instance: str, process: int = 1, **fields: Any) -> WorkerRecord:
@@ -36,8 +37,8 @@ def worker_of(instance: str, process: int = 1, **fields: Any) -> WorkerRecord:
     return WorkerRecord(instance=instance, process=f"{process:032x}", **(said | fields))
 
 
-def held(names: list[bytes], tiers: int = 1) -> list[Announcement]:
-    return [Announcement(name, tiers, 100) for name in names]
+def held(names: list[bytes], tiers: int = 1) -> bytes:
+    return pack_changes((name, tiers) for name in names)
 
 
 class DirectoryContract:
@@ -102,20 +103,23 @@ class DirectoryContract:
 
     async def test_the_last_word_of_a_call_counts(self, directory: Directory) -> None:
         a, (name,) = await directory.join(worker_of("a")), names_of(1, 1)
-        assert await directory.announce(a, 1, [Announcement(name, 3), Announcement(name, 0)])
+        assert await directory.announce(a, 1, held([name], 3) + held([name], 0))
+        assert await directory.announce(a, 2, b"".join(held([name], n) for n in (1, 3, 1)))
+        assert await directory.find([name]) == [(ChunkHolder(number_of(a), 1),)]
+        assert await directory.announce(a, 3, held([name], 0) * 2)
         assert await directory.find([name]) == []
 
     async def test_wrong_input_is_named(self, directory: Directory) -> None:
         a, names = await directory.join(worker_of("a")), names_of(1, 1)
-        with pytest.raises(InputError, match="name 1 of a chunk has 17 bytes, not 18"):
-            await directory.find([*names, names[0][:17]])
+        with pytest.raises(InputError, match="name 1 of a chunk has 15 bytes, not 16"):
+            await directory.find([*names, names[0][:15]])
         with pytest.raises(InputError, match=f"{MOST_NAMES} at most"):
             await directory.find(names * (MOST_NAMES + 1))
-        with pytest.raises(InputError, match="tiers 0x10"):
+        with pytest.raises(InputError, match="tiers that no worker has"):
             await directory.announce(a, 1, held(names, 16))
-        with pytest.raises(InputError, match="1025 chunks in one call"):
+        with pytest.raises(InputError, match="changes of 17425 bytes: 1024 of 17 at most"):
             await directory.announce(a, 1, held(names * 1025))
-        with pytest.raises(InputError, match="0 bytes, not 18"):
+        with pytest.raises(InputError, match="0 bytes, not 16"):
             await directory.report(b"", ChunkHolder(1, 1))
         assert await directory.find(names) == []
         assert await directory.beat(a, 0)
@@ -136,9 +140,9 @@ class DirectoryContract:
         a, names = await directory.join(worker_of("a")), names_of(1, 2)
         for _ in range(2):
             assert await directory.announce(a, 1, held(names))
-        events = (await directory.events({a: 0}))[a]
-        assert events is not None
-        assert [e.sequence for e in events] == [1]
+        assert await directory.withdraw(a, 2, names)
+        assert not await directory.announce(a, 1, held(names))
+        assert await directory.find(names) == []
 
     async def test_who_is_silent_is_dead_at_once(self, directory: Directory) -> None:
         a = await directory.join(worker_of("a", heartbeat=0.6))
@@ -231,7 +235,6 @@ class DirectoryContract:
         assert not await directory.beat(b, 1)
         assert not await directory.announce(b, 2, held(names_of(1, 1)))
         await directory.leave(b)
-        assert await directory.events({b: 1}) == {b: None}
         assert len(await directory.find(names_of(2, 2))) == 2
         assert await directory.find(names_of(1, 1)) == []
 
@@ -249,39 +252,6 @@ class DirectoryContract:
         await directory.report(names[0], ChunkHolder(number_of(b), 2))
         assert await directory.find(names) == []
         assert await self.size(directory) == 1
-
-    async def test_events_go_on_or_have_a_gap(self, directory: Directory) -> None:
-        a, names = await directory.join(worker_of("a")), names_of(1, 3)
-        assert await directory.events({a: 0, a + 7: 0}) == {a: [], a + 7: None}
-        assert await directory.announce(a, 1, held(names))
-        assert await directory.withdraw(a, 2, names[1:])
-        events = (await directory.events({a: 0}))[a]
-        assert events is not None
-        assert [e.sequence for e in events] == [1, 2]
-        assert events[0].changes == tuple(held(names))
-        assert events[1].changes == tuple(Announcement(n, 0) for n in names[1:])
-        assert await directory.events({a: 1}) == {a: events[1:]}
-        assert await directory.events({a: 2}) == {a: []}
-        for sequence in range(3, 200):
-            assert await directory.announce(a, sequence, held(names * 20))
-        told = await directory.events({a: 2, a + 1: 0})
-        assert told == {a: None, a + 1: None}
-        assert (await directory.events({a: 195}))[a] is not None
-        assert await directory.events({}) == {}
-
-    async def test_a_snapshot_is_all_that_one_holds(self, directory: Directory) -> None:
-        a, b = await directory.join(worker_of("a")), await directory.join(worker_of("b"))
-        names = [name for seed in range(5) for name in names_of(seed, 500)]
-        for epoch, mine in ((a, names[:2000]), (b, names[1000:])):
-            for at in range(0, len(mine), 500):
-                some = held(mine[at : at + 500], 2)
-                assert await directory.announce(epoch, 1 + at // 500, some)
-        pages = [page async for page in directory.snapshot(a)]
-        assert {page.sequence for page in pages} == {4}
-        assert sorted((n[:16], t) for page in pages for n, t in page.chunks) == sorted(
-            (n[:16], 2) for n in names[:2000]
-        )
-        assert [page async for page in directory.snapshot(a + 9)] == []
 
     async def test_the_dead_are_swept(self, directory: Directory) -> None:
         a = await directory.join(worker_of("a", heartbeat=60.0))

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tierloom.stages.directory.shared.records import NAME, WHOLE_NAME
+from tierloom.stages.directory.shared.records import NAME
 from tierloom.triton_kernels.memory.machine_code import compiled
 
-_NAMES = np.dtype([("low", "<u8"), ("high", "<u8"), ("place", "<u2")])
+_NAMES = np.dtype([("low", "<u8"), ("high", "<u8")])
 _SMALLEST = 1024
 
 
@@ -97,7 +97,7 @@ class ChunkTable:
         return self._count
 
     def find(self, names: bytes) -> list[int]:
-        """Numbers of the longest prefix that is there. `names`: whole ones, one after another."""
+        """Numbers of the longest prefix that is there. `names`: one after another."""
         asked = np.frombuffer(names, _NAMES)
         out = np.empty(max(1, len(asked)), np.uint32)
         found: list[int] = out[: search(self._rows, self._values, asked, out)].tolist()
@@ -116,26 +116,27 @@ class ChunkTable:
 
     def replace(self, name: bytes, number: int) -> None:
         """Another number for a name that is there; 0 removes it."""
-        low, high = np.frombuffer(name[:NAME], np.uint64)
+        low, high = np.frombuffer(name, np.uint64)
         replace(self._rows, self._values, low, high, np.uint32(number))
         self._count -= not number
 
     def names(self, begin: int, end: int) -> list[bytes]:
-        """Whole names, of no place, in some slots. What others add and remove moves names, so that
-        two calls may miss one; a clone's stay."""
+        """Names in some slots. What others add and remove moves names, so that two calls may miss
+        one."""
         raw = self._rows[begin:end][self._values[begin:end] != 0].tobytes()
-        return [raw[i : i + NAME].ljust(WHOLE_NAME, b"\0") for i in range(0, len(raw), NAME)]
-
-    def clone(self) -> ChunkTable:
-        other = ChunkTable()
-        other._count, other._rows, other._values = (
-            self._count, self._rows.copy(), self._values.copy(),
-        )  # fmt: skip
-        return other
+        return [raw[i : i + NAME] for i in range(0, len(raw), NAME)]
 
     @property
     def slots(self) -> int:
         return len(self._values)
+
+    @staticmethod
+    def warm_up() -> None:
+        """Compile what all tables use."""
+        table, names = ChunkTable(), np.arange(2 * _SMALLEST, dtype=np.uint64).tobytes()
+        table.add(names, np.ones(_SMALLEST, np.uint32))
+        table.find(names[:NAME])
+        table.replace(names[:NAME], 0)
 
     def _make(self, slots: int) -> None:
         self._rows = np.zeros((slots, 2), np.uint64)

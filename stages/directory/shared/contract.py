@@ -14,19 +14,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from tierloom.stages.directory.shared.records import (
-    Announced,
-    Announcement,
-    ChunkHolder,
-    WorkerRecord,
-)
+from tierloom.stages.directory.shared.records import ChunkHolder, WorkerRecord, pack_changes
 from tierloom.stages.errors import ConfigError
-
-EVENTS = 64
-"""Calls of `announce` by each worker that `events` goes back, about."""
 
 
 class Member(NamedTuple):
@@ -36,24 +28,12 @@ class Member(NamedTuple):
     record: WorkerRecord
 
 
-class Page(NamedTuple):
-    """Some of what a worker holds."""
-
-    sequence: int
-    """Of its last announcement when the snapshot began: those after it may be in a page, or not."""
-    chunks: list[tuple[bytes, int]]
-    """Name, and a bit for each tier that has the chunk."""
-
-
 class Directory(ABC):
-    """On one loop. Raises TierDown where it cannot answer now, in bounded time, InputError for
-    input that no directory takes."""
+    """On one loop. The first call connects. Raises TierDown where it cannot answer now, in bounded
+    time, ConfigError where it never will, InputError for input that no directory takes."""
 
-    async def open(self) -> None:  # noqa: B027 (nothing to do is fine)
-        """Connect. Raises ConfigError or TierDown."""
-
-    async def close(self) -> None:  # noqa: B027
-        """Release everything. Called once, also after a failed `open`."""
+    async def close(self) -> None:  # noqa: B027 (nothing to do is fine)
+        """Release everything. Called once."""
 
     @abstractmethod
     async def join(self, worker: WorkerRecord, *, first: int = 0, last: int = 0) -> int:
@@ -73,28 +53,20 @@ class Directory(ABC):
         it must join anew."""
 
     @abstractmethod
-    async def announce(self, epoch: int, sequence: int, changes: Sequence[Announcement]) -> bool:
-        """What a worker holds from now on; counts as a beat. `sequence`: 1 for its first call,
+    async def announce(self, epoch: int, sequence: int, changes: bytes) -> bool:
+        """What a worker holds from now on (`pack_changes`), of 1,024 chunks at most, the last word
+        on each; counts as a beat. `sequence`: 1 for its first call,
         1 more for the next. When a call raised, it is made again just as it was. False: there is a
         gap, or the worker counts as dead; it must join anew and announce all that it holds."""
 
     @abstractmethod
     async def find(self, names: Sequence[bytes]) -> list[tuple[ChunkHolder, ...]]:
         """Living holders of each chunk of the longest prefix that somebody has; `names` of
-        consecutive chunks (`chunk_names`)."""
+        consecutive chunks of a prompt (`chunk_name`)."""
 
     @abstractmethod
     async def report(self, name: bytes, holder: ChunkHolder) -> None:
         """This holder, as `find` named it, did not have the chunk: it is no longer named."""
-
-    @abstractmethod
-    async def events(self, after: Mapping[int, int]) -> dict[int, list[Announced] | None]:
-        """Announcements after a sequence, by epoch. None: some are not known any more, or the
-        worker is not; look at `workers` and take a snapshot."""
-
-    @abstractmethod
-    def snapshot(self, epoch: int) -> AsyncIterator[Page]:
-        """All that a worker holds; reads the whole directory."""
 
     @abstractmethod
     async def workers(self, numbers: Sequence[int] = ()) -> dict[int, Member]:
@@ -109,7 +81,7 @@ class Directory(ABC):
 
     async def withdraw(self, epoch: int, sequence: int, names: Sequence[bytes]) -> bool:
         """`announce` that these are in no tier any more."""
-        return await self.announce(epoch, sequence, [Announcement(name, 0) for name in names])
+        return await self.announce(epoch, sequence, pack_changes((name, 0) for name in names))
 
 
 class Roster:

@@ -1,4 +1,4 @@
-"""embedded: the directory in this process, for one engine's neighbors or in a server of ours.
+"""embedded: the directory in this process, which hosts it for others, too (`hosted.py`).
 
 Nothing is written down: workers announce anew to one that was started again. A chunk costs a slot
 of a table, and where several have it the bytes of their words.
@@ -8,37 +8,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import anyio.lowlevel
 import numpy as np
 
 from tierloom.stages.directory.shared.chunk_table import ChunkTable
-from tierloom.stages.directory.shared.contract import EVENTS, Directory, Member, Page, name_taken
+from tierloom.stages.directory.shared.contract import Directory, Member, name_taken
 from tierloom.stages.directory.shared.records import (
+    CHANGE,
     MOST_HOLDERS,
     MOST_TIERS,
+    NAME,
     NUMBERS,
     WORD,
-    Announced,
-    Announcement,
     ChunkHolder,
     WorkerRecord,
     epoch_of,
     holders_in,
     number_of,
-    pack_changes,
     require_changes,
     require_names,
     turn_of,
-    unpack_changes,
     word_of,
 )
+from tierloom.stages.errors import InputError
 
-_SLICE = 2000  # slots that are looked at before others may run
 _SEVERAL = 1 << 24  # from here on a number is no word
+_MOST_WORKERS = 1 << 14
+_SWEEP_EVERY = 1.0  # seconds between two sweeps, whoever makes them
 
 
 @dataclass(slots=True)
@@ -51,7 +49,6 @@ class _Lives:
     may have counted further in a directory that was lost."""
     until: float
     sequence: int = 0
-    told: deque[tuple[int, bytes]] = field(default_factory=lambda: deque(maxlen=EVENTS))
 
 
 class EmbeddedDirectory(Directory):
@@ -65,6 +62,13 @@ class EmbeddedDirectory(Directory):
         self._free: list[int] = []
         self._lives: dict[int, _Lives] = {}
         self._turn = self._swept = 0
+        self._sweep_due = -math.inf
+
+    @classmethod
+    def warm(cls) -> EmbeddedDirectory:
+        """One whose first call compiles nothing."""
+        ChunkTable.warm_up()
+        return cls()
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -77,6 +81,8 @@ class EmbeddedDirectory(Directory):
             if lives.member.record.process != worker.process and 0 < first <= lives.first:
                 raise name_taken(worker)
             del self._lives[number]
+        if len(self._lives) >= _MOST_WORKERS:
+            raise InputError(f"a directory of {_MOST_WORKERS} workers takes no more")
         self._turn = max(self._turn, turn_of(last)) + 1
         while self._turn % NUMBERS in self._lives:
             self._turn += 1
@@ -95,14 +101,14 @@ class EmbeddedDirectory(Directory):
         lives.until = self._clock() + 2 * lives.member.record.heartbeat
         return True
 
-    async def announce(self, epoch: int, sequence: int, changes: Sequence[Announcement]) -> bool:
+    async def announce(self, epoch: int, sequence: int, changes: bytes) -> bool:
         require_changes(changes)
         if not await self.beat(epoch, sequence - 1):
             return False
         number, lives = number_of(epoch), self._lives[number_of(epoch)]
         if lives.sequence == sequence:
             return True
-        held = {name: tiers for name, tiers, _ in changes}
+        held = {changes[i : i + NAME]: changes[i + NAME] for i in range(0, len(changes), CHANGE)}
         tiers = np.frombuffer(bytes(held.values()), np.uint8)
         new = np.where(tiers, np.uint32(number << MOST_TIERS) | tiers, 0).astype(np.uint32)
         old = self._chunks.add(b"".join(held), new)
@@ -111,7 +117,6 @@ class EmbeddedDirectory(Directory):
             word = word_of(number, held[names[i]]) if held[names[i]] else b""
             self._replace(names[i], int(old[i]), number, word)
         lives.sequence = sequence
-        lives.told.append((sequence, pack_changes(changes)))
         return True
 
     async def find(self, names: Sequence[bytes]) -> list[tuple[ChunkHolder, ...]]:
@@ -136,36 +141,15 @@ class EmbeddedDirectory(Directory):
             if holder in holders_in(self._words(value)):
                 self._replace(name, value, holder.number, b"")
 
-    async def events(self, after: Mapping[int, int]) -> dict[int, list[Announced] | None]:
-        told: dict[int, list[Announced] | None] = {}
-        for epoch, sequence in after.items():
-            lives = self._find_living(epoch)
-            told[epoch] = None
-            if lives is not None and lives.sequence - len(lives.told) <= sequence <= lives.sequence:
-                new = [Announced(n, unpack_changes(raw)) for n, raw in lives.told if n > sequence]
-                told[epoch] = new
-        return told
-
-    async def snapshot(self, epoch: int) -> AsyncIterator[Page]:
-        lives = self._find_living(epoch)
-        if lives is None:
-            return
-        sequence, then = lives.sequence, self._chunks.clone()
-        for at in range(0, then.slots, _SLICE):
-            chunks = []
-            for name in then.names(at, at + _SLICE):
-                for value in self._chunks.find(name):
-                    holders = holders_in(self._words(value))
-                    chunks += [(name, h.tiers) for h in holders if h.number == number_of(epoch)]
-            yield Page(sequence, chunks)
-            await anyio.lowlevel.checkpoint()
-
     async def workers(self, numbers: Sequence[int] = ()) -> dict[int, Member]:
         now = self._clock()
         living = {n: each.member for n, each in self._lives.items() if each.until > now}
         return {n: living[n] for n in numbers if n in living} if numbers else living
 
     async def sweep(self, most: int = 2000) -> int:
+        if self._clock() < self._sweep_due:
+            return 0
+        self._sweep_due = self._clock() + _SWEEP_EVERY
         self._bury()
         changed, begin = 0, self._swept
         self._swept = begin + most if begin + most < self._chunks.slots else 0

@@ -19,7 +19,7 @@ FIRST = bytes(2)
 """The place of what there is once."""
 SMALL = 64 << 10
 LARGE = 16 << 20
-"""Most bytes of an answer: with all workers, or with many events."""
+"""Most bytes of an answer, with all workers."""
 _CURES = {
     "READONLY": "this server is a replica: give the master, or redis-sentinel://",
     "ERR": "it must be Redis 7 or newer, or Valkey; in a cluster slots may have moved",
@@ -39,14 +39,18 @@ class DirectoryNodes:
         self.key_bytes = len(self.prefix) + 6 * self.cluster + NAME
         """Of a chunk's key."""
         self._servers: Servers | None = None
+        self._opened = False
         self._homes: dict[RedisNode, bytes] = {}
         self._homes_of: list[RedisNode] | None = None
 
-    async def open(self) -> None:
-        if self._servers is None:
-            self._servers = servers_of(self._options)
-        with self.in_time():
-            await self._servers.open()
+    async def _open(self) -> None:
+        """Connect, unless that is done."""
+        if not self._opened:
+            if self._servers is None:
+                self._servers = servers_of(self._options)
+            with self.in_time():
+                await self._servers.open()
+            self._opened = True
 
     async def close(self) -> None:
         if self._servers is not None:
@@ -69,7 +73,9 @@ class DirectoryNodes:
             raise TierDown(f"the directory cannot be reached: {error}") from error
 
     def place(self, name: bytes) -> bytes:
-        return name[NAME:] if self.cluster else FIRST
+        """Where a chunk lies. Its name decides that alone: what a worker tells of a chunk, and has
+        after a restart, says nothing of the chain that it is in."""
+        return name[: len(FIRST)] if self.cluster else FIRST
 
     def chunks_at(self, place: bytes) -> bytes:
         """The prefix of chunks' keys."""
@@ -100,11 +106,13 @@ class DirectoryNodes:
     ) -> list[int]:
         """`work` with each node that has some of the places, all at once; which were not reached.
         Raises TierDown where no node works."""
+        await self._open()
         with self.in_time():
             return await self.servers.each(places, work)
 
     async def everywhere(self, work: Callable[[RedisNode, bytes], Awaitable[None]]) -> None:
         """`work` with each node and its home. Raises TierDown where no node works."""
+        await self._open()
         homes = [self.home_of(node) for node in self.servers.nodes]
         places = [bytes.fromhex(h[-6:-2].decode()) if self.cluster else FIRST for h in homes]
 

@@ -7,7 +7,6 @@ that has the chunk. What is known of a chunk is the words of its holders, one af
 from __future__ import annotations
 
 import json
-import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,11 +16,7 @@ from tierloom.stages.errors import InputError
 from tierloom.stages.kv.object import LINK, name_of
 
 NAME = 16
-"""Bytes of a chunk's name that say which chunk it is."""
-WHOLE_NAME = NAME + 2
-"""Bytes of a name: 2 more say which group of 16 chunks of a chain it is in."""
-GROUP = 16
-"""Chunks of a chain, one after another, that lie on one node of a Redis cluster."""
+"""Bytes of a chunk's name."""
 WORD = 3
 NUMBERS = 1 << 20
 MOST_TIERS = 4
@@ -31,24 +26,16 @@ MOST_NAMES = 1024
 """Chunks of one call."""
 _TAG = 20  # bits of an epoch that are its process's
 _RECORD = 8192  # most bytes of a worker's record
-_CHANGE = struct.Struct(f"<{WHOLE_NAME}sBI")  # name, tiers, bytes
-CHANGE_BYTES = _CHANGE.size
+CHANGE = NAME + 1
+"""Bytes of a change: name and tiers."""
+_TIERS = [bytes([tiers]) for tiers in range(256)]
 
 
-def chunk_name(namespace: bytes, key: bytes, root: bytes = b"") -> bytes:
-    """What a directory calls a chunk: 16 bytes of the digest that `serve` names objects by, and 2
-    of the group's. `root`: the key of the chunk that begins its group; only a Redis cluster needs
-    it."""
+def chunk_name(namespace: bytes, key: bytes) -> bytes:
+    """What a directory calls a chunk: 16 bytes of the digest that `serve` names objects by."""
     if len(key) != LINK or len(namespace) != LINK:
         raise InputError(f"a key of {len(key)} and a namespace of {len(namespace)} bytes, not 32")
-    place = name_of(namespace, root)[: WHOLE_NAME - NAME] if root else bytes(WHOLE_NAME - NAME)
-    return name_of(namespace, key)[:NAME] + place
-
-
-def chunk_names(namespace: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    """Names of a chain's chunks: `keys` from its first chunk on, or from one whose number 16
-    divides."""
-    return [chunk_name(namespace, key, keys[i - i % GROUP]) for i, key in enumerate(keys)]
+    return name_of(namespace, key)[:NAME]
 
 
 def epoch_of(turn: int, worker: WorkerRecord) -> int:
@@ -74,22 +61,6 @@ class ChunkHolder(NamedTuple):
     """Bit i: tier i of its record has it."""
 
 
-class Announcement(NamedTuple):
-    """What a worker holds of a chunk from now on."""
-
-    name: bytes
-    tiers: int
-    """Bit i: tier i of the worker's record has it. 0: none has."""
-    nbytes: int = 0
-
-
-class Announced(NamedTuple):
-    """Announcements that a worker made in one call."""
-
-    sequence: int
-    changes: tuple[Announcement, ...]
-
-
 def word_of(number: int, tiers: int) -> bytes:
     return (number << MOST_TIERS | tiers).to_bytes(WORD, "big")
 
@@ -101,33 +72,27 @@ def holders_in(words: bytes) -> tuple[ChunkHolder, ...]:
     return tuple(ChunkHolder(n >> MOST_TIERS, n & (1 << MOST_TIERS) - 1) for n in numbers)
 
 
-def pack_changes(changes: Iterable[Announcement]) -> bytes:
-    pack = _CHANGE.pack
-    return b"".join([pack(n, tiers, min(size, 0xFFFFFFFF)) for n, tiers, size in changes])
-
-
-def unpack_changes(raw: bytes) -> tuple[Announcement, ...]:
-    """Raises InputError."""
-    if len(raw) % _CHANGE.size:
-        raise InputError(f"announcements of {len(raw)} bytes, not a multiple of {_CHANGE.size}")
-    return tuple(Announcement(*each) for each in _CHANGE.iter_unpack(raw))
+def pack_changes(changes: Iterable[tuple[bytes, int]]) -> bytes:
+    """What a worker holds of chunks from now on: name, and bit i where tier i of its record has the
+    chunk; 0: none has."""
+    return b"".join([name + _TIERS[tiers] for name, tiers in changes])
 
 
 def require_names(names: Sequence[bytes], most: int = MOST_NAMES) -> None:
     """Raise InputError unless these are at most so many names of chunks."""
     if len(names) > most:
         raise InputError(f"{len(names)} chunks in one call: {most} at most")
-    if not set(map(len, names)) <= {WHOLE_NAME}:
-        i, name = next((i, n) for i, n in enumerate(names) if len(n) != WHOLE_NAME)
-        raise InputError(f"name {i} of a chunk has {len(name)} bytes, not {WHOLE_NAME}")
+    if not set(map(len, names)) <= {NAME}:
+        i, name = next((i, n) for i, n in enumerate(names) if len(n) != NAME)
+        raise InputError(f"name {i} of a chunk has {len(name)} bytes, not {NAME}")
 
 
-def require_changes(changes: Sequence[Announcement]) -> None:
-    """Raise InputError unless all of these can be announced in one call."""
-    require_names([name for name, _, _ in changes])
-    for name, tiers, nbytes in changes:
-        if not 0 <= tiers < 1 << MOST_TIERS or nbytes < 0:
-            raise InputError(f"chunk {name.hex()}: tiers {tiers:#x} of {nbytes} bytes")
+def require_changes(raw: bytes) -> None:
+    """Raise InputError unless these can be announced in one call."""
+    if len(raw) % CHANGE or len(raw) > MOST_NAMES * CHANGE:
+        raise InputError(f"changes of {len(raw)} bytes: {MOST_NAMES} of {CHANGE} at most")
+    if max(raw[NAME::CHANGE], default=0) >> MOST_TIERS:
+        raise InputError(f"changes of tiers that no worker has: {MOST_TIERS} at most")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,37 +4,32 @@
 
 Addresses, TLS and secrets are those of the tier `redis`, and so are its connections. What is asked
 of the server is in `scripts.py`: a prefix of 64 chunks is one round trip; in a cluster one to each
-node that has some of its groups, all at once. Holders whose heartbeat is gone are left out by the
+node that may have some of them, all at once. Holders whose heartbeat is gone are left out by the
 script. What time it is, the server decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Sequence
+from itertools import takewhile
 
 from tierloom.stages.directory.shared import scripts
-from tierloom.stages.directory.shared.contract import Directory, Member, Page, name_taken
+from tierloom.stages.directory.shared.contract import Directory, Member, name_taken
 from tierloom.stages.directory.shared.nodes import FIRST, LARGE, DirectoryNodes
 from tierloom.stages.directory.shared.records import (
-    NAME,
-    WHOLE_NAME,
-    Announced,
-    Announcement,
+    CHANGE,
     ChunkHolder,
     WorkerRecord,
     epoch_of,
     holders_in,
     number_of,
-    pack_changes,
     require_changes,
     require_names,
     turn_of,
-    unpack_changes,
     word_of,
 )
 from tierloom.stages.errors import InputError, TierDown
-from tierloom.stages.tiers.redis.resp import Reply, command
+from tierloom.stages.tiers.redis.resp import Reply
 from tierloom.stages.tiers.redis.tier import RedisOptions
 from tierloom.stages.tiers.redis.topology import RedisNode
 
@@ -48,9 +43,6 @@ class RedisDirectory(Directory):
         """`timeout`: seconds after which a call raises TierDown."""
         self._nodes = DirectoryNodes(options, timeout)
         self._lives: dict[int, int] = {}  # who joined here: milliseconds that its beat lasts
-
-    async def open(self) -> None:
-        await self._nodes.open()
 
     async def close(self) -> None:
         await self._nodes.close()
@@ -98,23 +90,25 @@ class RedisDirectory(Directory):
         await self._nodes.everywhere(beat)
         return lives
 
-    async def announce(self, epoch: int, sequence: int, changes: Sequence[Announcement]) -> bool:
+    async def announce(self, epoch: int, sequence: int, changes: bytes) -> bool:
         require_changes(changes)
         life, taken = self._lives.get(epoch), True
         if life is None:
             return False
-        number, node_of = number_of(epoch), self._nodes.servers.node_of
-        prefix, tagged = self._nodes.prefix, self._nodes.cluster
-        everything: tuple[bytes, ...] = (pack_changes(changes),)
+        parts: dict[RedisNode | None, bytearray] = {}
+        for at in range(0, len(changes) if self._nodes.cluster else 0, CHANGE):
+            change = changes[at : at + CHANGE]
+            node = self._nodes.servers.node_of(self._nodes.place(change))
+            parts.setdefault(node, bytearray()).extend(change)
 
         async def tell(node: RedisNode, home: bytes) -> None:
             nonlocal taken
-            told = everything
-            if tagged:
-                mine = pack_changes(c for c in changes if node_of(c.name[NAME:]) is node)
-                told = (mine, *everything) if home == self._nodes.home(FIRST) else (mine,)
-            said: tuple[bytes | int, ...] = (number, life, epoch, sequence, prefix, int(tagged))
-            (done,) = await self._nodes.run(node, [(scripts.ANNOUNCE, home, said + told)])
+            mine = bytes(parts.get(node, b"")) if self._nodes.cluster else changes
+            said = (
+                number_of(epoch), life, epoch, sequence, self._nodes.prefix,
+                int(self._nodes.cluster), mine,
+            )  # fmt: skip
+            (done,) = await self._nodes.run(node, [(scripts.ANNOUNCE, home, said)])
             taken = taken and done == 1
 
         await self._nodes.everywhere(tell)
@@ -124,74 +118,31 @@ class RedisDirectory(Directory):
         require_names(names)
         if not names:
             return []
-        groups = [list(group) for _, group in groupby(names, key=self._nodes.place)]
-        places = [self._nodes.place(group[0]) for group in groups]
-        found: list[Reply] = [None] * len(groups)
+        every = range(len(names))
+        places = [self._nodes.place(name) for name in names] if self._nodes.cluster else [FIRST]
+        found: list[tuple[ChunkHolder, ...]] = [()] * len(names)
 
         async def ask(node: RedisNode, which: list[int]) -> None:
-            home, asked = self._nodes.home_of(node), []
-            for i in which:
-                short = b"".join([name[:NAME] for name in groups[i]])
-                asked.append((scripts.FIND, home, (self._nodes.chunks_at(places[i]), short)))
-            limit = 1024 + 256 * len(names)
-            for i, reply in zip(which, await self._nodes.run(node, asked, limit), strict=True):
-                found[i] = reply
+            wanted: Sequence[int] = which if self._nodes.cluster else every
+            asked = b"".join([names[i] for i in wanted])
+            what = (self._nodes.prefix, int(self._nodes.cluster), asked)
+            run = (scripts.FIND, self._nodes.home_of(node), what)
+            (reply,) = await self._nodes.run(node, [run], 1024 + 256 * len(wanted))
+            for i, holders in zip(wanted, _unfolded(reply, len(wanted)), strict=False):
+                found[i] = holders
 
         await self._nodes.each(places, ask)
-        prefix: list[tuple[ChunkHolder, ...]] = []
-        for group, reply in zip(groups, found, strict=True):
-            here = _unfolded(reply, len(group))
-            prefix += here
-            if len(here) < len(group):
-                break
-        return prefix
+        return list(takewhile(bool, found))
 
     async def report(self, name: bytes, holder: ChunkHolder) -> None:
         require_names([name])
         place, word = self._nodes.place(name), word_of(*holder)
-        key = self._nodes.chunks_at(place) + name[:NAME]
+        key = self._nodes.chunks_at(place) + name
 
         async def report(node: RedisNode, _: list[int]) -> None:
             await self._nodes.run(node, [(scripts.REPORT, key, (word,))])
 
         await self._nodes.each([place], report)
-
-    async def events(self, after: Mapping[int, int]) -> dict[int, list[Announced] | None]:
-        told = dict[int, list[Announced] | None]()
-
-        async def ask(node: RedisNode, home: bytes) -> None:
-            for epoch, sequence in after.items():
-                asked = [
-                    command("GET", home + b"h%d" % number_of(epoch)),
-                    command("XRANGE", home + b"e%d" % epoch, f"({sequence}-0", "+"),
-                ]
-                at, new = await node.ask(asked, limit=LARGE)
-                told[epoch] = _in_order(_sequence(at, epoch), new, sequence)
-
-        await self._nodes.first(ask)
-        return told
-
-    async def snapshot(self, epoch: int) -> AsyncIterator[Page]:
-        number = number_of(epoch)
-        for node in list(self._nodes.servers.nodes):
-            home = self._nodes.home_of(node)
-            cursor = b"0"
-            with self._nodes.in_time():
-                (lives,) = await node.ask([command("GET", home + b"h%d" % number)])
-            sequence = _sequence(lives, epoch)
-            if sequence is None:
-                return
-            while True:
-                what = (self._nodes.prefix, self._nodes.key_bytes, 1000, cursor, number)
-                with self._nodes.in_time():
-                    (reply,) = await self._nodes.run(node, [(scripts.SNAPSHOT, home, what)], LARGE)
-                if not isinstance(reply, list) or not isinstance(reply[0], bytes):
-                    raise TierDown("redis: unexpected reply to a snapshot")
-                cursor = reply[0]
-                pairs = zip(reply[1::2], reply[2::2], strict=False)
-                yield Page(sequence, [self._kept(key, word) for key, word in pairs])
-                if cursor == b"0":
-                    break
 
     async def workers(self, numbers: Sequence[int] = ()) -> dict[int, Member]:
         reply = await self._nodes.ask_first(scripts.WORKERS, *numbers, limit=LARGE)
@@ -219,19 +170,6 @@ class RedisDirectory(Directory):
         await self._nodes.everywhere(sweep)
         return changed
 
-    def _kept(self, key: Reply, word: Reply) -> tuple[bytes, int]:
-        if not isinstance(key, bytes) or not isinstance(word, bytes) or len(word) != 3:
-            raise TierDown("redis: unexpected reply to a snapshot")
-        digits = key[-NAME - 5 : -NAME - 1] if self._nodes.cluster else b"0000"
-        name = key[-NAME:] + bytes.fromhex(digits.decode("ascii", "replace"))
-        return name[:WHOLE_NAME], holders_in(word)[0].tiers
-
-
-def _sequence(beat: Reply, epoch: int) -> int | None:
-    """What a worker has come to, by its heartbeat; None: that is another's, or none."""
-    whose, _, sequence = beat.partition(b":") if isinstance(beat, bytes) else (b"", b"", b"")
-    return int(sequence) if whose == b"%d" % epoch and sequence.isdigit() else None
-
 
 def _unfolded(reply: Reply, most: int) -> list[tuple[ChunkHolder, ...]]:
     """The holders of each chunk, from what `FIND` said of at most so many. Raises TierDown."""
@@ -244,19 +182,3 @@ def _unfolded(reply: Reply, most: int) -> list[tuple[ChunkHolder, ...]]:
             raise TierDown(f"redis: a search for {most} chunks found more")
         found += [holders_in(words)] * count
     return found
-
-
-def _in_order(reached: int | None, entries: Reply, sequence: int) -> list[Announced] | None:
-    """What follows a sequence without a gap, up to `reached`; None: there is one."""
-    told: list[Announced] = []
-    for entry in entries if isinstance(entries, list) else []:
-        match entry:
-            case [bytes(name), [bytes(), bytes(raw)]] if name == b"%d-0" % (sequence + 1):
-                sequence += 1
-                try:
-                    told.append(Announced(sequence, unpack_changes(raw)))
-                except InputError:
-                    return None
-            case _:
-                return None
-    return told if reached is not None and reached <= sequence else None

@@ -3,28 +3,26 @@
     tierloomNAME               a chunk, NAME of 16 bytes: words of its holders
     tierloom!w                 workers: number to epoch and record; nNAME to process and turns
     tierloom!hNUMBER           lives as long as the worker does: EPOCH:SEQUENCE it has come to
-    tierloom!eEPOCH            a stream: what it announced of late
     tierloom!l, tierloom!s     whether a sweep is due, and where it goes on
 
-In a cluster `{PLACE}` follows the prefix, 4 hex digits: in a chunk's key those of its name, so that
-16 chunks of a chain lie together; in all others those by which every node has them to itself, so
-that each can tell by itself who lives. Redis 7 or newer, or Valkey.
+In a cluster `{PLACE}` follows the prefix, 4 hex digits: in a chunk's key the first of its name; in
+all others those by which every node has them to itself, so that each can tell by itself who lives.
+Redis 7 or newer, or Valkey.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from hashlib import sha1
 from typing import NamedTuple
 
-from tierloom.stages.directory.shared.contract import EVENTS
-from tierloom.stages.directory.shared.records import (
-    CHANGE_BYTES,
-    MOST_HOLDERS,
-    MOST_TIERS,
-    NUMBERS,
-    WHOLE_NAME,
-)
+from tierloom.stages.directory.shared.records import CHANGE, MOST_HOLDERS, MOST_TIERS, NAME, NUMBERS
 from tierloom.stages.tiers.redis.resp import command
+
+
+@cache
+def _hash(text: str) -> str:
+    return sha1(text.encode()).hexdigest()
 
 
 class Script(NamedTuple):
@@ -33,7 +31,7 @@ class Script(NamedTuple):
     text: str
 
     def by_hash(self, key: bytes, *arguments: bytes | int) -> bytes:
-        return command("EVALSHA", sha1(self.text.encode()).hexdigest(), 1, key, *arguments)
+        return command("EVALSHA", _hash(self.text), 1, key, *arguments)
 
     def whole(self, key: bytes, *arguments: bytes | int) -> bytes:
         return command("EVAL", self.text, 1, key, *arguments)
@@ -63,14 +61,23 @@ local function others(home, v, w)
 end
 """
 
-# ARGV: prefix of chunks, names. Returns words and how many chunks have them, again and again.
+# A chunk's key.
+_TAG = """
+local function tag(prefix, tagged, name)
+  if not tagged then return prefix .. name end
+  return prefix .. string.format('{%02x%02x}', string.byte(name, 1, 2)) .. name
+end
+"""
+
+# ARGV: prefix, 1 in a cluster, names. Returns words and how many chunks have them, again and again.
 FIND = Script(
     _LIVING
+    + _TAG
     + """
-local prefix, names, call, sub = ARGV[1], ARGV[2], redis.call, string.sub
+local prefix, tagged, names, call, sub = ARGV[1], ARGV[2] == '1', ARGV[3], redis.call, string.sub
 local seen, out, n, last, now, count = {}, {}, 0, nil, nil, 0
 for i = 1, #names, 16 do
-  local v = call('GET', prefix .. sub(names, i, i + 15))
+  local v = call('GET', tag(prefix, tagged, sub(names, i, i + 15)))
   if v ~= last then
     if not v then break end
     last, now = v, seen[v] or others(KEYS[1], v)
@@ -86,34 +93,26 @@ return out
 """
 )
 
-# ARGV: number, ms, epoch, sequence, prefix, 1 in a cluster, changes as they are packed; the node of
-# a cluster that has the workers gets those of all nodes, too. The first write of a chunk that
-# nobody has is one call.
+# ARGV: number, ms, epoch, sequence, prefix, 1 in a cluster, changes as they are packed. The first
+# write of a chunk that nobody has is one call.
 ANNOUNCE = Script(
     _LIVING
+    + _TAG
     + f"""
 local home, beat, sequence = KEYS[1], KEYS[1] .. 'h' .. ARGV[1], tonumber(ARGV[4])
 local at = redis.call('GET', beat)
 if at == ARGV[3] .. ':' .. sequence then redis.call('PEXPIRE', beat, ARGV[2]) return 1 end
 if at ~= ARGV[3] .. ':' .. sequence - 1 then return 0 end
 local all, prefix, tagged, call, sub = ARGV[7], ARGV[5], ARGV[6] == '1', redis.call, string.sub
-local words, made, tags = {{}}, {{}}, {{}}
+local words, made = {{}}, {{}}
 for tiers = 0, {(1 << MOST_TIERS) - 1} do
   local n = ARGV[1] * {1 << MOST_TIERS} + tiers
   words[tiers] = string.char(math.floor(n / 65536), math.floor(n / 256) % 256, n % 256)
   made[tiers] = {{}}
 end
-for i = 1, #all, {CHANGE_BYTES} do
-  local tiers, k, v = string.byte(all, i + {WHOLE_NAME}), sub(all, i, i + 15), nil
-  if tagged then
-    local place = sub(all, i + 16, i + 17)
-    if not tags[place] then
-      tags[place] = prefix .. string.format('{{%02x%02x}}', string.byte(place, 1, 2))
-    end
-    k = tags[place] .. k
-  else
-    k = prefix .. k
-  end
+for i = 1, #all, {CHANGE} do
+  local tiers, k, v = string.byte(all, i + {NAME}), sub(all, i, i + 15), nil
+  k = tag(prefix, tagged, k)
   local w, seen = words[tiers], made[tiers]
   if tiers == 0 then v = call('GET', k) else v = call('SET', k, w, 'NX', 'GET') end
   if v and v ~= w then
@@ -121,11 +120,6 @@ for i = 1, #all, {CHANGE_BYTES} do
     if seen[v] == '' then call('DEL', k)
     elseif seen[v] ~= v then call('SET', k, seen[v]) end
   end
-end
-if home == prefix .. (tagged and '{{0000}}!' or '!') then
-  local stream = home .. 'e' .. ARGV[3]
-  call('XADD', stream, 'MAXLEN', '~', {EVENTS}, sequence .. '-0', 'c', ARGV[8] or all)
-  call('PEXPIRE', stream, 10 * ARGV[2])
 end
 call('SET', beat, ARGV[3] .. ':' .. sequence, 'PX', ARGV[2])
 return 1
@@ -246,25 +240,4 @@ if got[1] == '0' then
 end
 return changed
 """.replace("NUMBERS", str(NUMBERS))
-)
-
-# ARGV: prefix, bytes of a chunk's key, most, cursor, number. Returns the cursor, then key and word.
-SNAPSHOT = Script(
-    _LIVING
-    + """
-local got = redis.call('SCAN', ARGV[4], 'MATCH', ARGV[1] .. '*', 'COUNT', ARGV[3], 'TYPE', 'string')
-local out, mine = {got[1]}, tonumber(ARGV[5])
-for _, k in ipairs(got[2]) do
-  if #k == tonumber(ARGV[2]) then
-    local v = redis.call('GET', k)
-    for i = 1, #v - 2, 3 do
-      if number(string.sub(v, i, i + 2)) == mine then
-        out[#out + 1] = k
-        out[#out + 1] = string.sub(v, i, i + 2)
-      end
-    end
-  end
-end
-return out
-"""
 )

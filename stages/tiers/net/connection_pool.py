@@ -28,7 +28,7 @@ class ConnectionPool(Generic[C]):
 
     def __init__(self, connect: Callable[[], Awaitable[C]], limit: int) -> None:
         self._connect = connect
-        self._slots = anyio.Semaphore(limit)
+        self._slots = anyio.Semaphore(limit, fast_acquire=True)
         self._idle: list[C] = []
         self._closed = False
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from tierloom.stages.directory.shared.contract import Directory, Roster
-from tierloom.stages.directory.shared.records import ChunkHolder, chunk_names
+from tierloom.stages.directory.shared.named import named_directory
+from tierloom.stages.directory.shared.records import ChunkHolder, chunk_name
 from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.tiers.peers.tier import PeerOptions
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +20,8 @@ _ASKED = 512
 _REPORTS = 64
 """Reports under way, at most; more are dropped: who asks next makes them."""
 _REMEMBERED = 1 << 14
+_REST = 1.0
+"""Seconds for which a directory that failed is asked by nobody."""
 
 
 class LookedUp:
@@ -28,14 +33,22 @@ class LookedUp:
         self._named: dict[tuple[bytes, str], ChunkHolder] = {}
         """By key and address: as `find` named them last."""
         self._reports: set[asyncio.Task[None]] = set()
-        self._opened = self._silent = False
+        self._silent, self._retry = False, 0.0
+
+    @classmethod
+    def named(cls, options: PeerOptions, namespace: bytes) -> LookedUp:
+        """By the directory that options name. Raises ConfigError."""
+        o, url = options, options.directory[0].strip()
+        made = named_directory(url, timeout=o.timeout, token_file=o.token_file, ca_file=o.ca_file)
+        return cls(made, namespace)
 
     async def holders(self, keys: Sequence[bytes]) -> list[list[str]]:
         """Of the longest prefix of `keys` that somebody has. Never raises."""
+        now = time.monotonic()
+        if self._silent and now < self._retry:
+            return [[] for _ in keys]
+        self._retry = now + _REST  # one call finds out; the others go on without
         try:
-            if not self._opened:
-                await self._directory.open()
-                self._opened = True
             found = await self._find(keys)
         except (ConfigError, TierDown, OSError, TimeoutError) as error:
             if not self._silent:
@@ -64,7 +77,7 @@ class LookedUp:
         await self._directory.close()
 
     async def _find(self, keys: Sequence[bytes]) -> list[list[str]]:
-        names = chunk_names(self._namespace, keys)
+        names = [chunk_name(self._namespace, key) for key in keys]
         found: list[tuple[ChunkHolder, ...]] = []
         for first in range(0, len(names), _ASKED):
             part = names[first : first + _ASKED]
@@ -84,8 +97,7 @@ class LookedUp:
         return out
 
     async def _report(self, key: bytes, holder: ChunkHolder) -> None:
-        (name,) = chunk_names(self._namespace, [key])
         try:
-            await self._directory.report(name, holder)
+            await self._directory.report(chunk_name(self._namespace, key), holder)
         except (TierDown, OSError, TimeoutError) as error:
             log.debug("a stale entry of the directory was not reported: %s", error)

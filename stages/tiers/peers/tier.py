@@ -45,10 +45,11 @@ class PeerOptions:
     directory: list[str]
     """Engines that serve: `HOST:PORT`, or a URL as a `server` tier takes it; one may be several,
     with commas between. This engine itself may be among them. Or one directory that engines tell
-    what they serve, `redis://HOST:PORT/DB`; see `serve.directory`."""
+    what they serve: `redis://HOST:PORT/DB`, or `directory://HOST:PORT` of who hosts one; see
+    `serve.directory`."""
     token_file: str = ""
-    """File with the token they ask for. Default: the environment variable TIERLOOM_TOKEN, if
-    set."""
+    """File with the token they ask for, and who hosts the directory. Default: the environment
+    variable TIERLOOM_TOKEN, if set."""
     ca_file: str = ""
     """PEM file of the certificate authorities to trust. Default: the system's."""
     connections: int = 4
@@ -63,8 +64,10 @@ class PeerOptions:
     def __post_init__(self) -> None:
         if not self.addresses:
             raise ValueError("directory: name at least one engine")
-        if self.looks_up and len(self.addresses) > 1:
+        if self.looks_up and len(self.directory) > 1:
             raise ValueError("directory: name one directory, or engines")
+        if "embedded" in self.directory:
+            raise ValueError("directory: name who hosts it, as in directory://127.0.0.1:7655")
         for address in () if self.looks_up else self.addresses:
             address_of(_url(address))
         if self.connections < 2 or self.timeout <= 0 or self.probe <= 0:
@@ -79,7 +82,8 @@ class PeerOptions:
     @property
     def looks_up(self) -> bool:
         """It names a directory; sentinels of one have commas between them."""
-        return self.directory[0].strip().startswith("redis") if self.directory else False
+        scheme, url, _ = "".join(self.directory[:1]).strip().partition("://")
+        return bool(url) and scheme.startswith(("redis", "directory"))
 
 
 class Peer(Tier):
@@ -108,11 +112,9 @@ class Peer(Tier):
         if not self.ctx.namespace:
             raise ConfigError("peer: this tier needs a namespace")
         if self.options.looks_up:
-            from tierloom.stages.directory.shared.named import named_directory
             from tierloom.stages.tiers.peers.looked_up import LookedUp
 
-            at = named_directory(self.options.directory[0].strip(), timeout=self.options.timeout)
-            self._directory = LookedUp(at, self.ctx.namespace)
+            self._directory = LookedUp.named(self.options, self.ctx.namespace)
         for address in () if self.options.looks_up else self.options.addresses:
             self._holder(address)
         self._watcher = asyncio.create_task(self._watch())

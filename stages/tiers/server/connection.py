@@ -73,6 +73,12 @@ class Connection:
     async def message(self, limit: int = wire.BODY) -> wire.Message:
         """The next message. Raises BadMessage, Disconnected, OSError."""
         await self.readable()
+        came = self._end - self._start
+        if came >= wire.HEAD.size:  # mostly all of it is there, and needs no time limit
+            kind, number, length = wire.head(self._buffer[self._start :][: wire.HEAD.size], limit)
+            if came >= wire.HEAD.size + length:
+                self._start += wire.HEAD.size
+                return wire.Message(kind, number, await self._take(length))
         with self._within(0):
             kind, number, length = wire.head(await self._take(wire.HEAD.size), limit)
             return wire.Message(kind, number, await self._take(length))
@@ -120,7 +126,10 @@ class Connection:
         turn = _TURN
         for part in parts:
             view = memoryview(part)
-            with self._within(len(view)):
+            if len(view) < _BULK and self._plain:  # mostly it is taken at once
+                with contextlib.suppress(BlockingIOError):
+                    view = view[self.sock.send(view) :]
+            with self._within(len(view)) if len(view) else contextlib.nullcontext():
                 while len(view):
                     piece = view[:_PIECE]
                     sent = await self._do(partial(self.sock.send, piece), writes=True)

@@ -33,8 +33,8 @@ OBJECTS = 256
 
 DONE, SEND, BYTES = 0, 255, 254
 """Codes of one object besides those of `Lost`: done; send its bytes; ask for its bytes."""
-MEMORY = 1
-"""Flag of HELLO: the client can map memory. Of WELCOME: the server shares it."""
+MEMORY, DIRECTORY = 1, 2
+"""Flag of HELLO: the client can map memory. Of WELCOME: the server shares it; hosts a directory."""
 NONCE = 32
 
 
@@ -66,6 +66,17 @@ class Kind(IntEnum):
     LENT = 23
     RETURN = 24
     SETTLE = 26
+    JOIN = 28
+    TOLD = 29
+    LEAVE = 30
+    BEAT = 32
+    ANNOUNCE = 34
+    REPORT = 36
+    SWEEP = 38
+    FIND = 40
+    FOUND = 41
+    WORKERS = 42
+    MEMBERS = 43
 
 
 class ErrorCode(IntEnum):

@@ -1,11 +1,20 @@
-"""Directories that lose their answers, or all they know."""
+"""Directories that lose their answers, or all they know; and the door of one that is hosted."""
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
+
+import anyio
+
+from tierloom.pipeline.config.load import load_config
+from tierloom.pipeline.serve.listener import Listen, Listener
+from tierloom.pipeline.serve.object_store import ObjectStore
+from tierloom.pipeline.serve.terms import Terms
 from tierloom.stages.directory.shared.contract import Directory
+from tierloom.stages.directory.shared.hosted import DirectoryHost
 from tierloom.stages.errors import TierDown
 
-CALLS = ("join", "leave", "beat", "announce", "find", "report", "events", "workers", "sweep")
+CALLS = ("join", "leave", "beat", "announce", "find", "report", "workers", "sweep")
 
 
 class Frail(Directory):
@@ -16,9 +25,6 @@ class Frail(Directory):
         self.inner = inner
         self.before = self.after = 0
         self.calls = []
-
-    def snapshot(self, epoch):
-        return self.inner.snapshot(epoch)
 
     async def _call(self, name, *args, **options):
         self.calls.append(name)
@@ -42,3 +48,26 @@ def _passed_on(name):
 for _name in CALLS:
     setattr(Frail, _name, _passed_on(_name))
 Frail.__abstractmethods__ = frozenset()
+
+
+STORE = {
+    "version": 1, "name": "store", "budget": {"arena": "1 MiB"},
+    "tiers": {"hot": {"use": "memory", "capacity": "1 MiB"}}, "graphs": {},
+}  # fmt: skip
+SCHEMES = {"tcp": "directory", "tls": "directory+tls", "unix": "directory+unix"}
+
+
+@asynccontextmanager
+async def hosting(directory, *, at="tcp://127.0.0.1:0", token=b"", context=None):
+    """Its host, and the URL of a listener; `directory` None: one without."""
+    host = DirectoryHost(directory) if directory is not None else None
+    store, terms = ObjectStore(load_config(STORE)), Terms(token, b"e" * 16, 0, 0, host=host)
+    listener = Listener(store, [Listen.at(at)], terms, context=context)
+    (url,) = listener.bind()
+    scheme, _, rest = url.partition("://")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.run, tasks, anyio.Event())
+        yield host, f"{SCHEMES[scheme]}://{rest}"
+        tasks.cancel_scope.cancel()
+    listener.close()
+    await store.close()

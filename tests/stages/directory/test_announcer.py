@@ -61,7 +61,7 @@ async def test_what_comes_and_goes_is_told() -> None:
     directory, names = EmbeddedDirectory(), names_of(1, 1000)
     async with running(directory, worker_of("a"), worker_of("b")) as (a, b):
         for name in names:
-            a.note(name, 0, True, 5)
+            a.note(name, 0, True)
         b.note(names[0], 1, True)
         await finds(directory, names, 1000)
         for name in names[10:]:
@@ -178,16 +178,6 @@ async def test_from_many_threads() -> None:
         await until(lambda: _tiers_are(directory, names, 1))
 
 
-async def test_reports_are_passed_on() -> None:
-    directory, names = EmbeddedDirectory(), names_of(1, 2)
-    async with running(directory, worker_of("a"), worker_of("b")) as (a, b):
-        for name in names:
-            a.note(name, 0, True)
-        await finds(directory, names, 2)
-        b.report(names[1], ChunkHolder(number_of(a.epoch), 1))
-        await finds(directory, names, 1)
-
-
 async def test_all_is_told_at_a_pace() -> None:
     """By a clock that does not move: what it waits is what the pace says."""
     clock = Clock()
@@ -200,6 +190,22 @@ async def test_all_is_told_at_a_pace() -> None:
         waits.append(await a._step())
     assert sum(waits) == pytest.approx(5000 / 10_000, rel=0.1)
     assert max(waits) < 0.06
+
+
+async def test_what_goes_waits_for_nothing(monkeypatch) -> None:
+    """What came may wait: until it is told, nobody asks for it."""
+    monkeypatch.setattr(module, "_PAUSE", 60.0)
+    directory, names = EmbeddedDirectory(), names_of(1, 10)
+    async with running(directory, worker_of("a", heartbeat=300.0)) as (a,):
+        for name in names:
+            a.note(name, 0, True)
+        a.note(names[9], 0, False)
+        await finds(directory, names, 9)
+        for last in (8, 7):
+            a.note(names[last], 1, True)
+            threading.Thread(target=a.note, args=(names[last], 0, False)).start()
+            await until(lambda last=last: _tiers_are(directory, names[last : last + 1], 2))
+    a.note(names[0], 0, False)  # nobody listens any more
 
 
 async def test_beats_are_made_when_they_are_due() -> None:

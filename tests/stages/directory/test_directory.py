@@ -11,10 +11,13 @@ import servers
 
 from tierloom.stages.directory.shared.chunk_table import ChunkTable
 from tierloom.stages.directory.shared.embedded import EmbeddedDirectory
+from tierloom.stages.directory.shared.hosted import HostedDirectory
 from tierloom.stages.directory.shared.redis_directory import RedisDirectory
 from tierloom.stages.tiers.redis.tier import RedisOptions
 from tierloom.testing import Clock, DirectoryContract
 from tierloom.testing.directories import held, names_of, worker_of
+
+from .standins import hosting
 
 
 class TestEmbedded(DirectoryContract):
@@ -45,7 +48,7 @@ class TestEmbedded(DirectoryContract):
         """Against a dictionary, over doublings and with names that share a home."""
         rng, right = random.Random(1), {}
         table = ChunkTable()
-        names = [rng.randbytes(1) + bytes(7) + rng.randbytes(8) + b"\0\0" for _ in range(3000)]
+        names = [rng.randbytes(1) + bytes(7) + rng.randbytes(8) for _ in range(3000)]
         for _ in range(300):
             some = {name: rng.randrange(1, 1 << 32) for name in rng.sample(names, 20)}
             old = table.add(b"".join(some), np.array(list(some.values()), np.uint32)).tolist()
@@ -79,6 +82,33 @@ def cluster():
         yield nodes
 
 
+class TestHosted(DirectoryContract):
+    """An embedded one, asked over a socket of `tierloom serve` by several clients' connections."""
+
+    async def make(self):
+        self.clock = Clock()
+        self.hosting = hosting(EmbeddedDirectory(self.clock))
+        self.host, url = await self.hosting.__aenter__()
+        return HostedDirectory(url, timeout=20.0)
+
+    @pytest.fixture
+    async def directory(self):
+        directory = await self.make()
+        yield directory
+        await directory.close()
+        await self.hosting.__aexit__(None, None, None)
+
+    async def empty(self, directory):
+        self.host._directory = EmbeddedDirectory(self.clock)
+        return directory
+
+    async def wait(self, seconds):
+        self.clock.now += seconds
+
+    async def size(self, directory):
+        return len(self.host._directory)
+
+
 class ServedDirectory(DirectoryContract):
     scheme = "redis"
 
@@ -89,9 +119,7 @@ class ServedDirectory(DirectoryContract):
 
     async def make(self):
         url = f"{self.scheme}://127.0.0.1:{self.running[0].port}"
-        directory = RedisDirectory(RedisOptions(url=url, stall=10.0), timeout=20.0)
-        await directory.open()
-        return directory
+        return RedisDirectory(RedisOptions(url=url, stall=10.0), timeout=20.0)
 
     async def empty(self, directory):
         for server in self.running:

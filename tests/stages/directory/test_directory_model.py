@@ -217,9 +217,7 @@ def test_in_redis() -> None:
 
             async def make(self):
                 url = f"redis://127.0.0.1:{server.port}"
-                directory = RedisDirectory(RedisOptions(url=url, stall=10.0), timeout=20.0)
-                await directory.open()
-                return directory
+                return RedisDirectory(RedisOptions(url=url, stall=10.0), timeout=20.0)
 
             def forget(self):
                 servers.ask(server.port, "FLUSHALL")

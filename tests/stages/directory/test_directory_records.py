@@ -11,17 +11,15 @@ from hypothesis import given, settings, strategies as st
 
 from tierloom.stages.directory.shared.records import (
     NUMBERS,
-    Announcement,
     ChunkHolder,
     WorkerRecord,
     chunk_name,
-    chunk_names,
     epoch_of,
     holders_in,
     number_of,
     pack_changes,
+    require_changes,
     turn_of,
-    unpack_changes,
     word_of,
 )
 from tierloom.stages.errors import InputError
@@ -33,14 +31,8 @@ KEYS = [bytes([i]) * 32 for i in range(40)]
 
 
 def test_a_chunk_is_called_as_a_server_calls_its_object() -> None:
-    names = chunk_names(SPACE, KEYS)
-    assert [name[:16] for name in names] == [name_of(SPACE, key)[:16] for key in KEYS]
-    groups = [name_of(SPACE, KEYS[i - i % 16])[:2] for i in range(40)]
-    assert [name[16:] for name in names] == groups
-    assert chunk_names(SPACE, KEYS[16:]) == names[16:]
-    assert chunk_name(SPACE, KEYS[3], KEYS[0]) == names[3]
-    assert chunk_name(SPACE, KEYS[3]) == names[3][:16] + b"\0\0"
-    assert chunk_names(b"t" * 32, KEYS[:1])[0] != names[0]
+    assert chunk_name(SPACE, KEYS[3]) == name_of(SPACE, KEYS[3])[:16]
+    assert chunk_name(b"t" * 32, KEYS[3]) != chunk_name(SPACE, KEYS[3])
     for space, key in ((SPACE, b"short"), (b"short", KEYS[0])):
         with pytest.raises(InputError, match="not 32"):
             chunk_name(space, key)
@@ -61,12 +53,13 @@ def test_epochs_grow_with_turns_and_tell_processes_apart() -> None:
 
 
 def test_changes_are_packed() -> None:
-    changes = (Announcement(b"n" * 18, 3, 7), Announcement(b"m" * 18, 0, 1 << 40))
-    largest = changes[1]._replace(nbytes=(1 << 32) - 1)
-    assert unpack_changes(pack_changes(changes)) == (changes[0], largest)
-    assert unpack_changes(b"") == ()
-    with pytest.raises(InputError, match="24 bytes"):
-        unpack_changes(b"x" * 24)
+    raw = pack_changes([(b"n" * 16, 3), (b"m" * 16, 0)])
+    assert raw == b"n" * 16 + b"\3" + b"m" * 16 + b"\0"
+    require_changes(raw)
+    require_changes(b"")
+    for bad in (raw[:-1], raw * 513, b"n" * 16 + b"\x10"):
+        with pytest.raises(InputError, match="at most"):
+            require_changes(bad)
 
 
 @pytest.mark.parametrize(
