@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
+
+if TYPE_CHECKING:
+    from tierloom.stages.tiers.landing.sender import Sender
 
 _QUEUE = 0.1
 """Seconds for which an object may wait until it is sent, where bytes per second are limited."""
@@ -44,6 +47,8 @@ class Terms(NamedTuple):
     lends: int
     """Bytes that may be lent to one client; all of them together get twice as much."""
     limit: RateLimit = RateLimit(0)
+    sender: Sender | None = None
+    """What writes into memory of clients; None: nothing does."""
 
 
 class Lending:

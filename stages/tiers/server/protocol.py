@@ -33,8 +33,9 @@ OBJECTS = 256
 
 DONE, SEND, BYTES = 0, 255, 254
 """Codes of one object besides those of `Lost`: done; send its bytes; ask for its bytes."""
-MEMORY = 1
-"""Flag of HELLO: the client can map memory. Of WELCOME: the server shares it."""
+MEMORY, LANDS = 1, 2
+"""Flags of HELLO: the client can map memory; has memory that others may write into. Of WELCOME: the
+server shares its own; writes into the client's."""
 NONCE = 32
 
 
@@ -66,6 +67,12 @@ class Kind(IntEnum):
     LENT = 23
     RETURN = 24
     SETTLE = 26
+    AGENT = 28
+    AGREED = 29
+    LAND = 30
+    LANDING = 31
+    ABORT = 32
+    LANDED = 33
 
 
 class ErrorCode(IntEnum):
