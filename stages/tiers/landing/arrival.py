@@ -54,22 +54,19 @@ class Landing:
         """Nothing is written there any more."""
         return self.posted >= 0 and len(self.arrived) >= self.posted
 
-    def go_on(self, namespace: bytes, copy_hashed: CopyHashed) -> bool:
-        """Copy what has come since the last call; whether that was the rest."""
+    def go_on(self, namespace: bytes, copy_hashed: CopyHashed) -> None:
+        """Copy what has come since the last call."""
         if self.result is None or self.failure is not None or self.lease is None:
-            return False
+            return
         while self.front in self.arrived:
             self.front += 1
         have = min(self.begin + self.front * PIECE, self.end)
         try:
             header = self.header or self._header(namespace, have)
-            if header is None or not self._copy(header, have, copy_hashed):
-                return False
+            if header is not None and self._copy(header, have, copy_hashed):
+                self.answer(None)
         except BadObject as error:
             self.fail(error)
-            return False
-        self.answer(None)
-        return True
 
     def fail(self, error: Exception) -> None:
         """Nothing more is copied, and whoever waits is told why; the first time."""

@@ -262,14 +262,19 @@ class _Question:
         try:
             header = await job.result
         except BadObject as error:
-            if reader is not None and not self._given_up:
+            if reader is None or self._given_up:
+                return
+            if reader.held is None:
                 reader.refuse(error)
+            else:  # another may have taken its place since its first frames came
+                reader.miss()
             return
         except TierDown:
             if reader is not None and not self._given_up:
                 self.inline.append(job.read)
             return
         if reader is not None and not self._given_up:
+            self._receiver.landed += 1
             reader.deliver(header, job.loaded)
             self._owner.came(header.nbytes)
 

@@ -177,7 +177,7 @@ class Receiver(PolledThread):
     def _look_at(self, landing: Landing) -> None:
         """Copy what has come; whether it is over."""
         if self._agent is not None:
-            self.landed += landing.go_on(self._namespace, self._copy_hashed)
+            landing.go_on(self._namespace, self._copy_hashed)
         if landing.over:
             if landing.posted < pieces(landing.end - landing.begin):
                 landing.fail(TierDown("its writer gave up"))

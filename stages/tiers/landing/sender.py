@@ -150,6 +150,8 @@ class Sender(PolledThread):
             said = self._agent.meet(metadata)
         except (ConfigError, TierDown) as error:
             log.warning("objects are not written into another engine's memory: %s", error)
+            if not self._live:  # half of it may have been taken, which nothing else undoes
+                self._shut()
             return False
         if said == name:
             self._met.add(name)
