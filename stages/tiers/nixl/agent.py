@@ -255,6 +255,7 @@ class NixlFileIO(FileIO):
 def _api(backend: str) -> Any:
     """The client's module. Raises ConfigError."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("UCX_LOG_LEVEL", "fatal")  # it prints to the engine's own output
     for name in WHEELS:
         try:
             return import_module(f"{name}._api")
