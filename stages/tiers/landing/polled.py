@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-_NAP = 0.0002
-"""Seconds between two looks at what is under way."""
+_NAP, _LONG_NAP, _PART = 0.0002, 0.001, 8
+"""Seconds between two looks at what is under way: at least, at most, and as a part of the time in
+which nothing has happened."""
 
 
 class PolledThread:
@@ -59,11 +61,17 @@ class PolledThread:
         raise NotImplementedError
 
     def _run(self) -> None:
-        moved = False
+        moved, since = False, 0.0
         while True:
+            if moved:
+                since = time.monotonic()
+            elif self._busy and not self._posted:
+                nothing = (time.monotonic() - since) / _PART
+                time.sleep(min(max(_NAP, nothing), _LONG_NAP))  # a condition costs half more
             with self._wake:
-                if not self._posted and not moved:
-                    self._wake.wait(_NAP if self._busy else None)
+                if not self._posted and not self._busy:
+                    self._wake.wait()
+                    since = time.monotonic()
                 calls, self._posted = self._posted, deque()
             for fn, args in calls:
                 try:
