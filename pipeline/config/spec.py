@@ -186,7 +186,8 @@ class ServeOptions:
     """Most connections at once."""
     wire: PeerWire = "inline"
     """How objects go to engines that ask for it: `inline` in the connection, by `nixl` into their
-    memory; `auto`: by NIXL where it is installed, unless the connection is encrypted."""
+    memory; `auto`: by NIXL where it is installed, unless the connection is encrypted. No token
+    guards NIXL's own ports: for networks that are trusted."""
     nixl: WireOptions = field(default_factory=WireOptions)
     """NIXL's backend; both sides need the same."""
 

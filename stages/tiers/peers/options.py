@@ -34,7 +34,8 @@ class PeerOptions:
     wire: PeerWire = "inline"
     """How objects come: `inline` in the connection, by `nixl` into memory that engines write to;
     `auto`: by NIXL where both engines have it, the connection is not encrypted, and the object is
-    not shorter than `nixl.min_bytes`. An engine that has no NIXL sends inline."""
+    not shorter than `nixl.min_bytes`. An engine that has no NIXL sends inline. No token guards
+    NIXL's own ports: for networks that are trusted."""
     landing: Size = 1 << 30
     """Memory for objects that are on their way by NIXL; pages are taken as they are used."""
     nixl: WireOptions = field(default_factory=WireOptions)
