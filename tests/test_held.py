@@ -19,6 +19,7 @@ THREADS = {
     "pipeline/run/loop_thread.py": "Portal.__init__ awaited",
     "pipeline/serve/engine_listener.py": "EngineListener.__init__",  # a loop, as the portal has
     "pipeline/serve/page_events.py": "PageEvents.__init__",  # is told names, touches nothing
+    "stages/tiers/landing/polled.py": "PolledThread.__init__",  # retains what it touches
     "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
     "src/tierloom/testing/bench.py": "Pool.__call__",
     "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files
@@ -32,6 +33,8 @@ ADDRESSES = {
     "stages/ops/scatter.py": "Scatter._place",
     "stages/tiers/pools/tier.py": "Pooled._load Pooled._save",
     "stages/tiers/buckets/bucket.py": "Bucket.put",
+    "stages/tiers/landing/arrival.py": "Landing._copy",
+    "stages/tiers/landing/sender.py": "Sender._write",
     "stages/tiers/nixl/objects.py": "NixlObjects._load",
 }
 """Who takes a lease's address: what runs as a named call, or holds the lease itself."""

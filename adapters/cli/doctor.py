@@ -145,7 +145,7 @@ def _client(tier: str, *modules: str) -> Finding:
 
 
 def _nixl() -> Finding:
-    from tierloom.stages.tiers.nixl.agent import WHEELS
+    from tierloom.stages.tiers.nixl.installed import WHEELS
 
     return _client("nixl", *WHEELS)
 

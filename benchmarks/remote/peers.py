@@ -4,6 +4,7 @@
 
 - 8 objects of 32 MiB, read and verified, beside as many bytes over bare sockets, verified alike; in
   turns, CPU of both processes.
+- The same objects by `wire: nixl`, over shared memory and over TCP, beside writes by bare NIXL.
 - 8 connections that nobody uses: CPU of both processes.
 - A peer that is stopped or killed at some moment of a retrieve: how much later than its deadline
   that ends, what a lookup costs after that, how soon the peer is found again.
@@ -36,13 +37,15 @@ from peer_process import engine  # noqa: E402
 from remote.bare import SPACE, objects  # noqa: E402
 from remote.clients import COUNT, SLOT  # noqa: E402
 from remote.sockets import SENDER  # noqa: E402
+from remote.written import written  # noqa: E402
 from yardstick import GB, cpu_of, machine  # noqa: E402
 
 import tierloom  # noqa: E402
 from tierloom.pipeline.run.threads import Pool  # noqa: E402
 from tierloom.stages.memory.arena import Arena  # noqa: E402
 from tierloom.stages.tiers.contract.tier import Read, TierContext  # noqa: E402
-from tierloom.stages.tiers.peers.tier import Peer, PeerOptions  # noqa: E402
+from tierloom.stages.tiers.peers.options import PeerOptions  # noqa: E402
+from tierloom.stages.tiers.peers.tier import Peer  # noqa: E402
 
 HELD: dict[str, Any] = {
     "version": 1, "budget": {"arena": 9 * SLOT}, "graphs": {}, "serve": {"tiers": ["hot"]},
@@ -232,6 +235,8 @@ def main() -> None:
     run: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=ROOT / "benchmarks") as made:
         run["copies"] = asyncio.run(copies(Path(made), given.rounds, given.idle))
+        for way in ("shm", "tcp"):
+            run[f"nixl, {way}"] = asyncio.run(written(Path(made), way, given.rounds, given.idle))
         if given.stops:
             run["stops"] = stops(Path(made) / "stops", given.stops)
     print(json.dumps(run, indent=1))

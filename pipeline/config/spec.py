@@ -10,6 +10,7 @@ from tierloom.pipeline.config.problems import Place
 from tierloom.stages.contract.stage import ChunkOptions, PortType, Stage
 from tierloom.stages.options import Rate, Seconds, Size
 from tierloom.stages.tiers.contract.tier import Tier
+from tierloom.stages.tiers.landing.options import PeerWire, WireOptions
 from tierloom.stages.tiers.net.address import Address
 
 WhenFull = Literal["block", "drop", "spill"]
@@ -197,6 +198,12 @@ class ServeOptions:
     """Bytes per second to give to all others together; 0: no limit."""
     clients: int = 64
     """Most connections at once; for a directory that is hosted here an engine takes up to 4."""
+    wire: PeerWire = "inline"
+    """How objects go to engines that ask for it: `inline` in the connection, by `nixl` into their
+    memory; `auto`: by NIXL where it is installed, unless the connection is encrypted. No token
+    guards NIXL's own ports: for networks that are trusted."""
+    nixl: WireOptions = field(default_factory=WireOptions)
+    """NIXL's backend; both sides need the same."""
 
     def __post_init__(self) -> None:
         if not self.tiers:
@@ -207,6 +214,8 @@ class ServeOptions:
             raise ValueError("events and events_replay: write tcp://HOST:PORT")
         if self.clients < 1:
             raise ValueError(f"clients must be at least 1, got {self.clients}")
+        if self.wire not in get_args(PeerWire):
+            raise ValueError(f"wire is {self.wire!r}; known: {', '.join(get_args(PeerWire))}")
         if bool(self.cert_file) != bool(self.key_file) or self.at.tls != bool(self.cert_file):
             raise ValueError("tls:// needs cert_file and key_file, which are for it alone")
         try:

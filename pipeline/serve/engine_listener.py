@@ -17,6 +17,7 @@ from tierloom.pipeline.serve.listener import Listen, Listener, certificate
 from tierloom.pipeline.serve.own_tiers import OwnTiers
 from tierloom.pipeline.serve.terms import RateLimit, Terms
 from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.tiers.landing.options import use_nixl
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.client import TOKEN, connect_server, read_token
@@ -24,6 +25,7 @@ from tierloom.stages.user_home import expanded
 
 if TYPE_CHECKING:
     from tierloom.pipeline.serve.announced import AnnouncedTiers
+    from tierloom.stages.tiers.landing.sender import Sender
 
 log = logging.getLogger("tierloom.serve")
 
@@ -54,7 +56,9 @@ class EngineListener:
         files = Path(expanded(options.cert_file)), Path(expanded(options.key_file))
         context = certificate(*files) if listen.tls else None
         host = announced.host if announced is not None else None
-        terms = Terms(token, epoch, store.largest, 0, RateLimit(options.limit), host)
+        self._sender = _sender(options, store)
+        limit = RateLimit(options.limit)
+        terms = Terms(token, epoch, store.largest, 0, limit, host, self._sender)
         self._listener = Listener(store, [listen], terms, context=context, clients=options.clients)
         self._store, self._listen, self._epoch = store, listen, epoch
         self._options, self._announced = options, announced
@@ -83,11 +87,16 @@ class EngineListener:
                 self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(timeout)
         self._listener.close()
+        if self._sender is not None:  # before the arena goes
+            self._sender.close()
 
     def figures(self) -> dict[str, int]:
         """Clients, objects given so far, and bytes that are being sent."""
         store, sessions = self._store, len(self._listener.sessions)
-        return {"clients": sessions, "given": store.given, "held": store.held}
+        written = self._sender.written if self._sender is not None else 0
+        return {
+            "clients": sessions, "given": store.given, "held": store.held, "written": written,
+        }  # fmt: skip
 
     def _run(self) -> None:
         try:
@@ -108,6 +117,8 @@ class EngineListener:
             await self._listener.run(tasks, self._stop)
             with anyio.move_on_after(_DRAIN):
                 await self._listener.gone()
+            if self._sender is not None:  # sessions wait for what it has under way
+                self._sender.close()
             tasks.cancel_scope.cancel()
 
     def _reached_at(self, url: str) -> str:
@@ -141,6 +152,16 @@ class EngineListener:
                 "serve.advertise to an address that they can dial",
                 *(self.address, str(error) or "no answer"),
             )
+
+
+def _sender(options: ServeOptions, store: OwnTiers) -> Sender | None:
+    """What writes objects into memory of other engines; None: they come in the connection. Raises
+    MissingPackage."""
+    if not use_nixl(options.wire) or (options.at.tls and options.wire == "auto"):
+        return None
+    from tierloom.stages.tiers.landing import sender
+
+    return sender.Sender(store.arena, options.nixl.backend, options.nixl.options)
 
 
 def _outward() -> str:

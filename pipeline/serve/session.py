@@ -14,10 +14,12 @@ import secrets
 import socket
 import struct
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
 
+from tierloom.pipeline.serve.cuts import AHEAD, given_part
 from tierloom.pipeline.serve.object_store import MemoryReservation, ObjectStore
 from tierloom.pipeline.serve.own_tiers import OwnTiers
 from tierloom.pipeline.serve.terms import Lending, Terms
@@ -30,10 +32,10 @@ from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Connection
 from tierloom.stages.tiers.server.protocol import ErrorCode, Kind
 
-log = logging.getLogger("tierloom.serve")
+if TYPE_CHECKING:
+    from tierloom.pipeline.serve.landings import Landings
 
-_AHEAD = 4
-"""Objects that are read, or held, at once to answer one GET."""
+log = logging.getLogger("tierloom.serve")
 
 
 class _Refuse(Exception):
@@ -55,6 +57,7 @@ class Session:
         self._terms, self._lending = terms, lending
         self._space = b""
         self._shares = False
+        self._landings: Landings | None = None
         self._loans: dict[int, Lease] = {}
         self._lent = self._last = 0
         self._resting: anyio.CancelScope | None = None
@@ -113,6 +116,8 @@ class Session:
     async def _leave(self) -> None:
         """Close; with loans out, first wait until the client has: it may be reading them."""
         self.gone = True
+        if self._landings is not None:
+            self._landings.close()
         try:
             if self._loans:
                 with contextlib.suppress(OSError):
@@ -152,9 +157,17 @@ class Session:
         fd = self._store.arena.fd
         shares = hello.flags & wire.MEMORY and fd >= 0 and self._store.kept_in_memory
         self._shares = bool(shares) and self._is_ours()
-        hosts = wire.DIRECTORY if self._terms.host is not None else 0
+        sender = self._terms.sender if hello.flags & wire.LANDS else None
+        if sender is not None:
+            from tierloom.pipeline.serve.landings import Landings
+
+            self._landings = Landings(
+                self._connection, self._store, self._terms, sender, self._space, b"".join(said)
+            )
+        flags = wire.MEMORY * self._shares + wire.LANDS * (sender is not None)
+        flags += wire.DIRECTORY * (self._terms.host is not None)
         welcome = wire.Welcome(
-            hosts | wire.MEMORY * self._shares, wire.proof(token, b"server", *said),
+            flags, wire.proof(token, b"server", *said),
             self._terms.window, self._store.largest,
             self._store.arena.total if self._shares else 0,
         )  # fmt: skip
@@ -186,6 +199,8 @@ class Session:
             await self._put(number, wire.unpack_all(wire.Offer, body, wire.OBJECTS))
         elif kind is Kind.BORROW:
             await self._lend(number, wire.keys_of(body, wire.OBJECTS))
+        elif kind in (Kind.AGENT, Kind.LAND, Kind.ABORT) and self._landings is not None:
+            await self._landings.answer(message)
         elif kind is Kind.SETTLE:
             await self._store.order_for_eviction(self._space, wire.keys_of(body))
         elif kind is Kind.RETURN:
@@ -215,19 +230,19 @@ class Session:
 
     async def _get(self, number: int, wanted: list[wire.Wanted]) -> None:
         """Read a few objects at once, send them one after another."""
-        for begin in range(0, len(wanted), _AHEAD):
-            part = wanted[begin : begin + _AHEAD]
+        for begin in range(0, len(wanted), AHEAD):
+            part = wanted[begin : begin + AHEAD]
             with self._store.reservation() as reservation:
                 keys = [asked.key for asked in part]
                 objects: list[Object | Lost] = [Lost.NO_ROOM] * len(keys)
                 if not self._terms.limit.exceeded:  # else no disk is read for nothing
                     room = await self._store.make_room(self._space, reservation, keys)
                     read = partial(self._store.read, self._space, reservation, room=room)
-                    objects = await map_concurrently(read, keys, _AHEAD)
+                    objects = await map_concurrently(read, keys, AHEAD)
                 for asked, obj in zip(part, objects, strict=True):
-                    item, data = _cut(asked, obj)
+                    item, data = given_part(asked, obj)
                     if len(data) and not await self._terms.limit.wait(len(data)):
-                        item, data = _cut(asked, Lost.NO_ROOM)
+                        item, data = given_part(asked, Lost.NO_ROOM)
                     head = wire.message(Kind.ITEM, number, wire.pack(item))
                     leases = () if isinstance(obj, Lost) else (obj.lease,)
                     await self._connection.send(head, data, leases=leases)
@@ -324,16 +339,3 @@ class Session:
             self._lent -= lease.nbytes
             self._lending.nbytes -= lease.nbytes
             lease.release()
-
-
-def _cut(asked: wire.Wanted, obj: Object | Lost) -> tuple[wire.Item, memoryview]:
-    """What is sent of an object: nothing where it is not the one whose first frames were sent."""
-    nothing = memoryview(b"")
-    if isinstance(obj, Lost):
-        return wire.Item(obj, 0, 0, 0, 0), nothing
-    boundaries, nbytes = obj.header.boundaries, obj.header.nbytes
-    upto = min(asked.upto, len(boundaries) - 1)
-    if asked.first > upto or (asked.nbytes and asked.nbytes != nbytes):
-        return wire.Item(Lost.ABSENT, 0, 0, 0, 0), nothing
-    begin, end = boundaries[asked.first] if asked.first else 0, boundaries[upto]
-    return wire.Item(wire.DONE, upto, nbytes, begin, end), obj.lease.view[begin:end]

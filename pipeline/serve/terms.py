@@ -9,6 +9,7 @@ import anyio
 
 if TYPE_CHECKING:
     from tierloom.stages.directory.shared.hosted import DirectoryHost
+    from tierloom.stages.tiers.landing.sender import Sender
 
 _QUEUE = 0.1
 """Seconds for which an object may wait until it is sent, where bytes per second are limited."""
@@ -49,6 +50,8 @@ class Terms(NamedTuple):
     limit: RateLimit = RateLimit(0)
     host: DirectoryHost | None = None
     """Of the directory that is asked here, on the listener's loop."""
+    sender: Sender | None = None
+    """What writes into memory of clients; None: nothing does."""
 
 
 class Lending:

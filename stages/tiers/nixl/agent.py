@@ -1,4 +1,4 @@
-"""A NIXL agent with one backend, and the arena registered with it once.
+"""A NIXL agent with one backend, and one piece of memory registered with it once.
 
 The client is a wheel per CUDA version; its plugins link libraries of their own, and one that cannot
 be loaded is listed all the same. So the plugin is asked what memory it knows, and where it knows
@@ -12,39 +12,56 @@ import ctypes
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tierloom.stages.errors import ConfigError, MissingPackage, TierDown
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.disk.direct_io import FileIO, read_all, write_all
+from tierloom.stages.tiers.nixl.installed import WHEELS
 
-WHEELS = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks among the others by itself
 _TICK = 0.0002  # seconds before the first look at a transfer
 _PART = 16  # further looks are this part of its age apart
 _SMALL = 64 << 10  # what a system call moves sooner than two looks at a transfer
 _ALL = 1 << 48  # no file is longer
 
 
+class Registered(Protocol):
+    """Memory that an agent is to know."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+
+
 class Agent:
     """Thread-safe only with `shared`."""
 
     def __init__(
-        self, backend: str, params: Mapping[str, str], arena: Arena, *, shared: bool
-    ) -> None:
-        """`shared`: called by several threads at once. Raises ConfigError: no client, no plugin,
-        or the plugin refuses its parameters, of which nothing is told."""
+        self, backend: str, params: Mapping[str, str], memory: Registered, *, shared: bool,
+        name: str = "", polled: bool = False,
+    ) -> None:  # fmt: skip
+        """`shared`: called by several threads at once. `name`: by which other processes know it,
+        and it is never used again. `polled`: no thread of NIXL's own moves anything. Raises
+        ConfigError: no client, no plugin, or the plugin refuses its parameters, of which nothing
+        is told."""
         api = _api(backend)
         self.backend = backend
         sync = api.nixl_thread_sync_t
         config = api.nixl_agent_config(
             backends=[],
+            enable_prog_thread=not polled,
             sync_mode=sync.NIXL_THREAD_SYNC_RW if shared else sync.NIXL_THREAD_SYNC_NONE,
         )
-        self._agent = api.nixl_agent(f"tierloom-{os.getpid()}-{secrets.token_hex(4)}", config)
+        self.name = name or f"tierloom-{os.getpid()}-{secrets.token_hex(4)}"
+        self._agent = api.nixl_agent(self.name, config)
         self._check()
         try:
             self._agent.create_backend(backend, dict(params))
@@ -53,11 +70,20 @@ class Agent:
                 f"NIXL's plugin {backend} cannot start ({_cause(error)}): "
                 f"this machine lacks something it needs, or its options are wrong"
             ) from None
-        self._arena = self.register([(arena.address, arena.total, 0, "")], "DRAM")
+        self._memory = self.register([(memory.address, memory.total, 0, "")], "DRAM")
 
     def close(self) -> None:
         """Nothing may be under way any more."""
-        self.deregister(self._arena)
+        self.deregister(self._memory)
+
+    def destroy(self, transfers: Iterable[Transfer] = ()) -> None:
+        """End it with what is under way: from now on it reads no memory, and writes none that it
+        receives for. `transfers`: all of it that are not over."""
+        for transfer in transfers:
+            with suppress(Exception):
+                self._agent.release_xfer_handle(transfer._handle)
+            transfer.forget()
+        self._agent.agent = None
 
     def register(self, rows: Sequence[tuple[int, int, int, str]], kind: str) -> Any:
         """Make memory, files or objects known, (address or 0, bytes, device, name) each."""
@@ -72,11 +98,42 @@ class Agent:
         except Exception as error:
             raise self._down("deregister", error) from None
 
+    @property
+    def metadata(self) -> bytes:
+        """What another agent must be told to write into the memory registered here."""
+        return bytes(self._agent.get_agent_metadata())
+
+    def meet(self, metadata: bytes) -> str:
+        """The name of the agent whose metadata it is; from now on it can be written to. Raises
+        TierDown."""
+        try:
+            name = self._agent.add_remote_agent(metadata)
+        except Exception as error:
+            raise self._down("meet", error) from None
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def part(self, name: str) -> None:
+        """Forget another agent."""
+        with suppress(Exception):
+            self._agent.remove_remote_agent(name)
+
+    def notes(self) -> list[bytes]:
+        """What other agents' transfers have told since the last call; moves what comes. Raises
+        TierDown."""
+        try:
+            heard = self._agent.get_new_notifs()
+        except Exception as error:
+            raise self._down("look", error) from None
+        return [note for notes in heard.values() for note in notes]
+
     def begin(
-        self, verb: str, rows: Sequence[tuple[int, int, int]], kind: str, address: int
-    ) -> Transfer:
+        self, verb: str, rows: Sequence[tuple[int, int, int]], kind: str, address: int, *,
+        other: str = "", note: bytes = b"",
+    ) -> Transfer:  # fmt: skip
         """Set out to READ or WRITE `rows` (offset, bytes, device) of a kind, one after another to
-        or from host memory at `address`, all of it registered. Raises TierDown."""
+        or from host memory at `address`, all of it registered. `other`: the agent that they are
+        of, where it is not this one. `note`: what it hears behind the last byte. Raises
+        TierDown."""
         host = []
         for _, nbytes, _ in rows:
             host.append((address, nbytes, 0))
@@ -85,7 +142,7 @@ class Agent:
         try:
             handle = agent.initialize_xfer(
                 verb, agent.get_xfer_descs(host, "DRAM"), agent.get_xfer_descs(list(rows), kind),
-                agent.name,
+                other or agent.name, note,
             )  # fmt: skip
             return Transfer(self, handle, agent.transfer(handle))
         except Exception as error:
@@ -132,6 +189,10 @@ class Transfer:
         if self._state != "DONE":
             raise TierDown(f"NIXL {self._agent.backend}: a transfer ended as {self._state}")
         return True
+
+    def forget(self) -> None:
+        """Its agent is being destroyed: the handle must neither keep it nor be released later."""
+        self._handle._released, self._handle._agent = True, None
 
 
 class NixlFileIO(FileIO):
@@ -194,6 +255,7 @@ class NixlFileIO(FileIO):
 def _api(backend: str) -> Any:
     """The client's module. Raises ConfigError."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("UCX_LOG_LEVEL", "fatal")  # it prints to the engine's own output
     for name in WHEELS:
         try:
             return import_module(f"{name}._api")

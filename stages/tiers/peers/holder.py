@@ -12,17 +12,22 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from traceback import format_exception
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
 from tierloom.stages.errors import Damaged, Lost, TierDown
 from tierloom.stages.options import masked
+from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.read_cost import ReadCostModel
 from tierloom.stages.tiers.contract.tier import Read, TierContext, TierCounts
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.client import Rejected
 from tierloom.stages.tiers.server.tier import Server, ServerOptions
+
+if TYPE_CHECKING:
+    from tierloom.stages.tiers.landing.landed_reads import LandedReads
+    from tierloom.stages.tiers.landing.receiver import Receiver
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +67,21 @@ class Holder(Server):
         self._causes: set[Lost] = set()
         # One connection is left to questions, which must not wait for objects.
         self._reading = anyio.Semaphore(options.connections - 1)
+        self._landed: LandedReads | None = None
         self._client.prepare(options.token_file, options.ca_file, options.connections)
+
+    def land_in(self, receiver: Receiver, least: int) -> None:
+        """Objects of at least so many bytes are to be written there by it, where it can."""
+        from tierloom.stages.tiers.landing.landed_reads import LandedReads
+
+        self._landed = LandedReads(
+            self._client, self._send, receiver, self.ctx.arena, self.counts, least=least
+        )
+
+    async def close(self) -> None:
+        if self._landed is not None:
+            await self._landed.close()
+        await super().close()
 
     @property
     def healthy(self) -> bool:
@@ -139,6 +158,17 @@ class Holder(Server):
 
     async def expel(self, key: bytes, proof: Damaged, seen: bytes) -> None:
         """Its owner will find the damage himself: a reader's word is no proof to him."""
+
+    async def _fetch(self, reads: Sequence[Read], readers: list[ObjectReader]) -> None:
+        if self._landed is None:
+            await super()._fetch(reads, readers)
+            return
+        inline = await self._landed.fetch(reads)
+        if inline:
+            await super()._fetch(inline, readers)
+        for read in inline:
+            if read.object is not None:
+                self._landed.came(read.object.header.nbytes)
 
     async def _read(self, reads: Sequence[Read]) -> bool:
         await self.read(reads)

@@ -11,7 +11,7 @@ from tierloom.stages.directory.shared.contract import Directory, Roster
 from tierloom.stages.directory.shared.named import named_directory
 from tierloom.stages.directory.shared.records import ChunkHolder, chunk_name
 from tierloom.stages.errors import ConfigError, TierDown
-from tierloom.stages.tiers.peers.tier import PeerOptions
+from tierloom.stages.tiers.peers.options import PeerOptions
 
 log = logging.getLogger(__name__)
 

@@ -15,20 +15,22 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.object import Object
-from tierloom.stages.options import Seconds
 from tierloom.stages.tiers.contract.hedge import race
 from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat, require_sealed
+from tierloom.stages.tiers.landing.options import use_nixl
 from tierloom.stages.tiers.peers.directory import AskAll, HolderDirectory
 from tierloom.stages.tiers.peers.holder import Holder
-from tierloom.stages.tiers.server.client import address_of
+from tierloom.stages.tiers.peers.options import PeerOptions, url_of
 from tierloom.stages.tiers.server.tier import ServerOptions
+
+if TYPE_CHECKING:
+    from tierloom.stages.tiers.landing.receiver import Receiver
 
 log = logging.getLogger(__name__)
 
@@ -36,54 +38,6 @@ _KNOWN, _FRESH = 1 << 14, 10.0
 """Keys whose holders are remembered, and seconds for which they are."""
 _MANY = 64
 """Engines that a directory has named, from which on those that are left alone are forgotten."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeerOptions:
-    """Options of a tier that reads what other engines keep."""
-
-    directory: list[str]
-    """Engines that serve: `HOST:PORT`, or a URL as a `server` tier takes it; one may be several,
-    with commas between. This engine itself may be among them. Or one directory that engines tell
-    what they serve: `redis://HOST:PORT/DB`, or `directory://HOST:PORT` of who hosts one; see
-    `serve.directory`."""
-    token_file: str = ""
-    """File with the token they ask for, and who hosts the directory. Default: the environment
-    variable TIERLOOM_TOKEN, if set."""
-    ca_file: str = ""
-    """PEM file of the certificate authorities to trust. Default: the system's."""
-    connections: int = 4
-    """Most calls to one engine at once, each on a connection of its own; one is for questions."""
-    timeout: Seconds = 0.4
-    """Longest wait for one answer of one engine, objects included. It is then left alone."""
-    hedge: Seconds | None = 0.03
-    """Ask the next engine as well, when one is late by this much."""
-    probe: Seconds = 0.5
-    """How often an engine that is left alone is asked, in the background, whether it is back."""
-
-    def __post_init__(self) -> None:
-        if not self.addresses:
-            raise ValueError("directory: name at least one engine")
-        if self.looks_up and len(self.directory) > 1:
-            raise ValueError("directory: name one directory, or engines")
-        if "embedded" in self.directory:
-            raise ValueError("directory: name who hosts it, as in directory://127.0.0.1:7655")
-        for address in () if self.looks_up else self.addresses:
-            address_of(_url(address))
-        if self.connections < 2 or self.timeout <= 0 or self.probe <= 0:
-            raise ValueError("connections must be at least 2, timeout and probe positive")
-
-    @property
-    def addresses(self) -> list[str]:
-        """One by one, each once."""
-        words = (word.strip() for entry in self.directory for word in entry.split(","))
-        return list(dict.fromkeys(word for word in words if word))
-
-    @property
-    def looks_up(self) -> bool:
-        """It names a directory; sentinels of one have commas between them."""
-        scheme, url, _ = "".join(self.directory[:1]).strip().partition("://")
-        return bool(url) and scheme.startswith(("redis", "directory"))
 
 
 class Peer(Tier):
@@ -104,6 +58,8 @@ class Peer(Tier):
         """From whom the objects of the last keys came."""
         self._size = 0
         """Bytes of the last object that came."""
+        self.receiver: Receiver | None = None
+        """Where objects land that come by NIXL."""
         self._watcher: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
 
@@ -111,6 +67,11 @@ class Peer(Tier):
         """Dials nobody: that is done in the background. Raises ConfigError."""
         if not self.ctx.namespace:
             raise ConfigError("peer: this tier needs a namespace")
+        if use_nixl(self.options.wire):
+            from tierloom.stages.tiers.landing.receiver import Receiver
+
+            o = self.options
+            self.receiver = Receiver(o.landing, self.ctx.namespace, o.nixl.backend, o.nixl.options)
         if self.options.looks_up:
             from tierloom.stages.tiers.peers.looked_up import LookedUp
 
@@ -124,6 +85,8 @@ class Peer(Tier):
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
+        if self.receiver is not None:  # before the connections, by which nothing is then due
+            await self.ctx.pool(self.receiver.close, leases=())
         for holder in self.holders.values():
             await holder.close()
         await self._directory.close()
@@ -191,13 +154,16 @@ class Peer(Tier):
         if address not in self.holders:
             o = self.options
             options = ServerOptions(
-                url=_url(address), token_file=o.token_file, ca_file=o.ca_file,
+                url=url_of(address), token_file=o.token_file, ca_file=o.ca_file,
                 connections=o.connections, share=False,
             )  # fmt: skip
             self.holders[address] = Holder(
                 options, self.ctx, self.counts, limit=o.timeout, probe=o.probe,
                 wake=self._woken.set,
             )  # fmt: skip
+            if self.receiver is not None and (o.wire == "nixl" or not options.encrypted):
+                least = 1 if o.wire == "nixl" else o.nixl.min_bytes
+                self.holders[address].land_in(self.receiver, least)
             self._addresses[self.holders[address]] = address
         return self.holders[address]
 
@@ -310,10 +276,6 @@ class Peer(Tier):
 def _say_why(watcher: asyncio.Task[None]) -> None:
     if not watcher.cancelled() and (error := watcher.exception()) is not None:
         log.error("engines that were left alone are not found again", exc_info=error)
-
-
-def _url(address: str) -> str:
-    return address if "://" in address else f"tierloom://{address}"
 
 
 def _release(reads: Sequence[Read]) -> None:

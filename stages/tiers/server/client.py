@@ -40,6 +40,8 @@ class Handshake(NamedTuple):
     welcome: wire.Welcome
     fd: int = -1
     """The server's memory; the receiver closes it."""
+    said: bytes = b""
+    """What both proved: epoch, nonces, namespace."""
 
 
 class Rejected(TierDown):
@@ -102,9 +104,10 @@ async def _reach(family: int, where: object) -> Connection:
 
 
 async def shake_hands(
-    connection: Connection, token: bytes, namespace: bytes, *, memory: bool
+    connection: Connection, token: bytes, namespace: bytes, *, memory: bool, lands: bool = False
 ) -> Handshake:
-    """Greeting, hello, welcome. `memory`: ask for the server's. Raises TierDown, OSError."""
+    """Greeting, hello, welcome. `memory`: ask for the server's. `lands`: offer one's own to be
+    written into. Raises TierDown, OSError."""
     greeting = wire.unpack(wire.Greeting, (await _said(connection, wire.Kind.GREETING)).body)
     if not greeting.oldest <= wire.VERSION <= greeting.newest:
         raise Rejected(
@@ -121,7 +124,8 @@ async def shake_hands(
     nonce = secrets.token_bytes(wire.NONCE)
     said = (greeting.epoch, greeting.nonce, nonce, namespace)
     proof = wire.proof(token, b"client", *said)
-    hello = wire.Hello(wire.VERSION, wire.MEMORY if memory else 0, namespace, nonce, proof)
+    flags = wire.MEMORY * memory + wire.LANDS * lands
+    hello = wire.Hello(wire.VERSION, flags, namespace, nonce, proof)
     await connection.send(wire.message(wire.Kind.HELLO, 0, wire.pack(hello)))
     fds: list[int] = []
     try:
@@ -135,7 +139,7 @@ async def shake_hands(
                 "the server could not prove that it knows our token: it may be another server"
             )
         lends = welcome.flags & wire.MEMORY and fds
-        return Handshake(greeting.epoch, welcome, fds.pop() if lends else -1)
+        return Handshake(greeting.epoch, welcome, fds.pop() if lends else -1, b"".join(said))
     finally:
         for fd in fds:
             os.close(fd)
@@ -151,6 +155,8 @@ class Client:
         where it is on this host and allows it."""
         self._address, self._namespace, self._anew = address, namespace, anew
         self.shares = share and bool(address.path)
+        self.lands = False
+        """Offer memory to be written into."""
         self.welcome = wire.Welcome(0, b"", 0, 0, 0)
         self._epoch = b""
         self._pool: ConnectionPool[Connection] | None = None
@@ -208,7 +214,9 @@ class Client:
     async def _dial(self, *, memory: bool) -> tuple[Connection, Handshake]:
         connection = await connect_server(self._address, self._context)
         try:
-            known = await shake_hands(connection, self._token, self._namespace, memory=memory)
+            known = await shake_hands(
+                connection, self._token, self._namespace, memory=memory, lands=self.lands
+            )
         except BaseException:
             connection.close()
             raise
@@ -217,7 +225,13 @@ class Client:
             if self._shared_memory is not None:
                 self._shared_memory.retire()
         self._epoch, self.welcome = known.epoch, known.welcome
+        connection.said = known.said
         return connection, known
+
+    def proof(self, connection: Connection, *said: bytes) -> bytes:
+        """Proves to the server of this connection that what is said comes from who knows the
+        token."""
+        return wire.proof(self._token, b"agent", connection.said, *said)
 
 
 async def _said(connection: Connection, kind: wire.Kind) -> wire.Message:

@@ -42,6 +42,10 @@ class Connection:
         bytes that were announced must have passed; 0: the caller has limits of its own."""
         sock.setblocking(False)
         self.sock = sock
+        self.said = b""
+        """What both sides proved to each other."""
+        self.agent = ""
+        """The agent that the other side was told of here, last."""
         self._stall = stall
         self._buffer = memoryview(bytearray(16 << 10))
         self._start = self._end = 0

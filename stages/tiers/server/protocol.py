@@ -33,8 +33,9 @@ OBJECTS = 256
 
 DONE, SEND, BYTES = 0, 255, 254
 """Codes of one object besides those of `Lost`: done; send its bytes; ask for its bytes."""
-MEMORY, DIRECTORY = 1, 2
-"""Flag of HELLO: the client can map memory. Of WELCOME: the server shares it; hosts a directory."""
+MEMORY, DIRECTORY, LANDS = 1, 2, 4
+"""Flags of HELLO: the client can map memory; has memory that others may write into. Of WELCOME: the
+server shares its own; hosts a directory; writes into the client's memory."""
 NONCE = 32
 
 
@@ -77,6 +78,12 @@ class Kind(IntEnum):
     FOUND = 41
     WORKERS = 42
     MEMBERS = 43
+    AGENT = 46
+    AGREED = 47
+    LAND = 48
+    LANDING = 49
+    ABORT = 50
+    LANDED = 51
 
 
 class ErrorCode(IntEnum):

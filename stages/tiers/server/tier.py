@@ -50,6 +50,10 @@ class ServerOptions:
         if self.connections < 1:
             raise ValueError(f"connections must be at least 1, got {self.connections}")
 
+    @property
+    def encrypted(self) -> bool:
+        return address_of(self.url).tls
+
 
 class Server(ReadingTier):
     """Whole chunks only. The namespace belongs to the connection: objects of other namespaces under

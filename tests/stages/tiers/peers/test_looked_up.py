@@ -11,7 +11,7 @@ from tierloom.stages.directory.shared.records import WorkerRecord, chunk_name, p
 from tierloom.stages.errors import TierDown
 from tierloom.stages.tiers.peers import looked_up
 from tierloom.stages.tiers.peers.looked_up import LookedUp
-from tierloom.stages.tiers.peers.tier import PeerOptions
+from tierloom.stages.tiers.peers.options import PeerOptions
 
 pytestmark = pytest.mark.anyio
 SPACE = b"s" * 32

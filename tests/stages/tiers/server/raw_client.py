@@ -84,9 +84,10 @@ class FalseServer:
     """Greets like a server, then answers each question as `answer(sock, message)` does."""
 
     def __init__(
-        self, answer: Callable[[socket.socket, wire.Message], None], *, largest: int = 1 << 30
-    ) -> None:
-        self._answer, self._largest = answer, largest
+        self, answer: Callable[[socket.socket, wire.Message], None], *, largest: int = 1 << 30,
+        flags: int = 0,
+    ) -> None:  # fmt: skip
+        self._answer, self._largest, self._flags = answer, largest, flags
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._socks: list[socket.socket] = []
         self.url = f"tierloom://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -123,7 +124,7 @@ class FalseServer:
             sock.sendall(wire.message(Kind.GREETING, 0, greeting))
             hello = wire.unpack(wire.Hello, receive(sock).body)
             proof = wire.proof(b"", b"server", epoch, nonce, hello.nonce, hello.namespace)
-            welcome = wire.pack(wire.Welcome(0, proof, 1 << 20, self._largest, 0))
+            welcome = wire.pack(wire.Welcome(self._flags, proof, 1 << 20, self._largest, 0))
             sock.sendall(wire.message(Kind.WELCOME, 0, welcome))
             while True:
                 message = receive(sock)
