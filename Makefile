@@ -19,7 +19,7 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-peers bench-vllm bench-sglang quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-cluster demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-peers bench-vllm bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -37,6 +37,7 @@ help:
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make sglang  SGLang on the CPU, in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
+	@echo "make demo-cluster   one of them to two vLLM servers, each of which finds what the other has; one is killed"
 	@echo "make demo-sglang   one of them to an SGLang server, with HiCache and with the cache linker"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 	@echo "make bench-sglang   the same of SGLang: its storage backend, its linker, a real engine"
@@ -74,6 +75,9 @@ sglang: $(SGLANG_READY)
 
 demo-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m tierloom.adapters.demo.on_vllm --json demo-vllm.json
+
+demo-cluster: $(VLLM_READY)
+	$(VLLM)/bin/python -m tierloom.adapters.demo.on_cluster --json demo-cluster.json
 
 demo-sglang: $(SGLANG_READY)
 	$(SGLANG)/bin/python -m tierloom.adapters.demo.on_sglang --json demo-sglang.json
@@ -139,4 +143,4 @@ quality: $(READY)
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
 	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-vllm.json bench-sglang*.json demo.json demo-vllm.json \
-	  demo-sglang.json
+	  demo-cluster.json demo-sglang.json
