@@ -129,6 +129,7 @@ bench-peers: $(READY)
 
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
+	$(BIN)/python benchmarks/vllm_peers.py --json bench-vllm-peers.json
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
 
 bench-sglang: $(READY) $(SGLANG_READY)
@@ -142,5 +143,5 @@ quality: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-vllm.json bench-sglang*.json demo.json demo-vllm.json \
+	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-vllm*.json bench-sglang*.json demo.json demo-vllm.json \
 	  demo-cluster.json demo-sglang.json
