@@ -59,9 +59,11 @@ class AnnouncedTiers:
         with."""
         instance = self._options.instance or f"{socket.gethostname()}-{os.getpid()}-{process[:4]}"
         chunk, names = self._spec.chunk, self._names
+        # Ranks of an engine have its name alike, and each its share of the model.
+        share = names.digest.hex()[:8] if self._options.instance else ""
         record = WorkerRecord(
-            instance=instance, process=process, model=names.model, namespace=names.digest.hex(),
-            chunk=chunk.tokens, grain=chunk.grain, keys=chunk.keys,
+            instance=instance, process=process, share=share, model=names.model,
+            namespace=names.digest.hex(), chunk=chunk.tokens, grain=chunk.grain, keys=chunk.keys,
             tiers=tuple(self._options.tiers), addresses=(address,),
         )  # fmt: skip
         self._announcer = Announcer(self._directory, record)
