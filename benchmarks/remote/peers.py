@@ -42,7 +42,8 @@ import tierloom  # noqa: E402
 from tierloom.pipeline.run.threads import Pool  # noqa: E402
 from tierloom.stages.memory.arena import Arena  # noqa: E402
 from tierloom.stages.tiers.contract.tier import Read, TierContext  # noqa: E402
-from tierloom.stages.tiers.peers.tier import Peer, PeerOptions  # noqa: E402
+from tierloom.stages.tiers.peers.options import PeerOptions  # noqa: E402
+from tierloom.stages.tiers.peers.tier import Peer  # noqa: E402
 
 HELD: dict[str, Any] = {
     "version": 1, "budget": {"arena": 9 * SLOT}, "graphs": {}, "serve": {"tiers": ["hot"]},

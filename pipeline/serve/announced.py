@@ -17,6 +17,8 @@ from tierloom.stages.directory.shared.records import MOST_TIERS, WorkerRecord, c
 from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.object import LINK
+from tierloom.stages.kv.text import Text
+from tierloom.stages.tiers.memory.lent import LENT
 
 log = logging.getLogger("tierloom.serve")
 
@@ -32,8 +34,11 @@ class AnnouncedTiers:
 
     def __init__(self, options: ServeOptions, spec: PipelineSpec, names: Namespace) -> None:
         """Raises ConfigError."""
-        if len(options.tiers) > MOST_TIERS:
-            raise ConfigError(f"serve.tiers: a directory is told of {MOST_TIERS} at most")
+        self._tiers = [*options.tiers, *([LENT] if options.lend else [])]
+        if len(self._tiers) > MOST_TIERS:
+            raise ConfigError(
+                f"serve.tiers: a directory is told of {MOST_TIERS} at most, what is lent among them"
+            )
         self._directory: Directory = named_directory(options.directory)
         self._options, self._spec, self._names = options, spec, names
         self._lock = threading.Lock()
@@ -43,9 +48,9 @@ class AnnouncedTiers:
         self._address = ""
         self._listening = anyio.Event()
 
-    def note(self, tier: str, kept: bool, links: bytes) -> None:
+    def note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
         """As `TierWatch`, for tiers that are served; any thread."""
-        if tier not in self._options.tiers:
+        if tier not in self._tiers:
             return
         key = links[-LINK:]
         with self._lock:
@@ -64,7 +69,7 @@ class AnnouncedTiers:
         record = WorkerRecord(
             instance=instance, process=process, share=share, model=names.model,
             namespace=names.digest.hex(), chunk=chunk.tokens, grain=chunk.grain, keys=chunk.keys,
-            tiers=tuple(self._options.tiers), addresses=(address,),
+            tiers=tuple(self._tiers), addresses=(address,),
         )  # fmt: skip
         self._announcer = Announcer(self._directory, record)
         while True:
@@ -108,4 +113,4 @@ class AnnouncedTiers:
     def _tell(self, tier: str, key: bytes, kept: bool) -> None:
         assert self._announcer is not None
         name = chunk_name(self._names.digest, key)
-        self._announcer.note(name, self._options.tiers.index(tier), kept)
+        self._announcer.note(name, self._tiers.index(tier), kept)

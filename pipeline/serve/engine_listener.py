@@ -76,9 +76,10 @@ class EngineListener:
         self._listener.close()
 
     def figures(self) -> dict[str, int]:
-        """Clients, objects given so far, and bytes that are being sent."""
+        """Clients, objects given so far, bytes that are being sent, and bytes that are lent."""
         store, sessions = self._store, len(self._listener.sessions)
-        return {"clients": sessions, "given": store.given, "held": store.held}
+        figures = {"clients": sessions, "given": store.given, "held": store.held}
+        return figures | {"lent": store.lent_bytes}
 
     def _run(self) -> None:
         try:

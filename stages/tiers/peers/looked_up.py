@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from tierloom.stages.directory.shared.contract import Directory, Roster
 from tierloom.stages.directory.shared.records import ChunkHolder, chunk_names
 from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.tiers.memory.lent import LENT
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,8 @@ _ASKED = 512
 _REPORTS = 64
 """Reports under way, at most; more are dropped: who asks next makes them."""
 _REMEMBERED = 1 << 14
+_FRESH = 5.0
+"""Seconds for which those that lend are not asked for again."""
 
 
 class LookedUp:
@@ -29,13 +33,13 @@ class LookedUp:
         """By key and address: as `find` named them last."""
         self._reports: set[asyncio.Task[None]] = set()
         self._opened = self._silent = False
+        self._lend: list[str] = []
+        self._lend_until = 0.0
 
     async def holders(self, keys: Sequence[bytes]) -> list[list[str]]:
         """Of the longest prefix of `keys` that somebody has. Never raises."""
         try:
-            if not self._opened:
-                await self._directory.open()
-                self._opened = True
+            await self._open()
             found = await self._find(keys)
         except (ConfigError, TierDown, OSError, TimeoutError) as error:
             if not self._silent:
@@ -46,6 +50,19 @@ class LookedUp:
             log.warning("the directory says again what other engines keep")
         self._silent = False
         return found
+
+    async def lenders(self) -> list[str]:
+        """Those that say so, and keep what this engine can read. Raises ConfigError, too."""
+        now = time.monotonic()
+        if now >= self._lend_until:
+            await self._open()
+            workers = await self._directory.workers()
+            records = [member.record for member in workers.values()]
+            mine = self._namespace.hex()
+            lend = [r for r in records if LENT in r.tiers and r.namespace == mine]
+            self._lend = [address for r in lend for address in r.addresses]
+            self._lend_until = now + _FRESH
+        return self._lend
 
     def missed(self, key: bytes, address: str) -> None:
         """An engine that was named for a chunk did not have it. Returns at once."""
@@ -62,6 +79,11 @@ class LookedUp:
             task.cancel()
         await asyncio.gather(*self._reports, return_exceptions=True)
         await self._directory.close()
+
+    async def _open(self) -> None:
+        if not self._opened:
+            await self._directory.open()
+            self._opened = True
 
     async def _find(self, keys: Sequence[bytes]) -> list[list[str]]:
         names = chunk_names(self._namespace, keys)

@@ -15,20 +15,21 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.object import Object
-from tierloom.stages.options import Seconds
 from tierloom.stages.tiers.contract.hedge import race
 from tierloom.stages.tiers.contract.tier import Read, Tier, TierContext, TierStat, require_sealed
 from tierloom.stages.tiers.peers.directory import AskAll, HolderDirectory
 from tierloom.stages.tiers.peers.holder import Holder
-from tierloom.stages.tiers.server.client import address_of
+from tierloom.stages.tiers.peers.options import PeerOptions, url_of
 from tierloom.stages.tiers.server.tier import ServerOptions
+
+if TYPE_CHECKING:
+    from tierloom.stages.tiers.peers.borrowed import Borrowed
 
 log = logging.getLogger(__name__)
 
@@ -36,50 +37,6 @@ _KNOWN, _FRESH = 1 << 14, 10.0
 """Keys whose holders are remembered, and seconds for which they are."""
 _MANY = 64
 """Engines that a directory has named, from which on those that are left alone are forgotten."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeerOptions:
-    """Options of a tier that reads what other engines keep."""
-
-    directory: list[str]
-    """Engines that serve: `HOST:PORT`, or a URL as a `server` tier takes it; one may be several,
-    with commas between. This engine itself may be among them. Or one directory that engines tell
-    what they serve, `redis://HOST:PORT/DB`; see `serve.directory`."""
-    token_file: str = ""
-    """File with the token they ask for. Default: the environment variable TIERLOOM_TOKEN, if
-    set."""
-    ca_file: str = ""
-    """PEM file of the certificate authorities to trust. Default: the system's."""
-    connections: int = 4
-    """Most calls to one engine at once, each on a connection of its own; one is for questions."""
-    timeout: Seconds = 0.4
-    """Longest wait for one answer of one engine, objects included. It is then left alone."""
-    hedge: Seconds | None = 0.03
-    """Ask the next engine as well, when one is late by this much."""
-    probe: Seconds = 0.5
-    """How often an engine that is left alone is asked, in the background, whether it is back."""
-
-    def __post_init__(self) -> None:
-        if not self.addresses:
-            raise ValueError("directory: name at least one engine")
-        if self.looks_up and len(self.addresses) > 1:
-            raise ValueError("directory: name one directory, or engines")
-        for address in () if self.looks_up else self.addresses:
-            address_of(_url(address))
-        if self.connections < 2 or self.timeout <= 0 or self.probe <= 0:
-            raise ValueError("connections must be at least 2, timeout and probe positive")
-
-    @property
-    def addresses(self) -> list[str]:
-        """One by one, each once."""
-        words = (word.strip() for entry in self.directory for word in entry.split(","))
-        return list(dict.fromkeys(word for word in words if word))
-
-    @property
-    def looks_up(self) -> bool:
-        """It names a directory; sentinels of one have commas between them."""
-        return self.directory[0].strip().startswith("redis") if self.directory else False
 
 
 class Peer(Tier):
@@ -101,6 +58,9 @@ class Peer(Tier):
         self._size = 0
         """Bytes of the last object that came."""
         self._watcher: asyncio.Task[None] | None = None
+        self._sender: asyncio.Task[None] | None = None
+        self.borrowed: Borrowed | None = None
+        """What memory evicted here and others keep; None: nothing of it."""
         self._woken = asyncio.Event()
 
     async def open(self) -> None:
@@ -115,13 +75,22 @@ class Peer(Tier):
             self._directory = LookedUp(at, self.ctx.namespace)
         for address in () if self.options.looks_up else self.options.addresses:
             self._holder(address)
+        if self.options.borrow and self.ctx.given_up is not None:
+            from tierloom.stages.tiers.peers.borrowed import Borrowed
+
+            o = self.options
+            self.borrowed = Borrowed(o.borrow, o.timeout, self.ctx.arena, self._lenders)
+            self.ctx.given_up.append(self.borrowed.offer)
+            self._sender = asyncio.create_task(self.borrowed.run())
+            self._sender.add_done_callback(_say_why)
         self._watcher = asyncio.create_task(self._watch())
         self._watcher.add_done_callback(_say_why)
 
     async def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        tasks = [task for task in (self._watcher, self._sender) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for holder in self.holders.values():
             await holder.close()
         await self._directory.close()
@@ -177,8 +146,8 @@ class Peer(Tier):
         return 0
 
     async def clear(self) -> int:
-        """Nothing of it is this pipeline's."""
-        return 0
+        """What others keep is theirs, but for what was put there."""
+        return await self.borrowed.clear() if self.borrowed is not None else 0
 
     def stat(self) -> TierStat:
         """Nothing: each engine counts its own."""
@@ -189,12 +158,12 @@ class Peer(Tier):
         if address not in self.holders:
             o = self.options
             options = ServerOptions(
-                url=_url(address), token_file=o.token_file, ca_file=o.ca_file,
+                url=url_of(address), token_file=o.token_file, ca_file=o.ca_file,
                 connections=o.connections, share=False,
             )  # fmt: skip
             self.holders[address] = Holder(
                 options, self.ctx, self.counts, limit=o.timeout, probe=o.probe,
-                wake=self._woken.set,
+                wake=self._woken.set, borrows=o.borrow > 0,
             )  # fmt: skip
             self._addresses[self.holders[address]] = address
         return self.holders[address]
@@ -205,6 +174,10 @@ class Peer(Tier):
             return self._holder(address)
         except (ConfigError, ValueError):
             return None
+
+    async def _lenders(self) -> list[Holder]:
+        addresses = await self._directory.lenders()
+        return [holder for a in addresses if (holder := self._holder_at(a)) is not None]
 
     async def _forget_some(self) -> None:
         """Engines come and go where a directory names them: those that are left alone are closed
@@ -307,11 +280,7 @@ class Peer(Tier):
 
 def _say_why(watcher: asyncio.Task[None]) -> None:
     if not watcher.cancelled() and (error := watcher.exception()) is not None:
-        log.error("engines that were left alone are not found again", exc_info=error)
-
-
-def _url(address: str) -> str:
-    return address if "://" in address else f"tierloom://{address}"
+        log.error("the tier peer works no more as it should", exc_info=error)
 
 
 def _release(reads: Sequence[Read]) -> None:

@@ -10,7 +10,8 @@ from peer_process import EngineProcess
 
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.tiers.contract.tier import TierContext, TierStat, require_sealed
-from tierloom.stages.tiers.peers.tier import Peer, PeerOptions
+from tierloom.stages.tiers.peers.options import PeerOptions
+from tierloom.stages.tiers.peers.tier import Peer
 from tierloom.testing import SIZE, TierContract, key_of
 
 if TYPE_CHECKING:
