@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import Engine, config, settle, tokens
+from conftest import Engine, config, settle, tokens, with_disk
 from peer_process import engine as engine_process
 from servers import redis
 from trips import until
 
+from tierloom.pipeline.config.load import load_config
+from tierloom.pipeline.config.problems import ConfigProblems
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from conftest import Open
     from peer_process import EngineProcess
@@ -195,3 +199,10 @@ def test_a_lender_is_found_through_a_directory(opened: Open) -> None:
         until(lambda: asker.finds(prompt - 1) == {"near": 3})
         other.close()
         until(lambda: asker.finds(prompt - 1) == {})
+
+
+def test_what_is_lent_is_memory(tmp_path: Path) -> None:
+    made = with_disk(tmp_path, serve={"tiers": ["warm"], "lend": "1 MiB"})
+    del made["tiers"]["hot"]
+    with pytest.raises(ConfigProblems, match="no tier uses memory"):
+        load_config(made)
