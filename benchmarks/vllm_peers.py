@@ -53,6 +53,7 @@ def first_tokens(folder: Path, rounds: int, **more: Any) -> dict[str, Any]:
     model = smollm2.model_dir(progress=False)
     tokens, warm_up = document(model, TOKENS), harness.prompt(96, seed=1)
     found: dict[str, list[float]] = {"cold": [], "peer": [], "own": []}
+    spent: dict[str, list[float]] = {"cold": [], "peer": [], "own": []}
     with contextlib.ExitStack() as stack:
         engines = [
             stack.enter_context(contextlib.closing(harness.Engine(folder, name)))
@@ -68,6 +69,7 @@ def first_tokens(folder: Path, rounds: int, **more: Any) -> dict[str, Any]:
             got = asker.one(tokens, **kv)
             assert got.ids == right, f"{how}: other tokens"
             found[how].append(got.ttft_s or 0.0)
+            spent[how].append(got.ttft_cpu_s or 0.0)
             return got.cached
 
         for turn in range(rounds + 1):
@@ -79,7 +81,8 @@ def first_tokens(folder: Path, rounds: int, **more: Any) -> dict[str, Any]:
             asker.settle()
             assert cached == ask("own") > TOKENS - 64, f"{cached} tokens of the other engine's"
         came = asker.settle()["workers"][0]
-    return {"seconds": {how: each[1:] for how, each in found.items()}, "cached": cached, "at": came}
+    seconds, cpu = ({how: a[1:] for how, a in each.items()} for each in (found, spent))
+    return {"seconds": seconds, "cpu_s": cpu, "cached": cached, "at": came}
 
 
 def main() -> None:
@@ -92,12 +95,16 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=ROOT / "benchmarks") as folder:
         run = first_tokens(Path(folder), given.rounds)
-    print(f"{TOKENS} tokens, SmolLM2-135M, load {load:.2f}   TTFT s: median (least, most)")
+    print(f"{TOKENS} tokens, SmolLM2-135M, load {load:.2f}   TTFT s: median (least, most); CPU s")
     middle = {how: statistics.median(each) for how, each in run["seconds"].items()}
     for how, each in run["seconds"].items():
-        print(f"  {how:<6} {middle[how]:8.3f} ({min(each):.3f}, {max(each):.3f})")
+        print(f"  {how:<6} {middle[how]:8.3f} ({min(each):.3f}, {max(each):.3f})", end="")
+        print(f" {statistics.median(run['cpu_s'][how]):8.3f}")
     for of, bar in BARS.items():
         print(f"  peer / {of}: {middle['peer'] / middle[of]:.3f} (bar {bar})")
+    pairs = zip(run["seconds"]["peer"], run["seconds"]["own"], strict=True)
+    ratio = statistics.median(p / o for p, o in pairs)
+    print(f"  peer / own, median of the rounds' own: {ratio:.3f}")
     if given.json is not None:
         given.json.write_text(json.dumps({"load": load, **run}, indent=1) + "\n")
 
