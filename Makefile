@@ -19,7 +19,7 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-sglang test check test-vllm test-sglang architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-sglang quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-cluster demo-sglang test check test-vllm test-sglang test-cluster architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -27,6 +27,7 @@ help:
 	@echo "make test    every test: a quarter of an hour"
 	@echo "make test-vllm   the long campaigns around vLLM, of which make test runs a slice"
 	@echo "make test-sglang   the long campaigns around SGLang"
+	@echo "make test-cluster   the long campaigns around engines that read each other"
 	@echo "make architectures   every causal LM class of transformers, with and without a cache of ours"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
@@ -38,6 +39,7 @@ help:
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
 	@echo "make sglang  SGLang on the CPU, in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
+	@echo "make demo-cluster   one of them to two vLLM servers, each of which finds what the other has; one is killed"
 	@echo "make demo-sglang   one of them to an SGLang server, with HiCache and with the cache linker"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 	@echo "make bench-sglang   the same of SGLang: its storage backend, its linker, a real engine"
@@ -76,6 +78,9 @@ sglang: $(SGLANG_READY)
 demo-vllm: $(VLLM_READY)
 	$(VLLM)/bin/python -m tierloom.adapters.demo.on_vllm --json demo-vllm.json
 
+demo-cluster: $(VLLM_READY)
+	$(VLLM)/bin/python -m tierloom.adapters.demo.on_cluster --json demo-cluster.json
+
 demo-sglang: $(SGLANG_READY)
 	$(SGLANG)/bin/python -m tierloom.adapters.demo.on_sglang --json demo-sglang.json
 
@@ -107,6 +112,10 @@ test-vllm: $(READY) $(VLLM_READY)
 test-sglang: $(READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest tests/adapters/sglang -m "campaign or not campaign"
 
+test-cluster: $(READY) $(VLLM_READY)
+	$(BIN)/python -m pytest tests/pipeline/remote/test_peer_restarts.py tests/adapters/demo/test_demo_cluster.py -s \
+	  -m "campaign or not campaign"
+
 architectures: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/adapters/transformers/test_architectures.py -m "campaign or not campaign"
 
@@ -129,6 +138,7 @@ bench-proxy: $(READY) $(VLLM_READY)
 
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
+	$(BIN)/python benchmarks/vllm_peers.py --json bench-vllm-peers.json
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
 
 bench-sglang: $(READY) $(SGLANG_READY)
@@ -142,5 +152,5 @@ quality: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-proxy.json bench-vllm.json bench-sglang*.json demo.json demo-vllm.json \
-	  demo-sglang.json
+	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-proxy.json bench-vllm*.json bench-sglang*.json demo.json demo-vllm.json \
+	  demo-cluster.json demo-sglang.json

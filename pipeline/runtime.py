@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import anyio
 
 from tierloom.pipeline.config.segments import lower
-from tierloom.pipeline.config.spec import Graph, PipelineSpec
+from tierloom.pipeline.config.spec import Breaker, Graph, PipelineSpec
 from tierloom.pipeline.kept_texts import KeptTexts
 from tierloom.pipeline.run.graph_runner import GraphRunner
 from tierloom.pipeline.run.loop_thread import Portal
@@ -30,6 +30,7 @@ from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.contract.tier import TierContext
 
 if TYPE_CHECKING:
     from tierloom.pipeline.serve.announced import AnnouncedTiers
@@ -98,6 +99,7 @@ class Worker:
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
         self._announced, self._events = self._new_announced(), self._new_events()
+        self._lent: CircuitBreaker | None = None
         self.portal = Portal(self._live)
         self.serving: EngineListener | None = None
         try:
@@ -140,6 +142,7 @@ class Worker:
                 self._spec, self.arena, self._io, self.tiers, home,
                 namespace=self._names.digest, note=note, epoch=self._epoch,
             )  # fmt: skip
+            await self._open_lent(home)
             for name, tier in self.tiers.items():
                 tier.unread.watch = partial(note, name) if note and tier.local else None
             for graph in self._spec.graphs.values():  # a stage may refuse its options or the layout
@@ -178,11 +181,23 @@ class Worker:
         from tierloom.pipeline.serve.own_tiers import OwnTiers
 
         served = [self.tiers[name] for name in options.tiers]
-        store = OwnTiers(served, self.arena, self._names.digest, self.portal)
+        store = OwnTiers(served, self.arena, self._names.digest, self.portal, self._lent)
         self.serving = EngineListener(options, store, self._epoch, self._announced)
         self.serving.start()
         if not self.serving.address:  # nobody can be told of it
             self._announced = None
+
+    async def _open_lent(self, home: AsyncExitStack) -> None:
+        """Room for what other engines put here, where the file lends it."""
+        if (options := self._spec.serve) is None or not options.lend:
+            return
+        from tierloom.stages.tiers.memory.lent import LENT, Lent
+
+        note = partial(self._announced.note, LENT) if self._announced is not None else None
+        ctx = TierContext(self.arena, self._names.digest, self._io, note)
+        self._lent = CircuitBreaker(Lent(options.lend, ctx), LENT, Breaker())
+        home.push_async_callback(self._lent.close)
+        await self._lent.open()
 
     def _new_announced(self) -> AnnouncedTiers | None:
         """What tells a directory what is served; None: nobody is told, and nothing is imported."""

@@ -24,15 +24,20 @@ START_S, ANSWER_S, STOP_S, REST_S = 600.0, 600.0, 60.0, 10.0
 much longer the engine that it started may take."""
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as s:
+        s.bind((HOST, 0))
+        return int(s.getsockname()[1])
+
+
 class EngineServer:
     """One server on a free port of this machine, stopped on leaving whatever happens."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """`command` wants only the host and the port; it is to call its model `NAME`."""
         self.log = log
-        with socket.socket() as s:
-            s.bind((HOST, 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self._command = [*command, "--host", HOST, "--port", str(self.port)]
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,6 +53,11 @@ class EngineServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def runs(self) -> bool:
+        """It was started, and not ended by us."""
+        return self._process is not None
 
     def stop(self) -> None:
         """End it in order; what is left of it after that is killed."""
@@ -65,6 +75,13 @@ class EngineServer:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def kill(self) -> None:
+        """End it, and what it started, as a machine ends that fails."""
+        process, self._process = self._process, None
+        if process is not None:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def wait_ready(self) -> None:

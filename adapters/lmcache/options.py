@@ -19,9 +19,9 @@ from tierloom.stages.user_home import expanded
 
 PREFIX = "LMCACHE_"
 
-P2P = "peer-to-peer sharing: there is no stage for it yet"
+P2P = "without enable_p2p nothing is shared"
 PD = "hand-off from prefill to decode: there is no stage for it yet"
-CONTROLLER = "the controller: there is none yet"
+CONTROLLER = "the controller: there is none yet; a directory tells engines what others have"
 HIDDEN = "hidden states are not kept"
 API = "a running engine has no port of its own; metrics are in the engine's own /metrics"
 PLUGIN = "a store of your own is a tier in ten lines: docs/extending.md"
@@ -31,7 +31,7 @@ LOOKUP = "each tier answers for itself"
 PINS = "what is being read is held until it is read, without a time limit"
 REMOTE = "configuration is read from files, not from a service"
 
-TOGGLES = {P2P: "enable_p2p", PD: "enable_pd", CONTROLLER: "enable_controller",
+TOGGLES = {PD: "enable_pd", CONTROLLER: "enable_controller",
            HIDDEN: "enable_hidden_state_cache"}  # fmt: skip
 """The option that switches on what has no counterpart."""
 
@@ -63,6 +63,10 @@ def _table(value: Any) -> dict[str, Any]:
     return {str(k): v for k, v in table.items()}
 
 
+def _ports(value: Any) -> list[int]:
+    return [int(word) for word in _words(value)]
+
+
 def _share(value: Any) -> float:
     """The largest of a number, or of several."""
     found = max(float(word) for word in _words(value))
@@ -74,7 +78,9 @@ def _share(value: Any) -> float:
 CONVERTED: dict[str, Callable[[Any], Any]] = {
     "blend_min_tokens": int, "blend_recompute_ratios": _share, "blocking_timeout_secs": float,
     "cache_policy": str, "chunk_size": int, "enable_async_loading": _flag,
-    "enable_blending": _flag, "extra_config": _table, "gds_path": _words, "local_cpu": _flag,
+    "enable_blending": _flag, "enable_p2p": _flag, "lmcache_instance_id": str,
+    "p2p_host": str, "p2p_init_ports": _ports, "p2p_lookup_ports": _ports, "transfer_channel": str,
+    "extra_config": _table, "gds_path": _words, "local_cpu": _flag,
     "local_disk": _words, "lookup_timeout_ms": int, "max_local_cpu_size": float,
     "max_local_disk_size": float, "min_retrieve_tokens": int, "audit_actual_remote_url": str,
     "remote_serde": str, "remote_storage_plugins": _words, "remote_url": str,
@@ -83,8 +89,12 @@ CONVERTED: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 """How each option that has a counterpart is read."""
 
+P2P_ALONE = (
+    "p2p_host", "p2p_init_ports", "p2p_lookup_ports", "transfer_channel", "lmcache_instance_id",
+)  # fmt: skip
+"""What says something only where engines share."""
+
 OTHERS = {
-    P2P: ("enable_p2p p2p_host p2p_init_ports p2p_lookup_ports transfer_channel"),
     PD: (
         "enable_pd pd_role pd_buffer_size pd_buffer_device pd_peer_host pd_peer_init_port"
         " pd_peer_alloc_port pd_peer_query_port pd_proxy_host pd_proxy_port pd_max_prefill_len"
@@ -97,7 +107,7 @@ OTHERS = {
         "blend_thresholds blend_check_layers"
     ),
     CONTROLLER: (
-        "enable_controller lmcache_instance_id controller_pull_url controller_reply_url"
+        "enable_controller controller_pull_url controller_reply_url"
         " lmcache_worker_ports lmcache_worker_ids lmcache_worker_heartbeat_delay_time"
         " lmcache_worker_heartbeat_time"
     ),
@@ -157,6 +167,7 @@ class Given:
         self.bad: dict[str, str] = {}
         """Options that could not be read, and why."""
         self._values: dict[str, Any] = {}
+        self._forgone: dict[str, str] = {}
         for name, value in self.raw.items():
             if name in CONVERTED and value is not None:
                 try:
@@ -176,14 +187,21 @@ class Given:
         """An entry of `extra_config`."""
         return self.extra.pop(name, default)
 
+    def forgo(self, *names: str) -> None:
+        """These say nothing here: they are listed as not converted."""
+        for name in names:
+            if self._values.pop(name, None) is not None:
+                self._forgone[name] = P2P
+
     def switched_on(self) -> list[str]:
         """Reasons of the features that are asked for and have no counterpart."""
         return [r for r, name in TOGGLES.items() if name in self.raw and _flag(self.raw[name])]
 
     def left(self) -> list[tuple[str, Any, str]]:
         """Name, value and reason of every option that has no counterpart."""
+        whys = REASONS | self._forgone | self.bad
         rows = [
-            (name, value, self.bad.get(name) or REASONS.get(name, "no option of LMCache's"))
+            (name, value, whys.get(name, "no option of LMCache's"))
             for name, value in self.raw.items()
             if name not in self._values and not (name in CONVERTED and value is None)
         ]

@@ -177,6 +177,9 @@ def _check_served(
         elif name in tiers and not tiers[name].cls.local:
             hint = "others reach it themselves; serve tiers that use memory or disk"
             found.add(place, path, f"tier {name!r} is not this process's own", hint)
+    if options.serve.lend and not any(t.cls.in_arena for t in tiers.values()):
+        hint = "what memory tiers have room for and do not use is lent: add one"
+        found.add(place, "serve.lend", "no tier uses memory", hint)
 
 
 def _check_tier_names(

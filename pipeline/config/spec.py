@@ -194,6 +194,9 @@ class ServeOptions:
     """PEM file of the certificate, for `tls://`."""
     key_file: str = ""
     """PEM file of its key."""
+    lend: Size = 0
+    """Bytes of memory that is not in use here in which other engines may put what theirs evicts. It
+    goes first when this one needs the room; 0: nothing is lent."""
     limit: Rate = 0
     """Bytes per second to give to all others together; 0: no limit."""
     clients: int = 64

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Protocol
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
@@ -29,12 +31,12 @@ async def open_tiers(
     tells `note` of what it kept. `namespace`: the digest that every object carries; empty: objects
     of all. `epoch`: of this pipeline's own listener. Raises ConfigError; a tier that cannot be
     reached is opened and down."""
+    given_up: list[Callable[[Object], None]] = []
     for name, t in spec.tiers.items():
         make: Any = t.cls  # every tier takes (options, context)
         watch = partial(note, name) if note is not None else None
-        tier = CircuitBreaker(
-            make(t.options, TierContext(arena, namespace, pool, watch, epoch)), name, t.breaker
-        )
+        ctx = TierContext(arena, namespace, pool, watch, epoch, given_up)
+        tier = CircuitBreaker(make(t.options, ctx), name, t.breaker)
         closing.push_async_callback(tier.close)
         tiers[name] = tier
         await tier.open()

@@ -17,6 +17,8 @@ from tierloom.stages.directory.shared.records import MOST_TIERS, WorkerRecord, c
 from tierloom.stages.errors import ConfigError, InputError
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.object import LINK
+from tierloom.stages.kv.text import Text
+from tierloom.stages.tiers.memory.lent import LENT
 
 _LEAVE = 1.0
 """Seconds that it may take to say that this engine ends."""
@@ -30,19 +32,23 @@ class AnnouncedTiers:
         self, options: ServeOptions, spec: PipelineSpec, names: Namespace, process: str
     ) -> None:
         """`process`: 32 hex digits that the listener greets with. Raises ConfigError."""
-        if len(options.tiers) > MOST_TIERS:
-            raise ConfigError(f"serve.tiers: a directory is told of {MOST_TIERS} at most")
+        self._tiers = [*options.tiers, *([LENT] if options.lend else [])]
+        if len(self._tiers) > MOST_TIERS:
+            raise ConfigError(
+                f"serve.tiers: a directory is told of {MOST_TIERS} at most, what is lent among them"
+            )
         self._directory = named_directory(
             options.directory, token_file=options.token_file, ca_file=options.ca_file
         )
         self._options, self._namespace = options, names.digest
         chunk = spec.chunk
+        # Ranks of an engine have its name alike, and each its share of the model.
+        share = names.digest.hex()[:8] if options.instance else ""
         try:
             self._record = WorkerRecord(
                 instance=options.instance or f"{socket.gethostname()}-{os.getpid()}-{process[:4]}",
-                process=process, model=names.model, namespace=names.digest.hex(),
-                chunk=chunk.tokens, grain=chunk.grain, keys=chunk.keys,
-                tiers=tuple(options.tiers),
+                process=process, share=share, model=names.model, namespace=names.digest.hex(),
+                chunk=chunk.tokens, grain=chunk.grain, keys=chunk.keys, tiers=tuple(self._tiers),
             )  # fmt: skip
         except InputError as error:
             raise ConfigError(f"serve: the directory takes no such {error}") from None
@@ -56,9 +62,9 @@ class AnnouncedTiers:
         """Of the directory, where others reach it by this engine's listener."""
         return DirectoryHost(self._directory) if self._options.directory == EMBEDDED else None
 
-    def note(self, tier: str, kept: bool, links: bytes) -> None:
+    def note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
         """As `TierWatch`, for tiers that are served; any thread."""
-        if tier not in self._options.tiers:
+        if tier not in self._tiers:
             return
         key = links[-LINK:]
         with self._lock:
@@ -89,4 +95,4 @@ class AnnouncedTiers:
     def _tell(self, tier: str, key: bytes, kept: bool) -> None:
         assert self._announcer is not None
         name = chunk_name(self._namespace, key)
-        self._announcer.note(name, self._options.tiers.index(tier), kept)
+        self._announcer.note(name, self._tiers.index(tier), kept)

@@ -91,11 +91,12 @@ class EngineListener:
             self._sender.close()
 
     def figures(self) -> dict[str, int]:
-        """Clients, objects given so far, and bytes that are being sent."""
+        """Clients, objects given so far, bytes that are being sent, and bytes that are lent."""
         store, sessions = self._store, len(self._listener.sessions)
         written = self._sender.written if self._sender is not None else 0
         return {
             "clients": sessions, "given": store.given, "held": store.held, "written": written,
+            "lent": store.lent_bytes,
         }  # fmt: skip
 
     def _run(self) -> None:

@@ -86,6 +86,10 @@ class MemoryReservation:
         self._promised += nbytes
         return True
 
+    def lease(self, nbytes: int) -> Lease:
+        """Memory for an object that comes, of what was promised. Raises ArenaFull."""
+        return self._arena.lease(nbytes)
+
     def take(self, lease: Lease) -> None:
         """A lease becomes ours to release."""
         self._leases.append(lease)

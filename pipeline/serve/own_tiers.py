@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 
 import anyio
 import anyio.lowlevel
@@ -19,6 +20,7 @@ from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.arena import Arena, Lease
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierStat
+from tierloom.stages.tiers.memory.lent import Lent
 
 _COLD = 2
 """Objects that are read from disks at once."""
@@ -29,18 +31,21 @@ _WHOLE = 1 << 30
 
 class OwnTiers:
     """Read on the listener's loop, by clients of the pipeline's own namespace. That neither counts
-    as a use, nor puts, deletes or lends anything."""
+    as a use, nor deletes anything. What they put goes into memory that is lent, if any."""
 
-    writable = False
     kept_in_memory = 0
     """Nothing of it is lent: an engine may need it at any time."""
 
     def __init__(
-        self, tiers: Sequence[CircuitBreaker], arena: Arena, namespace: bytes, portal: Portal
-    ) -> None:
+        self, tiers: Sequence[CircuitBreaker], arena: Arena, namespace: bytes, portal: Portal,
+        lent: CircuitBreaker | None = None,
+    ) -> None:  # fmt: skip
         """`tiers`: with an index in this process, best first. `portal`: runs the loop they are
-        on."""
-        self._tiers, self._namespace, self._portal = tiers, namespace, portal
+        on. `lent`: a `Lent` in which others may put; None: nowhere."""
+        self._tiers = [*tiers, lent] if lent is not None else tiers
+        self._lent = lent.tier if lent is not None and isinstance(lent.tier, Lent) else None
+        self.writable = self._lent is not None
+        self._namespace, self._portal = namespace, portal
         self.arena, self.largest = arena, arena.total
         self._most = max(arena.total - arena.working, arena.working) // 4
         self.lock = threading.Lock()
@@ -92,13 +97,19 @@ class OwnTiers:
         return lost
 
     async def put(self, space: bytes, obj: Object) -> Lost | None:
-        return Lost.NO_ROOM
+        """Keep what another engine has no room for, until there is none here."""
+        if self._lent is None or space != self._namespace:
+            return Lost.NO_ROOM
+        return (await self._lent.put([obj]))[0]
 
     async def order_for_eviction(self, space: bytes, keys: Iterable[bytes]) -> None:
         return
 
     async def delete(self, space: bytes, keys: Iterable[bytes]) -> int:
-        return 0
+        """Of what others have put, and nothing else."""
+        if self._lent is None or space != self._namespace:
+            return 0
+        return await self._lent.delete(list(keys))
 
     async def clear(self, space: bytes) -> int:
         return 0
@@ -106,6 +117,10 @@ class OwnTiers:
     def stat(self, space: bytes) -> TierStat:
         stats = [t.stat() for t in self._tiers] if space == self._namespace else []
         return TierStat(*(sum(s[i] for s in stats) for i in range(3)))
+
+    @property
+    def lent_bytes(self) -> int:
+        return self._lent.stat().nbytes if self._lent is not None else 0
 
     @property
     def evicted(self) -> int:
@@ -144,6 +159,20 @@ class OwnTiers:
                 self._unpromise(nbytes)
         return read.object or read.lost
 
+    def begin_promise(self, reservation: HeldForClient, nbytes: int) -> Future[bool]:
+        """Room for what others put, in memory that is idle; the answer comes at once."""
+        return self._portal.begin(self._promise, reservation, nbytes)
+
+    async def _promise(self, reservation: HeldForClient, nbytes: int) -> bool:
+        fits = self._lent is not None and nbytes <= self.arena.working // 4 - self.promised
+        if not fits or self._lent is None or not self._lent.make_way(nbytes):
+            return False
+        if not self.arena.reserve_now(nbytes):
+            return False
+        self.promised += nbytes
+        reservation.promised(nbytes)
+        return True
+
     def _unpromise(self, nbytes: int) -> None:
         self.promised -= nbytes
         self.arena.unreserve(nbytes)
@@ -155,6 +184,24 @@ class HeldForClient(MemoryReservation):
     def __init__(self, store: OwnTiers) -> None:
         super().__init__(store.arena)
         self._store, self._closed = store, False
+
+    async def promise(self, nbytes: int) -> bool:
+        """Never waits."""
+        if not nbytes:
+            return True
+        return bool(await awaited(self._store.begin_promise(self, nbytes)))
+
+    def promised(self, nbytes: int) -> None:
+        """Any thread; given back with the rest."""
+        with self._store.lock:
+            if not self._closed:
+                self._promised += nbytes
+                return
+        self._store.let_go((), nbytes)
+
+    def lease(self, nbytes: int) -> Lease:
+        """Nothing is evicted for it but what others put."""
+        return self._arena.lease(nbytes, evict=False)
 
     def take(self, lease: Lease, promised: int = 0) -> None:
         """Any thread. `promised`: bytes of the arena that are given back with it."""

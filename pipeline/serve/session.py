@@ -283,7 +283,7 @@ class Session:
             lease = None
             if codes[i] == wire.SEND:
                 try:
-                    lease = self._store.arena.lease(nbytes) if room else None
+                    lease = reservation.lease(nbytes) if room else None
                 except ArenaFull:
                     lease = None
                 if lease is not None:

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 _QUEUE = 0.1
 """Seconds for which an object may wait until it is sent, where bytes per second are limited."""
+_BURST = 0.1
+"""Seconds' worth of bytes that go at once after a rest: a prompt is not spread over time."""
 
 
 class RateLimit:
-    """At most so many bytes per second, to all clients together."""
+    """At most so many bytes per second, to all clients together (a token bucket)."""
 
     def __init__(self, limit: int) -> None:
         """`limit`: bytes per second; 0: none."""
@@ -32,9 +34,9 @@ class RateLimit:
         if not self._limit or self.exceeded:
             return not self._limit
         now = time.monotonic()
-        begin = max(now, self._free)
+        begin = max(now - _BURST, self._free)
         self._free = begin + nbytes / self._limit
-        await anyio.sleep(begin - now)
+        await anyio.sleep(max(0.0, begin - now))
         return True
 
 

@@ -147,8 +147,14 @@ class Arena(Slab):
         """Bytes that nobody was promised."""
         return self.working - self._reserved
 
-    def lease(self, nbytes: int) -> Lease:
-        """Take page-aligned bytes, uninitialized. Waits for nobody: raises ArenaFull."""
+    @property
+    def idle(self) -> int:
+        """Bytes that memory tiers have room for and do not use."""
+        return self.total - self.working - self._kept
+
+    def lease(self, nbytes: int, *, evict: bool = True) -> Lease:
+        """Take page-aligned bytes, uninitialized. Waits for nobody: raises ArenaFull. `evict`: have
+        tiers drop objects where no hole is long enough."""
         need = aligned(nbytes)
         while True:
             with self.lock:
@@ -162,7 +168,7 @@ class Arena(Slab):
                     self.leases += 1
                     return Lease(self, offset, need)
             # The lock is free here: a tier that drops an object releases its lease.
-            if not any(give_up() for give_up in self.reclaim):
+            if not evict or not any(give_up() for give_up in self.reclaim):
                 raise ArenaFull(f"no hole of {need} bytes left between leases in use")
 
     async def reserve(self, nbytes: int) -> None:
@@ -183,6 +189,13 @@ class Arena(Slab):
                 if freed in self._waiters:
                     self._waiters.remove(freed)
         self._reserved += nbytes
+
+    def reserve_now(self, nbytes: int) -> bool:
+        """`reserve` where nobody would have to wait for it; False: somebody would."""
+        if self._waiters or self._reserved + nbytes > self.working:
+            return False
+        self._reserved += nbytes
+        return True
 
     def unreserve(self, nbytes: int) -> None:
         """Give a promise back (on the loop, like `reserve`)."""

@@ -37,8 +37,12 @@ class PoisonArena(Arena):
     def used(self) -> int:
         return super().used - self._waiting
 
-    def lease(self, nbytes: int) -> Lease:
-        lease = super().lease(nbytes)
+    @property
+    def idle(self) -> int:
+        return super().idle - self._most
+
+    def lease(self, nbytes: int, *, evict: bool = True) -> Lease:
+        lease = super().lease(nbytes, evict=evict)
         self._fill(lease.offset, lease.nbytes, FRESH)
         return lease
 

@@ -121,6 +121,9 @@ class TierContext(NamedTuple):
     """Told of each object of a local tier that comes or goes."""
     epoch: bytes = b""
     """By which this pipeline's own listener greets, if it has one."""
+    given_up: list[Callable[[Object], None]] | None = None
+    """Called by memory tiers, on the loop, with each object that makes room for one that is put:
+    who wants to have it retains its lease. Nobody else has it then. They must return at once."""
 
 
 @dataclass(slots=True)

@@ -135,6 +135,8 @@ class Memory(IndexedTier[Object]):
         entry = self._index.evict(incoming)
         if entry is None:
             return False
+        for take in self.ctx.given_up or () if incoming else ():
+            take(entry.place)
         self.ctx.arena.unkeep(entry.place.lease)
         self.counts.evicted += 1
         return True

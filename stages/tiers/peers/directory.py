@@ -17,6 +17,9 @@ class HolderDirectory(Protocol):
         """Addresses of the engines that have each key. Never raises: what is not known, nobody
         has."""
 
+    async def lenders(self) -> list[str]:
+        """Addresses of the engines that may lend memory. Raises TierDown, OSError, TimeoutError."""
+
     def missed(self, key: bytes, address: str) -> None:
         """The engine there, which was named for it, did not have it."""
 
@@ -60,6 +63,9 @@ class AskAll:
                     asked[address].suspect()
                 tasks.cancel_scope.cancel()
         return [[a for a, found in answers.items() if found[i]] for i in range(len(keys))]
+
+    async def lenders(self) -> list[str]:
+        return list(self._peers)
 
     def missed(self, key: bytes, address: str) -> None:
         """It has said so itself."""

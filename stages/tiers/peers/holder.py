@@ -50,10 +50,11 @@ class Holder(Server):
 
     def __init__(
         self, options: ServerOptions, ctx: TierContext, counts: TierCounts, *, limit: float,
-        probe: float, wake: Callable[[], None],
+        probe: float, wake: Callable[[], None], borrows: bool = False,
     ) -> None:  # fmt: skip
         """`limit`: seconds that one call may take. `probe`: between two tries. `wake`: called when
-        it was put aside. Raises ConfigError."""
+        it was put aside. `borrows`: one connection more is for what is put there. Raises
+        ConfigError."""
         super().__init__(options, ctx)
         self.counts = counts
         self.cost = ReadCostModel()
@@ -68,7 +69,8 @@ class Holder(Server):
         # One connection is left to questions, which must not wait for objects.
         self._reading = anyio.Semaphore(options.connections - 1)
         self._landed: LandedReads | None = None
-        self._client.prepare(options.token_file, options.ca_file, options.connections)
+        connections = options.connections + borrows
+        self._client.prepare(options.token_file, options.ca_file, connections)
 
     def land_in(self, receiver: Receiver, least: int) -> None:
         """Objects of at least so many bytes are to be written there by it, where it can."""

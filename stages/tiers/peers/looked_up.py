@@ -11,6 +11,7 @@ from tierloom.stages.directory.shared.contract import Directory, Roster
 from tierloom.stages.directory.shared.named import named_directory
 from tierloom.stages.directory.shared.records import ChunkHolder, chunk_name
 from tierloom.stages.errors import ConfigError, TierDown
+from tierloom.stages.tiers.memory.lent import LENT
 from tierloom.stages.tiers.peers.options import PeerOptions
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ _REPORTS = 64
 _REMEMBERED = 1 << 14
 _REST = 1.0
 """Seconds for which a directory that failed is asked by nobody."""
+_FRESH = 5.0
+"""Seconds for which those that lend are not asked for again."""
 
 
 class LookedUp:
@@ -34,6 +37,8 @@ class LookedUp:
         """By key and address: as `find` named them last."""
         self._reports: set[asyncio.Task[None]] = set()
         self._silent, self._retry = False, 0.0
+        self._lend: list[str] = []
+        self._lend_until = 0.0
 
     @classmethod
     def named(cls, options: PeerOptions, namespace: bytes) -> LookedUp:
@@ -59,6 +64,18 @@ class LookedUp:
             log.warning("the directory says again what other engines keep")
         self._silent = False
         return found
+
+    async def lenders(self) -> list[str]:
+        """Those that say so, and keep what this engine can read. Raises ConfigError, too."""
+        now = time.monotonic()
+        if now >= self._lend_until:
+            workers = await self._directory.workers()
+            records = [member.record for member in workers.values()]
+            mine = self._namespace.hex()
+            lend = [r for r in records if LENT in r.tiers and r.namespace == mine]
+            self._lend = [address for r in lend for address in r.addresses]
+            self._lend_until = now + _FRESH
+        return self._lend
 
     def missed(self, key: bytes, address: str) -> None:
         """An engine that was named for a chunk did not have it. Returns at once."""

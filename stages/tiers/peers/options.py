@@ -30,6 +30,9 @@ class PeerOptions:
     """Longest wait for one answer of one engine, objects included. It is then left alone."""
     hedge: Seconds | None = 0.03
     """Ask the next engine as well, when one is late by this much."""
+    borrow: Size = 0
+    """Most bytes of what memory evicts here to put into idle memory of engines that say
+    `serve: {lend: ...}`; it is found there again. 0: nothing."""
     probe: Seconds = 0.5
     """How often an engine that is left alone is asked, in the background, whether it is back."""
     wire: PeerWire = "inline"

@@ -31,6 +31,7 @@ from tierloom.stages.tiers.server.tier import ServerOptions
 
 if TYPE_CHECKING:
     from tierloom.stages.tiers.landing.receiver import Receiver
+    from tierloom.stages.tiers.peers.borrowed import Borrowed
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,9 @@ class Peer(Tier):
         self.receiver: Receiver | None = None
         """Where objects land that come by NIXL."""
         self._watcher: asyncio.Task[None] | None = None
+        self._sender: asyncio.Task[None] | None = None
+        self.borrowed: Borrowed | None = None
+        """What memory evicted here and others keep; None: nothing of it."""
         self._woken = asyncio.Event()
 
     async def open(self) -> None:
@@ -78,13 +82,22 @@ class Peer(Tier):
             self._directory = LookedUp.named(self.options, self.ctx.namespace)
         for address in () if self.options.looks_up else self.options.addresses:
             self._holder(address)
+        if self.options.borrow and self.ctx.given_up is not None:
+            from tierloom.stages.tiers.peers.borrowed import Borrowed
+
+            o = self.options
+            self.borrowed = Borrowed(o.borrow, o.timeout, self.ctx.arena, self._lenders)
+            self.ctx.given_up.append(self.borrowed.offer)
+            self._sender = asyncio.create_task(self.borrowed.run())
+            self._sender.add_done_callback(_say_why)
         self._watcher = asyncio.create_task(self._watch())
         self._watcher.add_done_callback(_say_why)
 
     async def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        tasks = [task for task in (self._watcher, self._sender) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self.receiver is not None:  # before the connections, by which nothing is then due
             await self.ctx.pool(self.receiver.close, leases=())
         for holder in self.holders.values():
@@ -142,8 +155,8 @@ class Peer(Tier):
         return 0
 
     async def clear(self) -> int:
-        """Nothing of it is this pipeline's."""
-        return 0
+        """What others keep is theirs, but for what was put there."""
+        return await self.borrowed.clear() if self.borrowed is not None else 0
 
     def stat(self) -> TierStat:
         """Nothing: each engine counts its own."""
@@ -159,7 +172,7 @@ class Peer(Tier):
             )  # fmt: skip
             self.holders[address] = Holder(
                 options, self.ctx, self.counts, limit=o.timeout, probe=o.probe,
-                wake=self._woken.set,
+                wake=self._woken.set, borrows=o.borrow > 0,
             )  # fmt: skip
             if self.receiver is not None and (o.wire == "nixl" or not options.encrypted):
                 least = 1 if o.wire == "nixl" else o.nixl.min_bytes
@@ -173,6 +186,10 @@ class Peer(Tier):
             return self._holder(address)
         except (ConfigError, ValueError):
             return None
+
+    async def _lenders(self) -> list[Holder]:
+        addresses = await self._directory.lenders()
+        return [holder for a in addresses if (holder := self._holder_at(a)) is not None]
 
     async def _forget_some(self) -> None:
         """Engines come and go where a directory names them: those that are left alone are closed
@@ -275,7 +292,7 @@ class Peer(Tier):
 
 def _say_why(watcher: asyncio.Task[None]) -> None:
     if not watcher.cancelled() and (error := watcher.exception()) is not None:
-        log.error("engines that were left alone are not found again", exc_info=error)
+        log.error("the tier peer works no more as it should", exc_info=error)
 
 
 def _release(reads: Sequence[Read]) -> None:

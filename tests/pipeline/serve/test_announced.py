@@ -81,6 +81,19 @@ def test_what_one_keeps_the_other_finds(opened: Open, server: Any) -> None:
     assert found(two, target, to, wanted=0) == 0
 
 
+def test_ranks_of_one_engine_have_its_name_alike(opened: Open, server: Any) -> None:
+    """Each has a share of its own, in a namespace of its own."""
+    engine = Engine()
+    target = engine.blank()
+    at, to = engine.slots(192), target.slots(192)
+    for part in ("first", "second"):
+        rank = opened(engine_file(url(server), instance="one engine"), engine, model=part)
+        rank.store(IDS, engine.caches, at).wait()
+    for part in ("first", "second"):
+        other = opened(engine_file(url(server)), engine, model=part)
+        assert found(other, target, to, wanted=192) == 192
+
+
 def test_what_was_kept_before_the_directory_came(opened: Open) -> None:
     """And what is kept when it comes back empty."""
     engine = Engine()

@@ -13,6 +13,7 @@ from tierloom.stages.kv.object import Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.memory.lent import Lent
 from tierloom.stages.tiers.memory.tier import Memory, MemoryOptions
 from tierloom.testing import FRAMES, NAMESPACE, SIZE, TierBench, TierContract, key_of, make_object
 
@@ -181,3 +182,43 @@ def test_the_capacity_is_used(evict, mixed):
     share = anyio.run(fill)
     assert share >= 0.97
     print(f"resident share, {evict}, {'mixed' if mixed else 'equal'} sizes: {share:.4f}")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_is_lent_goes_first(anyio_backend) -> None:
+    """Where memory is needed, though it came last; and it takes no more than is idle."""
+    arena = Arena(2 * SIZE, 6 * SIZE, huge_pages=False)
+    ctx = TierContext(arena, NAMESPACE, anyio.to_thread.run_sync)
+    own, lent = Memory(MemoryOptions(capacity=6 * SIZE), ctx), Lent(100 * SIZE, ctx)
+    await own.open()
+    await lent.open()
+
+    async def put(tier, *seeds):
+        for seed in seeds:
+            obj = make_object(arena, seed)
+            assert await tier.put([obj]) == [None]
+            obj.lease.release()
+
+    await put(own, 1, 2)
+    assert lent.make_way(4 * SIZE)
+    await put(lent, *range(11, 15))
+    assert (lent.stat().objects, arena.idle) == (4, 0)
+    assert lent.make_way(SIZE), "what was put first makes way"
+    assert (lent.stat().objects, await lent.exists([key_of(11)])) == (3, [False])
+    await put(lent, 15)
+    await put(own, *range(3, 7))
+    assert (own.stat().objects, own.counts.evicted) == (6, 0)
+    assert lent.stat().objects == 2, "the others gave their places"
+    with pytest.raises(ArenaFull, match="no hole"):
+        arena.lease(SIZE, evict=False)
+    assert lent.stat().objects == 2
+    leases = [arena.lease(SIZE) for _ in range(2)]
+    assert (own.stat().objects, lent.stat().objects) == (6, 0)
+    for lease in leases:
+        lease.release()
+    assert not lent.make_way(SIZE), "nothing is idle"
+    for tier in (own, lent):
+        await tier.close()
+    assert (arena.leases, arena.idle) == (0, 6 * SIZE)
+    assert not arena.reclaim
