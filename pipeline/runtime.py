@@ -32,6 +32,7 @@ from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 if TYPE_CHECKING:
+    from tierloom.pipeline.handoff.handoff import Handoff
     from tierloom.pipeline.serve.announced import AnnouncedTiers
     from tierloom.pipeline.serve.engine_listener import EngineListener
 
@@ -98,6 +99,8 @@ class Worker:
         self._io = Pool(spec.budget.threads, "io")
         self._announced = self._new_announced()
         self.portal = Portal(self._live)
+        self.handoff: Handoff | None = None
+        """Its part in hand-offs between engines; None: it has none."""
         self.serving: EngineListener | None = None
         try:
             self.portal.start()
@@ -109,6 +112,8 @@ class Worker:
     async def clear(self, local: bool) -> tuple[int, list[str]]:
         """Cancel stores under way, then empty the tiers, or the local ones: how many objects
         there were, and the tiers that refused, with their reasons."""
+        if self.handoff is not None:
+            self.handoff.clear()
         if (stores := self.runners.get("store")) is not None:
             await _cancel(stores)
         count, refused = 0, []
@@ -131,7 +136,7 @@ class Worker:
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            noted = self._watch or self._texts or self._announced
+            noted = self._watch or self._texts or self._announced or self._spec.serve
             note = self._note if noted else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
@@ -141,6 +146,9 @@ class Worker:
                 tier.unread.watch = partial(note, name) if note and tier.local else None
             for graph in self._spec.graphs.values():  # a stage may refuse its options or the layout
                 self.runners[graph.name] = self._runner(graph)
+            if self._spec.serve is not None or self._spec.handoff is not None:
+                self.handoff = self._new_handoff()
+                home.push_async_callback(self.handoff.close)
             async with anyio.create_task_group() as tasks:
                 for runner in self.runners.values():
                     home.callback(runner.close)
@@ -159,6 +167,8 @@ class Worker:
             self._texts.note(tier, kept, links, text)
         if self._announced is not None:
             self._announced.note(tier, kept, links)
+        if kept and self.handoff is not None and self.handoff.promises is not None:
+            self.handoff.promises.note(links)
         if not self._watch:
             return
         change = Change(tier, kept, links, text)
@@ -176,11 +186,26 @@ class Worker:
 
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal)
+        store.promises = self.handoff.promises if self.handoff is not None else None
         self.serving = EngineListener(options, store, self._epoch)
         self.serving.start()
         if self._announced is not None and self.serving.address:
             at = self.serving.address, self._epoch.hex()
             self.portal.post(self._announced.listens_at, *at)
+
+    def _new_handoff(self) -> Handoff:
+        from tierloom.pipeline.handoff.handoff import Handoff
+
+        return Handoff(
+            self._spec, self.tiers, self.arena, self._names.digest, self.portal,
+            object_bytes=self._object_bytes, pool=self._work,
+        )  # fmt: skip
+
+    @property
+    def _object_bytes(self) -> int:
+        """Of a whole chunk's object, in memory."""
+        g = self._geometry
+        return g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE
 
     def _new_announced(self) -> AnnouncedTiers | None:
         """What tells a directory what is served; None: nobody is told, and nothing is imported."""
@@ -214,7 +239,7 @@ class Worker:
         stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
         return GraphRunner(
             graph, lower(graph), stages, pool=self._work, arena=self.arena,
-            object_bytes=g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE,
+            object_bytes=self._object_bytes,
             inflight=self._spec.budget.inflight,
         )  # fmt: skip
 

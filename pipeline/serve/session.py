@@ -18,6 +18,7 @@ from functools import partial
 import anyio
 import anyio.lowlevel
 
+from tierloom.pipeline.serve.giving import Giving
 from tierloom.pipeline.serve.object_store import MemoryReservation, ObjectStore
 from tierloom.pipeline.serve.own_tiers import OwnTiers
 from tierloom.pipeline.serve.terms import Lending, Terms
@@ -29,6 +30,7 @@ from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Connection
 from tierloom.stages.tiers.server.protocol import ErrorCode, Kind
+from tierloom.stages.tiers.server.taking import Take
 
 log = logging.getLogger("tierloom.serve")
 
@@ -187,6 +189,9 @@ class Session:
             await self._lend(number, wire.keys_of(body, wire.OBJECTS))
         elif kind is Kind.SETTLE:
             await self._store.order_for_eviction(self._space, wire.keys_of(body))
+        elif kind is Kind.TAKE and isinstance(self._store, OwnTiers):
+            giving = Giving(self._connection, number, self._store, self._space, self._terms.limit)
+            await giving.answer(Take.unpack(body))
         elif kind is Kind.RETURN:
             self._take_back(wire.ids_of(body))
         elif kind is Kind.DROP:

@@ -82,6 +82,12 @@ class Settings:
 class Configured(ExtraConfig[Settings]):
     """What `kv_connector_extra_config` means."""
 
+    @property
+    def hands_over(self) -> bool:
+        """Requests may be computed at one engine and answered at another."""
+        spec = self.pipeline()
+        return spec.serve is not None or spec.handoff is not None
+
     def pipeline(self, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
         spec = super().pipeline(overrides)
         keys = self.settings.keys

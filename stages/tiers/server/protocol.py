@@ -66,6 +66,8 @@ class Kind(IntEnum):
     LENT = 23
     RETURN = 24
     SETTLE = 26
+    TAKE = 28
+    PIECE = 29
 
 
 class ErrorCode(IntEnum):
