@@ -24,6 +24,7 @@ from tierloom.stages.contract.stage import Context, ModelFacts, Stage
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.paged_copy import warm_up
 from tierloom.stages.kv.rope import Rotation
 from tierloom.stages.kv.text import Text
@@ -177,6 +178,11 @@ class Worker:
         else:
             self.changes.append(change)
 
+    def _arriving(self, obj: Object, frames: range) -> None:
+        """Frames of an object that is being stored: others may wait for them."""
+        if self.handoff is not None and self.handoff.promises is not None:
+            self.handoff.promises.note_frames(obj, frames)
+
     def _serve(self) -> None:
         """Let other engines read what this one keeps, where the file says so."""
         if (options := self._spec.serve) is None:
@@ -233,6 +239,7 @@ class Worker:
             namespace=self._names.digest, names=self._names, facts=self._facts,
             replica=self._replica, rotation=self._rotation,
             texts=self._texts.index if self._texts else None,
+            arriving=self._arriving if self._spec.serve is not None else None,
             trusted=self._memory if self._spec.verify == "remote" else frozenset(),
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip

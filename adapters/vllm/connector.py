@@ -100,6 +100,7 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         speak()
         _check_version()
         conf = configured(self._kv_transfer_config.kv_connector_extra_config)
+        conf = conf.of_role(self._kv_transfer_config.kv_role)
         self.trace: dict[str, list[float]] | None = {} if conf.settings.trace else None
         self._broken: set[str] = set()
         self.scheduler: Any = None  # one of the two, by role

@@ -43,6 +43,8 @@ class Arrival:
         """Of objects of which some has come: the lease, where the first piece began, and where the
         last ended."""
         self._kept: list[bytes] = []
+        self.nbytes = 0
+        """Bytes that have come."""
 
     @property
     def came(self) -> int:
@@ -69,6 +71,7 @@ class Arrival:
                 with anyio.fail_after(wait):
                     end = min(at + _SLICE, piece.end)
                     await connection.fill(lease.view[at:end], leases=(lease,))
+            self.nbytes += piece.end - piece.begin
             if piece.begin == 0:
                 left.discard(piece.chunk)
                 await self._whole(piece, lease)

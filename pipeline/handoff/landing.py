@@ -81,6 +81,8 @@ class Landing:
         self._refused: set[str] = set()
         self._number = 0
         self._tasks: set[asyncio.Task[int]] = set()
+        self._arrivals: set[Arrival] = set()
+        self._nbytes = 0
         self.landed = self.given_up = 0
         """Objects that came whole, and hand-offs of which not all came."""
 
@@ -92,9 +94,13 @@ class Landing:
             prefiller.client.close()
 
     def figures(self) -> dict[str, int]:
-        """Objects that have landed, and hand-offs under way, and such of which not all came."""
-        busy = sum(p.busy for p in self._prefillers.values())
-        return {"landed": self.landed, "landing": busy, "given_up": self.given_up}
+        """Objects that have landed, and bytes that have come; hand-offs under way, and such of
+        which not all came."""
+        nbytes = self._nbytes + sum(arrival.nbytes for arrival in list(self._arrivals))
+        busy = sum(p.busy for p in list(self._prefillers.values()))
+        return {
+            "landed": self.landed, "bytes": nbytes, "landing": busy, "given_up": self.given_up,
+        }  # fmt: skip
 
     async def land(
         self, host: str, port: int, ticket: bytes, chunks: Sequence[bytes], *, later: bool
@@ -176,6 +182,7 @@ class Landing:
             chunks, self._namespace, self._memory, self._arena, largest=self._object_bytes,
             pool=self._pool,
         )  # fmt: skip
+        self._arrivals.add(arrival)
         try:
             async with AsyncExitStack() as stack:
                 with anyio.fail_after(_DIAL):
@@ -196,5 +203,7 @@ class Landing:
         finally:
             prefiller.busy -= 1
             self.landed += arrival.came
+            self._arrivals.discard(arrival)
+            self._nbytes += arrival.nbytes
             arrival.close()
         return arrival.came

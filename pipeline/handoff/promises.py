@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from tierloom.stages.kv.object import LINK
+from tierloom.stages.kv.object import LINK, Object
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.index import split
@@ -39,6 +39,27 @@ class PromisedChunk:
     links: bytes
     """Its grain links; the last is its key."""
     tickets: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class ArrivingObject:
+    """An object that is being stored, frame by frame. Whoever keeps it holds its lease."""
+
+    object: Object
+    _from_start: int = 0
+    _beyond: set[int] = field(default_factory=set)
+
+    @property
+    def ready(self) -> int:
+        """Frames that are there, from the first one on."""
+        return len(self.object.header.frames) if self.object.sealed else self._from_start
+
+    def note(self, frames: range) -> None:
+        """These are there, whichever came before."""
+        self._beyond.update(frames)
+        while self._from_start in self._beyond:
+            self._beyond.discard(self._from_start)
+            self._from_start += 1
 
 
 class Watcher:
@@ -76,6 +97,7 @@ class Promises:
         self._tickets: dict[bytes, Promise] = {}
         self._wanted: dict[bytes, PromisedChunk] = {}
         self._pins: dict[bytes, Lease] = {}
+        self._arriving: dict[bytes, ArrivingObject] = {}
         self._watchers: set[Watcher] = set()
         self.pinned = 0
         """Bytes that are held for tickets."""
@@ -125,6 +147,7 @@ class Promises:
         released: list[Lease] = []
         with self._lock:
             now = self._clock()
+            self._drop_given_up(released)
             for ticket in [t for t, promise in self._tickets.items() if promise.until <= now]:
                 self._end(ticket, released)
             left = min((p.until for p in self._tickets.values()), default=None)
@@ -137,14 +160,44 @@ class Promises:
         came = [link for link in split(links) if link in self._wanted] if self._wanted else []
         if not came:
             return
+        released: list[Lease] = []
         with self._lock:
-            until = self._clock() + self._seconds
-            for promise in self._tickets.values():
-                if not promise.keys.isdisjoint(came):
-                    promise.until = until
+            self._renew(came)
+            whole = [self._arriving.pop(key, None) for key in came]
+            released += [arrived.object.lease for arrived in whole if arrived is not None]
+        _release(released)
         for key in came:
             self._pin(key)
         self._wake()
+
+    def note_frames(self, obj: Object, frames: range) -> None:
+        """Frames of an object that is being stored are there, in its lease."""
+        key = obj.header.key
+        if key not in self._wanted:
+            return
+        released: list[Lease] = []
+        with self._lock:
+            if key not in self._wanted:
+                return
+            self._renew([key])
+            self._drop_given_up(released)
+            known = self._arriving.get(key)
+            if known is None or known.object is not obj:
+                if known is not None:
+                    released.append(known.object.lease)
+                obj.lease.retain()
+                known = self._arriving[key] = ArrivingObject(obj)
+            known.note(frames)
+        _release(released)
+        self._wake()
+
+    def arriving(self, key: bytes) -> ArrivingObject | None:
+        """An object that is being stored; its lease is retained for the caller, who releases it."""
+        with self._lock:
+            found = self._arriving.get(key)
+            if found is not None:
+                found.object.lease.retain()
+            return found
 
     def kept_as(self, key: bytes) -> bytes:
         """The key of an object in memory that begins with a chunk that was promised; empty: there
@@ -176,6 +229,18 @@ class Promises:
             with self._lock:
                 self._watchers.discard(made)
 
+    def _renew(self, keys: Sequence[bytes]) -> None:
+        """Tickets that name one of these get their whole time. Under the lock."""
+        until = self._clock() + self._seconds
+        for promise in self._tickets.values():
+            if not promise.keys.isdisjoint(keys):
+                promise.until = until
+
+    def _drop_given_up(self, released: list[Lease]) -> None:
+        """What nobody else holds any more was not stored. Under the lock."""
+        left = [key for key, a in self._arriving.items() if a.object.lease.refs == 1]
+        released += [self._arriving.pop(key).object.lease for key in left]
+
     def _wake(self) -> None:
         with self._lock:
             watchers = list(self._watchers)
@@ -206,6 +271,8 @@ class Promises:
             self._wanted[key].tickets -= 1
             if not self._wanted[key].tickets:
                 del self._wanted[key]
+                if (arriving := self._arriving.pop(key, None)) is not None:
+                    released.append(arriving.object.lease)
                 if (lease := self._pins.pop(key, None)) is not None:
                     self.pinned -= lease.nbytes
                     released.append(lease)

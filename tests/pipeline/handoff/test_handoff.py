@@ -6,6 +6,7 @@ import itertools
 import socket
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -408,3 +409,51 @@ def test_mistakes_in_a_file(tmp_path: Path) -> None:
             load_config(decoder(handoff=options))
     with pytest.raises(ConfigProblems, match="ticket must be positive"):
         load_config(prefiller(serve={"ticket": "0 s"}))
+
+
+def came(pipe: Any, nbytes: int) -> bool:
+    return bool(pipe.stats()["handoff"]["bytes"] >= nbytes)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_layers_go_out_as_they_are_computed(opened: Open, steps: int) -> None:
+    """All frames but the last layer group's are at the decoder before that is computed."""
+    engine = Engine()
+    at = engine.slots(192)
+    p = opened(prefiller(graphs__store__pace__by="layer"), engine)
+    d = opened(decoder(), engine)
+    landing = begin_land(d, p, later=True)
+    promise(p)
+    per = 192 // steps
+    for end in range(per, 193, per):
+        store = p.begin_store(IDS[:end], engine.caches, at[:end])
+        for layer in range(engine.layers):
+            if layer == engine.layers - 2 and end == 192:
+                g = p.geometry
+                least = g.frame_bytes(2, 64) * 2 * (per // 64)
+                until(partial(came, d, least))
+                assert not landing.done()
+            store.layer_done(layer)
+        assert store.wait().lost == {}
+    assert landing.result(30) == 3
+    settle(p)
+    assert get(d, engine, at).tokens == 192
+    until(lambda: p.stats()["handoff"] == {"tickets": 0, "pinned": 0})
+
+
+def test_a_store_that_is_given_up_half_way_is_a_miss(opened: Open) -> None:
+    engine = Engine()
+    at = engine.slots(192)
+    p = opened(prefiller(graphs__store__pace__by="layer"), engine)
+    d = opened(decoder(handoff={"wait": "500 ms"}), engine)
+    landing = begin_land(d, p, later=True)
+    promise(p)
+    store = p.begin_store(IDS, engine.caches, at)
+    store.layer_done(1)
+    until(lambda: d.stats()["handoff"]["bytes"] > 0)
+    store.cancel()
+    assert landing.result(30) == 0
+    settle(d)
+    assert get(d, engine, at).tokens == 0
+    p.handoff.release(TICKET)
+    settle(p)

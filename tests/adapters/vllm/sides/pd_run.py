@@ -73,6 +73,28 @@ class Pair:
         self.count += 1
         self.d.add(name, prompt, answer, kv=kv)
         self.d.until_idle()
+        self.check(name, prompt, answer)
+
+    def together(self, prompt: list[int], told: dict[str, Any], answer: int = 5) -> None:
+        """Both are asked at once, in any order; the prefiller is where an older answer says."""
+        name, ticket = f"d{self.count}", f"t{self.count}"
+        self.count += 1
+        at = {key: told[key] for key in ("remote_engine_id", "remote_host", "remote_port")}
+        kv = at | {"do_remote_prefill": True, "remote_request_id": ticket, "transfer_id": ticket}
+        self.d.add(name, prompt, answer, kv=kv)
+        for _ in range(self.rng.choice([0, 3])):
+            self.d.step()
+        self.p.add(f"p{name}", prompt, 1, kv=ASKS | {"transfer_id": ticket})
+        end = time.monotonic() + 30
+        while self.p.scheduler.has_requests() or self.d.scheduler.has_requests():
+            self.p.step()
+            self.d.step()
+            assert time.monotonic() < end, "still busy"
+        self.p.until_idle()
+        self.d.until_idle()
+        self.check(name, prompt, answer)
+
+    def check(self, name: str, prompt: list[int], answer: int) -> None:
         states: list[int] = []
         Model.grow(states, prompt)
         for said in self.d.said[name]:
@@ -114,6 +136,12 @@ def play(pair: Pair, rounds: int) -> None:
             prompt = (rng.choice(prompts)[: rng.randint(0, 500)] + prompt)[:1200]
         prompts.append(prompt)
         what = rng.random()
+        if told and rng.random() < 0.3:
+            before, most = pair.loaded(), (len(prompt) - 1) // 32 * 32
+            pair.together(prompt, told[-1][1])
+            if not pair.d.case.prefix:
+                assert pair.loaded() - before == most * (most >= pair.d.case.block), prompt
+            continue
         params = pair.prefill(prompt)
         assert params["remote_block_ids"] == []
         told.append((prompt, params))
