@@ -33,6 +33,8 @@ _DIAL = 1.0
 """Seconds within which a prefiller lets us in."""
 _ASIDE, _LONGEST = 1.0, 30.0
 """Seconds for which a prefiller that failed is not asked, the first time and at most."""
+_SHARE = 2
+"""Hand-offs take one part in so many of what requests have of the arena."""
 _MANY = 64
 """Prefillers that are remembered."""
 _PATIENT = 0.8
@@ -79,7 +81,7 @@ class Landing:
         self._guarded = bool(read_token(options.token_file))
         self._prefillers: dict[tuple[str, int], Prefiller] = {}
         self._refused: set[str] = set()
-        self._number = 0
+        self._number = self._promised = 0
         self._tasks: set[asyncio.Task[int]] = set()
         self._arrivals: set[Arrival] = set()
         self._nbytes = 0
@@ -115,19 +117,23 @@ class Landing:
         if not lacking:
             self._release(prefiller, ticket)
             return 0
-        size = self._object_bytes
-        count = min(len(lacking), self._arena.spare // size, self._memory.stat().capacity // size)
-        if not count or prefiller.busy >= self._options.connections:
+        size, arena = self._object_bytes, self._arena
+        room = min(arena.spare, arena.working // _SHARE - self._promised)
+        room = min(room, self._memory.stat().capacity)
+        count = min(len(lacking), room // size, wire.KEYS)
+        if count <= 0 or prefiller.busy >= self._options.connections:
             self.given_up += 1
             return 0
-        await self._arena.reserve(count * size)  # there is room: this does not wait
+        await arena.reserve(count * size)  # there is room: this does not wait
+        self._promised += count * size
         try:
             came = await self._take(prefiller, ticket, lacking[:count], later=later)
         except anyio.get_cancelled_exc_class():
             self._release(prefiller, ticket)
             raise
         finally:
-            self._arena.unreserve(count * size)
+            self._promised -= count * size
+            arena.unreserve(count * size)
         self.given_up += came < len(lacking)
         return came
 

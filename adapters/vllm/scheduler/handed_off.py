@@ -75,7 +75,7 @@ class HandoffSide(SchedulerSide):
             return None, False  # what cannot be named yet would be computed and not saved
         if self._waits(name) or (name in self._landed and self._fetch(request)):
             return None, False
-        if name not in self._arrived:
+        if name not in self._arrived or self.blends is not None:
             return super().get_num_new_matched_tokens(request, computed)
         blocks, self._block = self._block, self.info.unit  # also the part of a last block
         try:

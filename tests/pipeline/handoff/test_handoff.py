@@ -157,6 +157,23 @@ def land_now(pipe: Any, at: Any, ids: np.ndarray) -> int:
     return came
 
 
+def test_many_at_once_where_there_is_room_for_few(opened: Open) -> None:
+    """Each takes what fits and is over; nobody waits for anybody's room."""
+    engine = Engine(blocks=800)
+    p = opened(prefiller(), engine)
+    d = opened(decoder(budget__arena="1 MiB", tiers__hot__capacity="1 MiB"), engine)
+    asked = [tokens(384, seed=seed) for seed in range(16)]
+    for ids in asked:
+        assert p.store(ids, engine.caches, engine.slots(384)).wait().lost == {}
+    for _ in range(20):
+        landings = [begin_land(d, p, ids) for ids in asked]
+        came = [landing.result(20) for landing in landings]
+        assert max(came) == 6
+        settle(d)
+        d.clear()
+    assert d.stats()["handoff"]["landing"] == 0
+
+
 def test_pins_take_half_of_the_tier_and_end(opened: Open) -> None:
     engine = Engine(blocks=4000)
     p = opened(
@@ -289,7 +306,7 @@ def _exactly(sock: socket.socket, nbytes: int) -> bytes:
 @pytest.mark.parametrize(
     "lie",
     ["frame", "header", "another", "another prompt", "short", "long", "twice", "index", "order",
-     "code", "garbage", "silence", "cut", "halves"],
+     "code", "garbage", "silence", "cut", "halves", "lengths"],
 )  # fmt: skip
 def test_what_a_liar_sends_is_a_miss_and_then_it_is_left_alone(opened: Open, lie: str) -> None:
     engine = Engine()
@@ -349,7 +366,10 @@ def test_what_a_liar_sends_is_a_miss_and_then_it_is_left_alone(opened: Open, lie
         elif lie == "halves":  # in order, but the header is another's
             say(1, bytes(raw[end:]), len(raw), end)
             say(1, whole(others[1])[:end], len(raw))
-        if lie not in ("order", "halves"):
+        elif lie == "lengths":
+            say(1, bytes(raw[end:]), len(raw), end)
+            say(1, bytes(raw[:end]), len(raw) + 4096)
+        if lie not in ("order", "halves", "lengths"):
             say(1, bytes(raw))
 
     liar = Liar(answer)

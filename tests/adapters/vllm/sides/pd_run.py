@@ -22,6 +22,8 @@ from sim_stage import Case, Model
 
 ASKS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
         "remote_block_ids": None, "remote_host": None, "remote_port": None}  # fmt: skip
+PUSHED = ("do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_host",
+          "remote_port", "tp_size")  # fmt: skip
 PREFILLER = {"serve.tiers": ["hot"], "serve.ticket": "30 s"}
 DECODER = {"handoff.peers": ["127.0.0.1"], "handoff.wait": "20 s"}
 
@@ -68,10 +70,10 @@ class Pair:
             self.p.step()
         return self.p.told.pop(name)
 
-    def decode(self, prompt: list[int], kv: Any, answer: int = 5) -> None:
+    def decode(self, prompt: list[int], kv: Any, answer: int = 5, **more: Any) -> None:
         name = f"d{self.count}"
         self.count += 1
-        self.d.add(name, prompt, answer, kv=kv)
+        self.d.add(name, prompt, answer, kv=kv, **more)
         self.d.until_idle()
         self.check(name, prompt, answer)
 
@@ -149,10 +151,16 @@ def play(pair: Pair, rounds: int) -> None:
             params = rng.choice(told)[1]
         elif what < 0.3:
             params = bad_params(rng, params)
+        elif what < 0.5:  # what is left of them by vLLM's toy push proxy
+            params = {key: params[key] for key in PUSHED}
         before, most = pair.loaded(), (len(prompt) - 1) // 32 * 32
         pair.decode(prompt, params)
         if what >= 0.3 and not pair.d.case.prefix:  # up to the last grain, in the middle of a block
             assert pair.loaded() - before == most * (most >= pair.d.case.block), (prompt, params)
+        if rng.random() < 0.1:  # another tenant's
+            before = pair.loaded()
+            pair.decode(prompt, told[-1][1], cache_salt=str(rng.random()))
+            assert pair.loaded() == before, prompt
         if rng.random() < 0.15:  # again, with what an older answer said
             pair.decode(*rng.choice(told))
         if rng.random() < 0.1:
