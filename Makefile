@@ -19,13 +19,14 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-cluster demo-sglang test check test-vllm test-sglang test-cluster architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-sglang quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-cluster demo-sglang test check test-vllm test-pd test-sglang test-cluster architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-pd bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
 	@echo "make check   ruff, mypy, and the tests that need no engine and no server: in three minutes"
 	@echo "make test    every test: a quarter of an hour"
 	@echo "make test-vllm   the long campaigns around vLLM, of which make test runs a slice"
+	@echo "make test-pd   the long campaigns around a prefiller and a decoder"
 	@echo "make test-sglang   the long campaigns around SGLang"
 	@echo "make test-cluster   the long campaigns around engines that read each other"
 	@echo "make architectures   every causal LM class of transformers, with and without a cache of ours"
@@ -42,6 +43,7 @@ help:
 	@echo "make demo-cluster   one of them to two vLLM servers, each of which finds what the other has; one is killed"
 	@echo "make demo-sglang   one of them to an SGLang server, with HiCache and with the cache linker"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
+	@echo "make bench-pd   a prefiller and a decoder in two real vLLMs; writes bench-pd.json"
 	@echo "make bench-sglang   the same of SGLang: its storage backend, its linker, a real engine"
 
 $(READY): pyproject.toml
@@ -109,6 +111,11 @@ test-vllm: $(READY) $(VLLM_READY)
 	  -m "campaign or not campaign"
 	TIERLOOM_CASES=20000 $(BIN)/python -m pytest tests/pipeline/test_positions.py --timeout 20000
 
+# A prefiller and a decoder: text by text, killed at each step, ten thousand hand-offs without a model.
+test-pd: $(READY) $(VLLM_READY)
+	$(BIN)/python -m pytest tests/adapters/vllm/pd tests/pipeline/handoff -m "campaign or not campaign"
+	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py -k hand_off -m "campaign or not campaign"
+
 test-sglang: $(READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest tests/adapters/sglang -m "campaign or not campaign"
 
@@ -141,6 +148,9 @@ bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_peers.py --json bench-vllm-peers.json
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
 
+bench-pd: $(READY) $(VLLM_READY)
+	$(BIN)/python benchmarks/pd.py
+
 bench-sglang: $(READY) $(SGLANG_READY)
 	SGLANG_USE_CPU_ENGINE=1 OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(SGLANG)/bin/python benchmarks/sglang_hicache.py
 	$(BIN)/python benchmarks/sglang_engine.py
@@ -152,5 +162,5 @@ quality: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-proxy.json bench-vllm*.json bench-sglang*.json demo.json demo-vllm.json \
+	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-proxy.json bench-vllm*.json bench-pd.json bench-sglang*.json demo.json demo-vllm.json \
 	  demo-cluster.json demo-sglang.json

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.requests import Requests, native_order
@@ -22,6 +22,9 @@ from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.object import LINK, Object
 from tierloom.stages.kv.prefix import Span
 from tierloom.stages.kv.rope import Rotation, rotation as rotation_of
+
+if TYPE_CHECKING:
+    from tierloom.pipeline.handoff.handoff import Handoff
 
 
 class Pipeline:
@@ -72,6 +75,7 @@ class Pipeline:
         )  # fmt: skip
         self.arena, self.tiers = self._worker.arena, self._worker.tiers
         self._runners, self._portal = self._worker.runners, self._worker.portal
+        self.handoff: Handoff | None = self._worker.handoff
         self._closed = False
         self.off: str | None = self._requests.failure(layout)
         """Why nothing is cached any more; None: all is well."""
@@ -188,7 +192,9 @@ class Pipeline:
                 "leases": self.arena.leases,
             },
             "off": self.off,
-        } | ({"serve": serving.figures()} if serving is not None else {})
+            **({"serve": serving.figures()} if serving is not None else {}),
+            **({"handoff": self.handoff.figures()} if self.handoff is not None else {}),
+        }
 
     def clear(self, *, local: bool = False) -> int:
         """Forget everything that this pipeline keeps, stores under way included; how many objects

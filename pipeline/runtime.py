@@ -24,6 +24,7 @@ from tierloom.stages.contract.stage import Context, ModelFacts, Stage
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.paged_copy import warm_up
 from tierloom.stages.kv.rope import Rotation
 from tierloom.stages.kv.text import Text
@@ -33,6 +34,7 @@ from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import TierContext
 
 if TYPE_CHECKING:
+    from tierloom.pipeline.handoff.handoff import Handoff
     from tierloom.pipeline.serve.announced import AnnouncedTiers
     from tierloom.pipeline.serve.engine_listener import EngineListener
     from tierloom.pipeline.serve.page_events import PageEvents
@@ -101,6 +103,8 @@ class Worker:
         self._announced, self._events = self._new_announced(), self._new_events()
         self._lent: CircuitBreaker | None = None
         self.portal = Portal(self._live)
+        self.handoff: Handoff | None = None
+        """Its part in hand-offs between engines; None: it has none."""
         self.serving: EngineListener | None = None
         try:
             self.portal.start()
@@ -112,6 +116,8 @@ class Worker:
     async def clear(self, local: bool) -> tuple[int, list[str]]:
         """Cancel stores under way, then empty the tiers, or the local ones: how many objects
         there were, and the tiers that refused, with their reasons."""
+        if self.handoff is not None:
+            self.handoff.clear()
         if (stores := self.runners.get("store")) is not None:
             await _cancel(stores)
         count, refused = 0, []
@@ -136,7 +142,9 @@ class Worker:
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            noted = self._watch or self._texts or self._announced or self._events
+            noted = (
+                self._watch or self._texts or self._announced or self._events or self._spec.serve
+            )
             note = self._note if noted else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
@@ -147,6 +155,9 @@ class Worker:
                 tier.unread.watch = partial(note, name) if note and tier.local else None
             for graph in self._spec.graphs.values():  # a stage may refuse its options or the layout
                 self.runners[graph.name] = self._runner(graph)
+            if self._spec.serve is not None or self._spec.handoff is not None:
+                self.handoff = self._new_handoff()
+                home.push_async_callback(self.handoff.close)
             async with anyio.create_task_group() as tasks:
                 for runner in self.runners.values():
                     home.callback(runner.close)
@@ -165,6 +176,8 @@ class Worker:
             announced.note(tier, kept, links)
         if self._events is not None:
             self._events.note(tier, kept, links)
+        if kept and self.handoff is not None and self.handoff.promises is not None:
+            self.handoff.promises.note(links)
         if not self._watch:
             return
         change = Change(tier, kept, links, text)
@@ -172,6 +185,11 @@ class Worker:
             self._watch(change)
         else:
             self.changes.append(change)
+
+    def _arriving(self, obj: Object, frames: range) -> None:
+        """Frames of an object that is being stored: others may wait for them."""
+        if self.handoff is not None and self.handoff.promises is not None:
+            self.handoff.promises.note_frames(obj, frames)
 
     def _serve(self) -> None:
         """Let other engines read what this one keeps, where the file says so."""
@@ -182,6 +200,7 @@ class Worker:
 
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal, self._lent)
+        store.promises = self.handoff.promises if self.handoff is not None else None
         self.serving = EngineListener(options, store, self._epoch, self._announced)
         self.serving.start()
         if not self.serving.address:  # nobody can be told of it
@@ -198,6 +217,20 @@ class Worker:
         self._lent = CircuitBreaker(Lent(options.lend, ctx), LENT, Breaker())
         home.push_async_callback(self._lent.close)
         await self._lent.open()
+
+    def _new_handoff(self) -> Handoff:
+        from tierloom.pipeline.handoff.handoff import Handoff
+
+        return Handoff(
+            self._spec, self.tiers, self.arena, self._names.digest, self.portal,
+            object_bytes=self._object_bytes, pool=self._work,
+        )  # fmt: skip
+
+    @property
+    def _object_bytes(self) -> int:
+        """Of a whole chunk's object, in memory."""
+        g = self._geometry
+        return g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE
 
     def _new_announced(self) -> AnnouncedTiers | None:
         """What tells a directory what is served; None: nobody is told, and nothing is imported."""
@@ -236,13 +269,14 @@ class Worker:
             namespace=self._names.digest, names=self._names, facts=self._facts,
             replica=self._replica, rotation=self._rotation,
             texts=self._texts.index if self._texts else None,
+            arriving=self._arriving if self._spec.serve is not None else None,
             trusted=self._memory if self._spec.verify == "remote" else frozenset(),
             arena=self.arena, tiers=self.tiers, pool=self._work,
         )  # fmt: skip
         stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
         return GraphRunner(
             graph, lower(graph), stages, pool=self._work, arena=self.arena,
-            object_bytes=g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE,
+            object_bytes=self._object_bytes,
             inflight=self._spec.budget.inflight,
         )  # fmt: skip
 

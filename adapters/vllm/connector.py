@@ -33,7 +33,7 @@ from tierloom.adapters.vllm.exchange.early_check import check_early
 from tierloom.adapters.vllm.exchange.log import speak
 from tierloom.adapters.vllm.exchange.messages import Plan, WorkerReports
 from tierloom.adapters.vllm.exchange.metrics import PromMetrics, Stats
-from tierloom.adapters.vllm.exchange.settings import configured
+from tierloom.adapters.vllm.exchange.settings import Configured, configured
 from tierloom.adapters.vllm.scheduler.kv_events import Events
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.adapters.vllm.worker.side import WorkerSide
@@ -100,14 +100,16 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         speak()
         _check_version()
         conf = configured(self._kv_transfer_config.kv_connector_extra_config)
+        conf = conf.of_role(self._kv_transfer_config.kv_role)
         self.trace: dict[str, list[float]] | None = {} if conf.settings.trace else None
         self._broken: set[str] = set()
         self.scheduler: Any = None  # one of the two, by role
         self.worker: Any = None
+        at_work, at_scheduler = _sides(conf)
         if role == KVConnectorRole.WORKER:
-            self.worker = WorkerSide(vllm_config, kv_cache_config, conf)
+            self.worker = at_work(vllm_config, kv_cache_config, conf)
             return
-        self.scheduler = SchedulerSide(vllm_config, kv_cache_config, conf)
+        self.scheduler = at_scheduler(vllm_config, kv_cache_config, conf)
         self._events = Events.of(vllm_config, self.scheduler)
         _mend_policy(self._kv_transfer_config, conf.settings.failure)
 
@@ -220,14 +222,19 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: Any) -> None:
         self.scheduler.update_connector_output(connector_output.kv_connector_worker_meta)
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, Any]:
         return self.request_finished_all_groups(request, (block_ids,))
 
     @guarded(lambda: (False, None))
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, None]:
-        return self.scheduler.request_finished_all_groups(request, block_ids), None
+    ) -> tuple[bool, Any]:
+        needed = self.scheduler.request_finished_all_groups(request, block_ids)
+        return needed, self._handed_off(request) if self.scheduler.hands_over else None
+
+    @guarded()
+    def _handed_off(self, request: Any) -> Any:
+        return self.scheduler.handed_off(request)
 
     @guarded(tuple)
     def take_events(self) -> Iterable[Any]:
@@ -270,6 +277,16 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         side = self.worker or self.scheduler
         assert side is not None
         return side.report() | {"hook_seconds": self.trace or {}, "broken": sorted(self._broken)}
+
+
+def _sides(conf: Configured) -> tuple[type[WorkerSide], type[SchedulerSide]]:
+    """What the connector is in a worker, and beside the scheduler."""
+    if not conf.hands_over:
+        return WorkerSide, SchedulerSide
+    from tierloom.adapters.vllm.scheduler.handed_off import HandoffSide
+    from tierloom.adapters.vllm.worker.handed_over import HandoffWorker
+
+    return HandoffWorker, HandoffSide
 
 
 def _check_version() -> None:

@@ -22,6 +22,8 @@ def explain(spec: PipelineSpec) -> str:
     lines += [f"  order: {spec.order}, verify: {spec.verify}"]
     if spec.serve is not None:
         lines += [f"  serve: {option_words(spec.serve, all=True)}"]
+    if spec.handoff is not None:
+        lines += [f"  handoff: {option_words(spec.handoff, all=True)}"]
     if spec.tiers:
         lines += ["", "tiers"]
     for tier in spec.tiers.values():

@@ -167,7 +167,12 @@ def _check_served(
     tree: Table, options: PipelineOptions | None, names: set[str], tiers: Mapping[str, TierSpec],
     found: Findings,
 ) -> None:  # fmt: skip
-    """What is served lies in this process: else two engines could ask each other for ever."""
+    """What is served lies in this process: else two engines could ask each other for ever. What is
+    handed over lands in memory."""
+    in_arena = any(tier.cls.in_arena for tier in tiers.values())
+    if options is not None and options.handoff is not None and not in_arena:
+        hint = "add a tier that uses memory"
+        found.add(_place(tree, "handoff"), "handoff", "no tier keeps objects in memory", hint)
     if options is None or options.serve is None:
         return
     place, path = _place(tree, "serve"), "serve.tiers"

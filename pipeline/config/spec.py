@@ -199,6 +199,8 @@ class ServeOptions:
     goes first when this one needs the room; 0: nothing is lent."""
     limit: Rate = 0
     """Bytes per second to give to all others together; 0: no limit."""
+    ticket: Seconds = 30.0
+    """How long what was computed for another engine is kept for it after its last chunk came."""
     clients: int = 64
     """Most connections at once; for a directory that is hosted here an engine takes up to 4."""
     wire: PeerWire = "inline"
@@ -219,6 +221,8 @@ class ServeOptions:
             raise ValueError(f"clients must be at least 1, got {self.clients}")
         if self.wire not in get_args(PeerWire):
             raise ValueError(f"wire is {self.wire!r}; known: {', '.join(get_args(PeerWire))}")
+        if self.ticket <= 0:
+            raise ValueError(f"ticket must be positive, got {self.ticket}")
         if bool(self.cert_file) != bool(self.key_file) or self.at.tls != bool(self.cert_file):
             raise ValueError("tls:// needs cert_file and key_file, which are for it alone")
         try:
@@ -241,6 +245,38 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HandoffOptions:
+    """How a pipeline fetches what another engine computes for it, into its own memory."""
+
+    peers: list[str] = field(default_factory=list)
+    """Engines that may be asked: `HOST`, or `HOST:PORT`; one may be several, with commas between.
+    None: those that prove to have the token."""
+    token_file: str = ""
+    """File with the token they ask for. Default: the environment variable TIERLOOM_TOKEN, if
+    set."""
+    tls: bool = False
+    """They listen at `tls://`."""
+    ca_file: str = ""
+    """PEM file of the certificate authorities to trust. Default: the system's."""
+    wait: Seconds = 2.0
+    """How long a request waits after the last bytes that came; 0: it is computed at once."""
+    connections: int = 32
+    """Most requests for which one engine is asked at once."""
+
+    def __post_init__(self) -> None:
+        if self.connections < 1 or self.wait < 0:
+            raise ValueError("connections must be at least 1, wait not negative")
+        _ = self.named
+
+    @property
+    def named(self) -> set[tuple[str, int]]:
+        """Hosts and ports of `peers`; port 0: any. Raises ValueError."""
+        words = (word.strip() for entry in self.peers for word in entry.split(","))
+        found = [Address.parse(f"tcp://{word}", "tcp", port=-1) for word in words if word]
+        return {(a.host, max(a.port, 0)) for a in found}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineOptions:
     """What may be said of a pipeline besides its tiers and graphs."""
 
@@ -257,6 +293,8 @@ class PipelineOptions:
     """How much may be under way at once."""
     serve: ServeOptions | None = None
     """What other engines may read out of this pipeline's tiers; not said: nothing."""
+    handoff: HandoffOptions | None = None
+    """What is fetched that other engines compute for this one; not said: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

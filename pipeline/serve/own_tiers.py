@@ -13,6 +13,7 @@ from concurrent.futures import Future
 import anyio
 import anyio.lowlevel
 
+from tierloom.pipeline.handoff.promises import Promises
 from tierloom.pipeline.run.loop_thread import Portal, awaited
 from tierloom.pipeline.serve.object_store import MemoryReservation
 from tierloom.stages.errors import Lost
@@ -48,6 +49,8 @@ class OwnTiers:
         self._namespace, self._portal = namespace, portal
         self.arena, self.largest = arena, arena.total
         self._most = max(arena.total - arena.working, arena.working) // 4
+        self.promises: Promises | None = None
+        """What of it others are to fetch."""
         self.lock = threading.Lock()
         self.held = self.promised = self.given = 0
         """Bytes that clients hold; of these in memory for requests; objects given so far."""

@@ -23,6 +23,7 @@ from tierloom.stages.contract.request import Request
 from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
+from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.rope import Rotation
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
@@ -124,6 +125,8 @@ class Context:
     """Runs a blocking call; see TierContext.pool."""
     rotation: Rotation | None = None
     """How the model turns K; None: not known, so nothing can be placed elsewhere."""
+    arriving: Callable[[Object, range], None] | None = None
+    """Store: told of frames that lie in an object which is to be kept in memory, before all do."""
     texts: TextIndex | None = None
     """Finds kept text anywhere; None: no stage `reads_texts`."""
 

@@ -7,6 +7,7 @@ Nothing is put before its last frame is there; what an encoder made is put toget
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import xxhash
@@ -38,6 +39,8 @@ class Put(BatchStage):
     async def apply(self, batch: Batch) -> None:
         name = self.options.tier
         capacity = self.ctx.tiers[name].stat().capacity
+        if self.ctx.arriving is not None and batch.encoder is None:
+            self._tell(batch, self.ctx.arriving)
         whole: list[Chunk] = []
         objects: list[Object] = []
         for chunk in batch.live:
@@ -69,6 +72,15 @@ class Put(BatchStage):
             await mark_in_turns(
                 self.ctx.tiers[name].order_for_eviction, [c.key for c in mine if name in c.took]
             )
+
+    def _tell(self, batch: Batch, arriving: Callable[[Object, range], None]) -> None:
+        """Tell of frames that came before the rest of their chunk."""
+        name = self.options.tier
+        if self.ctx.tiers[name].in_arena:
+            for chunk in batch.live:
+                obj = chunk.object
+                if obj and name in chunk.missing_in and len(batch.frames) < obj.header.groups:
+                    arriving(obj, batch.frames)
 
     async def _object(self, batch: Batch, chunk: Chunk) -> Object:
         """The sealed object that this branch carries; put together first when it was encoded."""

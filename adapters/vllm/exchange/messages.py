@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from tierloom.adapters.vllm.exchange.handoff_params import Landed
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.namespace import Namespace
@@ -69,6 +70,23 @@ class Order(NamedTuple):
     stretches: Sequence[tuple[int, int]] = ()
 
 
+class Promised(NamedTuple):
+    """Chunks that another engine is to fetch."""
+
+    ticket: bytes
+    chunks: list[bytes]
+    """Grain links of each."""
+
+
+class Fetch(NamedTuple):
+    """Fetch the chunks of a request from the engine that computes it, into memory."""
+
+    request: str
+    chunks: list[bytes]
+    """Grain links of each."""
+    landed: Landed
+
+
 class Save(NamedTuple):
     """Save part of a prompt, which this step completes."""
 
@@ -101,6 +119,12 @@ class Plan(KVConnectorMetadata):
     abandoned: list[str] = field(default_factory=list)
     """Requests that were canceled while they were loaded."""
     orders: list[Order] = field(default_factory=list)
+    promised: list[Promised] = field(default_factory=list)
+    released: list[bytes] = field(default_factory=list)
+    """Tickets whose chunks nobody will fetch."""
+    fetches: list[Fetch] = field(default_factory=list)
+    unwanted: list[str] = field(default_factory=list)
+    """Requests that ended while their chunks were fetched."""
 
 
 class WorkerInfo(NamedTuple):
@@ -133,13 +157,16 @@ class WorkerInfo(NamedTuple):
     """Text is kept with its token ids, and found anywhere."""
     exactly: str = "blending is off"
     """Why no prompt is blended; empty: some may be."""
+    serves: str = ""
+    """Where other engines read what this worker keeps; empty: nowhere."""
 
     @staticmethod
     def of_all(infos: dict[int, WorkerInfo]) -> WorkerInfo:
         """What all workers have in common; `off` if they differ."""
         first = infos[0]
         for other in infos.values():
-            if other._replace(token_bytes=0) != first._replace(token_bytes=0):
+            own = other._replace(token_bytes=0, serves="")
+            if own != first._replace(token_bytes=0, serves=""):
                 off = f"the workers disagree about what is kept: {first}, {other}"
                 return first._replace(off=off)
         return first._replace(token_bytes=max(h.token_bytes for h in infos.values()))
@@ -192,9 +219,13 @@ class WorkerReport:
     """Why the model must not be called for repairs; empty: it may be; None: not tried now."""
     broken: dict[str, str] = field(default_factory=dict)
     """Requests whose repair went wrong, and how."""
+    landed: list[str] = field(default_factory=list)
+    """Requests of which all has come that will, and is among the events so far."""
 
     def __bool__(self) -> bool:
-        lists = (self.events, self.captured, self.ended, self.loaded, self.failed)
+        lists = (
+            self.events, self.captured, self.ended, self.loaded, self.failed, self.landed,
+        )  # fmt: skip
         maps = (self.answers, self.costs, self.placed, self.broken)
         return self.info is not None or self.proved is not None or any(lists) or any(maps)
 
@@ -207,6 +238,7 @@ class WorkerReport:
             failed=self.failed + later.failed, costs=self.costs | later.costs,
             placed=self.placed | later.placed, broken=self.broken | later.broken,
             proved=self.proved if later.proved is None else later.proved,
+            landed=self.landed + later.landed,
         )  # fmt: skip
 
 

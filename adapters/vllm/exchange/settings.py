@@ -11,7 +11,7 @@ one value of the pipeline's configuration. vLLM makes mappings of its own dotted
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tierloom.adapters.engine.extra_config import (
@@ -38,7 +38,7 @@ class Settings:
     of its own computation, layer by layer."""
     save: Literal["auto", "layer", "step"] = "auto"
     """`layer`: after each layer, on a separate stream; `step`: all at once after the step; `auto`:
-    by layer on a GPU, by step on a CPU."""
+    by layer on a GPU and where `kv_role` is `kv_producer`, else by step."""
     save_decode: bool = False
     """Store what is generated too, so that the next turn of a chat hits all of this one."""
     keys: Literal["own", "engine", "sglang"] = "own"
@@ -81,6 +81,19 @@ class Settings:
 
 class Configured(ExtraConfig[Settings]):
     """What `kv_connector_extra_config` means."""
+
+    def of_role(self, role: str) -> Configured:
+        """The same for a `kv_role`: what is computed for others goes out layer by layer."""
+        if role != "kv_producer" or self.settings.save != "auto" or not self.hands_over:
+            return self
+        by_layer = replace(self.settings, save="layer")
+        return Configured(by_layer, self.source, self.where, self.overrides)
+
+    @property
+    def hands_over(self) -> bool:
+        """Requests may be computed at one engine and answered at another."""
+        spec = self.pipeline()
+        return spec.serve is not None or spec.handoff is not None
 
     def pipeline(self, overrides: Mapping[str, Any] | None = None) -> PipelineSpec:
         spec = super().pipeline(overrides)

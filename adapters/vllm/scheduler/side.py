@@ -46,6 +46,8 @@ hold."""
 class SchedulerSide:
     """What vLLM's hooks of the scheduler call. Used by the scheduler's one thread."""
 
+    hands_over = False
+
     def __init__(self, vllm_config: Any, kv_cache_config: Any, conf: Configured) -> None:
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         self.conf = conf

@@ -78,6 +78,8 @@ class Kind(IntEnum):
     FOUND = 41
     WORKERS = 42
     MEMBERS = 43
+    TAKE = 44
+    PIECE = 45
     AGENT = 46
     AGREED = 47
     LAND = 48

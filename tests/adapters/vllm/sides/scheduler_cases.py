@@ -216,10 +216,12 @@ def a_worker_that_tells_twice_in_a_step_is_heard_twice() -> None:
         info=info(), events=seen(1), more=True, captured=[1], ended=[2], answers={"q": 3, "r": 1},
         loaded=["r"], failed=["r"], costs={"hot": (1.0, 1.0), "warm": (5.0, 5.0)},
         placed={"p": one, "q": one}, proved="", broken={"p": "why"},
+        landed=["v"],
     )  # fmt: skip
     later = WorkerReport(
         events=seen(2)[1:], captured=[3], ended=[4], answers={"r": 2}, loaded=["s"], failed=["s"],
         costs={"hot": (2.0, 2.0)}, placed={"p": two}, broken={"q": "how"},
+        landed=["w"],
     )  # fmt: skip
     nothing = WorkerReport()
     assert all(getattr(first, f.name) != getattr(nothing, f.name) for f in fields(WorkerReport))
@@ -234,7 +236,7 @@ def a_worker_that_tells_twice_in_a_step_is_heard_twice() -> None:
             info=info(), events=seen(2), more=False, captured=[1, 3], ended=[2, 4],
             answers={"q": 3, "r": 2}, loaded=["r", "s"], failed=["r", "s"],
             costs={"hot": (2.0, 2.0), "warm": (5.0, 5.0)}, placed={"p": two, "q": one}, proved="",
-            broken={"p": "why", "q": "how"},
+            broken={"p": "why", "q": "how"}, landed=["v", "w"],
         ),
         1: other,
     }  # fmt: skip

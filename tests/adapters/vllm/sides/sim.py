@@ -115,7 +115,8 @@ class World:
         self.tokens: dict[str, list[int]] = {}
         """What the model has seen and said of each request."""
         self.said: dict[str, list[int]] = {}
-        self.cached: dict[str, int] = {}
+        self.told: dict[str, dict[str, Any]] = {}
+        """What the answer to a request said of its KV."""
         self._drafts: dict[str, list[int]] = {}
         self._queue: deque[tuple[Step, ModelRunnerOutput]] = deque()
         self.steps = 0
@@ -124,11 +125,19 @@ class World:
 
     # -- requests
 
-    def add(self, name: str, prompt: list[int], answer: int, *, session: bool = False) -> None:
-        """`session`: more input may follow, by the same name, or an end."""
+    def add(
+        self, name: str, prompt: list[int], answer: int, *, session: bool = False,
+        kv: dict[str, Any] | None = None, **more: Any,
+    ) -> None:  # fmt: skip
+        """`session`: more input may follow, by the same name, or an end. `kv`: what a proxy
+        says of the request's KV."""
+        sampling = SamplingParams(
+            max_tokens=answer, ignore_eos=True, temperature=0,
+            extra_args={"kv_transfer_params": kv} if kv is not None else None,
+        )  # fmt: skip
         request = Request(
-            name, list(prompt), SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0),
-            None, block_hasher=self._hasher, resumable=session,
+            name, list(prompt), sampling, None, block_hasher=self._hasher, resumable=session,
+            **more,
         )  # fmt: skip
         known = name in self.scheduler.requests
         self.scheduler.add_request(request)
@@ -298,6 +307,8 @@ class World:
         for group in outputs.values():
             for one in group.outputs:
                 self.said[one.request_id] += one.new_token_ids
+                if one.kv_transfer_params is not None:
+                    self.told[one.request_id] = one.kv_transfer_params
         for name in list(self.tokens):  # a request that is computed again says the same again
             request = self.scheduler.requests.get(name)
             if request is None or request.is_finished():

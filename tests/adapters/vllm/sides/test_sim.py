@@ -14,6 +14,7 @@ import launch
 import pytest
 
 RUN = Path(__file__).with_name("sim_run.py")
+PD_RUN = RUN.with_name("pd_run.py")
 NEXT = "0.33.0"
 
 
@@ -46,6 +47,29 @@ def test_any_block_size_with_any_chunk_size(llama: Path) -> None:
 def test_sessions_that_get_their_input_piece_by_piece(llama: Path) -> None:
     """What was sampled last is dropped when more comes; and the engine sleeps once."""
     played(llama, "sessions", 90)
+
+
+def handed_over(model: Path, rounds: int, seed: int = 0, seconds: float = 580) -> dict[str, Any]:
+    run = launch.finish(PD_RUN, str(model), str(rounds), str(seed), timeout=seconds)
+    said = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    result: dict[str, Any] = json.loads(said[0].removeprefix("RESULT "))
+    print(result)
+    assert (result["wrong"], result["read_late"], result["rounds"]) == ([], 0, rounds)
+    assert result["load_tokens"] > 50 * rounds
+    return result
+
+
+def test_no_hand_off_brings_what_is_not_the_prompts(llama: Path) -> None:
+    """A prefiller and a decoder of other block sizes, tickets that are replayed and swapped,
+    parameters that make no sense, requests that are given up."""
+    handed_over(llama, 80)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(20_000)
+def test_ten_thousand_hand_offs(llama: Path) -> None:
+    handed_over(llama, 10_000, 1, seconds=20_000)
 
 
 @pytest.mark.campaign

@@ -1,0 +1,81 @@
+"""What a proxy passes from a prefiller to a decoder: `kv_transfer_params` as NIXL's connector has
+them, so that proxies that were written for it need no change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tierloom.pipeline.handoff.handoff import ticket_of
+from tierloom.stages.tiers.net.address import Address
+
+_LONG = 1 << 16
+"""Characters of a name, at most."""
+
+
+class GivenAway(NamedTuple):
+    """This engine computes a request for another."""
+
+    name: str
+    """By which the other asks for it; empty: by the request's own."""
+
+
+class Landed(NamedTuple):
+    """Another engine computes a request, or has done so."""
+
+    host: str
+    port: int
+    ticket: bytes
+    later: bool
+    """The other may not have heard of the request yet."""
+
+
+def read_params(params: Mapping[str, Any] | None) -> tuple[GivenAway | None, Landed | None]:
+    """What a request says of a hand-off. Raises ValueError, naming what cannot be used."""
+    if not params:
+        return None, None
+    gives, lands = (_flag(params, f"do_remote_{what}") for what in ("decode", "prefill"))
+    together = _name(params, "transfer_id", needed=False)
+    landed = None
+    if lands:
+        port = params.get("remote_port")
+        if type(port) is not int or not 0 < port < 1 << 16:
+            raise ValueError(f"remote_port wants a port, got {_short(port)}")
+        name = together or _name(params, "remote_request_id")
+        landed = Landed(_name(params, "remote_host"), port, ticket_of(name), bool(together))
+    return (GivenAway(together) if gives else None), landed
+
+
+def answer(engine: str, request: str, at: str, tokens: int, tp_size: int) -> dict[str, Any] | None:
+    """What another engine is to be told. `at`: where this one serves; None: others cannot dial
+    that. Nothing of it names a block: KV is found by what it was computed from."""
+    address = Address.parse(at, "tierloom", tls="tierloom+tls", unix="tierloom+unix")
+    if address.path:
+        return None
+    return {
+        "do_remote_prefill": True, "do_remote_decode": False,
+        "remote_engine_id": engine, "remote_request_id": request,
+        "remote_host": address.host, "remote_port": address.port,
+        "remote_block_ids": [], "remote_num_tokens": tokens, "tp_size": tp_size,
+    }  # fmt: skip
+
+
+def _flag(params: Mapping[str, Any], name: str) -> bool:
+    value = params.get(name) or False
+    if type(value) is not bool:
+        raise ValueError(f"{name} wants true or false, got {_short(value)}")
+    return value
+
+
+def _name(params: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
+    value = params.get(name)
+    if value is None and not needed:
+        return ""
+    if not isinstance(value, str) or not value or len(value) > _LONG:
+        raise ValueError(f"{name} wants a name, got {_short(value)}")
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:60]}..."

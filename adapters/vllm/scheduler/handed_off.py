@@ -1,0 +1,168 @@
+"""Requests that are computed at one engine and answered at another, beside vLLM's scheduler.
+
+A prefiller promises a request's chunks before it computes them, and holds none of vLLM's blocks for
+anybody. A decoder's request waits, without a block, until what it lacks has landed in its workers'
+memory; then it is loaded as whatever lies there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from tierloom.adapters.vllm.exchange.handoff_params import GivenAway, Landed, answer, read_params
+from tierloom.adapters.vllm.exchange.messages import Fetch, Plan, Promised, WorkerReports
+from tierloom.adapters.vllm.exchange.settings import Configured
+from tierloom.adapters.vllm.scheduler.request import TrackedRequest
+from tierloom.adapters.vllm.scheduler.side import SchedulerSide
+from tierloom.pipeline.handoff.handoff import ticket_of
+
+log = logging.getLogger("tierloom.vllm")
+
+_LONGEST = 600.0
+"""Seconds after which workers that have not said how a hand-off ended will not say it."""
+_ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class HandoffSide(SchedulerSide):
+    """The scheduler's side of an engine that serves, or that others compute for."""
+
+    hands_over = True
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, conf: Configured) -> None:
+        super().__init__(vllm_config, kv_cache_config, conf)
+        spec, transfer = conf.pipeline(), vllm_config.kv_transfer_config
+        self._engine, self._tp = (
+            str(transfer.engine_id), vllm_config.parallel_config.tensor_parallel_size,
+        )  # fmt: skip
+        alone = vllm_config.parallel_config.world_size == 1 and len(self._groups) == 1
+        if not alone:
+            log.warning("nothing is handed over: that wants one worker, and one kind of attention")
+        self._gives = alone and spec.serve is not None and self.saves is not None
+        handoff = spec.handoff
+        self._lands = alone and handoff is not None and handoff.wait > 0 and self._loads
+        self._given: dict[str, GivenAway] = {}
+        self._promised: dict[str, tuple[str, int]] = {}
+        """Requests whose chunks are promised: the ticket's name, and how many tokens."""
+        self._landed: dict[str, Landed] = {}
+        self._waiting: dict[str, float] = {}
+        """Requests for which the workers fetch now, and until when that is believed."""
+        self._arrived: set[str] = set()
+        """Requests for which they have."""
+        self._plan = Plan()
+        """What the next one has of hand-offs."""
+
+    def on_new_request(self, request: Any) -> None:
+        super().on_new_request(request)
+        p = self._requests[request.request_id]
+        try:
+            given, landed = read_params(request.kv_transfer_params)
+        except ValueError as error:
+            log.warning("request %s is not handed over: %s", request.request_id, error)
+            return
+        if given is not None and self._gives and not p.options.skip_save:
+            self._given[request.request_id] = given
+        if landed is not None and self._lands and not p.options.skip_load:
+            self._landed[request.request_id] = landed
+
+    def get_num_new_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        name = request.request_id
+        p = self._requests.get(name)
+        if name in self._given and p is not None and not self._has_chain(p) and self._may_wait(p):
+            return None, False  # what cannot be named yet would be computed and not saved
+        if self._waits(name) or (name in self._landed and self._fetch(request)):
+            return None, False
+        if name not in self._arrived or self.blends is not None:
+            return super().get_num_new_matched_tokens(request, computed)
+        blocks, self._block = self._block, self.info.unit  # also the part of a last block
+        try:
+            return super().get_num_new_matched_tokens(request, computed)
+        finally:
+            self._block = blocks
+
+    def build_connector_meta(self, output: Any) -> Plan:
+        for name in list(self._given):
+            self._promise(name)
+        plan = super().build_connector_meta(output)
+        mine, self._plan = self._plan, Plan()
+        plan.promised, plan.released = mine.promised, mine.released
+        plan.fetches, plan.unwanted = mine.fetches, mine.unwanted
+        return plan
+
+    def update_connector_output(self, reports: WorkerReports | None) -> None:
+        super().update_connector_output(reports)
+        for report in reports.by_worker.values() if reports else ():
+            for name in report.landed:
+                if self._waiting.pop(name, None) is not None:
+                    self._arrived.add(name)
+
+    def request_finished_all_groups(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
+        name = request.request_id
+        if (landed := self._landed.pop(name, None)) is not None:  # given up, or refused by vLLM
+            self._plan.fetches.append(Fetch(name, [], landed))
+        self._arrived.discard(name)
+        if self._waiting.pop(name, None) is not None:
+            self._plan.unwanted.append(name)
+        return super().request_finished_all_groups(request, blocks)
+
+    def handed_off(self, request: Any) -> dict[str, Any] | None:
+        """A request has ended: what its answer says of its KV. None: nothing is kept for others."""
+        name = request.request_id
+        self._given.pop(name, None)
+        ticket, tokens = self._promised.pop(name, ("", 0))
+        if not ticket:
+            return None
+        told = None
+        if request.status in _ANSWERED:
+            told = answer(self._engine, ticket, self.info.serves, tokens, self._tp)
+        if told is None:
+            self._plan.released.append(ticket_of(ticket))
+        return told
+
+    def _promise(self, name: str) -> None:
+        """Promise what will be saved of a request, as soon as it can be named."""
+        p = self._requests.get(name)
+        if p is None or self.off:
+            del self._given[name]
+            return
+        if not self._may_save(p):
+            return
+        given = self._given.pop(name)
+        if not self.info.serves:
+            log.warning("request %s is not handed over: nothing is served", name)
+            return
+        ticket, chunks = given.name or name, self._chunks(p)
+        self._promised[name] = ticket, min(p.request.num_prompt_tokens, p.most)
+        self._plan.promised.append(Promised(ticket_of(ticket), chunks))
+
+    def _waits(self, name: str) -> bool:
+        """The workers have yet to say that all has come."""
+        until = self._waiting.get(name, 0.0)
+        return until > 0 and not self.off and time.monotonic() < until
+
+    def _fetch(self, request: Any) -> bool:
+        """Have the workers fetch what another engine has computed, or computes; False: nothing is
+        waited for."""
+        name = request.request_id
+        p = self._requests.get(name)
+        if p is None or self.off or p.failed:
+            return False
+        if not self._has_chain(p):
+            return self._may_wait(p)
+        landed, chunks = self._landed.pop(name), self._chunks(p)
+        if not chunks:
+            return False
+        self._waiting[name] = time.monotonic() + _LONGEST
+        self._plan.fetches.append(Fetch(name, chunks, landed))
+        return True
+
+    def _chunks(self, p: TrackedRequest) -> list[bytes]:
+        """Grain links of each chunk of a prompt, as a prefiller saves it."""
+        info = self.info
+        end = min(p.request.num_prompt_tokens, p.most) // info.unit * info.unit
+        links = p.links(self.conf.settings.keys).links[: end // info.grain]
+        per = info.chunk // info.grain
+        return [b"".join(links[i : i + per]) for i in range(0, len(links), per)]

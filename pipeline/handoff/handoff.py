@@ -1,0 +1,106 @@
+"""Handoff: a pipeline's part in prefill at one engine and decode at another, for any thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from hashlib import sha256
+
+from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.pipeline.handoff.landing import Landing
+from tierloom.pipeline.handoff.promises import Promises
+from tierloom.pipeline.run.loop_thread import Portal
+from tierloom.pipeline.run.threads import Pool
+from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+
+
+def ticket_of(name: str) -> bytes:
+    """What a ticket is called between engines, whoever named it, and however long."""
+    return sha256(name.encode("utf-8", "surrogatepass")).digest()
+
+
+class Handoff:
+    """Made where a file says `serve` or `handoff`. Tickets are what `ticket_of` makes of names."""
+
+    def __init__(
+        self, spec: PipelineSpec, tiers: Mapping[str, CircuitBreaker], arena: Arena,
+        namespace: bytes, portal: Portal, *, object_bytes: int, pool: Pool,
+    ) -> None:  # fmt: skip
+        """`object_bytes`: of the longest object. Raises ConfigError."""
+        self._portal = portal
+        self._timer: asyncio.TimerHandle | None = None
+        self.promises: Promises | None = None
+        """What others are to fetch; None: nothing is served."""
+        self.landing: Landing | None = None
+        """What is fetched from others; None: nothing."""
+        if spec.serve is not None:
+            served = [tiers[name] for name in spec.serve.tiers if tiers[name].in_arena]
+            self.promises = Promises(served, spec.serve.ticket)
+        if spec.handoff is not None:
+            local = [tier for tier in tiers.values() if tier.local]
+            self.landing = Landing(
+                spec.handoff, local, arena, namespace, object_bytes=object_bytes, pool=pool
+            )
+
+    def promise(self, ticket: bytes, chunks: Sequence[bytes]) -> None:
+        """Keep chunks for another engine, also such as are yet to be stored. Returns at once.
+        `chunks`: grain links of each."""
+        self._portal.post(self._promise, ticket, chunks)
+
+    def release(self, ticket: bytes) -> None:
+        """Nobody will fetch them. Returns at once."""
+        if self.promises is not None:
+            self._portal.post(self.promises.release, ticket)
+
+    def land(
+        self, host: str, port: int, ticket: bytes, chunks: Sequence[bytes], *, later: bool
+    ) -> Future[int]:
+        """`Landing.land`, from any thread; a caller who cancels it ends it."""
+        if self.landing is None:
+            nothing: Future[int] = Future()
+            nothing.set_result(0)
+            return nothing
+        return self._portal.begin(self._land, host, port, ticket, chunks, later)
+
+    def clear(self) -> None:
+        """What was promised is kept no more."""
+        if self.promises is not None:
+            self.promises.clear()
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.clear()
+        if self.landing is not None:
+            await self.landing.close()
+
+    def figures(self) -> dict[str, int]:
+        """Tickets that are open, the bytes they hold, and what has landed."""
+        promises, landing = self.promises, self.landing
+        held: dict[str, int] = {}
+        if promises is not None:
+            held = {"tickets": len(promises), "pinned": promises.pinned}
+        return held | (landing.figures() if landing is not None else {})
+
+    async def _land(
+        self, host: str, port: int, ticket: bytes, chunks: Sequence[bytes], later: bool
+    ) -> int:
+        assert self.landing is not None
+        return await self.landing.land(host, port, ticket, chunks, later=later)
+
+    def _promise(self, ticket: bytes, chunks: Sequence[bytes]) -> None:
+        if self.promises is not None:
+            self.promises.open(ticket, chunks)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """End what is over, and look again when the next ticket is."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        assert self.promises is not None
+        left = self.promises.expire()
+        if left is not None:
+            self._timer = asyncio.get_running_loop().call_later(left + 0.01, self._sweep)

@@ -1,0 +1,210 @@
+"""A prefiller and a decoder without a model: vLLM's scheduler and the connector's sides,
+twice, and a real listener between them. Run by vLLM's Python.
+
+    .venv-vllm/bin/python tests/adapters/vllm/sides/pd_run.py MODEL ROUNDS [SEED]
+
+Prints one line of JSON: what was run, and what was wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, __file__.rsplit("/", 1)[0])
+import sim
+import sim_run
+from sim_stage import Case, Model
+
+ASKS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
+        "remote_block_ids": None, "remote_host": None, "remote_port": None}  # fmt: skip
+PUSHED = ("do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_host",
+          "remote_port", "tp_size")  # fmt: skip
+PREFILLER = {"serve.tiers": ["hot"], "serve.ticket": "30 s"}
+DECODER = {"handoff.peers": ["127.0.0.1"], "handoff.wait": "20 s"}
+
+
+def bad_params(rng: random.Random, good: dict[str, Any]) -> Any:
+    """What no decoder can use, and some of it a client's malice."""
+    changes: list[dict[str, Any]] = [
+        {"remote_port": "1"}, {"remote_port": 0}, {"remote_port": 1 << 40}, {"remote_port": True},
+        {"remote_port": None}, {"remote_host": 7}, {"remote_host": None}, {"remote_host": ""},
+        {"remote_host": "x" * 100_000}, {"remote_host": "192.0.2.1"}, {"remote_host": "\0"},
+        {"remote_request_id": None}, {"remote_request_id": ["a"]},
+        {"remote_request_id": "y" * 60_000}, {"remote_request_id": "\ud800"},
+        {"do_remote_prefill": "yes"}, {"do_remote_prefill": 1}, {"transfer_id": 5},
+        {"remote_port": 1},
+    ]  # fmt: skip
+    made = good | rng.choice(changes)
+    if rng.random() < 0.2:
+        made.pop(rng.choice(sorted(made)))
+    return made if rng.random() < 0.9 else {"disagg_spec": {"req_id": "z"}, "ret_first_tok": True}
+
+
+class Pair:
+    """A prefiller and a decoder of other block sizes, their caches small and reused at once."""
+
+    def __init__(self, model: str, rng: random.Random) -> None:
+        self.rng = rng
+        load, save = rng.choice(["async", "layer"]), rng.choice(["step", "layer"])
+        block = rng.choice([16, 32, 64, 96])
+        one = Case(save=save, order="canonical", block=block, blocks=4 + 1300 // block)
+        block = rng.choice([16, 32, 64, 128])
+        two = Case(load=load, order="canonical", block=block, blocks=4 + 1300 // block,
+                   decode=False, prefix=rng.random() < 0.5)  # fmt: skip
+        config = sim_run.config(model, "")
+        self.p = sim.World(one, config, dict(PREFILLER))
+        self.d = sim.World(two, sim_run.config(model, ""), dict(DECODER))
+        self.count = 0
+
+    def prefill(self, prompt: list[int], kv: dict[str, Any] = ASKS) -> dict[str, Any]:
+        """What the prefiller says of a prompt, which it has computed."""
+        name = f"p{self.count}"
+        self.count += 1
+        self.p.add(name, prompt, 1, kv=kv)
+        while self.p.scheduler.requests.get(name) is not None:
+            self.p.step()
+        return self.p.told.pop(name)
+
+    def decode(self, prompt: list[int], kv: Any, answer: int = 5, **more: Any) -> None:
+        name = f"d{self.count}"
+        self.count += 1
+        self.d.add(name, prompt, answer, kv=kv, **more)
+        self.d.until_idle()
+        self.check(name, prompt, answer)
+
+    def together(self, prompt: list[int], told: dict[str, Any], answer: int = 5) -> None:
+        """Both are asked at once, in any order; the prefiller is where an older answer says."""
+        name, ticket = f"d{self.count}", f"t{self.count}"
+        self.count += 1
+        at = {key: told[key] for key in ("remote_engine_id", "remote_host", "remote_port")}
+        kv = at | {"do_remote_prefill": True, "remote_request_id": ticket, "transfer_id": ticket}
+        self.d.add(name, prompt, answer, kv=kv)
+        for _ in range(self.rng.choice([0, 3])):
+            self.d.step()
+        self.p.add(f"p{name}", prompt, 1, kv=ASKS | {"transfer_id": ticket})
+        end = time.monotonic() + 30
+        while self.p.scheduler.has_requests() or self.d.scheduler.has_requests():
+            self.p.step()
+            self.d.step()
+            assert time.monotonic() < end, "still busy"
+        self.p.until_idle()
+        self.d.until_idle()
+        self.check(name, prompt, answer)
+
+    def check(self, name: str, prompt: list[int], answer: int) -> None:
+        states: list[int] = []
+        Model.grow(states, prompt)
+        for said in self.d.said[name]:
+            assert said == Model.following(states[-1]), f"a wrong answer to {name}"
+            Model.grow(states, [said])
+        assert len(self.d.said[name]) == answer
+
+    def forget(self) -> None:
+        """Nothing of what came before is in the decoder's memory, or the prefiller's."""
+        for world in (self.p, self.d):
+            for stage in world.stages:
+                pipe = stage.connector.worker.pipelines[0].pipeline
+                pipe.clear()
+                pipe.changes()
+            world.scheduler.connector.scheduler.reports.cache.directory.clear()
+
+    def figures(self, world: sim.World) -> dict[str, int]:
+        figures: dict[str, int] = (
+            world.stages[0].connector.worker.pipelines[0].pipeline.stats()["handoff"]
+        )
+        return figures
+
+    def loaded(self) -> int:
+        data = self.d.stages[0].connector.worker.transfer_log.stats.data
+        return int(data.get("load_tokens", 0))
+
+    def close(self) -> None:
+        for world in (self.d, self.p):  # in this order: each has put a patch over the last one's
+            world.close()
+
+
+def play(pair: Pair, rounds: int) -> None:
+    """Prompts that go from one to the other, among them some whose params are another's."""
+    rng, prompts = pair.rng, []
+    told: list[tuple[list[int], dict[str, Any]]] = []
+    for _ in range(rounds):
+        (prompt,) = sim_run.prompts(rng, 1, rng.choice([1, 2, 33, 64, 65, 300, 700, 1200]))
+        if prompts and rng.random() < 0.4:
+            prompt = (rng.choice(prompts)[: rng.randint(0, 500)] + prompt)[:1200]
+        prompts.append(prompt)
+        what = rng.random()
+        if told and rng.random() < 0.3:
+            before, most = pair.loaded(), (len(prompt) - 1) // 32 * 32
+            pair.together(prompt, told[-1][1])
+            if not pair.d.case.prefix:
+                assert pair.loaded() - before == most * (most >= pair.d.case.block), prompt
+            continue
+        params = pair.prefill(prompt)
+        assert params["remote_block_ids"] == []
+        told.append((prompt, params))
+        if what < 0.15:  # somebody else's ticket
+            params = rng.choice(told)[1]
+        elif what < 0.3:
+            params = bad_params(rng, params)
+        elif what < 0.5:  # what is left of them by vLLM's toy push proxy
+            params = {key: params[key] for key in PUSHED}
+        before, most = pair.loaded(), (len(prompt) - 1) // 32 * 32
+        pair.decode(prompt, params)
+        if what >= 0.3 and not pair.d.case.prefix:  # up to the last grain, in the middle of a block
+            assert pair.loaded() - before == most * (most >= pair.d.case.block), (prompt, params)
+        if rng.random() < 0.1:  # another tenant's
+            before = pair.loaded()
+            pair.decode(prompt, told[-1][1], cache_salt=str(rng.random()))
+            assert pair.loaded() == before, prompt
+        if rng.random() < 0.15:  # again, with what an older answer said
+            pair.decode(*rng.choice(told))
+        if rng.random() < 0.1:
+            pair.forget()
+        if rng.random() < 0.1:  # given up on either side
+            pair.p.add("gone", prompt, 1, kv=ASKS)
+            pair.p.step()
+            pair.p.abort("gone")
+            pair.p.until_idle()
+            pair.d.add("gone", prompt, 5, kv=params)
+            pair.d.step()
+            pair.d.abort("gone")
+            pair.d.until_idle()
+
+
+def main(model: str, rounds: str, seed: str = "0") -> None:
+    logging.getLogger("tierloom.vllm").setLevel(logging.ERROR)
+    rng, began, wrong = random.Random(int(seed)), time.monotonic(), []
+    total = dict.fromkeys(("rounds", "landed", "load_tokens", "requests", "read_late"), 0)
+    left = int(rounds)
+    while left > 0:
+        count = min(left, 40)
+        pair = Pair(model, random.Random(rng.randrange(1 << 30)))
+        try:
+            play(pair, count)
+            leaks = pair.p.leaks() + pair.d.leaks()
+            assert not leaks, leaks
+            landing = pair.figures(pair.d)
+            assert landing["landing"] == 0, landing
+            late = pair.p.read_late + pair.d.read_late
+            counts = (count, landing["landed"], pair.loaded(), pair.count, late)
+            for name, n in zip(total, counts, strict=True):
+                total[name] += n
+        except Exception as error:
+            logging.exception("a pair failed")
+            wrong.append(f"{type(error).__name__}: {error}"[:600])
+        finally:
+            pair.close()
+        left -= count
+    print("\nRESULT " + json.dumps({
+        **total, "wrong": wrong[:20], "seconds": round(time.monotonic() - began, 1)
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    main(*sys.argv[1:])
