@@ -191,7 +191,7 @@ def test_what_is_not_for_a_reader_stays(
         figures: Any = reader.stats()["tiers"]["cold"]
         assert (figures["corrupt"], figures["puts"]) == (0, 0)
         assert figures[code.name.lower()] >= 1
-        assert reader.tiers["cold"]._failures == 0, "it is no reason to leave a tier alone"
+        assert reader.tiers["cold"].reading.failures == 0, "it is no reason to leave a tier alone"
         assert store.sealed or everything(store, reader) == there, "something is gone"
         if by == PACES[-1]:
             for name, raw in right.items():
