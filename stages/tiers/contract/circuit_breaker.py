@@ -68,8 +68,9 @@ class CircuitBreaker(WrapperTier):
 
     @property
     def takes(self) -> bool:
-        """A put would be let through, and what it puts can be read again."""
-        return self.writing.open_to_calls and (self.reading.closed or not self._opened)
+        """A put would be let through. Where reads fail it is one of the probes: what it puts is
+        read back."""
+        return self.writing.open_to_calls and (self.reading.open_to_calls or not self._opened)
 
     def cost(self, nbytes: int) -> float | None:
         """Seconds that reading `nbytes` of plain KV should take, encoded as this tier has it; None
@@ -144,9 +145,20 @@ class CircuitBreaker(WrapperTier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         if not self.takes:
             return [self.writing.refusal or Lost.TIER_DOWN] * len(objects)
-        lost = await self._call(self.writing, lambda: self.tier.put(objects), cargo=True)
+        reads_fail = self._opened and not self.reading.closed
+        self.reading.probing |= reads_fail
+        try:
+            lost = await self._call(self.writing, lambda: self.tier.put(objects), cargo=True)
+        finally:
+            if reads_fail:
+                self.reading.probing = False
         if isinstance(lost, Lost):
             return [lost] * len(objects)
+        put = [obj.header for obj, why in zip(objects, lost, strict=True) if why is None]
+        if reads_fail and put:
+            await self._call(
+                self.reading, lambda: is_still(self.tier, put[0].key, put[0]), cargo=True
+            )
         self.unread.forget([obj.header.key for obj in objects])
         return lost
 

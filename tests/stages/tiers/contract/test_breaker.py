@@ -129,6 +129,29 @@ class TestBreaker(TierBench):
         assert "Input/output error" in tier.figures()["last_error"]
 
     @pytest.mark.anyio
+    async def test_puts_alone_find_out_that_reads_work_again(self, tier, clock):
+        """Where nothing is asked for, as by an engine that only stores."""
+        await self.put(tier, 1)
+        plain = tier.tier.read
+
+        async def broken(_):
+            raise OSError(5, "Input/output error")
+
+        tier.tier.read = broken
+        for _ in range(3):
+            await self.get(tier, 1)
+        assert await self.put(tier, 2) == [Lost.TIER_DOWN]
+        clock.now += 6
+        assert await self.put(tier, 3) == [None], "a probe is due"
+        assert not tier.available, "what was put could not be read back"
+        assert await self.put(tier, 4) == [Lost.TIER_DOWN]
+        tier.tier.read = plain
+        clock.now += 6
+        assert await self.put(tier, 5) == [None]
+        assert tier.figures()["available"]
+        assert await self.put(tier, 6) == [None]
+
+    @pytest.mark.anyio
     @pytest.mark.parametrize(
         ("error", "code"),
         [
