@@ -222,7 +222,9 @@ def test_damage_is_damage_to_whoever_reads(
     raw[4196 if store.whole else 100] ^= 1
     store.set(owner, name, bytes(raw))
     owner.close()
-    reader = opened(spec(store, "request"), engine, model=store.model)
+    source = spec(store, "request")
+    source["budget"] = {"arena": "16 MiB"}  # all of it goes in one batch, which is lost whole
+    reader = opened(source, engine, model=store.model)
     lost = get(reader, engine, at).lost
     assert lost[Lost.CORRUPT] == 1
     assert lost[Lost.NO_KEY] == 2
