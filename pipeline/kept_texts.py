@@ -48,7 +48,7 @@ class KeptTexts:
                 continue
             read = Read(key, 0)
             try:
-                await self._arena.reserve(found.nbytes)
+                await self._arena.promises.reserve(found.nbytes)
             except ArenaFull:  # kept by an engine whose arena was larger
                 continue
             try:
@@ -60,7 +60,7 @@ class KeptTexts:
             finally:
                 if read.object is not None:
                     read.object.lease.release()
-                self._arena.unreserve(found.nbytes)
+                self._arena.promises.unreserve(found.nbytes)
         self._untold = None
 
     def _kept(self, key: bytes) -> bool:

@@ -319,7 +319,8 @@ class Pipeline:
             failure = self._requests.failure(layout)
             self.off = self.off or failure
         options, runner = self.spec.graphs[graph].options, self._runners[graph]
-        seconds, idle = deadline or options.deadline, options.pace.idle if layered else 0.0
+        seconds = options.deadline if deadline is None else deadline
+        idle = options.pace.idle if layered else 0.0
         request = self._requests.make(
             graph, tokens, caches, slots, layout=layout or self.layout, seconds=idle or seconds,
             **names,

@@ -24,11 +24,10 @@ from tierloom.stages.contract.stage import Context, ModelFacts, Stage
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.namespace import Namespace
-from tierloom.stages.kv.object import Object
+from tierloom.stages.kv.object import Object, object_bytes
 from tierloom.stages.kv.paged_copy import warm_up
 from tierloom.stages.kv.rope import Rotation
 from tierloom.stages.kv.text import Text
-from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import TierContext
@@ -229,8 +228,8 @@ class Worker:
     @property
     def _object_bytes(self) -> int:
         """Of a whole chunk's object, in memory."""
-        g = self._geometry
-        return g.frame_bytes(g.layers, self._spec.chunk.tokens) + PAGE
+        chunk = self._spec.chunk
+        return object_bytes(self._geometry, chunk.tokens, chunk.grain, chunk.group)
 
     def _new_announced(self) -> AnnouncedTiers | None:
         """What tells a directory what is served; None: nobody is told, and nothing is imported."""
@@ -263,9 +262,9 @@ class Worker:
         return KeptTexts(index, self.tiers, self.arena)
 
     def _runner(self, graph: Graph) -> GraphRunner:
-        g = self._geometry
+        g, chunk = self._geometry, self._spec.chunk
         ctx = Context(
-            graph=graph.name, chunk=self._spec.chunk, geometry=g, device=self._device,
+            graph=graph.name, chunk=chunk, geometry=g, device=self._device,
             namespace=self._names.digest, names=self._names, facts=self._facts,
             replica=self._replica, rotation=self._rotation,
             texts=self._texts.index if self._texts else None,
@@ -275,9 +274,9 @@ class Worker:
         )  # fmt: skip
         stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
         return GraphRunner(
-            graph, lower(graph), stages, pool=self._work, arena=self.arena,
+            graph, lower(graph), stages, pool=self._work, arena=self.arena, in_arena=self._memory,
             object_bytes=self._object_bytes,
-            inflight=self._spec.budget.inflight,
+            frames=-(-g.layers // chunk.group), inflight=self._spec.budget.inflight,
         )  # fmt: skip
 
     async def _drain(self, seconds: float = 5.0) -> None:

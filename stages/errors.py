@@ -46,6 +46,9 @@ class Lost(IntEnum):
     FOREIGN = 16
     """What has its name is another namespace's, or no object."""
 
+    REFUSED = 17
+    """Its tier may not be written: read-only, no permission, or a quota that is used up."""
+
     @property
     def unreadable(self) -> bool:
         """It is there, for others: it was left where it is."""
@@ -105,6 +108,15 @@ class ArenaFull(TierloomError):
 
 class TierDown(TierloomError):
     """A tier did not answer, or answered with a failure of its own. Opens its breaker."""
+
+
+class Refused(TierloomError):
+    """A tier that works takes no put now: it is full, read-only, or lets us not write."""
+
+    def __init__(self, text: str, lost: Lost = Lost.REFUSED) -> None:
+        """`lost`: REFUSED, or NO_ROOM."""
+        super().__init__(text)
+        self.lost = lost
 
 
 class BadObject(TierloomError):

@@ -21,7 +21,7 @@ _UNITS = {
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _USERINFO = re.compile(r"(://)[^\s'\"]*@")
 _SECRET = re.compile(
-    r"\b([\w-]*(?:(?:passw(?:or)?d|secret|credential)[\w-]*|(?:access|account|api)_?key|token))"
+    r"(?<![\w/.-])([\w-]*(?:(?:passw(?:or)?d|secret|credential)[\w-]*|(?:access|account|api)_?key|token))"
     r"(?<!_env)(?<!_file)(['\"]?\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\"|[^\s,}&#]+)",
     re.IGNORECASE,
 )

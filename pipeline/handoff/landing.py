@@ -118,13 +118,14 @@ class Landing:
             self._release(prefiller, ticket)
             return 0
         size, arena = self._object_bytes, self._arena
-        room = min(arena.spare, arena.working // _SHARE - self._promised)
+        room = min(arena.promises.spare, arena.working // _SHARE - self._promised)
         room = min(room, self._memory.stat().capacity)
         count = min(len(lacking), room // size, wire.KEYS)
         if count <= 0 or prefiller.busy >= self._options.connections:
             self.given_up += 1
             return 0
-        await arena.reserve(count * size)  # there is room: this does not wait
+        if not arena.promises.try_reserve(count * size):
+            return 0
         self._promised += count * size
         try:
             came = await self._take(prefiller, ticket, lacking[:count], later=later)
@@ -133,7 +134,7 @@ class Landing:
             raise
         finally:
             self._promised -= count * size
-            arena.unreserve(count * size)
+            arena.promises.unreserve(count * size)
         self.given_up += came < len(lacking)
         return came
 

@@ -4,7 +4,7 @@ waves as the model goes on."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,12 @@ import anyio
 
 from tierloom.stages.contract.batch import Batch, BatchResources
 from tierloom.stages.contract.request import Request
-from tierloom.stages.errors import ArenaFull, Lost
+from tierloom.stages.errors import Lost
 from tierloom.stages.memory.arena import Arena
+
+_PATIENCE = 0.25
+"""Seconds that a store waits for memory before slow branches of others give up what they have not
+begun."""
 
 
 @dataclass(slots=True)
@@ -36,12 +40,18 @@ class Admission:
     """Promises memory to batches in order, and sends each on once it has it."""
 
     def __init__(
-        self, arena: Arena, chunk_bytes: int, send: Callable[[Batch], Awaitable[None]]
-    ) -> None:
-        """`chunk_bytes`: what a chunk may need of the arena on its whole way. `send` brings a batch
-        into the graph's body."""
+        self, arena: Arena, chunk_bytes: int, in_arena: Collection[str],
+        send: Callable[[Batch], Awaitable[None]], shed: Callable[[], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        """`chunk_bytes`: what a chunk may need of the arena on its whole way. `in_arena`: tiers
+        whose objects lie there. `send` brings a batch into the graph's body. `shed` has branches
+        that may drop give up what waits in front of them."""
         self.chunk_bytes = chunk_bytes
         self._arena, self._send = arena, send
+        self._shed = shed
+        self.starved = 0
+        """Stores that have waited too long for memory."""
+        self._in_arena = in_arena
         self.model_went_on: asyncio.Queue[tuple[Request, Progress]] = asyncio.Queue()
         self.waiting: asyncio.Queue[tuple[Request, Progress]] = asyncio.Queue()
 
@@ -52,15 +62,17 @@ class Admission:
         two requests must not each hold half of what both wait for.
         """
         progress.memory_asked = True
+        storing = request.graph == "store"
         if request.layered:
-            need = len(request.chunks) * self.chunk_bytes
-            promised = await self._reserve(progress, need)
+            needs = [self._need(resources, storing) for resources in progress.batches]
+            promised = await self._reserve(progress, sum(needs), storing)
         for resources in progress.batches:
-            need = len(resources.chunks) * self.chunk_bytes
+            need = self._need(resources, storing)
             if not request.layered:
-                promised = await self._reserve(progress, need)
+                promised = await self._reserve(progress, need, storing)
             if promised:
-                resources.closing.callback(partial(self._arena.unreserve, need))
+                promises = self._arena.promises
+                resources.closing.callback(partial(promises.unreserve, need, storing=storing))
             elif request.cancelled is None:
                 for chunk in resources.chunks:
                     chunk.lost = Lost.NO_ROOM
@@ -85,14 +97,38 @@ class Admission:
             for resources in progress.batches:
                 await self._send(Batch(request, resources, frames))
 
-    async def _reserve(self, progress: Progress, nbytes: int) -> bool:
+    def _need(self, resources: BatchResources, storing: bool) -> int:
+        """Bytes that a batch may lease. What lies in the arena is read where it is."""
+        for chunk in () if storing else resources.chunks:
+            chunk.room = chunk.source is None or chunk.source.tiers[0] not in self._in_arena
+        return sum(chunk.room for chunk in resources.chunks) * self.chunk_bytes
+
+    async def _reserve(self, progress: Progress, nbytes: int, storing: bool) -> bool:
         """Wait for a promise of memory; False when the request is cancelled, or asks too much."""
+        promises = self._arena.promises
+        if not nbytes or nbytes > promises.total:
+            return not nbytes
+        if storing and promises.try_store(nbytes):
+            return True
+        promised = False
         with anyio.CancelScope() as waiting:
             progress.cancels.add(waiting)
             try:
-                await self._arena.reserve(nbytes)
-            except ArenaFull:
-                return False
+                async with anyio.create_task_group() as tasks:
+                    if storing:
+                        tasks.start_soon(self._shed_while_waiting)
+                    await promises.reserve(nbytes, storing=storing)
+                    promised = True
+                    tasks.cancel_scope.cancel()
             finally:
                 progress.cancels.discard(waiting)
-        return not waiting.cancelled_caught
+        return promised
+
+    async def _shed_while_waiting(self) -> None:
+        await anyio.sleep(_PATIENCE)
+        self.starved += 1
+        try:
+            await self._shed()
+            await anyio.sleep_forever()
+        finally:
+            self.starved -= 1

@@ -11,8 +11,11 @@ BATCH_BYTES = 32 << 20
 copies and the disk of one request overlap."""
 
 
-def split_into_batches(request: Request, chunk_bytes: int, working: int) -> list[BatchResources]:
-    """The request's batches. `chunk_bytes`: what a chunk may need of the arena's `working` bytes.
+def split_into_batches(
+    request: Request, object_bytes: int, chunk_bytes: int, working: int
+) -> list[BatchResources]:
+    """The request's batches. `object_bytes`: of a plain object. `chunk_bytes`: what a
+    chunk may need of the arena's `working` bytes.
 
     Waves hold all of the request's memory until the last layer. One that would need more than half
     of the arena goes without them, batch by batch; a store when the last layer is computed.
@@ -21,7 +24,7 @@ def split_into_batches(request: Request, chunk_bytes: int, working: int) -> list
         request.layered = False
         if request.graph == "retrieve":
             request.allowed = request.groups
-    step = max(1, min(BATCH_CHUNKS, BATCH_BYTES // chunk_bytes, working // 4 // chunk_bytes))
+    step = max(1, min(BATCH_CHUNKS, BATCH_BYTES // object_bytes, working // 4 // chunk_bytes))
     waves = request.groups if request.layered else 1
     return [
         BatchResources(request.chunks[k : k + step], waves)

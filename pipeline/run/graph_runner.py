@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -27,6 +27,7 @@ from tierloom.stages.contract.batch import Batch, BatchResources
 from tierloom.stages.contract.request import Request
 from tierloom.stages.contract.stage import BatchStage, RequestStage, Stage
 from tierloom.stages.errors import Lost
+from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class GraphRunner:
 
     def __init__(
         self, graph: Graph, segments: tuple[Segment, ...], stages: Mapping[str, Stage], *,
-        pool: Pool, arena: Arena, object_bytes: int, inflight: int,
+        pool: Pool, arena: Arena, in_arena: Collection[str], object_bytes: int, frames: int,
+        inflight: int,
     ) -> None:  # fmt: skip
         self.graph, self.segments = graph, segments
         self.meters = {n.id: Meter() for n in graph.nodes}
@@ -52,8 +54,11 @@ class GraphRunner:
         self.idle.set()
         self.dropped = 0
         self._inflight, self._arena = inflight, arena
-        chunk_bytes = object_bytes * max(1, sum(n.cls.leases for n in graph.nodes))
-        self._admission = Admission(arena, chunk_bytes, self._enter)
+        forms = max(1, sum(n.cls.leases for n in graph.nodes))
+        # What a codec adds to a frame fits a page: one that would not shrink passes as it is.
+        chunk_bytes = object_bytes * forms + (forms - 1) * frames * PAGE
+        self._object_bytes = object_bytes
+        self._admission = Admission(arena, chunk_bytes, in_arena, self._enter, self._shed)
         self._head = [
             stage for s in segments if s.head for n in s.nodes
             if isinstance(stage := stages[n.id], RequestStage)
@@ -163,8 +168,9 @@ class GraphRunner:
             await self._queues[readers[0]].put(request)
             return
         progress = self.open[request]
-        chunk_bytes = self._admission.chunk_bytes
-        progress.batches = split_into_batches(request, chunk_bytes, self._arena.working)
+        progress.batches = split_into_batches(
+            request, self._object_bytes, self._admission.chunk_bytes, self._arena.working
+        )
         progress.batches_open = len(progress.batches)
         request.gates.expect(len(progress.batches))
         request.planned.set()
@@ -230,13 +236,13 @@ class GraphRunner:
         batch.resources.open += len(parts) - 1
         blocking = []
         for reader, part in zip(readers, parts, strict=True):
-            try:
+            may_drop = self.segments[reader].when_full == "drop"
+            if may_drop and (self._queues[reader].full() or self._admission.starved):
+                await self._drop(part)
+            elif self._queues[reader].full():
+                blocking.append((reader, part))
+            else:
                 self._queues[reader].put_nowait(part)
-            except asyncio.QueueFull:  # noqa: PERF203
-                if self.segments[reader].when_full == "drop":
-                    await self._drop(part)
-                else:
-                    blocking.append((reader, part))
         for reader, part in blocking:
             await self._queues[reader].put(part)
 
@@ -245,6 +251,12 @@ class GraphRunner:
         for chunk in batch.live:
             batch.lose(chunk, Lost.FULL)
         await self._leave(batch)
+
+    async def _shed(self) -> None:
+        """Stores wait for memory: branches that may drop give up what they have not begun."""
+        for i, segment in enumerate(self.segments):
+            while segment.when_full == "drop" and not self._queues[i].empty():
+                await self._drop(self._queues[i].get_nowait())
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -24,7 +25,10 @@ class Pool:
     runs on when a thread has taken it, and never begins when none has."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._calls: SimpleQueue[Queued | None] = SimpleQueue()
+        self._turns: SimpleQueue[bool] = SimpleQueue()
+        """One for each call that waits: True; False ends a thread."""
+        self._calls: deque[Queued] = deque()
+        self._later: deque[Queued] = deque()
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"tierloom-{name}-{i}", daemon=True)
@@ -34,16 +38,18 @@ class Pool:
             thread.start()
 
     async def __call__(
-        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = ()
+        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = (), later: bool = False
     ) -> Any:
         """What `fn` returned or raised. `leases`: all whose memory it reads or writes; they are
-        held until its thread is through. Raises RuntimeError when the pool is closed."""
+        held until its thread is through. `later`: calls without it go first. Raises RuntimeError
+        when the pool is closed."""
         if self._closed:
             raise RuntimeError("a call came to a pool that is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         call = Call(fn, args, leases)
-        self._calls.put((call, loop, future))
+        (self._later if later else self._calls).append((call, loop, future))
+        self._turns.put(True)
         try:
             return await future
         finally:
@@ -53,20 +59,26 @@ class Pool:
         """Let the threads end; one that is stuck is abandoned, with the leases of its call."""
         self._closed = True
         for _ in self._threads:
-            self._calls.put(None)
+            self._turns.put(False)
         for thread in self._threads:
             thread.join(timeout)
         with suppress(Empty):  # what no thread came to
             while True:
-                queued = self._calls.get_nowait()
-                if queued is not None:
-                    queued[0].drop()
+                if self._turns.get_nowait():
+                    self._next()[0].drop()
         for thread in self._threads:
             if thread.is_alive():  # it ends if it ever comes back
-                self._calls.put(None)
+                self._turns.put(False)
+
+    def _next(self) -> Queued:
+        """The call whose turn it is. From any thread that has taken a turn."""
+        with suppress(IndexError):
+            return self._calls.popleft()
+        return self._later.popleft()
 
     def _work(self) -> None:
-        while (queued := self._calls.get()) is not None:
+        while self._turns.get():
+            queued = self._next()
             call, loop, future = queued
             result, error = None, None
             if call.take():

@@ -80,7 +80,7 @@ class MemoryReservation:
         needed: two that each hold a part would wait for each other."""
         try:
             with anyio.fail_after(_PATIENCE):
-                await self._arena.reserve(nbytes)
+                await self._arena.promises.reserve(nbytes)
         except (ArenaFull, TimeoutError):
             return False
         self._promised += nbytes
@@ -97,7 +97,7 @@ class MemoryReservation:
     def close(self) -> None:
         while self._leases:
             self._leases.pop().release()
-        self._arena.unreserve(self._promised)
+        self._arena.promises.unreserve(self._promised)
         self._promised = 0
 
     def __enter__(self) -> MemoryReservation:

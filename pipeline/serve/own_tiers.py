@@ -147,11 +147,10 @@ class OwnTiers:
     ) -> Object | Lost | None:
         """On the pipeline's loop, where a promise is never waited for."""
         assert isinstance(reservation, HeldForClient)
-        room = min(self.arena.working // 4 - self.promised, self.arena.spare)
-        if nbytes > room:
+        mine = self.arena.working // 4 - self.promised
+        if nbytes > mine or not self.arena.promises.try_reserve(nbytes):
             return Lost.NO_ROOM
         self.promised += nbytes
-        await self.arena.reserve(nbytes)
         read = Read(key, _WHOLE)
         try:
             await tier.read([read])
@@ -170,7 +169,7 @@ class OwnTiers:
         fits = self._lent is not None and nbytes <= self.arena.working // 4 - self.promised
         if not fits or self._lent is None or not self._lent.make_way(nbytes):
             return False
-        if not self.arena.reserve_now(nbytes):
+        if not self.arena.promises.try_reserve(nbytes):
             return False
         self.promised += nbytes
         reservation.promised(nbytes)
@@ -178,7 +177,7 @@ class OwnTiers:
 
     def _unpromise(self, nbytes: int) -> None:
         self.promised -= nbytes
-        self.arena.unreserve(nbytes)
+        self.arena.promises.unreserve(nbytes)
 
 
 class HeldForClient(MemoryReservation):

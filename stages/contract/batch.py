@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import anyio
 
@@ -17,7 +18,7 @@ from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import Request
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.kv.object import Header
-from tierloom.stages.memory.arena import Lease
+from tierloom.stages.memory.arena import Arena, Lease
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +60,13 @@ class Batch:
         if header.group == self.request.group:
             return self.frames
         return range(header.groups if self.frames.start == 0 else 0)
+
+    def reserve(self, arena: Arena, nbytes: int) -> bool:
+        """A promise beyond the batch's own, until it ends; False: nobody has that much to spare."""
+        if arena.promises.try_reserve(nbytes):
+            self.defer(partial(arena.promises.unreserve, nbytes))
+            return True
+        return False
 
     def lose(self, chunk: Chunk, code: Lost) -> None:
         self.request.tally(code)

@@ -60,6 +60,8 @@ class Chunk:
     """Store: tiers that do not have it."""
     object: Object | None = None
     """As stored. The batch's resources hold its lease."""
+    room: bool = True
+    """Memory is promised for all that is made of it. Retrieve: not where it lies in the arena."""
     head: Object | None = None
     """Store: what `source` names, as it was read."""
     plain: Object | None = None

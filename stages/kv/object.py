@@ -279,6 +279,14 @@ def plan_frames(header_bytes: int, raw: Sequence[int], stored: Sequence[int]) ->
     return tuple(frames)
 
 
+def object_bytes(g: Geometry, tokens: int, grain: int, group: int) -> int:
+    """Most bytes of a plain object of `tokens` tokens, its text included."""
+    raw = [g.frame_bytes(min(group, g.layers - at), tokens) for at in range(0, g.layers, group)]
+    size = header_size(len(raw), -(-tokens // grain), text_bytes(tokens))
+    last = plan_frames(size, raw, raw)[-1]
+    return last.offset + aligned(last.stored)
+
+
 @dataclass(slots=True)
 class Object:
     """A header and the lease that holds (or will hold) the bytes it describes.

@@ -7,7 +7,6 @@ nothing.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import fcntl
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from tierloom.stages.errors import ArenaFull
 from tierloom.stages.memory import page_lock
 from tierloom.stages.memory.allocator import PAGE, Space, aligned
+from tierloom.stages.memory.memory_promises import MemoryPromises
 
 HUGE = 2 << 20
 _FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, since Linux 5.1
@@ -124,8 +124,7 @@ class Arena(Slab):
         """Asked in turn to drop one object when no hole is long enough; False: nothing left."""
         self._space = Space(self.total)
         self._kept = 0
-        self._reserved = 0
-        self._waiters: list[asyncio.Event] = []
+        self.promises = MemoryPromises(self.working)
         self._pinned = False
 
     @property
@@ -141,11 +140,6 @@ class Arena(Slab):
     def flight(self) -> int:
         """Bytes leased and kept by no tier."""
         return self.used - self._kept
-
-    @property
-    def spare(self) -> int:
-        """Bytes that nobody was promised."""
-        return self.working - self._reserved
 
     @property
     def idle(self) -> int:
@@ -170,39 +164,6 @@ class Arena(Slab):
             # The lock is free here: a tier that drops an object releases its lease.
             if not evict or not any(give_up() for give_up in self.reclaim):
                 raise ArenaFull(f"no hole of {need} bytes left between leases in use")
-
-    async def reserve(self, nbytes: int) -> None:
-        """Wait until `nbytes` of `working` are promised to nobody, and take the promise.
-
-        Whoever means to lease reserves first, for all it will need, so that no two requests each
-        hold half of what both wait for. Bound it with a cancel scope. Raises ArenaFull when it
-        never could.
-        """
-        if nbytes > self.working:
-            raise ArenaFull(f"{nbytes} bytes never fit in {self.working}: raise budget.arena")
-        while self._reserved + nbytes > self.working:
-            freed = asyncio.Event()
-            self._waiters.append(freed)
-            try:
-                await freed.wait()
-            finally:
-                if freed in self._waiters:
-                    self._waiters.remove(freed)
-        self._reserved += nbytes
-
-    def reserve_now(self, nbytes: int) -> bool:
-        """`reserve` where nobody would have to wait for it; False: somebody would."""
-        if self._waiters or self._reserved + nbytes > self.working:
-            return False
-        self._reserved += nbytes
-        return True
-
-    def unreserve(self, nbytes: int) -> None:
-        """Give a promise back (on the loop, like `reserve`)."""
-        self._reserved -= nbytes
-        for freed in self._waiters:
-            freed.set()
-        self._waiters.clear()
 
     def keep(self, lease: Lease) -> None:
         """A memory tier takes the lease: it counts against the tier, no longer as in flight."""

@@ -62,8 +62,12 @@ class Decode(BatchStage):
                 continue
             raw = [f.raw for f in header.frames[: header.groups]]
             plain = header.with_frames(raw, raw)
+            arena = self.ctx.arena
+            if not chunk.room and not batch.reserve(arena, plain.nbytes):
+                batch.lose(chunk, Lost.NO_ROOM)
+                continue
             try:
-                lease = self.ctx.arena.lease(plain.nbytes)
+                lease = arena.lease(plain.nbytes)
             except ArenaFull:
                 batch.lose(chunk, Lost.NO_ROOM)
                 continue

@@ -7,7 +7,7 @@ A chunk's frames lie in one lease from the start, after room for its header.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import sha256
 
 import numpy as np
@@ -99,12 +99,10 @@ class Gather(BatchStage):
         """Read what is kept of a chunk; False: it is lost, as it cannot be had any more."""
         assert chunk.source is not None
         tier, arena = self.ctx.tiers[chunk.source.tiers[0]], self.ctx.arena
-        if not tier.in_arena:  # nobody was promised memory for it
-            if header.nbytes > arena.spare:
-                batch.lose(chunk, Lost.NO_ROOM)
-                return False
-            await arena.reserve(header.nbytes)
-            batch.defer(partial(arena.unreserve, header.nbytes))
+        # Nobody was promised memory for it.
+        if not tier.in_arena and not batch.reserve(arena, header.nbytes):
+            batch.lose(chunk, Lost.NO_ROOM)
+            return False
         read = Read(chunk.source.key, len(header.frames))
         try:
             await tier.read([read])

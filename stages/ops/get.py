@@ -24,8 +24,7 @@ from tierloom.stages.contract.chunks import Chunk, Source
 from tierloom.stages.contract.stage import BatchStage, Context
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.geometry import Geometry
-from tierloom.stages.kv.object import LINK, Object
-from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.kv.object import LINK, Object, object_bytes
 from tierloom.stages.ops.promote import settle
 from tierloom.stages.ops.scan_budget import ScanBudget
 from tierloom.stages.options import Seconds
@@ -56,10 +55,14 @@ class Get(BatchStage):
     takes = "plan@host/request"
     gives = "bytes@host/frame"
     tier_options = arena_options = ("promote",)
+    leases = 1
 
     def __init__(self, options: GetOptions, ctx: Context) -> None:
         super().__init__(options, ctx)
         self._tiers_at_once = 1 if options.hedge is None else 2
+        cut = ctx.chunk
+        self._need = object_bytes(ctx.geometry, cut.tokens, cut.grain, cut.group)
+        """Bytes of the arena for one object."""
 
     async def apply(self, batch: Batch) -> None:
         # Waves of the same chunks read into the same leases: one at a time, in order.
@@ -94,6 +97,9 @@ class Get(BatchStage):
         """Ask each chunk's next tier; returns those that still have a tier to try."""
         by_tier: dict[tuple[str, ...], list[Chunk]] = {}
         for chunk in chunks:
+            if not self._has_room(batch, chunk):
+                batch.lose(chunk, Lost.NO_ROOM)
+                continue
             names = tuple(_source(chunk).tiers[: self._tiers_at_once])
             by_tier.setdefault(names, []).append(chunk)
         again: list[Chunk] = []
@@ -101,6 +107,13 @@ class Get(BatchStage):
             for names, group in by_tier.items():
                 tg.start_soon(self._from_tier, batch, names, group, again)
         return again
+
+    def _has_room(self, batch: Batch, chunk: Chunk) -> bool:
+        """Memory is promised for a chunk, or not needed. For one that has gone from the arena since
+        it was planned, none was."""
+        if chunk.room or self.ctx.tiers[_source(chunk).tiers[0]].in_arena:
+            return True
+        return batch.reserve(self.ctx.arena, self._need)
 
     async def _from_tier(
         self, batch: Batch, names: tuple[str, ...], group: list[Chunk], again: list[Chunk]
@@ -145,13 +158,12 @@ class Get(BatchStage):
     ) -> bool:
         """The second of two reads. It needs memory that nobody was promised; where there is none,
         it says that all is done, so that the first makes room for it."""
-        g, arena = self.ctx.geometry, self.ctx.arena
+        arena = self.ctx.arena
         if not self.ctx.tiers[name].in_arena:
-            need = chunks * (g.frame_bytes(g.layers, self.ctx.chunk.tokens) + PAGE)
-            if need > arena.spare:
+            need = chunks * self._need
+            if not arena.promises.try_reserve(need):
                 return True
-            await arena.reserve(need)
-            untaken.callback(arena.unreserve, need)
+            untaken.callback(arena.promises.unreserve, need)
         return await ask(name)
 
     def _take(

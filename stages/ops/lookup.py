@@ -83,8 +83,9 @@ class Lookup(RequestStage):
         if request.held:
             self._take_held(request)
             return
-        tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).available}
         absent = self.options.want == "absent"
+        all_of_them = {n: self.ctx.tiers[n] for n in self.names}
+        tiers = {n: t for n, t in all_of_them.items() if (t.takes if absent else t.available)}
         if self.options.by == "content":
             request.chunks = await self.ctx.pool(fresh_chunks, request, self.ctx, leases=())
         elif request.exact < 1 << 62:  # what follows must not be found by its name
@@ -128,7 +129,9 @@ class Lookup(RequestStage):
 
     async def _absent(self, request: Request, tiers: Tiers, known: Answers) -> None:
         if not tiers and not self.ctx.replica:
-            request.tally(Lost.TIER_DOWN, len(request.chunks))
+            refusals = (self.ctx.tiers[n].writing.refusal for n in self.names)
+            why = next(filter(None, refusals), Lost.TIER_DOWN)
+            request.tally(why, len(request.chunks))
             request.chunks = []
             return
         missing = []

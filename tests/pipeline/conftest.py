@@ -198,6 +198,11 @@ def opened() -> Iterator[Open]:
         if not pipe._closed:
             settle(pipe)
             pipe.close()
+        stuck = any(t.cls.__name__ == "Stuck" for t in pipe.spec.tiers.values())
+        expelled = any(t.counts.corrupt for t in pipe.tiers.values())  # read once more, to be sure
+        odd = stuck or expelled
+        beyond: Any = 0 if odd else getattr(pipe.arena, "beyond", 0)
+        assert beyond <= 0, f"{beyond} bytes were leased that nobody had promised"
         assert pipe.arena.leases == 0, "a lease did not come home"
         assert not pipe._portal.alive, "the portal is still running"
 
@@ -262,4 +267,4 @@ def settle(pipe: Pipeline, seconds: float = 40.0) -> None:
     s = pipe.stats()
     assert not any(g["open"] for g in s["graphs"].values()), s["graphs"]
     assert s["arena"]["flight"] == 0, s["arena"]
-    assert pipe.arena._reserved == 0
+    assert pipe.arena.promises.spare == pipe.arena.working

@@ -101,7 +101,7 @@ def test_a_dead_tier_opens_its_breaker_and_is_left_out(opened: Open) -> None:
 def test_a_store_that_no_tier_can_take_keeps_nothing(opened: Open) -> None:
     engine = Engine()
     pipe = opened(config(), engine)
-    pipe.tiers["hot"]._trip()
+    pipe.tiers["hot"].trip(OSError("gone"))
     got = pipe.store(tokens(64), engine.caches, engine.slots(64)).wait()
     assert (got.tokens, got.nbytes, got.lost) == (0, 0, {Lost.TIER_DOWN: 1})
 

@@ -114,9 +114,10 @@ def test_without_memory_for_both_the_first_is_given_up(opened: Open, monkeypatch
     source = hedged(far, {"use": "mock"}, budget={"arena": "1 MiB"})
     pipe, ids, at = opened(source, engine), tokens(150), engine.slots(150)
     assert pipe.store(ids, engine.caches, at).wait().tokens == 150
-    for left, gives_up in ((100_000, True), (pipe.arena.working, False)):
+    own = 3 * pipe._runners["retrieve"]._admission.chunk_bytes
+    for left, gives_up in ((own, True), (pipe.arena.working, False)):
         taken = pipe.arena.working - left
-        pipe._portal.call(pipe.arena.reserve, taken)
+        pipe._portal.call(pipe.arena.promises.reserve, taken)
         target = engine.blank()
         got = pipe.retrieve(ids, target.caches, at).wait(10)
         assert (got.tokens, got.tiers) == (150, {"warm": 3})
@@ -124,8 +125,8 @@ def test_without_memory_for_both_the_first_is_given_up(opened: Open, monkeypatch
         assert gave_up.pop() is gives_up
         assert not gave_up
         pipe._portal.call(unreserve, pipe.arena, taken)
-    assert pipe.arena.spare == pipe.arena.working
+    assert pipe.arena.promises.spare == pipe.arena.working
 
 
 async def unreserve(arena: Any, nbytes: int) -> None:
-    arena.unreserve(nbytes)
+    arena.promises.unreserve(nbytes)

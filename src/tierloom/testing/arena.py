@@ -29,6 +29,8 @@ class PoisonArena(Arena):
         self._waiting = 0
         """Bytes released and not to be leased yet."""
         self._most = quarantine
+        self.beyond = 0
+        """Most bytes that were in flight at once, beyond what was promised."""
         self.late: list[str] = []
         """What was written late, and where."""
         super().__init__(working, kept + quarantine, **options)
@@ -44,6 +46,8 @@ class PoisonArena(Arena):
     def lease(self, nbytes: int, *, evict: bool = True) -> Lease:
         lease = super().lease(nbytes, evict=evict)
         self._fill(lease.offset, lease.nbytes, FRESH)
+        promised = self.promises.total - self.promises.spare
+        self.beyond = max(self.beyond, self.flight - promised)
         return lease
 
     def check(self) -> None:

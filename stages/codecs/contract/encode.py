@@ -4,14 +4,26 @@ untouched."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 from tierloom.stages.codecs.contract.byte_planes import split_planes
 from tierloom.stages.codecs.contract.decoding import AESGCM, MOST_CODECS, PLANES, decode_frame
 from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, Site
 from tierloom.stages.contract.batch import Batch
-from tierloom.stages.contract.chunks import Encoded, EncodedFrame
+from tierloom.stages.contract.chunks import Chunk, Encoded, EncodedFrame
 from tierloom.stages.contract.stage import BatchStage, Context
+
+_JOB = 2 << 20
+"""Plain bytes of a job: at most some 20 ms of a thread."""
+
+
+class _FrameJob(NamedTuple):
+    """A layer group of a chunk to encode: `past` is what the encoder before made of it."""
+
+    chunk: Chunk
+    past: Encoded | None
+    mine: Encoded
+    group: int
 
 
 class Encode(BatchStage):
@@ -31,28 +43,49 @@ class Encode(BatchStage):
         `before`: the codecs that `data` went through already; empty: it is the plain frame.
         """
 
-    def apply(self, batch: Batch) -> None:
+    async def apply(self, batch: Batch) -> None:
+        """In many short jobs, which all that somebody waits for goes ahead of."""
         before = batch.encoder
+        job: list[_FrameJob] = []
+        nbytes = 0
         for chunk in batch.live:
             if chunk.object is None:
                 continue
             header = chunk.object.header
             past = None if before is None else chunk.encoded[before]
-            scans, groups = past.scans if past else self.scans, header.groups
-            mine = chunk.encoded.setdefault(self, Encoded([None] * (scans * groups), scans))
+            scans = past.scans if past else self.scans
+            mine = Encoded([None] * (scans * header.groups), scans)
+            mine = chunk.encoded.setdefault(self, mine)
             for i in batch.frames:
-                shape = FrameShape.of(header, i, chunk.position)
-                if past is None:
-                    f = header.frames[i]
-                    plain = chunk.object.lease.view[f.offset : f.offset + f.stored]
-                    source = EncodedFrame(plain, f.raw, b"")
-                    mine.frames[i::groups] = self.parts(source, shape, Site(header, i, b""))
-                    continue
-                for j in range(i, scans * groups, groups):
-                    frame = past.frames[j]
-                    assert frame is not None, "waves reach a branch's stages in order"
-                    mine.frames[j] = self.frame(frame, shape, Site(header, j, frame.codecs))
+                job.append(_FrameJob(chunk, past, mine, i))
+                nbytes += header.frames[i].raw
+                if nbytes >= _JOB:
+                    await self._run(job)
+                    job, nbytes = [], 0
+        if job:
+            await self._run(job)
         batch.encoder = self
+
+    async def _run(self, job: list[_FrameJob]) -> None:
+        leases = [lease for piece in job for lease in piece.chunk.leases()]
+        await self.ctx.pool(self._encode, job, leases=leases, later=True)
+
+    def _encode(self, job: list[_FrameJob]) -> None:
+        for chunk, past, mine, i in job:
+            assert chunk.object is not None
+            header = chunk.object.header
+            shape = FrameShape.of(header, i, chunk.position)
+            if past is None:
+                f = header.frames[i]
+                plain = chunk.object.lease.view[f.offset : f.offset + f.stored]
+                source = EncodedFrame(plain, f.raw, b"")
+                made = self.parts(source, shape, Site(header, i, b""))
+                mine.frames[i :: header.groups] = made
+                continue
+            for j in range(i, mine.scans * header.groups, header.groups):
+                frame = past.frames[j]
+                assert frame is not None, "waves reach a branch's stages in order"
+                mine.frames[j] = self.frame(frame, shape, Site(header, j, frame.codecs))
 
     def parts(self, source: EncodedFrame, shape: FrameShape, site: Site) -> list[EncodedFrame]:
         """A plain frame as it goes on: one frame of each scan."""

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from tierloom.stages.errors import ConfigError, Damaged, MissingPackage, TierDown
+from tierloom.stages.errors import ConfigError, Damaged, Lost, MissingPackage, Refused, TierDown
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.memory.held import Transfers, held
@@ -158,7 +158,8 @@ class Bucket:
         return memoryview(got)
 
     async def put(self, name: str, lease: Lease, nbytes: int) -> bool:
-        """The lease's first bytes, whole or not at all; False: there is one already."""
+        """The lease's first bytes, whole or not at all; False: there is one already. Raises
+        TierDown, Refused."""
         if not self._options.if_absent and await self.size(name) is not None:
             return False
         mode = "create" if self._options.if_absent else "overwrite"
@@ -172,8 +173,13 @@ class Bucket:
                 )  # fmt: skip
             except self._obs.exceptions.AlreadyExistsError:
                 return False
+            except self._obs.exceptions.PermissionDeniedError as error:
+                raise Refused(str(self._down("PUT", error))) from None
             except Exception as error:
-                raise self._down("PUT", error) from None
+                down = self._down("PUT", error)
+                if "507 " in str(error):  # insufficient storage
+                    raise Refused(str(down), Lost.NO_ROOM) from None
+                raise down from None
             finally:
                 del body  # from here on it is there as long as the client refers to it
                 self.transfers.keep(lease, lambda: sent() is None)

@@ -1,10 +1,10 @@
 """CircuitBreaker: a tier whose failures are data, and which is not called while it fails.
 
-Wraps every tier. Each call has a time limit; `fails` failures in a row open the breaker, and from
-then on nothing waits for the tier, except one call every `probe` seconds. The first success closes
-it. A tier may still answer `exists` while it cannot deliver objects, so after a failed read or put
-only a successful read or put closes the breaker. Reads are timed, so that a plan can estimate what
-a load will cost.
+Wraps every tier. Each call has a time limit. Reads and puts fail apart (`direction.py`): what a
+tier has is served though nothing more can be put, and nothing is put where nothing can be read. A
+tier may still answer `exists` while it cannot deliver objects, so after a failed read only a
+successful read closes that direction. Reads are timed, so that a plan can estimate what a load will
+cost.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
-from traceback import format_exception
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import anyio
 
-from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost, TierDown
+from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.options import masked
+from tierloom.stages.tiers.contract.direction import Direction, Limits, cause, why_refused
 from tierloom.stages.tiers.contract.object_reader import is_still
 from tierloom.stages.tiers.contract.read_cost import ReadCostModel
 from tierloom.stages.tiers.contract.tier import Read, Tier
@@ -38,22 +38,6 @@ _STALE = 60.0
 _PATIENCE = 10  # opening and closing may take this many times the limit of a call
 
 
-class Limits(Protocol):
-    """When a tier counts as down."""
-
-    @property
-    def timeout(self) -> float:
-        """Seconds one call may take."""
-
-    @property
-    def fails(self) -> int:
-        """Failures in a row that open the breaker."""
-
-    @property
-    def probe(self) -> float:
-        """Seconds before an open breaker lets one call through."""
-
-
 class CircuitBreaker(WrapperTier):
     """Raises only ConfigError at the first `open`; cancellation passes through."""
 
@@ -65,10 +49,13 @@ class CircuitBreaker(WrapperTier):
         self.name = name
         self.reads = ReadCostModel()
         self._limits, self._clock = limits, clock
-        self._opened = self._probing = self._logged_unexpected = False
-        self._data_failed = False  # a read or put failed, and none has succeeded since
-        self._failures = 0
-        self._retry = self._read_at = 0.0
+        address = masked(tier.address)
+        told = f"{name} ({address})" if address else name
+        self.reading = Direction("reads", told, limits, clock)
+        self.writing = Direction("puts", told, limits, clock)
+        self._told = told
+        self._opened = False
+        self._read_at = 0.0
         self.share = 1.0
         """Encoded bytes read per byte of plain KV; of progressive objects: of the first scan."""
         self.unread = UnreadableObjects(name, self.counts, clock)
@@ -76,10 +63,14 @@ class CircuitBreaker(WrapperTier):
 
     @property
     def available(self) -> bool:
-        """A call would be let through: the breaker is closed, or a probe is due."""
-        if self._failures < self._limits.fails:
-            return True
-        return not self._probing and self._clock() >= self._retry
+        """A read would be let through: its breaker is closed, or a probe is due."""
+        return self.reading.open_to_calls
+
+    @property
+    def takes(self) -> bool:
+        """A put would be let through. Where reads fail it is one of the probes: what it puts is
+        read back."""
+        return self.writing.open_to_calls and (self.reading.open_to_calls or not self._opened)
 
     def cost(self, nbytes: int) -> float | None:
         """Seconds that reading `nbytes` of plain KV should take, encoded as this tier has it; None
@@ -88,12 +79,15 @@ class CircuitBreaker(WrapperTier):
             return None
         return self.reads.of(round(nbytes * self.share))
 
-    def figures(self) -> dict[str, float]:
-        """Counters and holdings as plain numbers."""
+    def figures(self) -> dict[str, float | str]:
+        """Counters and holdings as plain numbers; times in seconds since the epoch, 0: it works."""
         counts = asdict(self.counts)
         counts |= counts.pop("extra") | self.stat()._asdict()
         return counts | {
-            "available": self.available,
+            "available": self.reading.closed,
+            "reads_down_since": self.reading.down_since,
+            "writes_down_since": self.writing.down_since,
+            "last_error": self.reading.last_error or self.writing.last_error,
             "latency": self.reads.latency,
             "bandwidth": self.reads.bandwidth,
         }
@@ -105,26 +99,28 @@ class CircuitBreaker(WrapperTier):
         except ConfigError as error:
             raise ConfigError(masked(str(error))) from None  # clients' errors may name their URL
         except Exception as error:
-            self._failed(error)
-            if self._failures < self._limits.fails:  # else that has said it
-                log.warning("tier %s is down: %s", self.name, _cause(error))
-            self._trip()
+            self.trip(error)
 
     async def close(self) -> None:
         try:
             await self._within(_PATIENCE * self._limits.timeout, self.tier.close)
         except Exception as error:
-            log.warning("tier did not close", extra={"tier": self.name, "cause": _cause(error)})
+            log.warning("tier %s did not close: %s", self._told, cause(error))
+
+    def trip(self, error: Exception) -> None:
+        """Leave it alone for a while: nothing of it works."""
+        self.reading.trip(error, "is down", "is back")
+        self.writing.trip(error)
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        found = await self._call(lambda: self.tier.exists(keys))
+        found = await self._call(self.reading, lambda: self.tier.exists(keys))
         return [False] * len(keys) if isinstance(found, Lost) else found
 
     async def read(self, reads: Sequence[Read]) -> None:
         fresh = [read for read in reads if read.object is None]
         before = sum(r.object.arrived for r in reads if r.object)
         began = self._clock()
-        failed = await self._call(lambda: self.tier.read(reads), cargo=True)
+        failed = await self._call(self.reading, lambda: self.tier.read(reads), cargo=True)
         if failed is None:
             nbytes = sum(r.object.arrived for r in reads if r.object) - before
             if nbytes:
@@ -147,9 +143,22 @@ class CircuitBreaker(WrapperTier):
                 read.object = None
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
-        lost = await self._call(lambda: self.tier.put(objects), cargo=True)
+        if not self.takes:
+            return [self.writing.refusal or Lost.TIER_DOWN] * len(objects)
+        reads_fail = self._opened and not self.reading.closed
+        self.reading.probing |= reads_fail
+        try:
+            lost = await self._call(self.writing, lambda: self.tier.put(objects), cargo=True)
+        finally:
+            if reads_fail:
+                self.reading.probing = False
         if isinstance(lost, Lost):
             return [lost] * len(objects)
+        put = [obj.header for obj, why in zip(objects, lost, strict=True) if why is None]
+        if reads_fail and put:
+            await self._call(
+                self.reading, lambda: is_still(self.tier, put[0].key, put[0]), cargo=True
+            )
         self.unread.forget([obj.header.key for obj in objects])
         return lost
 
@@ -165,7 +174,7 @@ class CircuitBreaker(WrapperTier):
         """Delete an object on proof of damage, unless another has replaced it: then frames of that
         one may have been read after the header of this one."""
         self.counts.corrupt += 1
-        if await self._call(lambda: is_still(self.tier, key, read)) is True:
+        if await self._call(self.reading, lambda: is_still(self.tier, key, read)) is True:
             self._say(key, proof)
             await self.delete([key])
 
@@ -174,72 +183,63 @@ class CircuitBreaker(WrapperTier):
 
     async def delete(self, keys: Sequence[bytes]) -> int:
         self.unread.forget(keys)
-        dropped = await self._call(lambda: self.tier.delete(keys))
-        return 0 if isinstance(dropped, Lost) else dropped
+        dropped = await self._call(self.writing, lambda: self.tier.delete(keys))
+        return 0 if isinstance(dropped, Lost) else self._made_room(dropped)
 
     async def clear(self) -> int | Lost:
         """How many objects were deleted, or why it failed."""
-        return await self._call(self.tier.clear)
+        cleared = await self._call(self.writing, self.tier.clear)
+        return cleared if isinstance(cleared, Lost) else self._made_room(cleared)
 
-    async def _call(self, work: Callable[[], Awaitable[T]], *, cargo: bool = False) -> T | Lost:
-        """The tier's answer, else LATE or TIER_DOWN. `cargo`: the call transfers objects."""
-        if not self.available:
-            return Lost.TIER_DOWN
-        probing = self._failures >= self._limits.fails
-        self._probing = self._probing or probing
+    def _made_room(self, objects: int) -> int:
+        if objects:
+            self.writing.retry()
+        return objects
+
+    async def _call(
+        self, way: Direction, work: Callable[[], Awaitable[T]], *, cargo: bool = False
+    ) -> T | Lost:
+        """The tier's answer; else LATE, TIER_DOWN, or why it takes nothing. `cargo`: the call
+        transfers objects."""
+        if not way.open_to_calls and (cargo or way.refusal is None):
+            return way.refusal or Lost.TIER_DOWN
+        probing = not way.closed and (cargo or way.refusal is None)
+        way.probing = way.probing or probing
         began = self._clock()
         try:
             if not self._opened:
                 await self._within(_PATIENCE * self._limits.timeout, self._open)
             result = await self._within(self._limits.timeout, work)
         except Exception as error:
-            self._failed(error, cargo)
+            why = why_refused(error) if way is self.writing and self._opened else None
+            if why is not None:
+                way.refused(why, error)
+                return why
+            way.failed(error, cargo=cargo)
             return Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
         except anyio.get_cancelled_exc_class():
             waited = self._clock() - began
             if (
                 waited >= self._limits.timeout / _CANCEL_FRACTION
             ):  # a request's deadline is often shorter
-                self._failed(TimeoutError(f"cancelled after {waited:.3g} s"), cargo)
+                way.failed(TimeoutError(f"cancelled after {waited:.3g} s"), cargo=cargo)
             raise
         else:
-            if cargo or not self._data_failed:
-                if probing:
-                    log.info("tier is back", extra={"tier": self.name})
-                self._failures, self._data_failed = 0, False
+            way.succeeded(cargo=cargo)
             return result
         finally:
             if probing:
-                self._probing = False
+                way.probing = False
 
     async def _open(self) -> None:
         await self.tier.open()
         self._opened = True
+        self.reading.succeeded(cargo=True)  # what failed was to open it
+        self.writing.succeeded(cargo=True)
 
     async def _within(self, seconds: float, work: Callable[[], Awaitable[T]]) -> T:
         with anyio.fail_after(seconds):
             return await work()
-
-    def _failed(self, error: Exception, cargo: bool = False) -> None:
-        self._failures += 1
-        self._data_failed = self._data_failed or cargo
-        if not isinstance(error, (OSError, TierDown)) and not self._logged_unexpected:
-            self._logged_unexpected = True
-            trace = masked("".join(format_exception(error)))
-            log.error("tier raised an unexpected error\n%s", trace, extra={"tier": self.name})
-        if self._failures >= self._limits.fails:
-            if self._failures == self._limits.fails:
-                log.warning("tier is down", extra={"tier": self.name, "cause": _cause(error)})
-            self._trip()
-
-    def _trip(self) -> None:
-        self._failures = max(self._failures, self._limits.fails)
-        self._retry = self._clock() + self._limits.probe
-
-
-def _cause(error: Exception) -> str:
-    """For the log: a client's error may contain its URL with the password."""
-    return masked(repr(error))
 
 
 def _share(object: Object) -> float:

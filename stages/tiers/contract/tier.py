@@ -166,6 +166,12 @@ class Tier(ABC):
         self.ctx = ctx
         self.counts = TierCounts()
 
+    @property
+    def address(self) -> str:
+        """Where it is, for the log; secrets are masked by who prints it. Empty: in this process."""
+        options = getattr(self, "options", None)
+        return str(getattr(options, "url", "") or getattr(options, "path", "") or "")
+
     async def open(self) -> None:  # noqa: B027 (nothing to do is fine)
         """Connect, or read the index. Raises ConfigError or TierDown."""
 

@@ -20,6 +20,10 @@ class WrapperTier(Tier):
         self.tier, self.counts = tier, tier.counts
         self.local, self.in_arena, self.read_only = tier.local, tier.in_arena, tier.read_only
 
+    @property
+    def address(self) -> str:
+        return self.tier.address
+
     async def open(self) -> None:
         await self.tier.open()
 

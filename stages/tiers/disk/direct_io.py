@@ -12,7 +12,9 @@ import errno
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +27,8 @@ SegmentPiece = tuple[int, int]
 
 log = logging.getLogger(__name__)
 
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a place that may be read, and not written."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, quota or file."""
 _MINIMUM = 1 << 20  # smaller growth is not worth a call
@@ -81,7 +85,8 @@ def can_direct(folder: Path) -> bool:
     try:
         fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     except OSError:
-        probe.unlink(missing_ok=True)  # some file systems create first and refuse then
+        with suppress(OSError):  # some file systems create first and refuse then
+            probe.unlink(missing_ok=True)
         return False
     try:
         with mmap.mmap(-1, PAGE) as page, memoryview(page) as view:
@@ -118,16 +123,21 @@ class Segments:
         self.sizes = [0] * -(-capacity // segment)
         """Bytes there are of each segment."""
         self._fds: dict[int, int] = {}
+        self._read_only: dict[int, int] = {}
+        """Of those, what was opened for reading, and those that others may still read from."""
+        self._reopening = threading.Lock()
         self._told = False
         for number in numbers(folder, "segment", "slab"):
             if number >= len(self.sizes):
-                (folder / f"segment-{number:05}.slab").unlink()
+                with suppress(OSError):  # read-only
+                    self._path(number).unlink()
                 continue
             fd = self._open(number)
             size = os.fstat(fd).st_size
             if size > self._wanted(number):
                 size = self._wanted(number)
-                os.ftruncate(fd, size)
+                with suppress(OSError):
+                    os.ftruncate(fd, size)
             self.sizes[number] = size // PAGE * PAGE
 
     def grow(self, nbytes: int, keep_free: int) -> tuple[int, int] | None:
@@ -152,7 +162,8 @@ class Segments:
                 )
             return None
         added = min(missing, spare)
-        fd = self._open(number)
+        self._open(number)
+        fd = self._writable(number)
         try:
             os.posix_fallocate(fd, size, added)
         except OSError as error:
@@ -178,6 +189,8 @@ class Segments:
             self._forget(fd, at, stop - begin)
 
     def write(self, pieces: Sequence[SegmentPiece], view: memoryview) -> None:
+        for number in list(self._read_only):
+            self._writable(number)
         for fd, at, begin, stop in self._parts(pieces, 0, len(view)):
             self._file_io.write(fd, view[begin:stop], at)
             self._forget(fd, at, stop - begin)
@@ -187,8 +200,10 @@ class Segments:
             os.fdatasync(fd)
 
     def close(self) -> None:
-        while self._fds:
-            self._file_io.close(self._fds.popitem()[1])
+        for fd in {*self._fds.values(), *self._read_only.values()}:
+            self._file_io.close(fd)
+        self._fds.clear()
+        self._read_only.clear()
 
     def _parts(
         self, pieces: Sequence[SegmentPiece], start: int, end: int
@@ -213,7 +228,25 @@ class Segments:
 
     def _open(self, number: int) -> int:
         if number not in self._fds:
-            flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self._direct else 0)
-            path = self._folder / f"segment-{number:05}.slab"
-            self._fds[number] = self._file_io.open(path, flags, 0o600)
+            try:
+                fd = self._opened(number, os.O_RDWR | os.O_CREAT)
+            except OSError as error:
+                if error.errno not in READ_ONLY or not self._path(number).exists():
+                    raise
+                fd = self._read_only[number] = self._opened(number, os.O_RDONLY)
+            self._fds[number] = fd
         return self._fds[number]
+
+    def _writable(self, number: int) -> int:
+        """Its file, open for writing. Raises OSError where that may still not be."""
+        with self._reopening:
+            if self._fds[number] == self._read_only.get(number):
+                self._fds[number] = self._opened(number, os.O_RDWR)
+            return self._fds[number]
+
+    def _opened(self, number: int, flags: int) -> int:
+        direct = os.O_DIRECT if self._direct else 0
+        return self._file_io.open(self._path(number), flags | direct, 0o600)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"segment-{number:05}.slab"

@@ -14,6 +14,7 @@ from typing import Any
 
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.memory.allocator import PAGE
+from tierloom.stages.tiers.disk.direct_io import READ_ONLY
 from tierloom.stages.tiers.disk.set_aside import numbers, ours, set_aside
 
 _LOCK, _MARKER = "lock", "tierloom.json"
@@ -35,7 +36,7 @@ class FolderLock:
         self._fd, self.folder = -1, folder
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            self._fd = _opened(folder / _LOCK)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.segment = self._check(folder / _MARKER, segment)
         except BlockingIOError:
@@ -99,6 +100,16 @@ class FolderLock:
             os.fsync(file.fileno())  # an empty one would cost all that is kept
         fresh.replace(marker)
         return segment
+
+
+def _opened(lock: Path) -> int:
+    """A descriptor of the lock; for reading where nothing may be written, which is enough."""
+    try:
+        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        return os.open(lock, os.O_RDONLY)
 
 
 def _read(marker: Path) -> tuple[int, str, str]:

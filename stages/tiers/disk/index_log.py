@@ -13,6 +13,7 @@ torn tail costs what was last put, never more. Generation n's log goes on from i
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
@@ -36,6 +37,7 @@ _RECORD = struct.Struct("<II")
 _PUT = struct.Struct("<BBHHHd")
 _PIECE = struct.Struct("<QQ")
 _SMALL_LOG = 8 << 20  # bytes; a log this short is no reason for a snapshot
+_ROOM = 1 << 16  # bytes that the file system must have, for records
 
 
 @dataclass(slots=True)
@@ -53,7 +55,8 @@ class Extent:
 
 
 class IndexLog:
-    """Append with `put`, `drop` and `later`, under the caller's lock; they raise OSError."""
+    """Append with `put`, `delete` and `later`, under the caller's lock. A place that cannot be
+    written is no reason not to read: the log is begun with the first record then."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -70,21 +73,32 @@ class IndexLog:
 
     def load(self) -> list[Entry[Extent]]:
         """Read everything back, oldest first, and begin a new log. Blocks."""
-        for stale in numbers(self._folder, "index", "tmp"):
-            (self._folder / f"index-{stale:08}.tmp").unlink()
-        entries, last = read_index(self._folder)
-        self._begin(last + 1)  # nothing is appended to a tail that may be torn
+        entries, self._generation = read_index(self._folder)
+        with suppress(OSError):  # full, or read-only
+            for stale in numbers(self._folder, "index", "tmp"):
+                (self._folder / f"index-{stale:08}.tmp").unlink()
+            self._begin(self._generation + 1)  # nothing is appended to a tail that may be torn
         return entries
 
     def put(self, entry: Entry[Extent]) -> None:
+        """Raises OSError; nothing is written then."""
         self._append(_pack_put(entry))
 
     def delete(self, keys: Sequence[bytes]) -> None:
+        """Raises OSError; nothing is written then."""
         self._append(bytes([DROP]) + b"".join(keys))
 
     def later(self, kind: int, keys: Sequence[bytes]) -> None:
-        """Note pins without I/O (from the loop); written before the next record, or at the end."""
+        """Without I/O (pins are noted on the loop): written before the next record, or at the
+        end."""
         self._later.append(bytes([kind]) + b"".join(keys))
+
+    def require_room(self) -> None:
+        """Raise OSError where the file system is full: who evicts for a put that is then refused
+        has deleted for nothing."""
+        stat = os.statvfs(self._folder)
+        if stat.f_bavail * stat.f_frsize < _ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def begin_snapshot(self) -> int:
         """Turn to a new log. What is in the index at this moment belongs into its snapshot."""
@@ -96,14 +110,18 @@ class IndexLog:
         """Make a snapshot durable, then remove what came before it. Needs no lock."""
         path = self._folder / f"index-{generation:08}.snap"
         fresh = path.with_suffix(".tmp")
-        with fresh.open("wb") as file:
-            file.write(_MAGIC)
-            for entry in entries:
-                file.write(_framed(_pack_put(entry)))
-            file.flush()
-            os.fdatasync(file.fileno())
-            self._snapshot_bytes = file.tell()
-        fresh.replace(path)
+        try:
+            with fresh.open("wb") as file:
+                file.write(_MAGIC)
+                for entry in entries:
+                    file.write(_framed(_pack_put(entry)))
+                file.flush()
+                os.fdatasync(file.fileno())
+                self._snapshot_bytes = file.tell()
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
         sync_folder(self._folder)
         for suffix in ("snap", "log"):
             for old in numbers(self._folder, "index", suffix):
@@ -113,25 +131,42 @@ class IndexLog:
     def close(self) -> None:
         """Write what is pending, and close. Idempotent."""
         if self._fd >= 0:
-            self._flush()
+            with suppress(OSError):  # full: what was deleted is there again at the next start
+                self._flush()
             os.close(self._fd)
             self._fd = -1
+
+    @property
+    def begun(self) -> bool:
+        """Something may have been written since `load`."""
+        return self._fd >= 0
 
     def _begin(self, generation: int) -> None:
         path = self._folder / f"index-{generation:08}.log"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-        os.write(fd, _MAGIC)
+        written = 0
+        try:
+            written = os.write(fd, _MAGIC)
+        finally:
+            if written != len(_MAGIC):
+                os.close(fd)
+                path.unlink(missing_ok=True)
+        if written != len(_MAGIC):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._generation, self._nbytes = fd, generation, len(_MAGIC)
 
     def _append(self, body: bytes) -> None:
+        if self._fd < 0:
+            self._begin(self._generation + 1)
         self._flush()
         self._write(_framed(body))
 
     def _flush(self) -> None:
         while self._later:
-            self._write(_framed(self._later.pop(0)))
+            self._write(_framed(self._later[0]))
+            del self._later[0]
 
     def _write(self, record: bytes) -> None:
         written = 0

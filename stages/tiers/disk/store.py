@@ -7,8 +7,8 @@ objects. Nothing is unlinked to evict, and nothing is synced on the way: a power
 was put since the last snapshot, and gives no wrong byte.
 
 The order that makes this safe: data is written, then its record is logged, then it is visible; a
-drop is logged before its space is used again. Each call ends what it began even when its caller has
-gone.
+drop is logged before what its space is used for next. Each call ends what it began even when its
+caller has gone. A folder that cannot be written is read: full, read-only, or another user's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tierloom.stages.tiers.contract.tier import TierCounts, TierWatch
 from tierloom.stages.tiers.disk.default_folder import lock_folder
 from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO, Segments, want_direct
 from tierloom.stages.tiers.disk.folder_lock import FolderLock
-from tierloom.stages.tiers.disk.index_log import PIN, UNPIN, Extent, IndexLog
+from tierloom.stages.tiers.disk.index_log import DROP, PIN, UNPIN, Extent, IndexLog
 from tierloom.stages.user_home import expanded
 
 log = logging.getLogger(__name__)
@@ -82,19 +82,22 @@ class SegmentStore:
             if self._open:
                 return
             self._lock = lock_folder(self._path, segment=self._segment, owner=self._namespace)
-            self._folder = self._lock.folder
-            direct = want_direct(self._folder, self._direct)
-            self._segments = Segments(
-                self._folder,
-                self._lock.segment,
-                self.capacity,
-                direct=direct,
-                file_io=self._file_io,
-            )
-            self._index_log = IndexLog(self._folder)
-            self._space = Space(self.capacity, empty=True)
-            self._restore(self._index_log.load())
+            try:
+                self._open_in(self._lock)
+            except BaseException:  # else the next try would find the folder in use
+                self._lock.release()
+                raise
             self._open = True
+
+    def _open_in(self, lock: FolderLock) -> None:
+        self._folder = lock.folder
+        direct = want_direct(self._folder, self._direct)
+        self._segments = Segments(
+            self._folder, lock.segment, self.capacity, direct=direct, file_io=self._file_io
+        )
+        self._index_log = IndexLog(self._folder)
+        self._space = Space(self.capacity, empty=True)
+        self._restore(self._index_log.load())
 
     def close(self) -> None:
         """Make everything durable and release the folder. Waits a while for calls in progress."""
@@ -102,10 +105,11 @@ class SegmentStore:
             was_open, self._open = self._open, False
             if not self._resting.wait_for(lambda: not self._working, _PATIENCE):
                 # Closing a file under a thread could make it write into another file.
-                log.error("disk tier left open", extra={"path": str(self._folder)})
+                log.error("disk tier at %s left open: calls do not end", self._folder)
                 return
         if was_open:
-            self._snapshot()
+            if self._index_log.begun:  # else nothing was written, nor can be
+                self._snapshot()
             self._index_log.close()
             self._segments.close()
         if self._lock is not None:
@@ -188,7 +192,7 @@ class SegmentStore:
                 end, last = offset + nbytes, n
         wrong.discard(nobody)
         if wrong:
-            log.warning("index entries forgotten", extra={"entries": len(wrong)})
+            log.warning("disk tier at %s: %d objects forgotten", self._folder, len(wrong))
         at = 0
         for offset, nbytes, n in sorted(taken):
             if n not in wrong:
@@ -214,7 +218,10 @@ class SegmentStore:
                     pieces = self._space.take_split(nbytes, _PIECES)
                 if pieces is not None:
                     return pieces
-                if not self._grow(nbytes) and not self._evict(key):
+                if self._grow(nbytes):
+                    continue
+                self._index_log.require_room()
+                if not self._evict(key):
                     return None
 
     def _grow(self, nbytes: int) -> bool:
@@ -229,7 +236,11 @@ class SegmentStore:
         entry = self.index.evict(incoming)
         if entry is None:
             return False
-        self._index_log.delete([entry.key])
+        try:
+            self._index_log.delete([entry.key])
+        except OSError:  # the put is refused: nothing was deleted for it
+            self.index.add(entry)
+            raise
         self._give(entry.place)
         self._counts.evicted += 1
         return True
@@ -237,10 +248,16 @@ class SegmentStore:
     def _forget(self, entries: list[Entry[Extent]]) -> int:
         """Delete those entries that still exist; how many did."""
         gone = [entry for entry in entries if self.index.remove(entry)]
-        if gone:
-            self._index_log.delete([entry.key for entry in gone])
-        for entry in gone:
-            self._give(entry.place)
+        keys = [entry.key for entry in gone]
+        try:
+            if gone:
+                self._index_log.delete(keys)
+        except OSError:  # it is written before their space can be another object's
+            self._index_log.later(DROP, keys)
+            raise
+        finally:
+            for entry in gone:
+                self._give(entry.place)
         return len(gone)
 
     def _expel(self, entry: Entry[Extent], proof: Damaged) -> None:
@@ -276,8 +293,7 @@ class SegmentStore:
             self._segments.sync()
             self._index_log.write_snapshot(generation, entries)
         except OSError as error:  # the older snapshot and all logs since are still there
-            cause = {"path": str(self._folder), "cause": str(error)}
-            log.warning("no snapshot of the disk tier's index", extra=cause)
+            log.warning("disk tier at %s: no snapshot of its index: %s", self._folder, error)
         finally:
             self._snapshotting.release()
 

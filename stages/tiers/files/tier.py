@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from tierloom.stages.errors import ConfigError, Damaged, Lost
+from tierloom.stages.errors import ConfigError, Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
@@ -47,6 +47,7 @@ class Files(SharedTier):
         super().__init__(ctx)
         self.options = options
         self._file_io, self._direct, self._flags = file_io, direct, 0
+        self._device = 0
         self._clock = clock
         name = ctx.namespace.hex()[:32] or "any"
         self._folder = expanded(options.path) / name
@@ -104,6 +105,7 @@ class Files(SharedTier):
     def _open(self) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._device = self._folder.stat().st_dev
             for path in self._folder.glob("*/*.tmp"):
                 with suppress(OSError):  # gone, or another user's
                     if path.stat().st_mtime < time.time() - _STALE:
@@ -200,7 +202,8 @@ class Files(SharedTier):
             self._space.named(nbytes)
 
     def _write(self, path: Path, view: memoryview) -> None:
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.is_dir():
+            self._make(path.parent)
         temp = path.with_name(f"{path.stem}.{self._writer}-{secrets.token_hex(4)}.tmp")
         try:
             with self._opened(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
@@ -214,6 +217,14 @@ class Files(SharedTier):
             temp.replace(path)
         finally:
             temp.unlink(missing_ok=True)
+
+    def _make(self, folder: Path) -> None:
+        """A folder of ours, where somebody may have deleted all there was. Raises TierDown where
+        another file system is mounted there than at the start: that would fill the wrong one."""
+        there = next(parent for parent in folder.parents if parent.is_dir())
+        if there.stat().st_dev != self._device:
+            raise TierDown(f"{folder}: another file system is mounted there than at the start")
+        folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def _opened(self, path: Path, flags: int) -> Iterator[int]:

@@ -48,7 +48,7 @@ class Memory(IndexedTier[Object]):
             options.capacity,
             ttl=options.ttl,
             clock=clock,
-            in_use=lambda kept: kept.lease.refs > 1,
+            in_use=lambda kept: kept.lease.refs > kept.lease.kept,
             watch=ctx.watch,
         )
 

@@ -63,8 +63,8 @@ class Borrowed:
         """Memory gives it up now. Returns at once; keeps its lease, if it is to be sent."""
         nbytes, arena = obj.lease.nbytes, self._arena
         full = self._queued and self._queued + nbytes > arena.working // _WAITING
-        few = arena.spare - nbytes < arena.working // 2
-        if self._closed or full or few or not arena.reserve_now(nbytes):
+        few = arena.promises.spare - nbytes < arena.working // 2
+        if self._closed or full or few or not arena.promises.try_reserve(nbytes):
             self.dropped += 1
             return
         obj.lease.retain()
@@ -105,7 +105,7 @@ class Borrowed:
         nbytes = obj.lease.nbytes
         obj.lease.release()
         self._queued -= nbytes
-        self._arena.unreserve(nbytes)
+        self._arena.promises.unreserve(nbytes)
 
     async def _place(self, obj: Object) -> bool:
         """Whether somebody has it now."""

@@ -226,10 +226,9 @@ class Peer(Tier):
             async def ask_second() -> bool:
                 """It needs memory that nobody was promised; without, the first makes room for it,
                 and it is asked in the next round."""
-                if not need or need > self.ctx.arena.spare:
+                if not need or not self.ctx.arena.promises.try_reserve(need):
                     return True
-                await self.ctx.arena.reserve(need)
-                untaken.callback(self.ctx.arena.unreserve, need)
+                untaken.callback(self.ctx.arena.promises.unreserve, need)
                 return await ask(holders[1])
 
             if self.options.hedge is None or len(holders) == 1:

@@ -22,7 +22,7 @@ from functools import partial
 
 import anyio
 
-from tierloom.stages.errors import Damaged, Lost, TierDown
+from tierloom.stages.errors import Damaged, Lost, Refused, TierDown
 from tierloom.stages.kv.object import Object
 from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.contract.concurrently import map_concurrently
@@ -33,7 +33,7 @@ from tierloom.stages.tiers.redis.connection import Credentials, RespConnection
 from tierloom.stages.tiers.redis.manifest import LARGEST, MANIFEST, dropping
 from tierloom.stages.tiers.redis.reads import PendingRead, fetch_pieces
 from tierloom.stages.tiers.redis.resp import Reply, command
-from tierloom.stages.tiers.redis.topology import RedisNode, Sentinel, Servers
+from tierloom.stages.tiers.redis.topology import MayNotWrite, RedisNode, Sentinel, Servers
 from tierloom.stages.tiers.redis.url import parse_url, password_of
 from tierloom.stages.tiers.redis.writes import Written, write
 
@@ -156,13 +156,22 @@ class Redis(SharedTier):
                 load.close()
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
+        """Raises Refused where one server takes nothing; those of a cluster are asked each time."""
         require_sealed(*objects)
-        outcome: list[Lost | None] = [None] * len(objects)
-        for i in await self._up.each(
-            [obj.header.key for obj in objects], partial(self._put, objects, outcome)
-        ):
-            outcome[i] = Lost.TIER_DOWN
-        return outcome
+        outcome: list[Lost | Written] = [Lost.TIER_DOWN] * len(objects)
+        try:
+            await self._up.each(
+                [obj.header.key for obj in objects], partial(self._put, objects, outcome)
+            )
+        except MayNotWrite as error:
+            if self._url.kind != "single":  # another may be the master by now
+                raise
+            raise Refused(str(error)) from None
+        if outcome and not self._up.moves and all(each is Written.FULL for each in outcome):
+            raise Refused(
+                "redis: OOM; its maxmemory is used up and nothing is evicted", Lost.NO_ROOM
+            )
+        return [_lost(each) for each in outcome]
 
     async def delete(self, keys: Sequence[bytes]) -> int:
         dropped = 0
@@ -236,13 +245,16 @@ class Redis(SharedTier):
     async def _put(
         self,
         objects: Sequence[Object],
-        outcome: list[Lost | None],
+        outcome: list[Lost | Written],
         node: RedisNode,
         which: list[int],
     ) -> None:
         names = {i: self._name(objects[i].header.key) for i in which}
         there = await node.ask([command("EXISTS", names[i]) for i in which])
-        fresh = iter([i for i, kept in zip(which, there, strict=True) if kept != 1])
+        for i, kept in zip(which, there, strict=True):
+            if kept == 1:
+                outcome[i] = Written.THERE
+        fresh = iter([i for i in which if outcome[i] is not Written.THERE])
 
         async def worker(_: int) -> None:
             for i in fresh:
@@ -252,16 +264,15 @@ class Redis(SharedTier):
         count = max(1, min(node.bulk.free, len(which)))
         await map_concurrently(worker, range(count), count)
 
-    async def _write(self, connection: RespConnection, obj: Object, name: bytes) -> Lost | None:
+    async def _write(self, connection: RespConnection, obj: Object, name: bytes) -> Written:
         written = await write(connection, obj, name, piece=self.options.piece, ttl=self._ttl)
-        if written is Written.NO_ROOM:
-            self.counts.refused += 1
-            return Lost.NO_ROOM
         if written is Written.KEPT:
             self.counts.puts += 1
             self.counts.bytes_in += obj.header.nbytes
             self._holdings.add(1, obj.header.nbytes)
-        return None
+        elif written is not Written.THERE:
+            self.counts.refused += 1
+        return written
 
     async def _drop(self, node: RedisNode, keys: Sequence[bytes]) -> int:
         names = [self._name(key) for key in keys]
@@ -279,3 +290,9 @@ class Redis(SharedTier):
                 dropped += 1
                 self._holdings.add(-1, -nbytes)
         return dropped
+
+
+def _lost(outcome: Lost | Written) -> Lost | None:
+    if isinstance(outcome, Lost):
+        return outcome
+    return None if outcome in (Written.KEPT, Written.THERE) else Lost.NO_ROOM

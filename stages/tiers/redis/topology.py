@@ -38,12 +38,24 @@ class Moved(TierDown):
     """The cluster has moved a key to another node."""
 
 
+class MayNotWrite(TierDown):
+    """The server works, and lets nobody or not this user write."""
+
+
+_NO_WRITES = {
+    "READONLY": "it is a replica, which takes no writes",
+    "NOPERM": "the user needs GET, SET, EVAL and SCAN on our keys",
+    "MISCONF": "it cannot save its data to disk, so it takes no writes; its log says why",
+    "NOREPLICAS": "it has fewer replicas than it needs to take writes",
+}
+
+
 def reply_error(reply: ErrorReply) -> TierDown:
     """What a refused command means for its server."""
     if reply.code in ("MOVED", "ASK", "TRYAGAIN"):
         return Moved(f"redis: {reply.code}; the url of a cluster begins with redis-cluster://")
-    if reply.code == "NOPERM":
-        return TierDown("redis: NOPERM; the user needs GET, SET, EVAL and SCAN on our keys")
+    if reply.code in _NO_WRITES:
+        return MayNotWrite(f"redis: {reply.code}; {_NO_WRITES[reply.code]}")
     return TierDown(f"redis refused a command: {reply.code}")
 
 
@@ -136,6 +148,7 @@ class Servers:
         for i, key in enumerate(keys):
             groups.setdefault(self.node_of(key), []).append(i)
         failed = groups.pop(None, [])
+        refusals: list[MayNotWrite] = []
 
         async def go(group: tuple[RedisNode, list[int]]) -> None:
             node, which = group
@@ -145,6 +158,10 @@ class Servers:
             try:
                 await work(node, which)
                 node.error = None
+            except MayNotWrite as error:  # it may be read
+                failed.extend(which)
+                refusals.append(error)
+                self._lost(node)
             except (OSError, TierDown) as error:
                 failed.extend(which)
                 if not self.moves or not isinstance(error, Moved):
@@ -156,6 +173,8 @@ class Servers:
         errors = [node.error for node in self.nodes if node.error is not None]
         if failed and len(errors) == len(self.nodes):
             raise errors[0]
+        if refusals and len(failed) == len(keys):
+            raise refusals[0]
         return failed
 
     def _may_try(self, node: RedisNode) -> bool:

@@ -21,7 +21,9 @@ class Written(Enum):
     KEPT = auto()
     THERE = auto()
     """Another writer was quicker."""
-    NO_ROOM = auto()
+    EVICTED = auto()
+    """The server evicted a piece before the last one came."""
+    FULL = auto()
 
 
 async def write(
@@ -49,8 +51,9 @@ async def write(
             raise reply_error(kept)
         if kept in (1, 2):
             return Written.KEPT if kept == 1 else Written.THERE
+        full = isinstance(kept, ErrorReply)
     await connection.call([command("UNLINK", each) for each in manifest.names()[1:]])
-    return Written.NO_ROOM
+    return Written.FULL if full else Written.EVICTED
 
 
 def _is_full(replies: list[Reply]) -> bool:

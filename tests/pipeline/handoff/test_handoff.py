@@ -146,9 +146,9 @@ def test_a_full_decoder_takes_a_prefix_and_waits_for_nothing(opened: Open, short
     got = d.retrieve(ids, engine.blank().caches, at).wait()
     assert got.tokens == 64 * came
     busy = d.arena.lease(d.arena.working - 4096)  # no room at all
-    d._portal.call(d.arena.reserve, d.arena.working)
+    d._portal.call(d.arena.promises.reserve, d.arena.working)
     assert land_now(d, p, tokens(192, seed=8)) == 0
-    d._portal.post(d.arena.unreserve, d.arena.working)
+    d._portal.post(d.arena.promises.unreserve, d.arena.working)
     busy.release()
 
 

@@ -73,7 +73,7 @@ def test_damage(over: Open, store: Store, kind: str) -> None:
             assert figures["corrupt"] >= missed
         elif kind not in ("gone", "empty"):
             assert figures["corrupt"] + figures["misses"] >= missed
-        assert pipe.tiers["cold"]._failures == 0, "damage is no reason to leave a tier alone"
+        assert pipe.tiers["cold"].reading.failures == 0, "damage is no reason to leave a tier alone"
         misses += missed
         pipe.close()
     assert misses >= 2, "the damage never hit anything"

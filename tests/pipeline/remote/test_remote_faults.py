@@ -49,7 +49,7 @@ def test_a_server_that_is_gone_and_comes_back(
                 for ids in (WARM, fresh):
                     assert pipe.lookup(ids) == 192
                     assert get(pipe, engine, at, ids).tiers == {"hot": 3}
-            assert pipe.tiers["cold"]._failures >= 2, "its breaker is open"
+            assert pipe.tiers["cold"].reading.failures >= 2, "its breaker is open"
             if store.pooled:
                 calls: Any = pipe.tiers["cold"].tier._calls  # type: ignore[attr-defined]
                 assert len(calls._running) <= calls.limit

@@ -191,7 +191,7 @@ def test_what_is_not_for_a_reader_stays(
         figures: Any = reader.stats()["tiers"]["cold"]
         assert (figures["corrupt"], figures["puts"]) == (0, 0)
         assert figures[code.name.lower()] >= 1
-        assert reader.tiers["cold"]._failures == 0, "it is no reason to leave a tier alone"
+        assert reader.tiers["cold"].reading.failures == 0, "it is no reason to leave a tier alone"
         assert store.sealed or everything(store, reader) == there, "something is gone"
         if by == PACES[-1]:
             for name, raw in right.items():
@@ -222,7 +222,9 @@ def test_damage_is_damage_to_whoever_reads(
     raw[4196 if store.whole else 100] ^= 1
     store.set(owner, name, bytes(raw))
     owner.close()
-    reader = opened(spec(store, "request"), engine, model=store.model)
+    source = spec(store, "request")
+    source["budget"] = {"arena": "16 MiB"}  # all of it goes in one batch, which is lost whole
+    reader = opened(source, engine, model=store.model)
     lost = get(reader, engine, at).lost
     assert lost[Lost.CORRUPT] == 1
     assert lost[Lost.NO_KEY] == 2

@@ -116,14 +116,14 @@ def test_a_branch_puts_together_what_another_still_encodes(
 ) -> None:
     """zstd -> warm, and zstd -> aesgcm -> cold: whichever of the two comes first."""
     monkeypatch.setenv("TIERLOOM_COPYING", "2")
-    ready, apply, fill = threading.Event(), AesGcm.apply, put_stage._fill
+    ready, encode, fill = threading.Event(), AesGcm._encode, put_stage._fill
     ours: list[Any] = []
 
-    def locked(self: Any, batch: Any) -> Any:
+    def locked(self: Any, job: Any) -> Any:
         """Encrypts when the sibling has put its own together, or before."""
         if earlier == "put":
             assert ready.wait(10)
-        result = apply(self, batch)
+        result = encode(self, job)
         ready.set()
         return result
 
@@ -140,7 +140,7 @@ def test_a_branch_puts_together_what_another_still_encodes(
         asyncio.get_running_loop().call_soon(ready.set)
         return made
 
-    monkeypatch.setattr(AesGcm, "apply", locked)
+    monkeypatch.setattr(AesGcm, "_encode", locked)
     monkeypatch.setattr(put_stage, "_fill", filled)
     monkeypatch.setattr(put_stage.Put, "_assemble", assembled)
     source = with_disk(tmp_path / "disk", tiers__cold={"use": "files", "path": str(tmp_path)})

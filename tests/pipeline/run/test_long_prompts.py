@@ -119,7 +119,7 @@ def test_no_step_of_a_large_model_is_cut_short(step: int, token_bytes: int, aren
     chunks = [SimpleNamespace(lost=None, index=i) for i in range(step // 256)]
     size = 256 * token_bytes + 8192
     request = SimpleNamespace(graph="store", layered=True, chunks=chunks, groups=8, allowed=0)
-    batches = split_into_batches(request, size, arena)  # type: ignore[arg-type]
+    batches = split_into_batches(request, size, size, arena)  # type: ignore[arg-type]
     assert [c.index for batch in batches for c in batch.chunks] == list(range(step // 256))
     assert not [c for c in chunks if c.lost is not None]
     assert max(len(batch.chunks) for batch in batches) * size <= arena

@@ -76,20 +76,20 @@ def test_promises_of_memory_are_kept_in_order() -> None:
     got = []
 
     async def one(n: int) -> None:
-        await arena.reserve(1 << 19)
+        await arena.promises.reserve(1 << 19)
         got.append(n)
         await asyncio.sleep(0.01)
-        arena.unreserve(1 << 19)
+        arena.promises.unreserve(1 << 19)
 
     async def life() -> None:
         with pytest.raises(ArenaFull, match=r"raise budget\.arena"):
-            await arena.reserve((1 << 20) + 1)
+            await arena.promises.reserve((1 << 20) + 1)
         await asyncio.gather(*[one(n) for n in range(8)])
-        await arena.reserve(1 << 20)
+        await arena.promises.reserve(1 << 20)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(arena.reserve(1), 0.02)
-        arena.unreserve(1 << 20)
-        await arena.reserve(1 << 20)
+            await asyncio.wait_for(arena.promises.reserve(1), 0.02)
+        arena.promises.unreserve(1 << 20)
+        await arena.promises.reserve(1 << 20)
 
     asyncio.run(life())
     assert sorted(got) == list(range(8))

@@ -151,12 +151,12 @@ def test_disks_are_read_into_memory_that_nobody_was_promised(opened: Open, tmp_p
     keys = stored(pipe, engine, at)
     wanted = wire.pack(*(wire.Wanted(key, 0, 99, 0) for key in keys))
     with Client(pipe) as client:
-        pipe._portal.call(pipe.arena.reserve, pipe.arena.working)
+        pipe._portal.call(pipe.arena.promises.reserve, pipe.arena.working)
         client.ask(Kind.GET, wanted)
         codes = [wire.unpack(wire.Item, client.message().body).code for _ in keys]
         assert codes == [Lost.NO_ROOM] * 3
-        pipe._portal.post(pipe.arena.unreserve, pipe.arena.working)
-    until(lambda: pipe.arena._reserved == 0)
+        pipe._portal.post(pipe.arena.promises.unreserve, pipe.arena.working)
+    until(lambda: pipe.arena.promises.spare == pipe.arena.working)
     assert get(opened(reader(pipe), engine), engine, at).tokens == 192
 
 

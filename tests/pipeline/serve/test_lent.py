@@ -156,10 +156,10 @@ def test_nothing_is_sent_of_memory_that_requests_need(opened: Open) -> None:
     asker = Asker(opened, borrower(other.serves_at))
     arena, portal = asker.pipe.arena, asker.pipe._portal
     asker.store(1)
-    portal.call(arena.reserve, arena.working // 2 + 1)
+    portal.call(arena.promises.reserve, arena.working // 2 + 1)
     asker.store(2)
     assert (asker.borrowed.dropped, lent(other)) == (3, 0)
-    portal.post(arena.unreserve, arena.working // 2 + 1)
+    portal.post(arena.promises.unreserve, arena.working // 2 + 1)
     asker.store(3)
     assert (asker.borrowed.dropped, lent(other)) == (3, 3 * OBJECT)
 

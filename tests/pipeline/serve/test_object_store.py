@@ -141,7 +141,7 @@ async def test_no_room_is_told() -> None:
                 assert not await reservation.promise(4096)
         with MemoryReservation(store.arena) as reservation:
             assert await reservation.promise(4096)
-        assert store.arena._reserved == 0
+        assert store.arena.promises.spare == store.arena.working
 
 
 async def test_one_key_in_two_namespaces_is_two_objects() -> None:

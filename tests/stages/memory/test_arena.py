@@ -85,19 +85,19 @@ def test_reclaim_makes_a_hole(arena):
 
 def test_room_is_promised_in_turn(arena):
     async def main():
-        await arena.reserve(8 * PAGE)
+        await arena.promises.reserve(8 * PAGE)
         async with anyio.create_task_group() as group:
-            group.start_soon(arena.reserve, 2 * PAGE)
+            group.start_soon(arena.promises.reserve, 2 * PAGE)
             await anyio.wait_all_tasks_blocked()
-            arena.unreserve(8 * PAGE)
+            arena.promises.unreserve(8 * PAGE)
         with pytest.raises(ArenaFull, match="never fit"):
-            await arena.reserve(9 * PAGE)
+            await arena.promises.reserve(9 * PAGE)
         with anyio.move_on_after(0.01) as scope:
-            await arena.reserve(7 * PAGE)
+            await arena.promises.reserve(7 * PAGE)
         assert scope.cancelled_caught
-        arena.unreserve(2 * PAGE)
+        arena.promises.unreserve(2 * PAGE)
         with anyio.fail_after(10):
-            await arena.reserve(8 * PAGE)
+            await arena.promises.reserve(8 * PAGE)
 
     anyio.run(main)
 

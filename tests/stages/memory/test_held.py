@@ -30,7 +30,9 @@ def arena():
 class Client:
     """obstore, which sends what it was given for as long as it likes."""
 
-    exceptions = SimpleNamespace(AlreadyExistsError=FileExistsError)
+    exceptions = SimpleNamespace(
+        AlreadyExistsError=FileExistsError, PermissionDeniedError=PermissionError
+    )
 
     def __init__(self) -> None:
         self.sending: list[memoryview] = []

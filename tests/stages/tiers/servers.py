@@ -167,8 +167,8 @@ def ask(port: int, *words: str | bytes) -> str:
     with socket.create_connection(("127.0.0.1", port), 5) as s:
         s.sendall(sent + b"*1\r\n$4\r\nPING\r\n")
         said = b""
-        while not said.endswith(b"+PONG\r\n"):
+        while not said.endswith(b"+PONG\r\n") and b"\r\n-MISCONF" not in said:
             got = s.recv(1 << 16)
             assert got, "closed the connection"
             said += got
-    return said.removesuffix(b"+PONG\r\n").decode("latin-1")
+    return said.partition(b"\r\n-MISCONF")[0].removesuffix(b"+PONG\r\n").decode("latin-1")

@@ -396,6 +396,26 @@ class TestSecrets:
         assert secret not in told
         assert KEY not in told
 
+    @pytest.mark.parametrize(("status", "code"), [("403 F", Lost.REFUSED), ("507 I", Lost.NO_ROOM)])
+    async def test_a_bucket_that_refuses_puts_is_read(self, ctx, local, monkeypatch, status, code):
+        tier = CircuitBreaker(self.tier(ctx, local[0]), "cold", Limits())
+        await tier.open()
+        bench = TestLocalBucket()
+        assert await bench.put(tier, 1) == [None]
+        obs = tier.tier._bucket._obs
+        kind = obs.exceptions.PermissionDeniedError if "403" in status else OSError
+
+        async def refuse(*_, **__):
+            raise kind(f"Server returned non-2xx status code: {status}: ")
+
+        monkeypatch.setattr(obs, "put_async", refuse)
+        for _ in range(4):
+            assert await bench.put(tier, 2) == [code]
+        assert tier.available
+        assert isinstance(await bench.get(tier, 1), bytes)
+        await tier.clear()
+        await tier.close()
+
     async def test_a_profile(self, ctx, strict, monkeypatch, tmp_path):
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import re
 from types import SimpleNamespace
 
 import anyio
 import pytest
 
-from tierloom.stages.errors import ConfigError, Lost, TierDown
+from tierloom.stages.errors import ConfigError, Lost, Refused, TierDown
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.read_cost import ReadCostModel
@@ -81,12 +83,149 @@ class TestBreaker(TierBench):
         assert await tier.exists([key_of(1)] * 2) == [False, False]
         assert tier.available
         assert await self.get(tier, 1) is code
-        assert await self.put(tier, 2, 3) == [code, code]
+        assert await self.get(tier, 1) is code
         assert not tier.available
         calls = tier.tier.calls
         assert await self.get(tier, 1) is Lost.TIER_DOWN
+        assert await self.put(tier, 2, 3) == [Lost.TIER_DOWN] * 2
+        assert tier.tier.calls == calls
+
+    @pytest.mark.anyio
+    async def test_puts_that_fail_take_no_reads_along(self, tier, clock):
+        await self.put(tier, 1)
+        tier.tier.error = OSError("gone")
+        for _ in range(3):
+            assert tier.takes
+            assert await self.put(tier, 2, 3) == [Lost.TIER_DOWN] * 2
+        assert not tier.takes
+        assert tier.figures()["writes_down_since"] > 0
+        calls = tier.tier.calls
+        assert await self.put(tier, 2) == [Lost.TIER_DOWN]
         assert await tier.delete([key_of(1)]) == 0
         assert tier.tier.calls == calls
+        tier.tier.error = None
+        assert isinstance(await self.get(tier, 1), bytes)
+        assert not tier.takes, "a read makes good no put"
+        clock.now += 6
+        assert await self.put(tier, 2) == [None]
+        figures = tier.figures()
+        assert tier.takes
+        assert figures["writes_down_since"] == figures["reads_down_since"] == 0
+
+    @pytest.mark.anyio
+    async def test_puts_make_good_no_read(self, tier):
+        """Who takes everything and gives nothing is left alone, in both directions."""
+        await self.put(tier, 1)
+
+        async def broken(_):
+            raise OSError(5, "Input/output error")
+
+        tier.tier.read = broken
+        for i in range(3):
+            assert await self.put(tier, 2 + i) == [None]
+            assert await self.get(tier, 1) is Lost.TIER_DOWN
+        assert not tier.available
+        assert await self.put(tier, 6) == [Lost.TIER_DOWN]
+        assert "Input/output error" in tier.figures()["last_error"]
+
+    @pytest.mark.anyio
+    async def test_puts_alone_find_out_that_reads_work_again(self, tier, clock):
+        """Where nothing is asked for, as by an engine that only stores."""
+        await self.put(tier, 1)
+        plain = tier.tier.read
+
+        async def broken(_):
+            raise OSError(5, "Input/output error")
+
+        tier.tier.read = broken
+        for _ in range(3):
+            await self.get(tier, 1)
+        assert await self.put(tier, 2) == [Lost.TIER_DOWN]
+        clock.now += 6
+        assert await self.put(tier, 3) == [None], "a probe is due"
+        assert not tier.available, "what was put could not be read back"
+        assert await self.put(tier, 4) == [Lost.TIER_DOWN]
+        tier.tier.read = plain
+        clock.now += 6
+        assert await self.put(tier, 5) == [None]
+        assert tier.figures()["available"]
+        assert await self.put(tier, 6) == [None]
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device"), Lost.NO_ROOM),
+            (OSError(errno.EDQUOT, "Disk quota exceeded"), Lost.NO_ROOM),
+            (OSError(errno.EROFS, "Read-only file system"), Lost.REFUSED),
+            (PermissionError(errno.EACCES, "Permission denied"), Lost.REFUSED),
+            (Refused("READONLY You can't write against a read only replica"), Lost.REFUSED),
+            (Refused("OOM command not allowed", Lost.NO_ROOM), Lost.NO_ROOM),
+        ],
+    )
+    async def test_a_refused_put_is_no_failure(self, tier, clock, caplog, error, code):
+        """It is tried again after a minute, or when something was deleted; one line says it."""
+        await self.put(tier, 1)
+        plain, asked = tier.tier.put, 0
+
+        async def full(objects):
+            nonlocal asked
+            asked += 1
+            raise error
+
+        tier.tier.put = full
+        for _ in range(5):
+            assert await self.put(tier, 2) == [code]
+        assert asked == 1
+        assert not tier.takes
+        (said,) = [r.message for r in caplog.records]
+        assert said.startswith("tier hot takes nothing, and serves what it has: ")
+        assert str(error) in said
+        assert tier.available
+        assert isinstance(await self.get(tier, 1), bytes)
+        assert await tier.exists([key_of(1)]) == [True]
+        clock.now += 61
+        assert await self.put(tier, 2) == [code]
+        assert asked == 2
+        assert await tier.delete([key_of(1)]) == 1
+        tier.tier.put = plain
+        assert await self.put(tier, 2) == [None]
+        assert tier.takes
+        assert caplog.records[-1].message == "tier hot takes puts again after 61 s"
+
+    @pytest.mark.anyio
+    async def test_what_is_said_of_a_tier_that_is_down(self, tier, clock, caplog):
+        """One line when it begins, one every five minutes, one at its end."""
+        await self.put(tier, 1)
+        tier.tier.error = OSError(5, "Input/output error")
+        for _ in range(1300):
+            await tier.exists([key_of(1)])
+            clock.now += 0.5
+        tier.tier.error = None
+        clock.now += 6
+        assert isinstance(await self.get(tier, 1), bytes)
+        said = [r.message for r in caplog.records]
+        down = "tier hot reads fail: [Errno 5] Input/output error"
+        assert said[:-1] == [down] * 3
+        assert re.fullmatch(r"tier hot reads work again after 65\d s", said[-1])
+
+    @pytest.mark.anyio
+    async def test_one_that_cannot_be_opened_is_named(self, ctx, clock, caplog):
+        inner = Broken(MemoryOptions(capacity=8 * SIZE), ctx)
+        inner.options = SimpleNamespace(url="redis://me:hunter2@host:6379/0")
+        inner.error = OSError("connection refused")
+        tier = CircuitBreaker(inner, "cold", limits(), clock=clock)
+        await tier.open()
+        (said,) = [r.message for r in caplog.records]
+        assert said == "tier cold (redis://***@host:6379/0) is down: connection refused"
+        inner.error = None
+        clock.now += 7
+        assert await tier.exists([key_of(1)]) == [False]
+        assert [r.message for r in caplog.records][1:] == [
+            "tier cold (redis://***@host:6379/0) is back after 7 s"
+        ]
+        assert tier.takes
+        await tier.close()
 
     @pytest.mark.anyio
     async def test_a_success_starts_the_count_again(self, tier):
@@ -100,7 +239,7 @@ class TestBreaker(TierBench):
         assert tier.available
 
     @pytest.mark.anyio
-    @pytest.mark.parametrize("what", ["read", "put"])
+    @pytest.mark.parametrize("what", ["read"])
     async def test_who_answers_but_carries_nothing_is_left_alone(self, tier, clock, what):
         """As a pool's master does whose owner of memory is gone."""
 
@@ -108,9 +247,7 @@ class TestBreaker(TierBench):
             raise TierDown("gone")
 
         async def carried():
-            if what == "read":
-                return await self.get(tier, 1) not in (Lost.TIER_DOWN, Lost.LATE)
-            return await self.put(tier, 2) == [None]
+            return await self.get(tier, 1) not in (Lost.TIER_DOWN, Lost.LATE)
 
         await self.put(tier, 1)
         plain = getattr(tier.tier, what)
@@ -210,9 +347,8 @@ class TestBreaker(TierBench):
             for _ in range(3):
                 assert await self.put(tier, 1) == [Lost.TIER_DOWN]
         (record,) = caplog.records
-        assert record.message.startswith("tier raised an unexpected error\nTraceback")
-        assert caplog.records[0].tier == "hot"
-        assert not tier.available
+        assert record.message.startswith("tier hot raised an unexpected error\nTraceback")
+        assert not tier.takes
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("kind", [OSError, KeyError, TierDown])

@@ -155,7 +155,7 @@ class TestCrash(TierBench):
             file.write(_framed(_pack_put(false)))  # claims the place of object 2
         found = await self.check(dead, ctx, strict=True)
         assert set(found) == {0, 3}
-        assert "index entries forgotten" in caplog.text
+        assert "objects forgotten" in caplog.text
 
 
 def _run_and_kill(code: str, seconds: float) -> None:

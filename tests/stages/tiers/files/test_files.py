@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 
 import anyio
 import pytest
 
-from tierloom.stages.errors import ConfigError, Lost
+from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.tiers.contract.tier import Read, TierContext
 from tierloom.stages.tiers.files.space import FilesOptions
 from tierloom.stages.tiers.files.tier import Files
@@ -67,6 +68,29 @@ class TestFiles(TierContract):
             assert isinstance(await self.get(tier, 0), bytes)
             await self.put(tier, 9)
             assert (await tier.exists([key_of(s) for s in (0, 1, 9)])) == [True, False, True]
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("what", ["what is in it", "the folder"])
+    async def test_a_folder_that_somebody_emptied(self, ctx, tmp_path, clock, what):
+        async with self.opened(ctx, tmp_path, clock) as tier:
+            await self.put(tier, 1)
+            for path in (tmp_path / "kv").iterdir() if what != "the folder" else [tmp_path / "kv"]:
+                shutil.rmtree(path)
+            assert await self.get(tier, 1) is Lost.ABSENT
+            assert await self.put(tier, 1, 2) == [None, None]
+            assert isinstance(await self.get(tier, 1), bytes)
+
+    @pytest.mark.anyio
+    async def test_a_mount_that_is_gone_is_not_filled(self, ctx, tmp_path, clock):
+        """Its empty mount point is a folder of another file system."""
+        async with self.opened(ctx, tmp_path, clock) as tier:
+            await self.put(tier, 1)
+            shutil.rmtree(tmp_path / "kv")
+            tier._device += 1
+            with pytest.raises(TierDown, match="another file system is mounted there"):
+                await self.put(tier, 2)
+            assert not (tmp_path / "kv").exists()
+            tier._device -= 1
 
     @pytest.mark.anyio
     async def test_others_fill_the_folder_too(self, ctx, tmp_path, clock):

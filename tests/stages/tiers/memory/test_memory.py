@@ -89,6 +89,21 @@ class TestMemory(TierContract):
             assert arena.flight == 0
             assert arena.leases == 1
 
+    @pytest.mark.anyio
+    async def test_two_that_keep_the_same_leases_evict(self, ctx, tmp_path, clock, arena):
+        """What the other keeps is in nobody's use."""
+        async with (
+            self.opened(ctx, tmp_path, clock, capacity=8 * SIZE) as one,
+            self.opened(ctx, tmp_path, clock, capacity=8 * SIZE) as two,
+        ):
+            for seed in range(20):
+                obj = make_object(arena, seed)
+                assert await one.put([obj]) == [None]
+                assert await two.put([obj]) == [None]
+                obj.lease.release()
+            assert one.counts.evicted == two.counts.evicted > 0
+            assert arena.flight == 0
+
 
 def test_threads_lease_while_the_tier_changes():
     """The engine's thread leases, which evicts, while the loop puts, reads and drops."""

@@ -8,7 +8,8 @@ import anyio
 import pytest
 from servers import ask, redis
 
-from tierloom.stages.errors import Lost, TierDown
+from tierloom.stages.errors import Lost, Refused
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext
 from tierloom.stages.tiers.redis import writes as module
 from tierloom.testing import ALL, FRAMES, SIZE, key_of, make_object, verify
@@ -228,20 +229,70 @@ class TestWriting(RedisBench):
             assert max(other) <= 40_000
 
     @pytest.mark.anyio
-    async def test_no_room(self, ctx, tmp_path, clock):
+    async def test_no_room(self, ctx, tmp_path, clock, caplog):
         with redis("--maxmemory", "3mb", "--maxmemory-policy", "noeviction") as small:
-            async with self.opened(ctx, tmp_path, clock, url=url_of(small)) as tier:
-                outcome = [(await self.put(tier, seed))[0] for seed in range(60)]
-                kept = outcome.index(Lost.NO_ROOM)
-                assert kept > 5
-                assert outcome == [None] * kept + [Lost.NO_ROOM] * (60 - kept)
-                assert tier.counts.refused == 60 - kept
-                assert tier.stat().objects == kept
-                there = await tier.exists([key_of(seed) for seed in range(60)])
-                assert there == [seed < kept for seed in range(60)]
-                self.server = small
-                assert len(self.keys()) == 2 * kept, "pieces without a manifest"
-                assert isinstance(await self.get(tier, 0), bytes)
+            inner = self.make(ctx, tmp_path, clock, url=url_of(small))
+            tier = CircuitBreaker(inner, "cold", limits(5), clock=clock)
+            await tier.open()
+            outcome = [(await self.put(tier, seed))[0] for seed in range(60)]
+            kept = outcome.index(Lost.NO_ROOM)
+            assert kept > 5
+            assert outcome == [None] * kept + [Lost.NO_ROOM] * (60 - kept)
+            assert tier.counts.refused == 1, "it is not asked again before a minute is over"
+            assert tier.stat().objects == kept
+            there = await tier.exists([key_of(seed) for seed in range(60)])
+            assert there == [seed < kept for seed in range(60)]
+            self.server = small
+            assert len(self.keys()) == 2 * kept, "pieces without a manifest"
+            assert isinstance(await self.get(tier, 0), bytes)
+            (said,) = [r.message for r in caplog.records]
+            assert "takes nothing, and serves what it has: redis: OOM" in said
+            await tier.delete([key_of(seed) for seed in range(3)])
+            assert await self.put(tier, 70) == [None]
+            await tier.close()
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("why", ["READONLY", "MISCONF", "NOPERM"])
+    async def test_a_server_that_takes_no_writes_is_read(self, ctx, tmp_path, clock, caplog, why):
+        folder = tmp_path / "rdb"
+        folder.mkdir()
+        with redis("--save", "3600 1", "--dir", str(folder)) as other:
+            inner = self.make(ctx, tmp_path, clock, url=url_of(other))
+            tier = CircuitBreaker(inner, "cold", limits(5), clock=clock)
+            await tier.open()
+            assert await self.put(tier, 1) == [None]
+            if why == "READONLY":
+                ask(other.port, "REPLICAOF", "127.0.0.1", "1")
+            elif why == "NOPERM":
+                ask(other.port, "ACL", "SETUSER", "default", "-@write")
+            else:
+                folder.rmdir()
+                await self.cannot_save(other)
+            for _ in range(5):
+                assert await self.put(tier, 2) == [Lost.REFUSED]
+                assert await tier.exists([key_of(1)]) == [True]
+                assert isinstance(await self.get(tier, 1), bytes)
+            assert tier.available
+            (said,) = [r.message for r in caplog.records]
+            assert f"takes nothing, and serves what it has: redis: {why}" in said
+            if why == "READONLY":
+                ask(other.port, "REPLICAOF", "NO", "ONE")
+            elif why == "NOPERM":
+                ask(other.port, "ACL", "SETUSER", "default", "+@all")
+            else:
+                ask(other.port, "CONFIG", "SET", "stop-writes-on-bgsave-error", "no")
+            assert await self.put(tier, 2) == [Lost.REFUSED]
+            clock.now += 61
+            assert await self.put(tier, 2) == [None]
+            await tier.close()
+
+    @staticmethod
+    async def cannot_save(other):
+        """Until a save has failed: it then takes no writes."""
+        ask(other.port, "BGSAVE")
+        with anyio.fail_after(20):
+            while "bgsave_status:err" not in ask(other.port, "INFO", "persistence"):  # noqa: ASYNC110
+                await anyio.sleep(0.05)
 
     @pytest.mark.anyio
     async def test_a_server_that_evicts_gives_no_wrong_byte(self, ctx, tmp_path, clock, arena):
@@ -351,6 +402,6 @@ class TestOthers(RedisBench):
             async with self.opened(ctx, tmp_path, clock, url=url) as tier:
                 assert await tier.exists([key_of(1), key_of(3)]) == [True, False]
                 assert await self.get(tier, 1) == self.bytes_of(arena, 1)
-                with pytest.raises(TierDown, match="NOPERM"):
+                with pytest.raises(Refused, match="NOPERM"):
                     await self.put(tier, 3)
                 assert await self.get(tier, 2) == self.bytes_of(arena, 2)

@@ -40,7 +40,9 @@ def within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Within]:
     made = Within(tmp_path / "socket")
     yield made
     store = made.serving.store
-    eventually(lambda: store.arena.flight == 0 and store.arena._reserved == 0)
+    eventually(
+        lambda: store.arena.flight == 0 and store.arena.promises.spare == store.arena.working
+    )
     eventually(lambda: made.serving.listener.lending.nbytes == 0)
     eventually(lambda: not made.serving.listener.sessions)
     made.stop()
