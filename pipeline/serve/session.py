@@ -84,14 +84,15 @@ class Session:
             while not self._ending:
                 with anyio.CancelScope() as resting:
                     self._resting = resting
-                    await self._connection.readable()
+                    there = await self._connection.readable()
                 self._resting = None
                 if resting.cancelled_caught:
                     break
+                if there:  # it did not wait for its answer, or is very quick: others first
+                    await anyio.lowlevel.checkpoint()
                 message = await self._connection.message()
                 number = message.number
                 await self._answer(message)
-                await anyio.lowlevel.checkpoint()  # the next question may be here: others first
             if self.welcomed:
                 await self._refuse(number, ErrorCode.DRAINING, "the server is going")
         except wire.BadMessage as error:

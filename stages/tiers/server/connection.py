@@ -48,7 +48,7 @@ class Connection:
         """The agent that the other side was told of here, last."""
         self._stall = stall
         self._buffer = memoryview(bytearray(16 << 10))
-        self._start = self._end = 0
+        self._start = self._end = self._waits = 0
         self._plain = not isinstance(sock, ssl.SSLSocket)
         self._tcp = sock.family != socket.AF_UNIX
         self._low = 1
@@ -69,10 +69,12 @@ class Connection:
             with self._within(0):
                 await self._do(self.sock.do_handshake)
 
-    async def readable(self) -> None:
-        """Wait, without a limit, until something has come."""
+    async def readable(self) -> bool:
+        """Wait, without a limit, until something has come; whether it was there already."""
+        before = self._waits
         while self._start == self._end:
             await self._more()
+        return self._waits == before
 
     async def message(self, limit: int = wire.BODY) -> wire.Message:
         """The next message. Raises BadMessage, Disconnected, OSError."""
@@ -205,6 +207,7 @@ class Connection:
                 wait = anyio.wait_readable
             except ssl.SSLWantWriteError:
                 wait = anyio.wait_writable
+            self._waits += 1
             await wait(self.sock)
 
     def _wake_at(self, nbytes: int) -> None:

@@ -161,8 +161,12 @@ def test_an_engine_hosts_the_directory(opened: Open, tmp_path: Path) -> None:
     two.clear()
     host.close()
     assert two.retrieve(more, target.caches, to).wait(10).tokens == 0
-    hosting(where.rpartition("/")[2])
+    serve = {"directory": "embedded", "listen": where.rpartition("/")[2]} | own
+    file = engine_file(where, **serve)
+    file["tiers"]["near"] |= own
+    host = opened(file, engine)
     assert found(two, target, to, wanted=192, ids=more) == 192
+    assert found(host, target, to, wanted=192, ids=more) == 192, "it asks itself"
 
 
 def test_who_cannot_listen_tells_nothing(opened: Open) -> None:

@@ -11,6 +11,7 @@ import pytest
 import servers
 from hypothesis import given, settings, strategies as st
 
+from tierloom.adapters.server import serve
 from tierloom.pipeline.serve.listener import certificate
 from tierloom.stages.directory.shared import hosted
 from tierloom.stages.directory.shared.announcer import Announcer
@@ -90,6 +91,8 @@ async def test_who_hosts_none_says_so() -> None:
             await asked(url)
     with pytest.raises(TierDown, match="cannot be reached"):
         await asked(f"directory://127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match="write --directory embedded"):
+        serve._host("redis://h:1")
     for wrong in ("directory://", "directory://h:x", "directory+ssh://h:1"):
         with pytest.raises(ConfigError, match="directory"):
             named_directory(wrong)
