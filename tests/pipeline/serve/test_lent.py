@@ -93,10 +93,27 @@ def test_what_was_evicted_is_found_at_the_lender(opened: Open, other: EngineProc
     asker.store(2)
     assert asker.borrowed.nbytes == 9 * OBJECT, "what is there already is not counted again"
     assert asker.pipe.stats()["tiers"]["near"]["puts"] == 9
+    other.stores(7)
+    asker.store(7)
+    before = asker.borrowed.nbytes
+    asker.store(8)
+    assert asker.borrowed.nbytes == before, "what the lender has of its own is not borrowed"
     # what is reset is gone there, too
     asker.pipe.clear()
     assert (asker.borrowed.nbytes, lent(other)) == (0, 0)
     assert [asker.finds(n) for n in (1, 2, 3)] == [{}, {}, {}]
+
+
+def test_a_reset_while_something_is_put(opened: Open, other: EngineProcess) -> None:
+    asker = Asker(opened, borrower(other.url, timeout="20 s"))
+    until(lambda: asker.pipe.tiers["near"].tier.healthy != [] and asker.finds(1) == {})
+    with other.paused():
+        for prompt in (1, 2):
+            asker.pipe.store(tokens(PROMPT, prompt), asker.engine.caches, asker.at).wait(10)
+        assert asker.borrowed._queued
+        asker.pipe.clear()
+    until(lambda: not asker.borrowed._queued)
+    assert (asker.borrowed.nbytes, lent(other)) == (0, 0)
 
 
 def test_a_borrower_keeps_to_its_most(opened: Open, other: EngineProcess) -> None:
