@@ -58,7 +58,7 @@ FIELDS = [
 BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON | st.just(TEXT), max_size=8)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=35, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PATHS[:2]), BODIES, st.sampled_from(["stub", "x", None]))
 def test_any_body_has_an_answer_and_comes_through(rig: Rig, path, body, model) -> None:
     """The decoders of this test answer whatever they are asked."""
@@ -78,7 +78,7 @@ def test_any_body_has_an_answer_and_comes_through(rig: Rig, path, body, model) -
         assert left.items() <= (params or {}).items() or "transfer_id" in left
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=35, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PATHS), st.binary(max_size=200) | st.text().map(str.encode))
 def test_any_bytes_have_an_answer(rig: Rig, path, body) -> None:
     answer = rig.client.post(path, content=body)

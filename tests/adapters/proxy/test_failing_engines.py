@@ -68,6 +68,8 @@ def test_a_prefiller_that_does_not_hand_over(rig: Rig, fault) -> None:
     right(rig)
     (told,) = rig.seen("decode")
     assert "kv_transfer_params" not in told
+    if isinstance(fault, int) and fault < 500:
+        assert rig.metric('handoffs_total{outcome="refused"}') == 1
     assert len(rig.seen("prefill")) == (2 if fault in (500, 503, "garbage") else 1)
 
 
@@ -139,6 +141,7 @@ def process(count: int, pace: float = 0.0) -> tuple[subprocess.Popen[str], list[
     return child, [int(port) for port in child.stdout.readline().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_dies_or_stops_under_a_request(rig: Rig, sent, monkeypatch) -> None:
     """One process is a prefiller and a decoder, beside a decoder that is well."""

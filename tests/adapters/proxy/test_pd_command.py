@@ -58,6 +58,7 @@ def test_the_commands_are_printed(env) -> None:
     assert roles == [("kv_producer", "prefiller")] * 2 + [("kv_both", "decoder")]
 
 
+@pytest.mark.slow
 def test_all_is_started_and_ended(env) -> None:
     port = free_port()
     command = [*PD, "M", "--port", str(port)]
