@@ -26,8 +26,8 @@ from tierloom.adapters.proxy.relay import HOP, Relay, Send
 from tierloom.adapters.proxy.upstream import EngineAnswer, EngineFailed, EngineLate, Headers
 
 log = logging.getLogger("tierloom.proxy")
-_TRIES = 3
-"""Engines of a role that one request may be sent to."""
+_TRIES = 2
+"""Engines of a role that one request may be sent to: it may be what they died of."""
 _WHOLE = 1 << 20
 """Bytes up to which an answer of known length is read to its end before the client gets any of it,
 so that another engine can still be asked."""

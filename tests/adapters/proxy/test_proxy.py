@@ -245,6 +245,7 @@ def test_lengths_are_learned(rig: Rig) -> None:
 
 def test_other_paths_are_passed(rig: Rig) -> None:
     assert rig.client.get("/v1/models").json()["data"][0]["id"] == "stub"
+    assert rig.client.head("/v1/models").status_code == 200
     assert rig.client.post("/v1/embeddings", json={"input": "abc"}).json()["data"] == [
         {"embedding": [3]}
     ]

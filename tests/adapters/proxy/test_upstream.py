@@ -89,8 +89,9 @@ def test_an_answer_that_is_cut_short_is_no_answer(chunks, end, kind) -> None:
         asyncio.run(served(sent[: -1 - end % (len(sent) - 1)], [], 1, close=True))
 
 
-def test_a_kept_connection_that_ends_with_the_next_request() -> None:
-    """Closed by a server that thought it idle just then."""
+@pytest.mark.parametrize("more", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nbad"])
+def test_a_kept_connection_is_given_up(more) -> None:
+    """Closed by a server that thought it idle just then; with an answer that nobody asked for."""
 
     async def main() -> int:
         taken = 0
@@ -99,7 +100,7 @@ def test_a_kept_connection_that_ends_with_the_next_request() -> None:
             nonlocal taken
             taken += 1
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 204 None\r\n\r\n")
+            writer.write(b"HTTP/1.1 204 None\r\n\r\n" + more)
             await reader.readuntil(b"\r\n\r\n")
             writer.close()
 
@@ -108,6 +109,7 @@ def test_a_kept_connection_that_ends_with_the_next_request() -> None:
             upstream = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
             for _ in range(4):
                 with await upstream.ask(b"GET", b"/x") as answer:
+                    assert answer.status == 204
                     await answer.begin(1)
             upstream.close(for_good=True)
             await asyncio.sleep(0.01)
@@ -124,7 +126,7 @@ def test_nobody_takes_the_connection() -> None:
 @pytest.mark.parametrize(
     "url",
     ["", "x", "ftp://x:1", "http://", "http://x:1/path", "http://x:1?q", "http://u:p@x:1",
-     "http://x:port", "http://x y:1", "http://ü:1", "http://x:1\r\na: b"],
+     "http://x:port", "http://x y:1", "http://x\"y:1", "http://ü:1", "http://x:1\r\na: b"],
 )  # fmt: skip
 def test_what_is_no_engine(url) -> None:
     with pytest.raises(ConfigError, match="engine "):
