@@ -209,7 +209,8 @@ class Exchange:
                 other = self._fleet.decoder(self._blocks, self._tokens, tried)
             try:
                 asked = self._asked(seat, self._method, raw)
-                with await seat.within(self._parts.answer_wait, asked) as answer:
+                time_limit, last = self._parts.answer_wait, other is None
+                with await seat.within(time_limit, asked, last=last) as answer:
                     if answer.status < 500 or other is None:
                         await self._answered(seat, answer)
                         return

@@ -29,7 +29,7 @@ _MISSES = 3
 """Probes without an answer after which requests that wait for an engine go to another one."""
 
 _LOST = 15
-"""Probes without an answer after which its streams are ended: nothing comes of them any more."""
+"""Probes without an answer after which all that it has is ended: nothing comes of it any more."""
 
 
 class EngineSeat:
@@ -46,9 +46,9 @@ class EngineSeat:
         self.host: dict[str, Any] | None = None
         """Where decoders reach it, once it has said so."""
         self.waiting: set[anyio.CancelScope] = set()
-        """Requests that wait for their first byte."""
+        """Requests that wait for their first byte, and could go to another engine."""
         self.streaming: set[anyio.CancelScope] = set()
-        """Requests whose answer it is sending."""
+        """Requests whose answer it is sending, or that nobody else can answer."""
         self.is_up = True
         self.misses = self._failures = 0
         self._probe_at = 0.0
@@ -106,17 +106,19 @@ class EngineSeat:
         for scope in [*self.waiting, *(self.streaming if streams else ())]:
             scope.cancel()
 
-    async def within(self, seconds: float, asked: Awaitable[T]) -> T:
-        """What it answers. Raises EngineFailed, also once it answers no probes, and EngineLate."""
+    async def within(self, seconds: float, asked: Awaitable[T], *, last: bool = False) -> T:
+        """What it answers. Raises EngineFailed, also once it answers no probes, and EngineLate.
+        `last`: nobody else can be asked, so that it gets more time to come to life."""
+        waiting = self.streaming if last else self.waiting
         with anyio.CancelScope(deadline=anyio.current_time() + seconds) as scope:
-            self.waiting.add(scope)
+            waiting.add(scope)
             try:
                 return await asked
             except EngineFailed as error:
                 self.failed(str(error))
                 raise
             finally:
-                self.waiting.discard(scope)
+                waiting.discard(scope)
         if anyio.current_time() >= scope.deadline:
             raise EngineLate(f"did not answer in {seconds:g} s")
         raise EngineFailed("answers no probes, or was removed")

@@ -192,7 +192,7 @@ class ProxyRoutes:
     async def ready(self, _: Request) -> Response:
         """Some engine answers requests. Raises Refusal."""
         if not self.parts.fleet.is_ready:
-            raise Refusal(503, "/readyz: no decoder is up; start one, or add one", "server_error")
+            raise Refusal(503, "/readyz: no decoder is up; start one, or add one")
         return PlainTextResponse("ok\n")
 
     def unknown(self, request: Request, error: Exception) -> Response:

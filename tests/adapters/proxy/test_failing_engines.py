@@ -162,12 +162,16 @@ def test_an_engine_that_dies_or_stops_under_a_request(rig: Rig, sent, monkeypatc
         child.stdout.close()
 
 
-def test_a_prefiller_that_says_nothing_is_found_out(rig: Rig) -> None:
+def test_an_engine_that_says_nothing_is_found_out(rig: Rig, monkeypatch) -> None:
     with RawServer(hang=True) as silent:
         rig.swap("prefill", silent.port)
         right(rig)
         rig.swap("decode", silent.port, rig.decoders[0].port)
         right(rig, "2")
+        monkeypatch.setattr("tierloom.adapters.proxy.fleet._LOST", 5)
+        rig.swap("decode", silent.port)
+        answer = rig.ask("x")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (502, "server_error")
 
 
 @pytest.mark.parametrize("rig", [{"prefill_wait": 0.3, "answer_wait": 0.6}], indirect=True)
