@@ -19,7 +19,7 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-cluster demo-sglang test check test-vllm test-pd test-sglang test-cluster architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-pd bench-sglang quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-cluster demo-sglang test check test-vllm test-pd test-sglang test-cluster test-proxy architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-pd bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-pd   the long campaigns around a prefiller and a decoder"
 	@echo "make test-sglang   the long campaigns around SGLang"
 	@echo "make test-cluster   the long campaigns around engines that read each other"
+	@echo "make test-proxy   the long campaigns around the proxy"
 	@echo "make architectures   every causal LM class of transformers, with and without a cache of ours"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels, tiers, hashing and graphs against memcpy; writes bench.json"
@@ -122,6 +123,12 @@ test-sglang: $(READY) $(SGLANG_READY)
 test-cluster: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/pipeline/remote/test_peer_restarts.py tests/adapters/demo/test_demo_cluster.py -s \
 	  -m "campaign or not campaign"
+
+# Engines that are killed and stopped under load, thousands of malformed bodies, real engines under the proxy: ten minutes.
+test-proxy: $(READY) $(VLLM_READY)
+	TIERLOOM_CASES=200 $(BIN)/python -m pytest tests/adapters/proxy/test_kills.py -m campaign
+	TIERLOOM_CASES=4000 $(BIN)/python -m pytest tests/adapters/proxy/test_bad_requests.py --timeout 1000
+	$(BIN)/python -m pytest tests/adapters/vllm/http_server/test_proxy_conformance.py -m campaign
 
 architectures: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/adapters/transformers/test_architectures.py -m "campaign or not campaign"

@@ -41,13 +41,16 @@ class PlannedEngine(NamedTuple):
 
     def __str__(self) -> str:
         """For a shell."""
-        return " ".join([*(f"{k}={v}" for k, v in self.env.items()), shlex.join(self.command)])
+        env = [f"{name}={value}" for name, value in self.env.items()]
+        return shlex.join([*(["env", *env] if env else []), *self.command])
 
 
 def planned(
     model: str, counts: dict[str, int], port: int, devices: Sequence[str], arguments: Sequence[str]
 ) -> list[PlannedEngine]:
-    """`counts`: engines of each role. `devices`: of the GPUs, one for each engine in turn."""
+    """`counts`: engines of each role. `devices`: of the GPUs, one for each engine in turn. A folder
+    that TIERLOOM_DIR names is all engines': each has its own in it, at the same place next time."""
+    folder = os.environ.get("TIERLOOM_DIR", "")
     engines: list[PlannedEngine] = []
     for role, count in counts.items():
         kv_role, preset = _ROLES[role]
@@ -56,7 +59,7 @@ def planned(
             "kv_connector_extra_config": {"tierloom.config": preset},
         }  # fmt: skip
         for i in range(count):
-            env = {}
+            env = {"TIERLOOM_DIR": f"{folder}/{role}-{i}"} if folder else {}
             if devices:
                 env["CUDA_VISIBLE_DEVICES"] = devices[len(engines) % len(devices)]
             at = port + _FIRST_PORT[role] + i

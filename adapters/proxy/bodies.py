@@ -25,15 +25,16 @@ _NOTHING = {f"remote_{x}": None for x in ("engine_id", "block_ids", "host", "por
 class Refusal(Exception):
     """A request that no engine is asked about. `status` of HTTP; the text has the cure."""
 
-    def __init__(self, status: int, text: str, kind: str = "invalid_request_error") -> None:
+    def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
-        self.status, self.kind = status, kind
+        self.status = status
 
     @property
     def body(self) -> dict[str, Any]:
         """In OpenAI's shape."""
-        text, kind = str(self), self.kind
-        return {"error": {"message": text, "type": kind, "param": None, "code": self.status}}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        said = {"message": str(self), "type": kind, "param": None, "code": self.status}
+        return {"error": said}
 
 
 class ClientBody(NamedTuple):

@@ -26,8 +26,8 @@ from tierloom.adapters.proxy.relay import HOP, Relay, Send
 from tierloom.adapters.proxy.upstream import EngineAnswer, EngineFailed, EngineLate, Headers
 
 log = logging.getLogger("tierloom.proxy")
-_TRIES = 3
-"""Engines of a role that one request may be sent to."""
+_TRIES = 2
+"""Engines of a role that one request may be sent to: it may be what they died of."""
 _WHOLE = 1 << 20
 """Bytes up to which an answer of known length is read to its end before the client gets any of it,
 so that another engine can still be asked."""
@@ -209,7 +209,8 @@ class Exchange:
                 other = self._fleet.decoder(self._blocks, self._tokens, tried)
             try:
                 asked = self._asked(seat, self._method, raw)
-                with await seat.within(self._parts.answer_wait, asked) as answer:
+                time_limit, last = self._parts.answer_wait, other is None
+                with await seat.within(time_limit, asked, last=last) as answer:
                     if answer.status < 500 or other is None:
                         await self._answered(seat, answer)
                         return

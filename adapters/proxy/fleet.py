@@ -24,12 +24,12 @@ KEPT = 1 << 16
 BUSY = 256
 """Tokens of prefix for which a decoder with one running request more is taken."""
 _PATIENCE = (0.5, 10.0)
-"""Seconds that an engine which failed is left alone: after the first time, and at most."""
-_MISSES = 2
+"""Seconds until an engine that failed is probed: after the first time, and at most."""
+_MISSES = 3
 """Probes without an answer after which requests that wait for an engine go to another one."""
 
 _LOST = 15
-"""Probes without an answer after which its streams are ended: nothing comes of them any more."""
+"""Probes without an answer after which all that it has is ended: nothing comes of it any more."""
 
 
 class EngineSeat:
@@ -46,20 +46,17 @@ class EngineSeat:
         self.host: dict[str, Any] | None = None
         """Where decoders reach it, once it has said so."""
         self.waiting: set[anyio.CancelScope] = set()
-        """Requests that wait for their first byte."""
+        """Requests that wait for their first byte, and could go to another engine."""
         self.streaming: set[anyio.CancelScope] = set()
-        """Requests whose answer it is sending."""
+        """Requests whose answer it is sending, or that nobody else can answer."""
+        self.is_up = True
         self.misses = self._failures = 0
-        self._down_until = 0.0
+        self._probe_at = 0.0
         self._had: dict[int, None] = {}
 
     @property
     def url(self) -> str:
         return self.upstream.url
-
-    @property
-    def is_up(self) -> bool:
-        return time.monotonic() >= self._down_until
 
     def had(self, blocks: Sequence[int]) -> int:
         """How many of the first blocks it has had."""
@@ -77,39 +74,51 @@ class EngineSeat:
             del self._had[next(iter(self._had))]
 
     def failed(self, why: str) -> None:
-        """Leave it alone for a while; what it knew is taken for lost."""
+        """Leave it alone until it answers a probe; what it knew is taken for lost."""
         self.host = None
         self._had.clear()
         self.upstream.close()
-        if not self.is_up:
-            return
+        if self.is_up:
+            log.warning("proxy: %s engine %s %s; left alone", self.role, self.url, why)
+            self._put_off()
+        self.is_up = False
+
+    def _put_off(self) -> None:
+        """The next probe comes later than the one before did."""
         low, high = _PATIENCE
-        wait = min(low * 2.0 ** min(self._failures, 8), high)
+        self._probe_at = time.monotonic() + min(low * 2.0 ** min(self._failures, 8), high)
         self._failures += 1
-        self._down_until = time.monotonic() + wait
-        log.warning("proxy: %s engine %s %s; asked again in %.1f s", self.role, self.url, why, wait)
 
     def answered(self) -> None:
         """It works."""
+        self.is_up = True
         self._failures = self.misses = 0
-        self._down_until = 0.0
+
+    @property
+    def is_to_be_probed(self) -> bool:
+        """A request is in its hands, or it may be well again."""
+        if self.is_up:
+            return bool(self.waiting or self.streaming)
+        return time.monotonic() >= self._probe_at
 
     def abandon(self, *, streams: bool = False) -> None:
         """Requests that wait for it go elsewhere. `streams`: what it is sending ends, too."""
         for scope in [*self.waiting, *(self.streaming if streams else ())]:
             scope.cancel()
 
-    async def within(self, seconds: float, asked: Awaitable[T]) -> T:
-        """What it answers. Raises EngineFailed, also once it answers no probes, and EngineLate."""
+    async def within(self, seconds: float, asked: Awaitable[T], *, last: bool = False) -> T:
+        """What it answers. Raises EngineFailed, also once it answers no probes, and EngineLate.
+        `last`: nobody else can be asked, so that it gets more time to come to life."""
+        waiting = self.streaming if last else self.waiting
         with anyio.CancelScope(deadline=anyio.current_time() + seconds) as scope:
-            self.waiting.add(scope)
+            waiting.add(scope)
             try:
                 return await asked
             except EngineFailed as error:
                 self.failed(str(error))
                 raise
             finally:
-                self.waiting.discard(scope)
+                waiting.discard(scope)
         if anyio.current_time() >= scope.deadline:
             raise EngineLate(f"did not answer in {seconds:g} s")
         raise EngineFailed("answers no probes, or was removed")
@@ -124,10 +133,14 @@ class EngineSeat:
         except (EngineFailed, TimeoutError):
             well = False
         if well:
-            self.answered()
+            if not self.is_up:
+                log.info("proxy: %s engine %s answers again", self.role, self.url)
+            self.is_up, self.misses = True, 0
             return
         self.misses += 1
-        if self.misses >= _MISSES:
+        if not self.is_up and not self.streaming:
+            self._put_off()
+        elif self.misses >= _MISSES:
             self.failed(f"did not answer {self.misses} probes")
             self.abandon(streams=self.misses >= _LOST)
 
@@ -217,11 +230,11 @@ class Fleet:
             self.bytes_per_token += 0.1 * (ratio - self.bytes_per_token)
 
     async def watch(self, every: float) -> None:
-        """Probe whoever works on requests, for as long as the proxy runs."""
+        """Probe whoever works on requests or failed, for as long as the proxy runs."""
         while True:
             await asyncio.sleep(every)
-            busy = [seat for seat in self.seats if seat.waiting or seat.streaming]
-            await asyncio.gather(*(seat.probe(every) for seat in busy))
+            seats = [seat for seat in self.seats if seat.is_to_be_probed]
+            await asyncio.gather(*(seat.probe(every) for seat in seats))
 
 
 def blocks_of(model: str, text: bytes) -> list[int]:

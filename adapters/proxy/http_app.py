@@ -45,10 +45,9 @@ class Forwarding:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         path, query = scope.get("raw_path") or scope["path"].encode(), scope["query_string"]
-        exchange = Exchange(
-            self._parts, scope["method"], path + b"?" + query if query else path, scope["path"],
-            scope["headers"], send,
-        )  # fmt: skip
+        method = scope["method"].replace("HEAD", "GET")  # the server leaves the body out
+        target = path + b"?" + query if query else path
+        exchange = Exchange(self._parts, method, target, scope["path"], scope["headers"], send)
         status = GONE
         try:
             raw = await self._body(scope, receive)
@@ -68,6 +67,12 @@ class Forwarding:
             status = 502  # the server ends a connection whose answer has no end
         except _ClientGone:
             self._parts.counters.count("gone_total")
+        except Exception:
+            log.exception("proxy: request %s", exchange.relay.name)
+            status = 502
+            if not exchange.relay.started:
+                failed = Refusal(status, f"{scope['path']}: the proxy failed; see its log")
+                await _refused(scope, failed)(scope, receive, send)
         finally:
             log.info("proxy: %s", exchange.line(status))
 
@@ -187,7 +192,7 @@ class ProxyRoutes:
     async def ready(self, _: Request) -> Response:
         """Some engine answers requests. Raises Refusal."""
         if not self.parts.fleet.is_ready:
-            raise Refusal(503, "/readyz: no decoder is up; start one, or add one", "server_error")
+            raise Refusal(503, "/readyz: no decoder is up; start one, or add one")
         return PlainTextResponse("ok\n")
 
     def unknown(self, request: Request, error: Exception) -> Response:

@@ -20,12 +20,13 @@ Headers = Sequence[tuple[bytes, bytes]]
 """Names in lower case."""
 PIECE = 1 << 16
 """Bytes of a body that are read at once, at most."""
-_CONNECT = 5.0
+_CONNECT = 2.0
 """Seconds that a connection may take to come about."""
 _IDLE = 4.0
 """Seconds after which a connection is not used again: engines close theirs after 5."""
 _STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?: |$)")
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?\r\n")
+_PLACE = re.compile(r"[A-Za-z0-9.\-_:\[\]]+")
 _BREAK = re.compile(rb"[\r\n\0]")
 
 
@@ -125,8 +126,10 @@ class _Line:
 
     @property
     def usable(self) -> bool:
-        fresh = time.monotonic() - self.since < _IDLE
-        return fresh and not self.reader.at_eof() and not self._writer.is_closing()
+        if self._writer.is_closing() or self.reader.at_eof():
+            return False
+        unasked = getattr(self.reader, "_buffer", True)  # it would pass for the next answer
+        return not unasked and time.monotonic() - self.since < _IDLE
 
     async def send(self, data: bytes, body: bytes) -> None:
         self._writer.write(data + body if len(body) < PIECE else data)
@@ -157,7 +160,7 @@ class Upstream:
         except ValueError as error:
             raise ConfigError(f"engine {url!r}: {error}") from None
         prefix = parts.path.rstrip("/").removesuffix("/v1")
-        odd = parts.query or parts.fragment or parts.username or not url.isascii() or " " in url
+        odd = parts.query or parts.fragment or not _PLACE.fullmatch(parts.netloc)
         if parts.scheme not in ("http", "https") or not parts.hostname or odd or prefix:
             raise ConfigError(f"engine {url!r}: write http://HOST:PORT or https://HOST:PORT")
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -196,7 +199,7 @@ class Upstream:
             return _Line(self, *await asyncio.wait_for(dial, _CONNECT))
         except asyncio.TimeoutError:
             raise EngineFailed(f"took no connection in {_CONNECT:.0f} s") from None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise EngineFailed(f"takes no connection ({_why(error)})") from error
 
     async def _over(self, line: _Line, data: bytes, body: bytes) -> EngineAnswer:

@@ -119,7 +119,7 @@ class StubEngine:
         transfer = params.get("transfer_id")
         computed = COMPUTED.setdefault(transfer, asyncio.Event()) if transfer else None
         if computed and params.get("do_remote_prefill") and fault != "at once":
-            with contextlib.suppress(TimeoutError):  # a decoder waits for what is to land
+            with contextlib.suppress(asyncio.TimeoutError):  # a decoder waits for what is to land
                 await asyncio.wait_for(computed.wait(), 1)
         if body.get("stream"):
             return StreamingResponse(
@@ -183,12 +183,13 @@ def event(said: dict[str, Any]) -> bytes:
 class InThread:
     """ASGI applications, each on a free loopback port, on a loop in a thread of their own."""
 
-    def __init__(self, apps: Iterable[Any], lifespan: str = "off") -> None:
+    def __init__(self, apps: Iterable[Any], lifespan: str = "off", port: int = 0) -> None:
         self.servers, self.sockets, self.ports = [], [], []
         for app in apps:
             # of a socket whose protocol is not said asyncio does not know that it is TCP's
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            sock.bind(("127.0.0.1", 0))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
             sock.listen(1024)
             config = uvicorn.Config(
                 app, log_level="critical", lifespan=lifespan, timeout_graceful_shutdown=1
@@ -227,9 +228,9 @@ class InThread:
             sock.close()
 
 
-def main(count: int, pace: float) -> None:
+def main(count: int, pace: float = 0.0, port: int = 0) -> None:
     engines = [StubEngine(pace) for _ in range(count)]
-    threads = InThread(e.app for e in engines)
+    threads = InThread((e.app for e in engines), port=port)
     for engine, port in zip(engines, threads.ports, strict=True):
         engine.port, engine.keep = port, False
     print(*threads.ports, flush=True)
@@ -237,4 +238,5 @@ def main(count: int, pace: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    numbers = zip((int, float, int), sys.argv[1:], strict=False)
+    main(*(number(word) for number, word in numbers))

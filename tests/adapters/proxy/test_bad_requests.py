@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import time
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from proxy_rig import TEXT, Rig
 
+CASES = int(os.environ.get("TIERLOOM_CASES", "35"))
 PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"]
 SAID = {"message", "type", "param", "code"}
 
@@ -58,7 +60,7 @@ FIELDS = [
 BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON | st.just(TEXT), max_size=8)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PATHS[:2]), BODIES, st.sampled_from(["stub", "x", None]))
 def test_any_body_has_an_answer_and_comes_through(rig: Rig, path, body, model) -> None:
     """The decoders of this test answer whatever they are asked."""
@@ -78,7 +80,7 @@ def test_any_body_has_an_answer_and_comes_through(rig: Rig, path, body, model) -
         assert left.items() <= (params or {}).items() or "transfer_id" in left
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(PATHS), st.binary(max_size=200) | st.text().map(str.encode))
 def test_any_bytes_have_an_answer(rig: Rig, path, body) -> None:
     answer = rig.client.post(path, content=body)

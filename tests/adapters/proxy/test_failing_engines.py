@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,17 +67,17 @@ def test_a_prefiller_that_does_not_hand_over(rig: Rig, fault) -> None:
     right(rig)
     (told,) = rig.seen("decode")
     assert "kv_transfer_params" not in told
+    if isinstance(fault, int) and fault < 500:
+        assert rig.metric('handoffs_total{outcome="refused"}') == 1
     assert len(rig.seen("prefill")) == (2 if fault in (500, 503, "garbage") else 1)
 
 
 def test_another_prefiller_hands_over(rig: Rig) -> None:
     rig.prefillers[0].faults = [500]
-    rig.prefillers[1].faults = [500]
-    rig.swap("prefill", *(e.port for e in rig.prefillers), rig.decoders[1].port)
     right(rig)
-    assert rig.metric('retries_total{role="prefill"}') == 2
-    told = [b for b in rig.seen("decode") if b["max_tokens"] == 4]
-    assert told[0]["kv_transfer_params"]["remote_engine_id"] == f"engine-{rig.decoders[1].port}"
+    assert rig.metric('retries_total{role="prefill"}') == 1
+    (told,) = rig.seen("decode")
+    assert told["kv_transfer_params"]["remote_engine_id"] == f"engine-{rig.prefillers[1].port}"
 
 
 @pytest.mark.parametrize("fault", [500, 503])
@@ -139,6 +138,7 @@ def process(count: int, pace: float = 0.0) -> tuple[subprocess.Popen[str], list[
     return child, [int(port) for port in child.stdout.readline().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_dies_or_stops_under_a_request(rig: Rig, sent, monkeypatch) -> None:
     """One process is a prefiller and a decoder, beside a decoder that is well."""
@@ -162,12 +162,16 @@ def test_an_engine_that_dies_or_stops_under_a_request(rig: Rig, sent, monkeypatc
         child.stdout.close()
 
 
-def test_a_prefiller_that_says_nothing_is_found_out(rig: Rig) -> None:
+def test_an_engine_that_says_nothing_is_found_out(rig: Rig, monkeypatch) -> None:
     with RawServer(hang=True) as silent:
         rig.swap("prefill", silent.port)
         right(rig)
         rig.swap("decode", silent.port, rig.decoders[0].port)
         right(rig, "2")
+        monkeypatch.setattr("tierloom.adapters.proxy.fleet._LOST", 5)
+        rig.swap("decode", silent.port)
+        answer = rig.ask("x")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (502, "server_error")
 
 
 @pytest.mark.parametrize("rig", [{"prefill_wait": 0.3, "answer_wait": 0.6}], indirect=True)
@@ -183,16 +187,17 @@ def test_one_that_is_alive_and_slow_has_its_time(rig: Rig) -> None:
     assert all(seat.is_up for seat in rig.parts.fleet.seats)
 
 
-def test_an_engine_is_left_alone_and_comes_back(rig: Rig) -> None:
+def test_an_engine_is_left_alone_until_it_answers_a_probe(rig: Rig) -> None:
     with RawServer() as bad:
         rig.swap("decode", bad.port, rig.decoders[0].port)
         right(rig)
         right(rig)
         assert bad.taken == 1
-        rig.until(
-            lambda: rig.metric(f'engine_up{{role="decode",url="http://127.0.0.1:{bad.port}"}}')
-        )
-        right(rig)
+        up = f'engine_up{{role="decode",url="http://127.0.0.1:{bad.port}"}}'
+        assert rig.metric(up) == 0
+        bad.pieces = (b"HTTP/1.1 204 None\r\n\r\n",)
+        rig.until(lambda: rig.metric(up))
+        rig.ask("x")
         assert bad.taken == 2
 
 
@@ -240,6 +245,11 @@ def test_drain_and_remove_under_load(rig: Rig) -> None:
             if rig.ask(f"{i} {n} {TEXT}").status_code != 200:
                 failed.append(n)
 
+    def more(count: int) -> None:
+        """Until so many requests more are answered."""
+        end = rig.metric("request_seconds_count") + count
+        rig.until(lambda: rig.metric("request_seconds_count") >= end)
+
     threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
@@ -249,9 +259,9 @@ def test_drain_and_remove_under_load(rig: Rig) -> None:
             order = {"url": f"http://127.0.0.1:{engine.port}", "role": role}
             rig.post("/v1/proxy/engines", {**order, "action": "remove" if i % 3 == 2 else "drain"})
             rig.until(lambda: len(rig.client.get("/v1/proxy/engines").json()["engines"]) == 3)
-            time.sleep(0.03)
+            more(8)
             taken = len(engine.seen)
-            time.sleep(0.05)
+            more(8)
             assert len(engine.seen) == taken
             assert rig.post("/v1/proxy/engines", order).status_code == 200
     finally:

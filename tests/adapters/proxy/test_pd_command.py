@@ -45,9 +45,14 @@ def free_port() -> int:
 def test_the_commands_are_printed(env) -> None:
     words = ["--prefill", "2", "--decode", "1", "M", "--no-start", "--devices", "0,1", "--", "--x"]
     words.append("a b")
+    env["TIERLOOM_DIR"] = "/a b"
     said = subprocess.run([*PD, *words], env=env, capture_output=True, text=True, check=True).stdout
     lines = [shlex.split(line) for line in said.splitlines()]
-    assert [line[0] for line in lines] == [f"CUDA_VISIBLE_DEVICES={i}" for i in (0, 1, 0)]
+    assert [line[:3] for line in lines] == [
+        ["env", "TIERLOOM_DIR=/a b/prefill-0", "CUDA_VISIBLE_DEVICES=0"],
+        ["env", "TIERLOOM_DIR=/a b/prefill-1", "CUDA_VISIBLE_DEVICES=1"],
+        ["env", "TIERLOOM_DIR=/a b/decode-0", "CUDA_VISIBLE_DEVICES=0"],
+    ]
     ports, roles = [], []
     for line in lines:
         assert line[-2:] == ["--x", "a b"]
@@ -58,6 +63,7 @@ def test_the_commands_are_printed(env) -> None:
     assert roles == [("kv_producer", "prefiller")] * 2 + [("kv_both", "decoder")]
 
 
+@pytest.mark.slow
 def test_all_is_started_and_ended(env) -> None:
     port = free_port()
     command = [*PD, "M", "--port", str(port)]
