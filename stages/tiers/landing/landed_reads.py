@@ -80,10 +80,15 @@ class LandedReads:
             except asyncio.CancelledError:
                 question.give_up(task)
                 raise
+            except _Fenced:
+                inline += [job.read for job in question.jobs if job.read.lost is None]
+                return inline
         return inline + question.inline
 
     async def close(self) -> None:
-        """The receiver must have been closed before, so that no question waits."""
+        """The receiver must have been closed before, so that nothing lands."""
+        for task in self._questions:
+            task.cancel()
         await asyncio.gather(*self._questions, return_exceptions=True)
 
     def _job(self, read: Read) -> _Job | None:
@@ -110,6 +115,10 @@ class LandedReads:
     def failed(self) -> None:
         """Let objects come inline for a while."""
         self._not_before = time.monotonic() + _PAUSE
+
+
+class _Fenced(TierDown):
+    """No fault of who was asked: another did not say whether it was through."""
 
 
 class _Job:
@@ -186,13 +195,16 @@ class _Question:
         """Ask, and read each answer to its end."""
         self._connection = connection
         places = landing_wire.pack_places([job.place for job in self.jobs])
-        self._asked = True
-        self._number = await self._owner._ask(connection, wire.Kind.LAND, places)
         told, left = iter(self.jobs), {job.place.ticket: job for job in self.jobs}
         waiting: dict[int, _Job] = {}
         with anyio.CancelScope() as scope:
             for each in self.jobs:
                 each.landing.on_fence = scope.cancel
+            if any(each.landing.failure for each in self.jobs):  # fenced just before
+                self.inline = [job.read for job in self.jobs]
+                return
+            self._asked = True
+            self._number = await self._owner._ask(connection, wire.Kind.LAND, places)
             while left:
                 message = await connection.message()
                 if message.number != self._number:
@@ -218,10 +230,12 @@ class _Question:
                 else:
                     waiting[job.place.ticket] = job
                     self._coming(job, item, leases)
-            await self._end_abort()
+            if self._abort is not None:
+                await self._abort
             return
-        await self._end_abort()
-        raise TierDown("the landing space was taken away")
+        if self._abort is not None:
+            self._abort.cancel()
+        raise _Fenced("the landing space was taken away")
 
     def _said(self, job: _Job, posted: int) -> None:
         job.landing.said = posted
@@ -284,10 +298,6 @@ class _Question:
             await self._connection.send(wire.message(wire.Kind.ABORT, self._number))
         except (OSError, TierDown):
             return
-
-    async def _end_abort(self) -> None:
-        if self._abort is not None:
-            await self._abort
 
 
 async def _answer(connection: Connection, number: int, wanted: wire.Kind) -> bytes:

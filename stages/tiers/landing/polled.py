@@ -41,11 +41,13 @@ class PolledThread:
 
     def close(self, timeout: float = 5.0) -> None:
         """End what is under way, and wait for the thread. Idempotent."""
-        if self._thread.ident is not None:
-            self.post(self._end)
+        begun = self._thread.ident is not None
         with self._wake:
+            if begun and not self._closed:
+                self._posted.append((self._end, ()))
+                self._wake.notify()
             self._closed = True
-        if self._thread.ident is not None:
+        if begun:
             self._thread.join(timeout)
 
     @property
@@ -73,18 +75,23 @@ class PolledThread:
                     self._wake.wait()
                     since = time.monotonic()
                 calls, self._posted = self._posted, deque()
-            for fn, args in calls:
-                try:
-                    fn(*args)
-                except Exception:
-                    log.exception("%s: %s failed", self._name, getattr(fn, "__qualname__", fn))
-                if fn == self._end:
-                    return
             try:
+                self._run_all(calls)
+                if self._closed and not self._posted:
+                    return
                 moved = self._busy and self._look()
             except Exception:
                 log.exception("%s has ended", self._name)
                 with self._wake:
                     self._closed = True
+                    calls, self._posted = self._posted, deque()
+                self._run_all(calls)
                 self._end()
                 return
+
+    def _run_all(self, calls: deque[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+        for fn, args in calls:
+            try:
+                fn(*args)
+            except Exception:  # noqa: PERF203
+                log.exception("%s: %s failed", self._name, getattr(fn, "__qualname__", fn))
