@@ -45,6 +45,17 @@ def bad_params(rng: random.Random, good: dict[str, Any]) -> Any:
     return made if rng.random() < 0.9 else {"disagg_spec": {"req_id": "z"}, "ret_first_tok": True}
 
 
+class Errors(logging.Handler):
+    """What broke: it costs but a miss, which no answer shows."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 class Pair:
     """A prefiller and a decoder of other block sizes, their caches small and reused at once."""
 
@@ -178,6 +189,7 @@ def play(pair: Pair, rounds: int) -> None:
 
 def main(model: str, rounds: str, seed: str = "0") -> None:
     logging.getLogger("tierloom.vllm").setLevel(logging.ERROR)
+    logging.getLogger("tierloom").addHandler(errors := Errors())
     rng, began, wrong = random.Random(int(seed)), time.monotonic(), []
     total = dict.fromkeys(("rounds", "landed", "load_tokens", "requests", "read_late"), 0)
     left = int(rounds)
@@ -190,6 +202,7 @@ def main(model: str, rounds: str, seed: str = "0") -> None:
             assert not leaks, leaks
             landing = pair.figures(pair.d)
             assert landing["landing"] == 0, landing
+            assert not errors.said, errors.said
             late = pair.p.read_late + pair.d.read_late
             counts = (count, landing["landed"], pair.loaded(), pair.count, late)
             for name, n in zip(total, counts, strict=True):
