@@ -109,11 +109,8 @@ def main(tokens: int = 2048) -> None:
         sys.exit(reason)
     figures: dict[str, Any] = {"prompt_tokens": tokens, "load_before": os.getloadavg()[0]}
     with contextlib.ExitStack() as stack:
-        folder = Path(
-            stack.enter_context(
-                tempfile.TemporaryDirectory(dir=ROOT / "benchmarks", prefix=".bench-")
-            )
-        )
+        made_in = tempfile.TemporaryDirectory(dir=ROOT / "benchmarks", prefix=".bench-")
+        folder = Path(stack.enter_context(made_in))
         room = LARGE if tokens > 2048 else {}
         made = engine(folder, "prefiller", "kv_producer", **room)
         p = stack.enter_context(contextlib.closing(made))
