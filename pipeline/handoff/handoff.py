@@ -65,9 +65,12 @@ class Handoff:
         return self._portal.begin(self._land, host, port, ticket, chunks, later)
 
     def clear(self) -> None:
-        """What was promised is kept no more."""
+        """What was promised is kept no more, and what is under way brings nothing: all that there
+        is of it is to be forgotten. On the loop."""
         if self.promises is not None:
             self.promises.clear()
+        if self.landing is not None:
+            self.landing.give_up()
 
     async def close(self) -> None:
         if self._timer is not None:

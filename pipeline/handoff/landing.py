@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 import anyio
 
@@ -82,15 +83,21 @@ class Landing:
         self._prefillers: dict[tuple[str, int], Prefiller] = {}
         self._refused: set[str] = set()
         self._number = self._promised = 0
-        self._tasks: set[asyncio.Task[int]] = set()
+        self._closed = False
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._arrivals: set[Arrival] = set()
         self._nbytes = 0
         self.landed = self.given_up = 0
         """Objects that came whole, and hand-offs of which not all came."""
 
-    async def close(self) -> None:
+    def give_up(self) -> None:
+        """What is under way brings nothing more."""
         for task in self._tasks:
             task.cancel()
+
+    async def close(self) -> None:
+        self._closed = True
+        self.give_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for prefiller in self._prefillers.values():
             prefiller.client.close()
@@ -127,12 +134,16 @@ class Landing:
         if not arena.promises.try_reserve(count * size):
             return 0
         self._promised += count * size
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         try:
             came = await self._take(prefiller, ticket, lacking[:count], later=later)
         except anyio.get_cancelled_exc_class():
             self._release(prefiller, ticket)
             raise
         finally:
+            self._tasks.discard(task)
             self._promised -= count * size
             arena.promises.unreserve(count * size)
         self.given_up += came < len(lacking)
@@ -145,7 +156,7 @@ class Landing:
 
     def _release(self, prefiller: Prefiller, ticket: bytes) -> None:
         """Let a prefiller know that nothing of a ticket is needed; nobody waits for that."""
-        if len(self._tasks) < _MANY:
+        if len(self._tasks) < _MANY and not self._closed:
             task = asyncio.create_task(self._take(prefiller, ticket, [], later=False))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -20,6 +20,8 @@ from tierloom.stages.tiers.contract.index import split
 
 _MOST = 4096
 """Tickets at once; the oldest ends when there are more."""
+_LOOK = 1.0
+"""Seconds between two looks whether what is being stored is given up."""
 _SHARE = 2
 """Tickets hold one part in so many of a tier's capacity; what is beyond may be evicted."""
 
@@ -143,7 +145,8 @@ class Promises:
         self._wake()
 
     def expire(self) -> float | None:
-        """End tickets whose time is over; seconds until the next one's is, None: there is none."""
+        """End tickets whose time is over, and let go of what is not stored any more; seconds until
+        this is to be called again, None: there is no ticket."""
         released: list[Lease] = []
         with self._lock:
             now = self._clock()
@@ -152,7 +155,7 @@ class Promises:
                 self._end(ticket, released)
             left = min((p.until for p in self._tickets.values()), default=None)
         _release(released)
-        return None if left is None else max(0.0, left - now)
+        return None if left is None else min(max(0.0, left - now), _LOOK)
 
     def note(self, links: bytes) -> None:
         """An object of these grain links came to a tier; called under the lock of its index, too.

@@ -57,6 +57,7 @@ class Giving:
                     if code:  # what follows it is of no use
                         whole = False
                         await self._refuse(left, Lost(code))
+                        break
                 if self._sent > before:
                     until = time.monotonic() + take.wait
                 elif time.monotonic() >= until:

@@ -2,79 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-import socket
-import threading
-import time
+import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Engine, config, settle, tokens
+from conftest import Engine, settle, tokens
+from handing import IDS, TICKET, begin_land, chunks_of, decoder, land, prefiller, promise
 from trips import get, until
 
 from tierloom.pipeline.config.load import load_config
 from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.pipeline.handoff.handoff import ticket_of
 from tierloom.pipeline.handoff.promises import Promises
-from tierloom.stages.kv.prefix import Chain
-from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.taking import PieceHead, Take
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
     from pathlib import Path
 
     import numpy as np
     from conftest import Open
 
-    from tierloom import Pipeline
 
-IDS = tokens(192)
-TICKET = ticket_of("a request")
-
-
-def prefiller(**changes: Any) -> dict[str, Any]:
-    return config(serve={"tiers": ["hot"]} | changes.pop("serve", {}), **changes)
-
-
-def decoder(**changes: Any) -> dict[str, Any]:
-    handoff = {"peers": ["127.0.0.1"], "wait": "20 s"} | changes.pop("handoff", {})
-    return config(handoff=handoff, **changes)
-
-
-def chunks_of(pipe: Pipeline, ids: np.ndarray = IDS) -> list[bytes]:
-    """Grain links of each chunk."""
-    chain = Chain(pipe.names.digest, 16)
-    chain.extend(ids)
-    return [b"".join(chain.links[i : i + 4]) for i in range(0, len(chain.links), 4)]
-
-
-def keys_of(pipe: Pipeline, ids: np.ndarray = IDS) -> list[bytes]:
-    return [links[-32:] for links in chunks_of(pipe, ids)]
-
-
-def promise(pipe: Any, ids: np.ndarray = IDS, ticket: bytes = TICKET) -> None:
-    """Until it is open."""
-    pipe.handoff.promise(ticket, chunks_of(pipe, ids))
-    pipe._portal.call(_nothing)
-
-
-async def _nothing() -> None:
-    pass
-
-
-def begin_land(
-    pipe: Any, at: Any, ids: np.ndarray = IDS, ticket: bytes = TICKET, *, later: bool = False
-) -> Any:
-    host, port = at.serves_at.removeprefix("tierloom://").split(":") if at else ("127.0.0.1", 1)
-    return pipe.handoff.land(host, int(port), ticket, chunks_of(pipe, ids), later=later)
-
-
-def land(pipe: Any, at: Any, ids: np.ndarray = IDS, ticket: bytes = TICKET) -> int:
-    came: int = begin_land(pipe, at, ids, ticket).result(30)
-    settle(pipe)
-    return came
+@pytest.fixture(autouse=True)
+def _nothing_broke(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What breaks is logged, and would cost but a miss."""
+    yield
+    assert not [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
 
 
 def test_what_is_promised_lands_and_stays(opened: Open) -> None:
@@ -260,157 +214,6 @@ def test_only_who_is_named_or_proves_the_token_is_dialed(
     assert get(d, engine, at).tokens == 64 * comes
 
 
-class Liar:
-    """A listener that welcomes, and answers every TAKE with what it is told to."""
-
-    def __init__(self, answer: Callable[[socket.socket, int, Take], None]) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.serves_at = f"tierloom://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._answer, self.asked = answer, 0
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            with sock:
-                epoch, nonce = bytes(16), bytes(32)
-                greeting = wire.Greeting(wire.VERSION, wire.VERSION, False, epoch, nonce)
-                sock.sendall(wire.message(wire.Kind.GREETING, 0, wire.pack(greeting)))
-                hello = wire.unpack(wire.Hello, _read(sock).body)
-                proof = wire.proof(b"", b"server", epoch, nonce, hello.nonce, hello.namespace)
-                welcome = wire.Welcome(0, proof, 1 << 26, 1 << 26, 0)
-                sock.sendall(wire.message(wire.Kind.WELCOME, 0, wire.pack(welcome)))
-                message = _read(sock)
-                self.asked += 1
-                self._answer(sock, message.number, Take.unpack(message.body))
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def _read(sock: socket.socket) -> wire.Message:
-    kind, number, length = wire.head(_exactly(sock, wire.HEAD.size))
-    return wire.Message(kind, number, _exactly(sock, length))
-
-
-def _exactly(sock: socket.socket, nbytes: int) -> bytes:
-    got = b""
-    while len(got) < nbytes and (piece := sock.recv(nbytes - len(got))):
-        got += piece
-    return got
-
-
-@pytest.mark.parametrize(
-    "lie",
-    ["frame", "header", "another", "another prompt", "short", "long", "twice", "index", "order",
-     "code", "garbage", "silence", "cut", "halves", "lengths"],
-)  # fmt: skip
-def test_what_a_liar_sends_is_a_miss_and_then_it_is_left_alone(opened: Open, lie: str) -> None:
-    engine = Engine()
-    at = engine.slots(192)
-    p, d = opened(prefiller(), engine), opened(decoder(handoff={"wait": "500 ms"}), engine)
-    other = tokens(192, seed=4)
-    for ids in (IDS, other):
-        p.store(ids, engine.caches, at).wait()
-    keys, others = keys_of(p), keys_of(p, other)
-
-    def whole(key: bytes) -> bytes:
-        obj = p.tiers["hot"].hold(key)
-        assert obj is not None
-        raw = bytes(obj.lease.view[: obj.header.nbytes])
-        obj.lease.release()
-        return raw
-
-    def answer(sock: socket.socket, number: int, take: Take) -> None:
-        def say(index: int, raw: bytes, nbytes: int = 0, begin: int = 0, code: int = 0) -> None:
-            piece = PieceHead(index, code, nbytes or len(raw), begin, begin + len(raw))
-            sock.sendall(wire.message(wire.Kind.PIECE, number, piece.pack()) + raw)
-
-        first = bytearray(whole(keys[0]))
-        say(0, bytes(first))  # right, and is kept
-        raw = bytearray(whole(keys[1]))
-        end = 4096
-        if lie == "frame":
-            raw[5000] ^= 1
-        elif lie == "header":
-            raw[60] ^= 1
-        elif lie == "another":
-            raw = first
-        elif lie == "another prompt":
-            raw = bytearray(whole(others[1]))
-        elif lie == "short":
-            raw = raw[:-4096]
-        elif lie == "long":
-            raw += bytes(4096)
-        elif lie == "twice":
-            say(0, bytes(first))
-        elif lie == "index":
-            say(77, bytes(raw))
-        elif lie == "order":
-            say(1, bytes(raw[8192:]), len(raw), 8192)
-            say(1, bytes(raw[4096:8192]), len(raw), 4096)
-        elif lie == "code":
-            say(1, b"", code=99)
-        elif lie == "garbage":
-            sock.sendall(bytes(range(256)) * 64)
-        elif lie == "silence":
-            time.sleep(1.5)
-            return
-        elif lie == "cut":
-            piece = PieceHead(1, nbytes=len(raw), end=len(raw))
-            sock.sendall(wire.message(wire.Kind.PIECE, number, piece.pack()) + raw[:6000])
-            return
-        elif lie == "halves":  # in order, but the header is another's
-            say(1, bytes(raw[end:]), len(raw), end)
-            say(1, whole(others[1])[:end], len(raw))
-        elif lie == "lengths":
-            say(1, bytes(raw[end:]), len(raw), end)
-            say(1, bytes(raw[:end]), len(raw) + 4096)
-        if lie not in ("order", "halves", "lengths"):
-            say(1, bytes(raw))
-
-    liar = Liar(answer)
-    try:
-        assert begin_land(d, liar).result(20) == 1
-        settle(d)
-        assert get(d, engine, at).tokens == 64
-        assert begin_land(d, liar).result(20) == 0
-        assert liar.asked == 1
-    finally:
-        liar.close()
-
-
-def test_what_comes_in_pieces_with_the_header_last_is_kept(opened: Open) -> None:
-    engine = Engine()
-    at = engine.slots(192)
-    p, d = opened(prefiller(), engine), opened(decoder(), engine)
-    p.store(IDS, engine.caches, at).wait()
-
-    def answer(sock: socket.socket, number: int, take: Take) -> None:
-        held = [p.tiers["hot"].hold(key) for key in take.keys]
-        bounds = held[0].header.boundaries
-        spans = [*itertools.pairwise(bounds), (0, bounds[0])]
-        for begin, end in spans:  # layer group by layer group, as a prefiller computes them
-            for i, obj in enumerate(held):
-                piece = PieceHead(i, nbytes=obj.header.nbytes, begin=begin, end=end)
-                message = wire.message(wire.Kind.PIECE, number, piece.pack())
-                sock.sendall(message + bytes(obj.lease.view[begin:end]))
-        for obj in held:
-            obj.lease.release()
-        sock.recv(1)
-
-    liar = Liar(answer)
-    try:
-        assert begin_land(d, liar).result(20) == 3
-        assert get(d, engine, at).tokens == 192
-    finally:
-        liar.close()
-    settle(p)
-
-
 def test_one_that_is_given_up_leaves_nothing(opened: Open) -> None:
     engine = Engine()
     p, d = opened(prefiller(), engine), opened(decoder(), engine)
@@ -477,3 +280,43 @@ def test_a_store_that_is_given_up_half_way_is_a_miss(opened: Open) -> None:
     assert get(d, engine, at).tokens == 0
     p.handoff.release(TICKET)
     settle(p)
+
+
+def test_one_that_was_restarted_knows_no_ticket_and_is_asked_again(opened: Open) -> None:
+    engine = Engine()
+    at = engine.slots(192)
+    p, d = opened(prefiller(), engine), opened(decoder(handoff={"wait": "60 s"}), engine)
+    promise(p)
+    p.store(IDS[:64], engine.caches, at[:64]).wait()
+    assert land(d, p, IDS[:64]) == 1
+    where = p.serves_at.removeprefix("tierloom://")
+    p.close()
+    again = opened(prefiller(serve={"listen": where}), engine)
+    assert land(d, again) == 0
+    again.store(IDS, engine.caches, at).wait()
+    assert land(d, again) == 2
+    assert get(d, engine, at).tokens == 192
+
+
+@pytest.mark.parametrize("how", ["clear", "close"])
+def test_what_is_under_way_ends_with_a_reset_and_with_the_pipeline(opened: Open, how: str) -> None:
+    engine = Engine()
+    at = engine.slots(192)
+    p = opened(prefiller(graphs__store__pace__by="layer"), engine)
+    d = opened(decoder(), engine)
+    landing = begin_land(d, p, later=True)
+    promise(p)
+    store = p.begin_store(IDS, engine.caches, at)
+    store.layer_done(1)
+    until(lambda: came(d, 1))
+    getattr(d, how)()
+    until(landing.done)
+    assert landing.cancelled()
+    if how == "clear":
+        store.layer_done(engine.layers - 1)
+        store.wait()
+        settle(d)
+        assert get(d, engine, at).tokens == 0
+    else:
+        store.cancel()
+        assert d.arena.leases == 0

@@ -58,7 +58,7 @@ def test_one_computes_and_the_other_answers(
 ) -> None:
     """Also where their block sizes differ, and when the first is gone."""
     with prefiller(llama, tmp_path) as p:
-        patient = kv("decoder", "kv_both", tmp_path, **{"handoff.wait": "20 s"})
+        patient = kv("decoder", "kv_consumer", tmp_path, **{"handoff.wait": "20 s"})
         engine.use(llama, patient, block_size=64)
         for n in LENGTHS:
             tokens = prompt(n, seed=100 + n)

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import sim
 import sim_run
-from sim_stage import Case, Model
+from sim_stage import V1, Case, Model
 
 ASKS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
         "remote_block_ids": None, "remote_host": None, "remote_port": None}  # fmt: skip
@@ -43,6 +43,17 @@ def bad_params(rng: random.Random, good: dict[str, Any]) -> Any:
     if rng.random() < 0.2:
         made.pop(rng.choice(sorted(made)))
     return made if rng.random() < 0.9 else {"disagg_spec": {"req_id": "z"}, "ret_first_tok": True}
+
+
+class Errors(logging.Handler):
+    """What broke: it costs but a miss, which no answer shows."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
 
 
 class Pair:
@@ -176,10 +187,28 @@ def play(pair: Pair, rounds: int) -> None:
             pair.d.until_idle()
 
 
+def several_workers(model: str) -> None:
+    """Nothing is handed over to an engine of two pipeline stages: all is computed, and right."""
+    config = sim_run.config(model, "")
+    world = sim.World(Case(runners=(V1, V1), order="canonical"), config, dict(DECODER))
+    kv = {"do_remote_prefill": True, "remote_request_id": "x", "remote_host": "127.0.0.1"}
+    prompt, states = [7] * 100, list[int]()
+    try:
+        world.add("one", prompt, 3, kv=kv | {"remote_port": 1})
+        world.until_idle()
+        Model.grow(states, prompt)
+        assert world.said["one"][0] == Model.following(states[-1])
+        assert not world.leaks(), world.leaks()
+    finally:
+        world.close()
+
+
 def main(model: str, rounds: str, seed: str = "0") -> None:
     logging.getLogger("tierloom.vllm").setLevel(logging.ERROR)
+    logging.getLogger("tierloom").addHandler(errors := Errors())
     rng, began, wrong = random.Random(int(seed)), time.monotonic(), []
     total = dict.fromkeys(("rounds", "landed", "load_tokens", "requests", "read_late"), 0)
+    several_workers(model)
     left = int(rounds)
     while left > 0:
         count = min(left, 40)
@@ -190,6 +219,7 @@ def main(model: str, rounds: str, seed: str = "0") -> None:
             assert not leaks, leaks
             landing = pair.figures(pair.d)
             assert landing["landing"] == 0, landing
+            assert not errors.said, errors.said
             late = pair.p.read_late + pair.d.read_late
             counts = (count, landing["landed"], pair.loaded(), pair.count, late)
             for name, n in zip(total, counts, strict=True):
