@@ -28,7 +28,7 @@ THREADS = {
 """Where threads are made or used at all."""
 ADDRESSES = {
     "adapters/vllm/repair/rows.py": "Rows._copy",
-    "pipeline/handoff/arrival.py": "_damaged",
+    "pipeline/handoff/arriving_objects.py": "_damaged",
     "stages/ops/frame_copy.py": "join _planes",
     "stages/ops/gather.py": "Gather.apply",
     "stages/ops/scatter.py": "Scatter._place",

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from hashlib import sha256
 
 from tierloom.pipeline.config.spec import PipelineSpec
-from tierloom.pipeline.handoff.landing import Landing
+from tierloom.pipeline.handoff.handoff_receiver import HandoffReceiver
 from tierloom.pipeline.handoff.promises import Promises
 from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
@@ -33,14 +33,14 @@ class Handoff:
         self._timer: asyncio.TimerHandle | None = None
         self.promises: Promises | None = None
         """What others are to fetch; None: nothing is served."""
-        self.landing: Landing | None = None
+        self.landing: HandoffReceiver | None = None
         """What is fetched from others; None: nothing."""
         if spec.serve is not None:
             served = [tiers[name] for name in spec.serve.tiers if tiers[name].in_arena]
             self.promises = Promises(served, spec.serve.ticket)
         if spec.handoff is not None:
             local = [tier for tier in tiers.values() if tier.local]
-            self.landing = Landing(
+            self.landing = HandoffReceiver(
                 spec.handoff, local, arena, namespace, object_bytes=object_bytes, pool=pool
             )
 
@@ -57,7 +57,7 @@ class Handoff:
     def land(
         self, host: str, port: int, ticket: bytes, chunks: Sequence[bytes], *, later: bool
     ) -> Future[int]:
-        """`Landing.land`, from any thread; a caller who cancels it ends it."""
+        """`HandoffReceiver.land`, from any thread; a caller who cancels it ends it."""
         if self.landing is None:
             nothing: Future[int] = Future()
             nothing.set_result(0)

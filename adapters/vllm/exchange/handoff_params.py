@@ -20,7 +20,7 @@ class GivenAway(NamedTuple):
     """By which the other asks for it; empty: by the request's own."""
 
 
-class Landed(NamedTuple):
+class Elsewhere(NamedTuple):
     """Another engine computes a request, or has done so."""
 
     host: str
@@ -30,7 +30,7 @@ class Landed(NamedTuple):
     """The other may not have heard of the request yet."""
 
 
-def read_params(params: Mapping[str, Any] | None) -> tuple[GivenAway | None, Landed | None]:
+def read_params(params: Mapping[str, Any] | None) -> tuple[GivenAway | None, Elsewhere | None]:
     """What a request says of a hand-off. Raises ValueError, naming what cannot be used."""
     if not params:
         return None, None
@@ -42,7 +42,7 @@ def read_params(params: Mapping[str, Any] | None) -> tuple[GivenAway | None, Lan
         if type(port) is not int or not 0 < port < 1 << 16:
             raise ValueError(f"remote_port wants a port, got {_short(port)}")
         name = together or _name(params, "remote_request_id")
-        landed = Landed(_name(params, "remote_host"), port, ticket_of(name), bool(together))
+        landed = Elsewhere(_name(params, "remote_host"), port, ticket_of(name), bool(together))
     return (GivenAway(together) if gives else None), landed
 
 

@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from tierloom.adapters.vllm.exchange.handoff_params import Landed
+from tierloom.adapters.vllm.exchange.handoff_params import Elsewhere
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.namespace import Namespace
@@ -84,7 +84,7 @@ class Fetch(NamedTuple):
     request: str
     chunks: list[bytes]
     """Grain links of each."""
-    landed: Landed
+    landed: Elsewhere
 
 
 class Save(NamedTuple):

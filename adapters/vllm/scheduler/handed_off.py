@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from tierloom.adapters.vllm.exchange.handoff_params import GivenAway, Landed, answer, read_params
+from tierloom.adapters.vllm.exchange.handoff_params import Elsewhere, GivenAway, answer, read_params
 from tierloom.adapters.vllm.exchange.messages import Fetch, Plan, Promised, WorkerReports
 from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
@@ -47,7 +47,7 @@ class HandoffSide(SchedulerSide):
         self._given: dict[str, GivenAway] = {}
         self._promised: dict[str, tuple[str, int]] = {}
         """Requests whose chunks are promised: the ticket's name, and how many tokens."""
-        self._landed: dict[str, Landed] = {}
+        self._landed: dict[str, Elsewhere] = {}
         self._waiting: dict[str, float] = {}
         """Requests for which the workers fetch now, and until when that is believed."""
         self._arrived: set[str] = set()

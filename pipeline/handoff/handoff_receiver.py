@@ -1,4 +1,4 @@
-"""Landing: KV that another engine computed for this one, fetched into this one's memory.
+"""HandoffReceiver: KV that another engine computed for this one, fetched into this one's memory.
 
 Room is taken before anything is asked for, and never waited for: what does not fit is not asked
 for, and computed. Only engines that the file names are dialed, or such as prove to have the token.
@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from tierloom.pipeline.config.spec import HandoffOptions
-from tierloom.pipeline.handoff.arrival import Arrival, NoRoom
+from tierloom.pipeline.handoff.arriving_objects import Arrival, NoRoom
 from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.errors import TierDown
 from tierloom.stages.kv.object import LINK
@@ -67,7 +67,7 @@ class Prefiller:
         self._strikes += 1
 
 
-class Landing:
+class HandoffReceiver:
     """All hand-offs to one pipeline. On its loop."""
 
     def __init__(
