@@ -4,7 +4,7 @@ waves as the model goes on."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +40,7 @@ class Admission:
     """Promises memory to batches in order, and sends each on once it has it."""
 
     def __init__(
-        self, arena: Arena, chunk_bytes: int, in_arena: Collection[str],
+        self, arena: Arena, chunk_bytes: int, in_arena: frozenset[str],
         send: Callable[[Batch], Awaitable[None]], shed: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
         """`chunk_bytes`: what a chunk may need of the arena on its whole way. `in_arena`: tiers
@@ -100,7 +100,8 @@ class Admission:
     def _need(self, resources: BatchResources, storing: bool) -> int:
         """Bytes that a batch may lease. What lies in the arena is read where it is."""
         for chunk in () if storing else resources.chunks:
-            chunk.room = chunk.source is None or chunk.source.tiers[0] not in self._in_arena
+            first = chunk.source.tiers[:1] if chunk.source is not None else []
+            chunk.room = chunk.object is None and self._in_arena.isdisjoint(first)
         return sum(chunk.room for chunk in resources.chunks) * self.chunk_bytes
 
     async def _reserve(self, progress: Progress, nbytes: int, storing: bool) -> bool:

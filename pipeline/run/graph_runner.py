@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -43,7 +43,7 @@ class GraphRunner:
 
     def __init__(
         self, graph: Graph, segments: tuple[Segment, ...], stages: Mapping[str, Stage], *,
-        pool: Pool, arena: Arena, in_arena: Collection[str], object_bytes: int, frames: int,
+        pool: Pool, arena: Arena, in_arena: frozenset[str], object_bytes: int, frames: int,
         inflight: int,
     ) -> None:  # fmt: skip
         self.graph, self.segments = graph, segments

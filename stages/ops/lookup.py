@@ -28,8 +28,8 @@ from tierloom.stages.passages.fresh import fresh_chunks
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 Tiers = dict[str, CircuitBreaker]
-Answers = dict[str, list[bool]]
-"""Remote tiers to which of a request's chunks they have."""
+Answers = dict[str, dict[int, bool]]
+"""By remote tier and a chunk's index: whether it has that. What is not in it was not asked."""
 
 _SLICE = 16
 """Chunks looked up between two turns of the loop."""
@@ -94,7 +94,7 @@ class Lookup(RequestStage):
             tiers = {n: t for n, t in tiers.items() if not t.read_only}
         if absent and self.ctx.replica:  # another process puts the same bytes where both can read
             tiers = {n: t for n, t in tiers.items() if t.local}
-        known = await self._ask_remote(tiers, request.chunks)
+        known = await self._ask_remote(tiers, request.chunks, absent)
         if absent:
             await self._absent(request, tiers, known)
         elif self.options.worth == "never":
@@ -113,15 +113,20 @@ class Lookup(RequestStage):
         tiers = {n: t for n in self.names if (t := self.ctx.tiers[n]).local and t.available}
         request.chunks = list(self._longest_prefix(request, tiers, {}))
 
-    async def _ask_remote(self, tiers: Tiers, chunks: list[Chunk]) -> Answers:
-        keys = [c.key for c in chunks]
-        known: Answers = {}
+    async def _ask_remote(self, tiers: Tiers, chunks: list[Chunk], absent: bool) -> Answers:
+        """What others have, by chunk. Of what lies in memory only a store asks: a load waits for
+        nobody whom it does not need."""
+        remote = {n: t for n, t in tiers.items() if not t.local}
+        here = [] if absent else [t for t in tiers.values() if t.in_arena]
+        asked = [c for c in chunks if remote and not any(_has(tier, c.key) for tier in here)]
+        keys = [c.key for c in asked]
+        known: Answers = {name: {} for name in remote}
 
         async def ask(name: str, tier: CircuitBreaker) -> None:
-            known[name] = await tier.exists(keys)
+            answers = await tier.exists(keys)
+            known[name] = {c.index: there for c, there in zip(asked, answers, strict=True)}
 
-        remote = {n: t for n, t in tiers.items() if not t.local}
-        if remote and keys:
+        if keys:
             async with anyio.create_task_group() as tg:
                 for name, tier in remote.items():
                     tg.start_soon(ask, name, tier)
@@ -140,7 +145,7 @@ class Lookup(RequestStage):
                 if tier.local:
                     kept = tier.find(chunk.key) is not None  # its last link: the whole chunk
                 else:
-                    kept = known[name][chunk.index]
+                    kept = known[name].get(chunk.index, False)
                 if not kept:
                     chunk.missing_in.append(name)
             if not chunk.missing_in:
@@ -208,7 +213,7 @@ class Lookup(RequestStage):
                     continue
                 key = found.key
                 tokens = chunk.tokens if key == chunk.key else found.grains * self.ctx.chunk.grain
-            elif known and known[name][chunk.index]:
+            elif known and known[name].get(chunk.index):
                 key, tokens = chunk.key, chunk.tokens
             else:
                 continue
@@ -233,3 +238,9 @@ class Lookup(RequestStage):
             tier = self.ctx.tiers[chunk.source.tiers[0]]
             costs.append((chunk.wanted, tier.cost(g.frame_bytes(g.layers, chunk.wanted)) or 0.0))
         return plan[: worth_loading(costs, len(request.tokens), request.prefill_rate)]
+
+
+def _has(tier: CircuitBreaker, key: bytes) -> bool:
+    """The whole of a chunk, of a local tier."""
+    found = tier.find(key)
+    return found is not None and found.key == key and key not in tier.unread
