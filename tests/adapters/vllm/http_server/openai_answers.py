@@ -21,6 +21,18 @@ def said(answer: Any) -> Any:
     return {k: v for k, v in answer.model_dump().items() if k not in OWN}
 
 
+def joined(stream: Any) -> Any:
+    """A stream's text, how it ended and what was used: how many tokens a busy vLLM puts into a
+    piece is chance."""
+    text, ends, usage = "", [], None
+    for piece in map(said, stream):
+        usage = piece["usage"] or usage
+        for choice in piece["choices"]:
+            text += choice["delta"]["content"] or "" if "delta" in choice else choice["text"]
+            ends += [choice["finish_reason"]] if choice["finish_reason"] else []
+    return [text, ends, usage]
+
+
 def main(url: str) -> None:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=100)
     found: list[Any] = [[m.id for m in client.models.list()]]
@@ -36,7 +48,7 @@ def main(url: str) -> None:
             (client.chat.completions.create, {"messages": messages}),
         ):
             options = {"stream_options": {"include_usage": True}, "max_tokens": 12}
-            found.append([said(c) for c in create(stream=True, **prompt, **options, **how)])
+            found.append(joined(create(stream=True, **prompt, **options, **how)))
     asked = {"prompt": "w5 " * 900, "max_tokens": 2, **how}
     wrong: list[dict[str, Any]] = [{"model": "none"}, {"max_tokens": -1}, {"prompt": "w5 " * 5000}]
     found += [refused(client, asked | each) for each in wrong]
