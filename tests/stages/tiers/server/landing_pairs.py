@@ -128,10 +128,11 @@ async def true(what: Callable[[], bool]) -> None:
 async def bytes_of(tier: Peer, seed: int, tokens: int = TOKENS) -> bytes | object:
     """What comes; else why it does not."""
     read = Read(key_of(seed, tokens), ALL)
-    await tier.read([read])
-    if read.object is None:
-        return read.lost
     try:
+        await tier.read([read])
+        if read.object is None:
+            return read.lost
         return bytes(read.object.lease.view[: read.object.header.nbytes])
-    finally:
-        read.object.lease.release()
+    finally:  # also where the call was given up when the object had come
+        if read.object is not None:
+            read.object.lease.release()
