@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_AT_ONCE = 2
+_AT_ONCE = 4
 """Writes of one object that are under way together."""
 _STALL = 1.5
 """Seconds for one write; then the object is given up."""
@@ -187,8 +187,9 @@ class Sender(PolledThread):
         return moved
 
     def _step(self, sending: Sending, now: float) -> bool:
-        """Look at an object's writes, and begin more; whether one was over."""
-        before = len(sending.under_way)
+        """Look at an object's writes, and begin more; whether one was over, or may be: some are as
+        soon as they have begun."""
+        before, posted = len(sending.under_way), sending.posted
         for transfer in list(sending.under_way):
             try:
                 if not transfer.done():
@@ -205,7 +206,7 @@ class Sender(PolledThread):
             self._write(sending)
         if not sending.under_way and not sending.left:
             self._over(sending)
-        return moved
+        return moved or sending.posted > posted
 
     def _write(self, sending: Sending) -> None:
         metadata, _ = self._cards.get(sending.to, (b"", 0))
