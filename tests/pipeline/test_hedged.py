@@ -45,7 +45,7 @@ def hedged(
         (SLOW | {"delay": "300 ms"}, {**MEMORY, "use": "stuck", "at": "read"}, "hot"),
         (SLOW | {"delay": "300 ms"}, {"use": "mock", "loss": 1.0}, "hot"),
         (MEMORY, {**MEMORY, "use": "stuck", "at": "read"}, "hot"),
-        ({**MEMORY, "use": "stuck", "at": "first_byte"}, {"use": "mock"}, "warm"),
+        ({**MEMORY, "use": "stuck", "at": "first_byte"}, MEMORY, "warm"),
         ({"use": "mock", "loss": 1.0}, MEMORY, "warm"),
         ({"use": "mock", "latency": "700 ms", "timeout": "9 s"},
          {"use": "mock", "latency": "150 ms"}, "warm"),
