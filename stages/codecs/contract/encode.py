@@ -6,6 +6,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
+import anyio
+
 from tierloom.stages.codecs.contract.byte_planes import split_planes
 from tierloom.stages.codecs.contract.decoding import AESGCM, MOST_CODECS, PLANES, decode_frame
 from tierloom.stages.codecs.contract.frame_shape import ELEMENTS, Bytes, FrameShape, Site
@@ -68,7 +70,8 @@ class Encode(BatchStage):
 
     async def _run(self, job: list[_FrameJob]) -> None:
         leases = [lease for piece in job for lease in piece.chunk.leases()]
-        await self.ctx.pool(self._encode, job, leases=leases, later=True)
+        with anyio.CancelScope(shield=True):  # its memory is promised as long as it is waited for
+            await self.ctx.pool(self._encode, job, leases=leases, later=True)
 
     def _encode(self, job: list[_FrameJob]) -> None:
         for chunk, past, mine, i in job:
