@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import anyio
+
 from tierloom.stages.directory.shared.records import ChunkHolder, WorkerRecord, pack_changes
-from tierloom.stages.errors import ConfigError
+from tierloom.stages.errors import ConfigError, TierDown
 
 
 class Member(NamedTuple):
@@ -119,3 +122,15 @@ def name_taken(worker: WorkerRecord) -> ConfigError:
         f"directory: a process that began later calls itself {worker.name!r} too, so this one is "
         "not announced any more; give each engine an `instance` of its own"
     )
+
+
+@contextmanager
+def answered_within(seconds: float, who: str = "the directory") -> Iterator[None]:
+    """Raises TierDown where a call takes longer, or fails by OSError."""
+    try:
+        with anyio.fail_after(seconds):
+            yield
+    except TimeoutError as error:
+        raise TierDown(f"{who} did not answer within {seconds:g} s") from error
+    except OSError as error:
+        raise TierDown(f"{who} cannot be reached: {error}") from error

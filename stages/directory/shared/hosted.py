@@ -7,12 +7,9 @@ sides are here: `HostedDirectory` asks, `DirectoryHost` answers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import anyio
-
-from tierloom.stages.directory.shared.contract import Directory, Member, name_taken
+from tierloom.stages.directory.shared.contract import Directory, Member, answered_within, name_taken
 from tierloom.stages.directory.shared.records import (
     MOST_HOLDERS,
     MOST_NAMES,
@@ -88,7 +85,7 @@ class HostedDirectory(Directory):
         require_names(names)
         if not names:
             return []
-        with self._in_time():
+        with answered_within(self._timeout, f"the directory at {self._at}"):
             return _found_in(await self._ask(Kind.FIND, b"".join(names)), len(names))
 
     async def report(self, name: bytes, holder: ChunkHolder) -> None:
@@ -98,7 +95,7 @@ class HostedDirectory(Directory):
     async def workers(self, numbers: Sequence[int] = ()) -> dict[int, Member]:
         wanted = b"".join([_U32.pack(n) for n in numbers])
         members, begin = dict[int, Member](), 0
-        with self._in_time():
+        with answered_within(self._timeout, f"the directory at {self._at}"):
             while True:
                 body = await self._ask(Kind.WORKERS, _U32.pack(begin) + wanted)
                 following, some = _members_in(body)
@@ -113,7 +110,7 @@ class HostedDirectory(Directory):
         return await self._tell(Kind.SWEEP, _U32.pack(most))
 
     async def _tell(self, kind: Kind, body: bytes) -> int:
-        with self._in_time():
+        with answered_within(self._timeout, f"the directory at {self._at}"):
             return int(_unpacked(_U64, await self._ask(kind, body))[0])
 
     async def _ask(self, kind: Kind, body: bytes) -> bytes:
@@ -130,18 +127,6 @@ class HostedDirectory(Directory):
             if message.number != number:
                 raise BadMessage("a reply to another request")
             return message.body
-
-    @contextmanager
-    def _in_time(self) -> Iterator[None]:
-        try:
-            with anyio.fail_after(self._timeout):
-                yield
-        except TimeoutError as error:
-            raise TierDown(
-                f"the directory at {self._at} did not answer within {self._timeout:g} s"
-            ) from error
-        except OSError as error:
-            raise TierDown(f"the directory at {self._at} cannot be reached: {error}") from error
 
 
 class DirectoryHost:

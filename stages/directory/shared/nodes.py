@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import anyio
-
+from tierloom.stages.directory.shared.contract import answered_within
 from tierloom.stages.directory.shared.records import NAME
 from tierloom.stages.directory.shared.scripts import Script
 from tierloom.stages.errors import TierDown
@@ -64,13 +63,8 @@ class DirectoryNodes:
 
     @contextmanager
     def in_time(self) -> Iterator[None]:
-        try:
-            with anyio.fail_after(self._limit):
-                yield
-        except TimeoutError as error:
-            raise TierDown(f"the directory did not answer within {self._limit:g} s") from error
-        except OSError as error:
-            raise TierDown(f"the directory cannot be reached: {error}") from error
+        with answered_within(self._limit):
+            yield
 
     def place(self, name: bytes) -> bytes:
         """Where a chunk lies. Its name decides that alone: what a worker tells of a chunk, and has
