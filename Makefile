@@ -19,7 +19,7 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-cluster demo-sglang test check test-vllm test-pd test-sglang test-cluster test-proxy architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-pd bench-sglang quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-cluster demo-pd demo-sglang test check test-vllm test-pd test-sglang test-cluster test-proxy architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-pd bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -42,6 +42,7 @@ help:
 	@echo "make sglang  SGLang on the CPU, in an environment of its own (make test does this, too)"
 	@echo "make demo-vllm   the same questions to a vLLM server, which is restarted under way"
 	@echo "make demo-cluster   one of them to two vLLM servers, each of which finds what the other has; one is killed"
+	@echo "make demo-pd   the same question to two vLLM servers, of which one computes and the other answers"
 	@echo "make demo-sglang   one of them to an SGLang server, with HiCache and with the cache linker"
 	@echo "make bench-vllm   the connector in a real vLLM, against its own prefix cache"
 	@echo "make bench-pd   a prefiller and a decoder in two real vLLMs; writes bench-pd.json"
@@ -84,6 +85,9 @@ demo-vllm: $(VLLM_READY)
 demo-cluster: $(VLLM_READY)
 	$(VLLM)/bin/python -m tierloom.adapters.demo.on_cluster --json demo-cluster.json
 
+demo-pd: $(VLLM_READY)
+	$(VLLM)/bin/python -m tierloom.adapters.demo.on_pd --json demo-pd.json
+
 demo-sglang: $(SGLANG_READY)
 	$(SGLANG)/bin/python -m tierloom.adapters.demo.on_sglang --json demo-sglang.json
 
@@ -114,7 +118,8 @@ test-vllm: $(READY) $(VLLM_READY)
 
 # A prefiller and a decoder: text by text, killed at each step, ten thousand hand-offs without a model.
 test-pd: $(READY) $(VLLM_READY)
-	$(BIN)/python -m pytest tests/adapters/vllm/pd tests/pipeline/handoff -m "campaign or not campaign"
+	$(BIN)/python -m pytest tests/adapters/vllm/pd tests/pipeline/handoff tests/adapters/demo/test_demo_pd.py \
+	  -m "campaign or not campaign"
 	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py -k hand_off -m "campaign or not campaign"
 
 test-sglang: $(READY) $(SGLANG_READY)
@@ -170,4 +175,4 @@ quality: $(READY)
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
 	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-proxy.json bench-vllm*.json bench-pd.json bench-sglang*.json demo.json demo-vllm.json \
-	  demo-cluster.json demo-sglang.json
+	  demo-cluster.json demo-pd.json demo-sglang.json

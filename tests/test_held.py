@@ -22,6 +22,7 @@ THREADS = {
     "stages/tiers/landing/polled.py": "PolledThread.__init__",  # retains what it touches
     "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
     "src/tierloom/testing/bench.py": "Pool.__call__",
+    "adapters/demo/on_pd.py": "OnPd._together",  # asks a server while another is asked
     "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files
     "adapters/vllm/exchange/reset_socket.py": "ResetSocket.__init__",  # clears pipelines
 }

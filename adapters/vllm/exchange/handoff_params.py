@@ -3,6 +3,7 @@ them, so that proxies that were written for it need no change."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,12 @@ from tierloom.stages.tiers.net.address import Address
 
 _LONG = 1 << 16
 """Characters of a name, at most."""
+_COUNTED = "remote_prefill_cached_tokens"
+_FROM_HEADER = re.compile(
+    r"(?:\d+_)?(?:cmpl-(?P<text>.+?)-\d+|chatcmpl-(?P<chat>.+?))(?:-[0-9a-f]{8})?", re.DOTALL
+)
+"""How vLLM makes a request's id of X-Request-Id: `0_cmpl-ID-1-0123abcd` is one of `n` answers to
+one of several prompts, and has an end that makes it unique."""
 
 
 class GivenAway(NamedTuple):
@@ -30,6 +37,15 @@ class Elsewhere(NamedTuple):
     """The other may not have heard of the request yet."""
 
 
+class Told(dict[str, Any]):
+    """Params for a decoder, to which vLLM adds how much of the prompt this engine had. By that the
+    decoder's `usage` would say nothing of what it did not compute, so it is not taken."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name != _COUNTED:
+            super().__setitem__(name, value)
+
+
 def read_params(params: Mapping[str, Any] | None) -> tuple[GivenAway | None, Elsewhere | None]:
     """What a request says of a hand-off. Raises ValueError, naming what cannot be used."""
     if not params:
@@ -42,8 +58,17 @@ def read_params(params: Mapping[str, Any] | None) -> tuple[GivenAway | None, Els
         if type(port) is not int or not 0 < port < 1 << 16:
             raise ValueError(f"remote_port wants a port, got {_short(port)}")
         name = together or _name(params, "remote_request_id")
-        landed = Elsewhere(_name(params, "remote_host"), port, ticket_of(name), bool(together))
+        # who has had an answer of the other's passes its blocks; who asks both at once has none
+        later = bool(together) or "remote_block_ids" not in params
+        landed = Elsewhere(_name(params, "remote_host"), port, ticket_of(name), later)
     return (GivenAway(together) if gives else None), landed
+
+
+def outside_name(request: str) -> str:
+    """What a request is called outside of vLLM: the X-Request-Id that it came with, if any; else
+    vLLM's id of it."""
+    made = _FROM_HEADER.fullmatch(request)
+    return (made["text"] or made["chat"]) if made else request
 
 
 def answer(engine: str, request: str, at: str, tokens: int, tp_size: int) -> dict[str, Any] | None:
@@ -52,12 +77,12 @@ def answer(engine: str, request: str, at: str, tokens: int, tp_size: int) -> dic
     address = Address.parse(at, "tierloom", tls="tierloom+tls", unix="tierloom+unix")
     if address.path:
         return None
-    return {
+    return Told({
         "do_remote_prefill": True, "do_remote_decode": False,
         "remote_engine_id": engine, "remote_request_id": request,
         "remote_host": address.host, "remote_port": address.port,
         "remote_block_ids": [], "remote_num_tokens": tokens, "tp_size": tp_size,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def _flag(params: Mapping[str, Any], name: str) -> bool:

@@ -13,7 +13,13 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from tierloom.adapters.vllm.exchange.handoff_params import Elsewhere, GivenAway, answer, read_params
+from tierloom.adapters.vllm.exchange.handoff_params import (
+    Elsewhere,
+    GivenAway,
+    answer,
+    outside_name,
+    read_params,
+)
 from tierloom.adapters.vllm.exchange.messages import Fetch, Plan, Promised, WorkerReports
 from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
@@ -134,7 +140,7 @@ class HandoffSide(SchedulerSide):
         if not self.info.serves:
             log.warning("request %s is not handed over: nothing is served", name)
             return
-        ticket, chunks = given.name or name, self._chunks(p)
+        ticket, chunks = given.name or outside_name(name), self._chunks(p)
         self._promised[name] = ticket, min(p.request.num_prompt_tokens, p.most)
         self._plan.promised.append(Promised(ticket_of(ticket), chunks))
 

@@ -227,8 +227,7 @@ def test_blending(converted, run, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("p2p", ["controller"]), ("pd_prefill", ["prefill to decode"]),
-        ("pd_decode", ["prefill to decode"]),
+        ("p2p", ["controller"]),
         ("controller", ["controller"]), ("fs", ["plug-in 'mine'"]),
         ("wrong", ["bigtable", "chunk_size: invalid", "no option of LMCache's: chunk_sise"]),
     ],

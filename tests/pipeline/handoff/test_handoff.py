@@ -74,6 +74,16 @@ def test_a_ticket_that_is_unknown_is_a_miss_at_once_but_names_still_find(opened:
     assert d.stats()["handoff"]["given_up"] == 1
 
 
+def test_a_ticket_that_never_comes_is_waited_for_for_a_time(opened: Open) -> None:
+    """And its prefiller is asked the next time: it said so."""
+    engine = Engine()
+    p, d = opened(prefiller(), engine), opened(decoder(handoff={"wait": "300 ms"}), engine)
+    assert begin_land(d, p, later=True).result(30) == 0
+    p.store(IDS, engine.caches, engine.slots(192)).wait()
+    promise(p)
+    assert land(d, p) == 3
+
+
 def test_a_chunk_that_lies_in_a_longer_one_lands_with_it(opened: Open) -> None:
     engine = Engine()
     at = engine.slots(192)
@@ -84,6 +94,28 @@ def test_a_chunk_that_lies_in_a_longer_one_lands_with_it(opened: Open) -> None:
     assert land(d, p, IDS[:160]) == 3
     assert get(d, engine, at[:160], IDS[:160]).tokens == 160
     assert land(d, p, IDS[:144]) == 0  # here, in a longer one
+
+
+def test_a_chunk_that_lies_in_a_longer_one_is_held_with_it(opened: Open) -> None:
+    """Found by its links, all of them: what shares only some with it is another chunk."""
+    engine = Engine(blocks=4000)
+    p, d = opened(prefiller(tiers__hot__capacity="1 MiB"), engine), opened(decoder(), engine)
+    at = engine.slots(192)
+    p.store(IDS, engine.caches, at).wait()
+    forked = IDS[:160].copy()
+    forked[144:] += 1  # the last grain of its last chunk
+    promises = p.handoff.promises
+    assert promises.kept_as(chunks_of(p)[2][-32:]) == b""  # nobody was promised it
+    promise(p, forked, ticket_of("forked"))
+    held = promises.pinned
+    assert promises.kept_as(chunks_of(p, forked)[2][-32:]) == b""
+    promise(p, IDS[:160])
+    assert promises.kept_as(chunks_of(p, IDS[:160])[2][-32:]) == chunks_of(p)[2][-32:]
+    assert promises.pinned > held
+    for seed in range(20, 60):  # evicts all that is not held
+        p.store(tokens(640, seed=seed), engine.caches, engine.slots(640)).wait()
+    assert land(d, p, IDS[:160]) == 3
+    assert get(d, engine, at[:160], IDS[:160]).tokens == 160
 
 
 @pytest.mark.parametrize("short", ["arena", "tier"])

@@ -43,8 +43,8 @@ def told(p: Engine, tokens: list[int]) -> dict[str, Any]:
     said = p.one(tokens, kv=ASKS, max_tokens=1).kv
     assert said is not None
     assert said["remote_block_ids"] == []
-    # By this vLLM reports the prefiller's own cache as the decoder's, not what it has loaded.
-    assert said.pop("remote_prefill_cached_tokens") == 0
+    # By this vLLM would report the prefiller's cache as the decoder's, not what it has loaded.
+    assert "remote_prefill_cached_tokens" not in said
     return said
 
 

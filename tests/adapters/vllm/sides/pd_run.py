@@ -89,15 +89,18 @@ class Pair:
         self.check(name, prompt, answer)
 
     def together(self, prompt: list[int], told: dict[str, Any], answer: int = 5) -> None:
-        """Both are asked at once, in any order; the prefiller is where an older answer says."""
-        name, ticket = f"d{self.count}", f"t{self.count}"
+        """Both are asked at once, in any order; the prefiller is where an older answer says. They
+        have a name in common: one of its own, or the X-Request-Id of vLLM's toy push proxy."""
+        name, ticket = f"d{self.count}", f"t-{self.count}"
         self.count += 1
-        at = {key: told[key] for key in ("remote_engine_id", "remote_host", "remote_port")}
-        kv = at | {"do_remote_prefill": True, "remote_request_id": ticket, "transfer_id": ticket}
-        self.d.add(name, prompt, answer, kv=kv)
+        kv = {key: told[key] for key in PUSHED} | {"remote_request_id": ticket}
+        theirs = {"transfer_id": ticket} if self.rng.random() < 0.5 else {}
+        made = f"cmpl-{ticket}-0-{self.rng.randrange(1 << 32):08x}"
+        came, open_ = self.figures(self.d)["bytes"], self.figures(self.p)["tickets"]
+        self.d.add(name, prompt, answer, kv=kv | theirs)
         for _ in range(self.rng.choice([0, 3])):
             self.d.step()
-        self.p.add(f"p{name}", prompt, 1, kv=ASKS | {"transfer_id": ticket})
+        self.p.add(f"p{name}" if theirs else made, prompt, 1, kv=ASKS | theirs)
         end = time.monotonic() + 30
         while self.p.scheduler.has_requests() or self.d.scheduler.has_requests():
             self.p.step()
@@ -106,6 +109,9 @@ class Pair:
         self.p.until_idle()
         self.d.until_idle()
         self.check(name, prompt, answer)
+        while self.figures(self.d)["bytes"] > came and self.figures(self.p)["tickets"] > open_:
+            assert time.monotonic() < end, "what landed was promised by another name"
+            time.sleep(0.01)
 
     def check(self, name: str, prompt: list[int], answer: int) -> None:
         states: list[int] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, strategies as st
 
 from tierloom import ConfigError
+from tierloom.adapters.vllm.exchange.handoff_params import Told, answer, outside_name, read_params
 from tierloom.adapters.vllm.exchange.settings import (
     RequestOptions,
     Settings,
@@ -15,6 +17,7 @@ from tierloom.adapters.vllm.exchange.settings import (
     request_options,
 )
 from tierloom.adapters.vllm.scheduler.load_cost import LoadCost
+from tierloom.pipeline.handoff.handoff import ticket_of
 from tierloom.stages.directory.chunk_directory import ChunkDirectory, Part
 
 CHUNK, GRAIN = 64, 16
@@ -269,3 +272,54 @@ def test_prefill_speed_is_measured_between_steps(monkeypatch) -> None:
         now[0] = at
         w.step(computed)
     assert w.rate == pytest.approx(500.0)
+
+
+# -- hand-off ---------------------------------------------------------------------------------
+
+X = "7f1c0a52-94d6-4ab1-8d2e-3f00a1b2c3d4"
+PUSHED = {"do_remote_decode": False, "do_remote_prefill": True, "remote_engine_id": "e",
+          "remote_host": "10.0.0.2", "remote_port": 7655, "tp_size": 1, "pp_size": 1,
+          "remote_request_id": X}  # fmt: skip
+"""As vLLM's toy push proxy tells a decoder."""
+
+
+@pytest.mark.parametrize("x", [X, "a", "a-1", "x-00000000-1", "12345678", "ab\ncd", "cmpl-b-0"])
+@pytest.mark.parametrize("made", ["cmpl-{}-0-0123abcd", "cmpl-{}-17-12345678", "cmpl-{}-0",
+                                  "1_cmpl-{}-3-0123abcd", "chatcmpl-{}-0123abcd",
+                                  "2_chatcmpl-{}-0123abcd"])  # fmt: skip
+def test_a_name_is_what_the_client_said(made: str, x: str) -> None:
+    assert outside_name(made.format(x)) == x
+
+
+@pytest.mark.parametrize("name", ["", "7", "p-0123abcd", "cmpl-", "cmpl-a", "chatcmpl-", "resp_1"])
+def test_other_names_are_as_they_are(name: str) -> None:
+    assert outside_name(name) == name
+
+
+def test_who_names_only_the_request_may_ask_before_the_prefiller_has_it() -> None:
+    _, landed = read_params(PUSHED)
+    assert landed is not None
+    assert (landed.host, landed.port, landed.later) == ("10.0.0.2", 7655, True)
+    assert landed.ticket == ticket_of(outside_name(f"cmpl-{X}-0-0123abcd"))
+
+
+def test_who_has_an_answer_asks_for_what_there_is() -> None:
+    told = answer("e", X, "tierloom://10.0.0.2:7655", 700, 1)
+    assert told is not None
+    _, landed = read_params(json.loads(json.dumps(told)))
+    assert landed is not None
+    assert (landed.ticket, landed.later) == (ticket_of(X), False)
+    _, landed = read_params({**told, "transfer_id": "t"})
+    assert landed is not None
+    assert (landed.ticket, landed.later) == (ticket_of("t"), True)
+
+
+def test_a_decoders_usage_is_its_own() -> None:
+    """vLLM adds what the prefiller had cached, and a decoder's vLLM would report that."""
+    told: Any = answer("e", X, "tierloom://10.0.0.2:7655", 700, 1)
+    assert isinstance(told, Told)
+    assert told.get("do_remote_prefill")  # then vLLM does this:
+    told["remote_prefill_cached_tokens"] = 0
+    told["anything_else"] = 1
+    assert "remote_prefill_cached_tokens" not in told
+    assert told["anything_else"] == 1
