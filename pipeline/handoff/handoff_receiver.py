@@ -128,10 +128,9 @@ class HandoffReceiver:
         room = min(arena.promises.spare, arena.working // _SHARE - self._promised)
         room = min(room, self._memory.stat().capacity)
         count = min(len(lacking), room // size, wire.KEYS)
-        if count <= 0 or prefiller.busy >= self._options.connections:
+        busy = prefiller.busy >= self._options.connections
+        if count <= 0 or busy or not arena.promises.try_reserve(count * size):
             self.given_up += 1
-            return 0
-        if not arena.promises.try_reserve(count * size):
             return 0
         self._promised += count * size
         task = asyncio.current_task()

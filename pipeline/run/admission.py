@@ -63,11 +63,10 @@ class Admission:
         """
         progress.memory_asked = True
         storing = request.graph == "store"
+        needs = [self._need(resources, storing) for resources in progress.batches]
         if request.layered:
-            needs = [self._need(resources, storing) for resources in progress.batches]
             promised = await self._reserve(progress, sum(needs), storing)
-        for resources in progress.batches:
-            need = self._need(resources, storing)
+        for resources, need in zip(progress.batches, needs, strict=True):
             if not request.layered:
                 promised = await self._reserve(progress, need, storing)
             if promised:

@@ -147,10 +147,8 @@ class OwnTiers:
     ) -> Object | Lost | None:
         """On the pipeline's loop, where a promise is never waited for."""
         assert isinstance(reservation, HeldForClient)
-        mine = self.arena.working // 4 - self.promised
-        if nbytes > mine or not self.arena.promises.try_reserve(nbytes):
+        if not self._try_promise(nbytes):
             return Lost.NO_ROOM
-        self.promised += nbytes
         read = Read(key, _WHOLE)
         try:
             await tier.read([read])
@@ -166,13 +164,20 @@ class OwnTiers:
         return self._portal.begin(self._promise, reservation, nbytes)
 
     async def _promise(self, reservation: HeldForClient, nbytes: int) -> bool:
-        fits = self._lent is not None and nbytes <= self.arena.working // 4 - self.promised
-        if not fits or self._lent is None or not self._lent.make_way(nbytes):
+        if self._lent is None or not self._try_promise(nbytes):
             return False
-        if not self.arena.promises.try_reserve(nbytes):
+        if not self._lent.make_way(nbytes):
+            self._unpromise(nbytes)
+            return False
+        reservation.promised(nbytes)
+        return True
+
+    def _try_promise(self, nbytes: int) -> bool:
+        """Clients together get a quarter of what requests have, of what nobody was promised."""
+        mine = self.arena.working // 4 - self.promised
+        if nbytes > mine or not self.arena.promises.try_reserve(nbytes):
             return False
         self.promised += nbytes
-        reservation.promised(nbytes)
         return True
 
     def _unpromise(self, nbytes: int) -> None:

@@ -118,7 +118,12 @@ class Lookup(RequestStage):
         nobody whom it does not need."""
         remote = {n: t for n, t in tiers.items() if not t.local}
         here = [] if absent else [t for t in tiers.values() if t.in_arena]
-        asked = [c for c in chunks if remote and not any(_has(tier, c.key) for tier in here)]
+        asked = []
+        for chunk in chunks if remote else ():
+            if not any(_has(tier, chunk.key) for tier in here):
+                asked.append(chunk)
+            if chunk.index % _SLICE == _SLICE - 1:
+                await anyio.lowlevel.checkpoint()
         keys = [c.key for c in asked]
         known: Answers = {name: {} for name in remote}
 
