@@ -100,6 +100,8 @@ class Promises:
         self._wanted: dict[bytes, PromisedChunk] = {}
         self._pins: dict[bytes, Lease] = {}
         self._arriving: dict[bytes, ArrivingObject] = {}
+        self._over: dict[bytes, float] = {}
+        """Tickets that were released before they were opened, and until when that is believed."""
         self._watchers: set[Watcher] = set()
         self.pinned = 0
         """Bytes that are held for tickets."""
@@ -113,8 +115,11 @@ class Promises:
         keys = [links[-LINK:] for links in chunks]
         released: list[Lease] = []
         with self._lock:
+            now = self._clock()
+            if self._over.pop(ticket, 0.0) > now:  # all of it was here: it was fetched at once
+                return
             promise = self._tickets.pop(ticket, None) or Promise(0.0)
-            promise.until = self._clock() + self._seconds
+            promise.until = now + self._seconds
             self._tickets[ticket] = promise
             for key, links in zip(keys, chunks, strict=True):
                 if key not in promise.keys:
@@ -128,9 +133,14 @@ class Promises:
         self._wake()
 
     def release(self, ticket: bytes) -> None:
-        """Its chunks may be evicted from now on; the names still find what is left."""
+        """Its chunks may be evicted from now on; the names still find what is left. Whoever asks
+        before it is opened may also release it before: then it is not opened."""
         released: list[Lease] = []
         with self._lock:
+            if ticket not in self._tickets:
+                self._over[ticket] = self._clock() + self._seconds
+                if len(self._over) > _MOST:
+                    del self._over[next(iter(self._over))]
             self._end(ticket, released)
         _release(released)
         self._wake()

@@ -3,8 +3,10 @@ serves as an engine does, of the same name."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -38,8 +40,14 @@ def env(tmp_path: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return min(sock.getsockname()[1], 65000)
+    """That of a proxy, those of whose engines are free as well; below those that the kernel gives
+    to whatever connects meanwhile."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for each in (port, port + 100, port + 200):
+                stack.enter_context(socket.create_server(("127.0.0.1", each)))
+            return port
 
 
 def test_the_commands_are_printed(env) -> None:
@@ -69,8 +77,8 @@ def test_all_is_started_and_ended(env) -> None:
     command = [*PD, "M", "--port", str(port)]
     child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     try:
-        while (line := child.stdout.readline()) and not line.startswith("listening"):
-            pass
+        while not (line := child.stdout.readline()).startswith("listening"):
+            assert line, "it has ended"
         body = {"model": "stub", "prompt": "x" * 9000, "max_tokens": 3}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=20)
         assert answer.json() == completion(body)

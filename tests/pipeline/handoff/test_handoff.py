@@ -215,9 +215,27 @@ def test_tickets_end_when_they_are_released_or_all_is_forgotten(opened: Open) ->
     p.handoff.release(ticket_of("a"))
     p.handoff.release(ticket_of("unknown"))
     until(lambda: p.stats()["handoff"] == {"tickets": 2, "pinned": pinned})
+    promise(p, ticket=ticket_of("unknown"))  # whoever waited for it found all and has gone
+    promise(p, ticket=ticket_of("c"))
+    assert p.stats()["handoff"]["tickets"] == 2
+    promise(p, ticket=ticket_of("unknown"))  # of that name there is another one
+    until(lambda: p.stats()["handoff"] == {"tickets": 3, "pinned": pinned})
     p.clear()
     assert p.stats()["handoff"] == {"tickets": 0, "pinned": 0}
     settle(p)
+
+
+def test_what_is_released_early_is_remembered_for_a_time(opened: Open) -> None:
+    now, promises = 0.0, Promises([opened(prefiller(), Engine()).tiers["hot"]], 30.0,
+                                  clock=lambda: now)  # fmt: skip
+    for i in range(5000):
+        promises.release(ticket_of(str(i)))
+    assert len(promises._over) == 4096
+    promises.open(ticket_of("4999"), [b"x" * 16])
+    assert len(promises) == 0
+    now = 31.0
+    promises.open(ticket_of("4998"), [b"x" * 16])
+    assert len(promises) == 1
 
 
 @pytest.mark.parametrize(
