@@ -150,7 +150,8 @@ class CircuitBreaker(WrapperTier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         if not self.takes:
             return [self.writing.refusal or Lost.TIER_DOWN] * len(objects)
-        timed, began = self.timed, self._clock()
+        timed = self.timed
+        began = self._clock() if timed is not None else 0.0
         reads_fail = self._opened and not self.reading.closed
         self.reading.probing |= reads_fail
         try:
