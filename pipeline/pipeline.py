@@ -180,21 +180,19 @@ class Pipeline:
         flows, serving = self._runners.items(), self._worker.serving
         return {
             "stages": {g: {id: m.read() for id, m in f.meters.items()} for g, f in flows},
-            "graphs": {
-                g: {"open": len(f.open), "dropped": f.dropped, "degraded": f.degraded}
-                for g, f in flows
-            },
+            "graphs": {g: f.figures() for g, f in flows},
             "tiers": {name: tier.figures() for name, tier in self.tiers.items()},
-            "arena": {
-                "used": self.arena.used,
-                "flight": self.arena.flight,
-                "total": self.arena.total,
-                "leases": self.arena.leases,
-            },
-            "off": self.off,
+            "arena": self.arena.figures(),
+            "off": "the pipeline is closed" if self._closed else self.off,
             **({"serve": serving.figures()} if serving is not None else {}),
             **({"handoff": self.handoff.figures()} if self.handoff is not None else {}),
+            **({"measured": measured.read()} if (measured := self._worker.measures) else {}),
         }
+
+    def measure(self) -> None:
+        """From now on count requests, time tiers' calls and follow some objects' lives, for
+        `stats()`, where it is `measured`. Once is enough."""
+        self._worker.measure()
 
     def clear(self, *, local: bool = False) -> int:
         """Forget everything that this pipeline keeps, stores under way included; how many objects

@@ -34,6 +34,7 @@ from tierloom.stages.tiers.contract.tier import TierContext
 
 if TYPE_CHECKING:
     from tierloom.pipeline.handoff.handoff import Handoff
+    from tierloom.pipeline.run.measures import Measures
     from tierloom.pipeline.serve.announced import AnnouncedTiers
     from tierloom.pipeline.serve.engine_listener import EngineListener
     from tierloom.pipeline.serve.page_events import PageEvents
@@ -93,6 +94,7 @@ class Worker:
         turning = self._texts is not None and rotation is not None
         warm_up(device, geometry.dtype if turning else "")
         self.runners: dict[str, GraphRunner] = {}
+        self.measures: Measures | None = None
         # Two pools: a disk that hangs must not take the threads that copy. One core stays the
         # engine's: copies are bound by memory, and a second thread on two cores adds half to the
         # CPU time of each byte.
@@ -111,6 +113,15 @@ class Worker:
         except BaseException:
             self.close()
             raise
+
+    def measure(self) -> None:
+        """Begin to count what is counted on request alone."""
+        if self.measures is None:
+            from tierloom.pipeline.run.measures import Measures
+
+            self.measures = Measures(self.tiers)
+            for runner in self.runners.values():
+                runner.answer = self.measures.answer
 
     async def clear(self, local: bool) -> tuple[int, list[str]]:
         """Cancel stores under way, then empty the tiers, or the local ones: how many objects

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from tierloom import __version__
-from tierloom.adapters.cli import handoff_commands
+from tierloom.adapters.cli import handoff_commands, serve_command
 from tierloom.stages.errors import ConfigError, TierloomError
-from tierloom.stages.options import parse_seconds
 
 app = typer.Typer(
     name="tierloom",
@@ -233,50 +232,6 @@ def calibrate(
 
 
 @app.command()
-def serve(
-    config: Annotated[
-        str, typer.Option(help="A preset's name or a YAML file; its tiers are the store.")
-    ] = "shared",
-    listen: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="URL", help="tcp://HOST:PORT, tls://HOST:PORT or unix:///PATH; may be repeated."
-        ),
-    ] = None,
-    token_file: Annotated[
-        str, typer.Option(metavar="FILE", help="File with the token; by default TIERLOOM_TOKEN.")
-    ] = "",
-    cert: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
-    key: Annotated[Path | None, typer.Option(metavar="PEM", help="For tls://.")] = None,
-    without_token: Annotated[
-        bool, typer.Option("--without-token", help="Accept other hosts without a token.")
-    ] = False,
-    clients: Annotated[int, typer.Option(min=1, help="Most connections at once.")] = 512,
-    drain: Annotated[
-        str, typer.Option(metavar="TIME", help="Time to finish requests in flight at the end.")
-    ] = "10 s",
-    directory: Annotated[
-        str,
-        typer.Option(
-            help="embedded: host a directory of what engines serve, directory://HOST:PORT to them."
-        ),
-    ] = "",
-) -> None:
-    """Keep objects for many engines, whose pipelines have a tier that uses `server`."""
-    from tierloom.adapters.server.serve import run_serve
-
-    try:
-        seconds = parse_seconds(drain)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--drain") from None
-    run_serve(
-        config, listen or ["tcp://127.0.0.1:7654"], token_file=token_file, cert=cert, key=key,
-        without_token=without_token, clients=clients, drain=seconds,
-        directory=directory, say=typer.echo,
-    )  # fmt: skip
-
-
-@app.command()
 def sglang(
     arguments: Annotated[
         list[str] | None,
@@ -314,6 +269,7 @@ def sglang(
     )  # fmt: skip
 
 
+app.command()(serve_command.serve)
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
 

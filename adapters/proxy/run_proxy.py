@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import ipaddress
 import logging
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 
+from tierloom.adapters.door.http_socket import http_socket, is_loopback
 from tierloom.adapters.proxy.parts import ProxyParts
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.tiers.net.credentials import secret_in_file
@@ -34,7 +33,7 @@ def run_proxy(
 
     token = secret_in_file("--token-file", token_file) if token_file else ""
     parts.token = (token or os.environ.get(TOKEN_VARIABLE, "")).strip().encode()
-    if not _is_local(host) and not parts.token:
+    if not is_loopback(host) and not parts.token:
         raise ConfigError(
             f"--host {host} can be reached from other hosts, which could change the engines: name "
             f"a --token-file, or set {TOKEN_VARIABLE}"
@@ -45,7 +44,7 @@ def run_proxy(
         parts.fleet.add(url, "decode")
     if not decode and not parts.token and not prefill:
         raise ConfigError("proxy: no engine: pass --decode http://HOST:PORT, and --prefill")
-    listener = _listener(host, port)
+    listener = http_socket(host, port, f"--host {host} --port {port}")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two for each stream
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -58,24 +57,3 @@ def run_proxy(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when done
     with listener, contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only where it sees that it is TCP: else each answer waits 40 ms
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"--host {host} --port {port}: {error.strerror or error}") from None
-    listener.listen(2048)
-    return listener
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -9,10 +9,12 @@ import signal
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from tierloom.adapters.server.log_format import write_log
+from tierloom.adapters.server.start_report import say_what_is_kept, warn_of_access
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.serve.listener import Listen, Listener, certificate
 from tierloom.pipeline.serve.object_store import ObjectStore
@@ -22,7 +24,10 @@ from tierloom.stages.options import masked
 from tierloom.stages.tiers.server.client import TOKEN, read_token
 
 if TYPE_CHECKING:
+    from tierloom.adapters.door.http_door import HttpDoor
     from tierloom.stages.directory.shared.hosted import DirectoryHost
+
+log = logging.getLogger("tierloom.serve")
 
 _WINDOW = 64 << 20
 
@@ -48,6 +53,10 @@ class Serving:
         )  # fmt: skip
         self.listener = Listener(self.store, listens, terms, context=context, clients=clients)
 
+    def stats(self) -> dict[str, Any]:
+        """Counters, as `ObjectStore.stats`; and how many clients there are."""
+        return self.store.stats() | {"serve": {"clients": len(self.listener.sessions)}}
+
     async def run(self, started: Callable[[list[str]], None], stop: anyio.Event) -> None:
         """Serve until `stop`, then shut down in order. `started` is called with the addresses."""
         with contextlib.closing(self.listener):
@@ -69,41 +78,68 @@ class Serving:
 
 def run_serve(
     config: str, urls: Sequence[str], *, token_file: str, cert: Path | None, key: Path | None,
-    without_token: bool, clients: int, drain: float, directory: str,
-    say: Callable[[str], None],
+    without_token: bool, clients: int, drain: float, directory: str, http: str, log_level: str,
+    log_format: str, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """What the command does, until SIGTERM or SIGINT. Raises ConfigError."""
+    """What the command does, until SIGTERM or SIGINT; SIGHUP has it read token and certificate
+    anew. Raises ConfigError."""
     from tierloom.pipeline.config.load import load_config
 
     listens = [Listen.at(url) for url in urls]
     token = read_token(token_file)
     for listen in listens:
-        if not listen.is_local and not token and not without_token:
-            raise ConfigError(
-                f"--listen {listen} can be reached from other hosts: name a "
-                f"--token-file, or set {TOKEN}; or pass --without-token"
-            )
+        _check(listen, token, without_token=without_token)
     if (cert is None) != (key is None):
         raise ConfigError("--cert and --key go together")
-    context = certificate(cert, key) if cert is not None and key is not None else None
+    write_log(log_level, log_format)
+    files = (cert, key) if cert is not None and key is not None else None
+    context = certificate(*files) if files else None
     serving = Serving(
         load_config(config), listens, token=token, context=context, clients=clients, drain=drain,
         host=_host(directory) if directory else None,
     )  # fmt: skip
+    door = _door(http, serving, token_file, cert, key) if http else None
+    warn_of_access(listens, token, token_file)
 
     def started(where: list[str]) -> None:
+        if door is not None:
+            serving.store.measure()
+        say_what_is_kept(serving.store)
         for url in where:
             say(f"listening on {url}")
+        if door is not None:
+            say(f"listening on {door.url}")
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    def renew() -> None:
+        try:
+            fresh = read_token(token_file)
+            if files is not None:
+                certificate(*files)  # both, before one of them is replaced
+            for listen in listens:
+                _check(listen, fresh, without_token=without_token)
+            if context is not None and files is not None:
+                context.load_cert_chain(*files)
+            if door is not None:
+                door.renew()
+        except (ConfigError, OSError) as error:
+            log.error("SIGHUP: %s; token and certificate are those of before", error)  # noqa: TRY400
+            return
+        serving.listener.renew(fresh)
+        log.info("SIGHUP: token and certificate were read anew; new connections go by them")
+
     failed: list[ConfigError] = []
 
     async def main() -> None:
         stop = anyio.Event()
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
 
             async def watch() -> None:
-                async for _ in signals:
+                async for number in signals:
+                    if number == signal.SIGHUP:
+                        renew()
+                        continue
+                    if door is not None:
+                        door.draining = "it is about to end"
                     stop.set()
 
             async with anyio.create_task_group() as tasks:
@@ -114,9 +150,32 @@ def run_serve(
                     failed.append(error)
                 tasks.cancel_scope.cancel()
 
-    anyio.run(main)
+    with door.start() if door is not None else contextlib.nullcontext():
+        anyio.run(main)
     if failed:
         raise failed[0]
+
+
+def _check(listen: Listen, token: bytes, *, without_token: bool) -> None:
+    """Raises ConfigError."""
+    if not listen.is_local and not token and not without_token:
+        raise ConfigError(
+            f"--listen {listen} can be reached from other hosts: name a "
+            f"--token-file, or set {TOKEN}; or pass --without-token"
+        )
+
+
+def _door(
+    http: str, serving: Serving, token_file: str, cert: Path | None, key: Path | None
+) -> HttpDoor:  # fmt: skip
+    """Raises ConfigError, MissingPackage."""
+    from tierloom.adapters.door.entrance import Entrance
+    from tierloom.adapters.door.http_door import HttpDoor
+
+    async def read() -> dict[str, Any]:
+        return {"store": serving.stats()}
+
+    return HttpDoor(read, Entrance(http, token_file=token_file, cert=cert, key=key))
 
 
 def _host(directory: str) -> DirectoryHost:

@@ -27,7 +27,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 from sglang.srt.runtime_context import get_server_args
 
 from tierloom.adapters.engine.rank import Rank
-from tierloom.adapters.sglang.opening import open_pages, open_side_pool, replica
+from tierloom.adapters.sglang.opening import open_pages, open_rank_door, open_side_pool, replica
 from tierloom.adapters.sglang.page_store import PageStore, Traffic, none_found, say_once
 from tierloom.adapters.sglang.pool import host_pages
 from tierloom.adapters.sglang.settings import any_grain, chunked, hicache_config
@@ -37,6 +37,8 @@ from tierloom.stages.errors import LayoutError
 
 if TYPE_CHECKING:
     import torch
+
+    from tierloom.adapters.door.http_door import HttpDoor
 
 log = logging.getLogger("tierloom.sglang")
 
@@ -60,6 +62,7 @@ class TierloomHiCache(HiCacheStorage):
         self._sides: dict[Any, list[PageStore]] = {}
         self._loads, self._saves = Traffic(0), Traffic(0)
         self._weights = WeightsWatch()
+        self._door: HttpDoor | None = None
 
     # -- SGLang's pools ------------------------------------------------------------------------
 
@@ -81,6 +84,8 @@ class TierloomHiCache(HiCacheStorage):
             self.off = ""
             self._loads, self._saves = (Traffic(pages.nbytes) for _ in range(2))
             self._warn_of_replicas()
+            if self.said.settings.http and not self.rank.index:
+                self._door = open_rank_door(self.said, self._all)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """Open a pipeline for a side pool (a window's, a state's, an indexer's, a draft's)."""
@@ -211,6 +216,8 @@ class TierloomHiCache(HiCacheStorage):
     def close(self) -> None:
         """End what is under way, close the tiers, free the memory; SGLang's pools are its own."""
         self.off = "it was closed"
+        if self._door is not None:
+            self._door.close()
         for store in self._all():
             store.close()
         self._store = None

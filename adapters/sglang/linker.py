@@ -15,14 +15,14 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from tierloom.adapters.sglang.layer_loads import LayerLoads, PageLoad
-from tierloom.adapters.sglang.opening import open_pages, sglang_rank
+from tierloom.adapters.sglang.opening import open_pages, open_rank_door, sglang_rank
 from tierloom.adapters.sglang.page_store import PageStore, links_of, say_once
 from tierloom.adapters.sglang.pool import device_pages, page_numbers
 from tierloom.adapters.sglang.settings import chunked, linker_config
@@ -33,6 +33,9 @@ from tierloom.stages.errors import LayoutError
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.kv.prefix import Span
+
+if TYPE_CHECKING:
+    from tierloom.adapters.door.http_door import HttpDoor
 
 log = logging.getLogger("tierloom.sglang")
 
@@ -73,6 +76,7 @@ class TierloomLinker(UnifiedCacheLinker):
         self._groups = split or list(filter(_of_several, (params.tp_cache_group,)))
         """Ranks that go on as one, as SGLang's tree reduces over them."""
         self._weights = WeightsWatch()
+        self._door: HttpDoor | None = None
         try:
             self._refuse(components)
             self._open(server_args, params, pool)
@@ -188,6 +192,8 @@ class TierloomLinker(UnifiedCacheLinker):
         """End what is under way, close the tiers, free the memory."""
         self.reset()
         self.off = "it was closed"
+        if self._door is not None:
+            self._door.close()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -202,10 +208,13 @@ class TierloomLinker(UnifiedCacheLinker):
             self.said, overrides, device_pages(pool, self._page), rank, args=args,
             start_layer=int(getattr(pool, "start_layer", 0) or 0), watch=self._note,
         )  # fmt: skip
-        tiers = self._store.pipeline.tiers
+        store = self._store
+        tiers = store.pipeline.tiers
         self._kinds = {name for name, tier in tiers.items() if tier.in_arena}
         if not self._kinds:
             raise LayoutError("it loads from memory, and the pipeline has no memory tier")
+        if self.said.settings.http and not rank.index:
+            self._door = open_rank_door(self.said, lambda: [store])
 
     def _refuse(self, components: Any) -> None:
         if UNKNOWN:

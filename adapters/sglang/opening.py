@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tierloom.adapters.engine.extra_config import ExtraConfig
 from tierloom.adapters.engine.pipeline_parts import own_paths
@@ -15,6 +15,9 @@ from tierloom.adapters.sglang.share import share_of, side_weights
 from tierloom.pipeline.pipeline import Pipeline
 from tierloom.pipeline.runtime import Change
 from tierloom.stages.errors import LayoutError
+
+if TYPE_CHECKING:
+    from tierloom.adapters.door.http_door import HttpDoor
 
 
 def open_pages(
@@ -59,6 +62,22 @@ def open_side_pool(
         )  # fmt: skip
         stores.append(PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=0))
     return stores
+
+
+def open_rank_door(
+    said: ExtraConfig[Settings], stores: Callable[[], Sequence[PageStore]]
+) -> HttpDoor | None:
+    """Where `tierloom.http` says; None: its port is another's. Raises ConfigError."""
+    from tierloom.adapters.door.engine_door import open_engine_door
+
+    async def read() -> dict[str, Any]:
+        pipelines = [store.pipeline for store in stores()]
+        for pipeline in pipelines:  # a pool may be registered later
+            pipeline.measure()
+        return {str(i): pipeline.stats() for i, pipeline in enumerate(pipelines)}
+
+    stores()[0].pipeline.measure()
+    return open_engine_door(said.settings.http, stores()[0].pipeline.spec, read)
 
 
 def sglang_rank() -> Rank:

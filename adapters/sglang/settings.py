@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tierloom.adapters.engine.extra_config import ExtraConfig, read_extra_config
+from tierloom.adapters.engine.http_option import http_address
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.options import Seconds
 
@@ -41,10 +42,16 @@ class Settings:
     """A name for the model in keys, besides the content id of its weights."""
     weights: str = ""
     """Content id of the weights, instead of one made from the files."""
+    http: str = ""
+    """Health, metrics and figures of the first rank over HTTP: `127.0.0.1:0`, a free port that the
+    log tells, `HOST:PORT` or `https://HOST:PORT`. Token and certificate are those of the pipeline's
+    `serve`; other hosts are let in only with a token. Empty: nowhere."""
 
     def __post_init__(self) -> None:
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
+        if self.http:
+            http_address(self.http)
 
 
 def hicache_config(extra: Mapping[str, Any] | None) -> ExtraConfig[Settings]:

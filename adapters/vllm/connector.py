@@ -105,12 +105,17 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
         self._broken: set[str] = set()
         self.scheduler: Any = None  # one of the two, by role
         self.worker: Any = None
+        self._door: Any = None
         at_work, at_scheduler = _sides(conf)
         if role == KVConnectorRole.WORKER:
             self.worker = at_work(vllm_config, kv_cache_config, conf)
             return
         self.scheduler = at_scheduler(vllm_config, kv_cache_config, conf)
         self._events = Events.of(vllm_config, self.scheduler)
+        if conf.settings.http:
+            from tierloom.adapters.vllm.scheduler.worker_figures import open_workers_door
+
+            self._door = open_workers_door(vllm_config, conf)
         _mend_policy(self._kv_transfer_config, conf.settings.failure)
 
     @property
@@ -185,6 +190,8 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
     def shutdown(self) -> None:
         if self.worker is not None:
             self.worker.shutdown()
+        if self._door is not None:
+            self._door.close()
         if self.scheduler is not None:
             self.scheduler.shutdown()
 

@@ -123,6 +123,12 @@ def _label(node: Node) -> str:
 _SIZES = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")]
 
 
+def size_text(nbytes: int) -> str:
+    """'64 GiB'."""
+    unit = next(((n, u) for n, u in _SIZES if nbytes >= n), (1, "B"))
+    return f"{nbytes / unit[0]:g} {unit[1]}"
+
+
 def _shown(kind: Any, value: Any) -> str:
     """A value as it would be written, with the unit that its type has."""
     if isinstance(value, Inner):
@@ -135,8 +141,7 @@ def _shown(kind: Any, value: Any) -> str:
         return f"[{', '.join(map(str, value))}]"
     marks = {m for k in (kind, *get_args(kind)) for m in getattr(k, "__metadata__", ())}
     if marks & {parse_size, parse_rate}:
-        unit = next(((n, u) for n, u in _SIZES if value >= n), (1, "B"))
-        return f"{value / unit[0]:g} {unit[1]}" + "/s" * (parse_rate in marks)
+        return size_text(value) + "/s" * (parse_rate in marks)
     if parse_seconds in marks:
         return seconds_text(value)
     return str(value)

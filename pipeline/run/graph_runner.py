@@ -52,7 +52,9 @@ class GraphRunner:
         self.idle = asyncio.Event()
         """No request is open."""
         self.idle.set()
-        self.dropped = 0
+        self.answer: Callable[[Request], None] = Request.finish
+        """Replaced by who counts requests."""
+        self._dropped = [0] * len(segments)
         self._inflight, self._arena = inflight, arena
         forms = max(1, sum(n.cls.leases for n in graph.nodes))
         # What a codec adds to a frame fits a page: one that would not shrink passes as it is.
@@ -102,6 +104,13 @@ class GraphRunner:
             request.expire(Lost.CANCELLED)
             self._finish(request)
 
+    def figures(self) -> dict[str, Any]:
+        """Requests under way, chunks that were dropped, batches that wait in each wire."""
+        each = zip(self.segments, self._queues, self._dropped, strict=True)
+        wires = {s.id: {"depth": q.qsize(), "dropped": n} for s, q, n in each}
+        said = {"open": len(self.open), "dropped": sum(self._dropped), "degraded": self.degraded}
+        return {**said, "wires": wires}
+
     @property
     def degraded(self) -> bool:
         """Stages broke so often recently that this graph takes no requests."""
@@ -113,7 +122,7 @@ class GraphRunner:
         if len(self.open) >= self._inflight or self.degraded or request.cancelled is not None:
             request.tally(Lost.BROKEN if self.degraded else request.cancelled or Lost.FULL)
             request.expire(Lost.FULL)
-            request.finish()
+            self.answer(request)
             return
         self.open[request] = Progress(set(), [])
         self.idle.clear()
@@ -238,7 +247,7 @@ class GraphRunner:
         for reader, part in zip(readers, parts, strict=True):
             may_drop = self.segments[reader].when_full == "drop"
             if may_drop and (self._queues[reader].full() or self._admission.starved):
-                await self._drop(part)
+                await self._drop(reader, part)
             elif self._queues[reader].full():
                 blocking.append((reader, part))
             else:
@@ -246,8 +255,8 @@ class GraphRunner:
         for reader, part in blocking:
             await self._queues[reader].put(part)
 
-    async def _drop(self, batch: Batch) -> None:
-        self.dropped += len(batch.live)
+    async def _drop(self, i: int, batch: Batch) -> None:
+        self._dropped[i] += len(batch.live)
         for chunk in batch.live:
             batch.lose(chunk, Lost.FULL)
         await self._leave(batch)
@@ -256,7 +265,7 @@ class GraphRunner:
         """Stores wait for memory: branches that may drop give up what they have not begun."""
         for i, segment in enumerate(self.segments):
             while segment.when_full == "drop" and not self._queues[i].empty():
-                await self._drop(self._queues[i].get_nowait())
+                await self._drop(i, self._queues[i].get_nowait())
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -288,7 +297,7 @@ class GraphRunner:
         timer = self._timers.pop(request, None)
         if timer is not None:
             timer.cancel()
-        request.finish()
+        self.answer(request)
         if not self.open:
             self.idle.set()
 

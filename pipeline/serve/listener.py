@@ -128,6 +128,10 @@ class Listener:
                     os.unlink(listen.path)
         self._socks = []
 
+    def renew(self, token: bytes) -> None:
+        """Who comes from now on must have this token."""
+        self._terms = self._terms._replace(token=token)
+
     async def run(self, tasks: anyio.abc.TaskGroup, stop: anyio.Event) -> None:
         """Let clients in until `stop`, and then tell them to go. Their sessions are `tasks`."""
         async with anyio.create_task_group() as doors:

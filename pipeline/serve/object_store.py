@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -28,6 +29,9 @@ from tierloom.stages.memory.arena import Arena, Lease
 from tierloom.stages.ops.in_turns import mark_in_turns
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierStat
+
+if TYPE_CHECKING:
+    from tierloom.pipeline.run.measures import Measures
 
 log = logging.getLogger("tierloom.serve")
 
@@ -133,6 +137,7 @@ class ObjectStore:
         memory = first.options.capacity if first.cls.in_arena else self.arena.working
         self._waits = min(self.arena.working // 2, memory // 4)
         self._home = AsyncExitStack()
+        self._measures: Measures | None = None
 
     async def open(self) -> None:
         """Open the tiers. Raises ConfigError."""
@@ -241,6 +246,23 @@ class ObjectStore:
                     self._pass_on(colder, named)
                 return None
         return lost
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of tiers and arena, as `Pipeline.stats`; and objects that were not written to a
+        colder tier, and bytes that are still to be."""
+        return {
+            "stages": {}, "graphs": {}, "tiers": {t.name: t.figures() for t in self.tiers},
+            "arena": self.arena.figures(), "off": None,
+            "store": {"writing": self._writing, "dropped": self.dropped},
+            **({"measured": self._measures.read()} if self._measures is not None else {}),
+        }  # fmt: skip
+
+    def measure(self) -> None:
+        """As `Pipeline.measure`. Once it is open."""
+        if self._measures is None:
+            from tierloom.pipeline.run.measures import Measures
+
+            self._measures = Measures({tier.name: tier for tier in self.tiers})
 
     async def order_for_eviction(self, space: bytes, keys: Iterable[bytes]) -> None:
         """These, head of the prompt first, came together: the tail is evicted first."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from tierloom.adapters.door.http_door import serve_http
     from tierloom.pipeline.pipeline import Pipeline
     from tierloom.stages.contract.request import Receipt
     from tierloom.stages.contract.ticket import Ticket
@@ -44,6 +45,7 @@ _HOME = {
     "Pipeline": "pipeline.pipeline",
     "Receipt": "stages.contract.request",
     "Ticket": "stages.contract.ticket",
+    "serve_http": "adapters.door.http_door",
 }
 """Where a name of `__all__` is, unless it is an error."""
 
@@ -63,6 +65,7 @@ __all__ = [
     "TierDown",
     "TierloomError",
     "open",
+    "serve_http",
 ]
 
 

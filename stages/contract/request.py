@@ -181,6 +181,14 @@ class Request:
             before, chunk.done = chunk.done, chunk.done | bits
             return before != chunk.done == (1 << self.groups) - 1
 
+    def tokens_by_tier(self) -> dict[str, int]:
+        """Of a retrieve: tokens that each tier has delivered."""
+        tokens: dict[str, int] = {}
+        for chunk in self.chunks:
+            for tier in chunk.took if chunk.lost is None else ():
+                tokens[tier] = tokens.get(tier, 0) + chunk.wanted
+        return tokens
+
     def tally(self, code: Lost, n: int = 1) -> None:
         with self._count:
             self.lost[code] = self.lost.get(code, 0) + n

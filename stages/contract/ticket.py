@@ -162,11 +162,7 @@ class Ticket:
 
     def delivered(self) -> dict[str, int]:
         """Retrieve: tokens that each tier has delivered."""
-        tokens: dict[str, int] = {}
-        for chunk in self._request.chunks:
-            for tier in chunk.took if chunk.lost is None else ():
-                tokens[tier] = tokens.get(tier, 0) + chunk.wanted
-        return tokens
+        return self._request.tokens_by_tier()
 
     def cancel(self, code: Lost = Lost.CANCELLED) -> None:
         """Cancel the request. Nothing touches the caller's tensors once this has returned."""

@@ -146,6 +146,12 @@ class Arena(Slab):
         """Bytes that memory tiers have room for and do not use."""
         return self.total - self.working - self._kept
 
+    def figures(self) -> dict[str, int]:
+        """Bytes that are leased, those of them that no tier keeps, all there are; leases."""
+        return {
+            "used": self.used, "flight": self.flight, "total": self.total, "leases": self.leases,
+        }  # fmt: skip
+
     def lease(self, nbytes: int, *, evict: bool = True) -> Lease:
         """Take page-aligned bytes, uninitialized. Waits for nobody: raises ArenaFull. `evict`: have
         tiers drop objects where no hole is long enough."""

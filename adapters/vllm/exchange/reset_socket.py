@@ -1,4 +1,5 @@
-"""A socket of each worker for resets, which must happen at once, not with the next step.
+"""A socket of each worker: for resets, which must happen at once, not with the next step, and for
+its figures, whenever somebody asks.
 
 An idle engine makes no steps. A worker listens on a socket whose name both sides know, in a folder
 that only its user can enter; one line of JSON comes in, one goes out.
@@ -23,7 +24,7 @@ log = logging.getLogger("tierloom.vllm")
 
 _RESET = 10.0
 """Seconds that a worker may take to delete what it stores."""
-_LINE = 1 << 16
+_LINE = 1 << 20
 """Bytes of a question or an answer, at most."""
 
 

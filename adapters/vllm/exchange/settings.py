@@ -21,6 +21,7 @@ from tierloom.adapters.engine.extra_config import (
     read_extra_config,
     set_twice,
 )
+from tierloom.adapters.engine.http_option import http_address
 from tierloom.adapters.engine.pipeline_parts import lookup_node
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.stages.errors import ConfigError
@@ -65,12 +66,18 @@ class Settings:
     """A name for the model in keys, besides the content id of its weights."""
     weights: str = ""
     """Content id of the weights, instead of one made from the files."""
+    http: str = ""
+    """Health, metrics and figures of the engine over HTTP: `127.0.0.1:0`, a free port that the log
+    tells, `HOST:PORT` or `https://HOST:PORT`. Token and certificate are those of the pipeline's
+    `serve`; other hosts are let in only with a token. Empty: nowhere."""
     trace: bool = False
     """Record how long each hook of the scheduler's thread takes."""
 
     def __post_init__(self) -> None:
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}")
+        if self.http:
+            http_address(self.http)
         if self.blend != "off" and self.load == "layer":
             raise ValueError(f"blend: {self.blend} wants load: async: tokens are computed in steps")
 

@@ -104,7 +104,7 @@ class WorkerSide:
         rank = vllm_rank(self._vllm.parallel_config)
         self._rank, self.transfer_log = rank.index, TransferLog(first=rank.index == 0)
         try:
-            self._reset_socket = ResetSocket(address(self._vllm, rank.index), self._tickets.reset)
+            self._reset_socket = ResetSocket(address(self._vllm, rank.index), self._answer)
         except OSError as error:
             log.warning("the scheduler cannot reset what this worker stores: %s", error)
         try:
@@ -117,6 +117,8 @@ class WorkerSide:
             self._report.info = _off(str(error) or repr(error))
             return
         self._tickets.pipelines, self._report.info, model = opened
+        for p in self.pipelines if self.conf.settings.http else ():
+            p.pipeline.measure()
         if model is not None:
             from tierloom.adapters.vllm.worker.blended_loads import BlendedLoads
 
@@ -133,6 +135,12 @@ class WorkerSide:
             "native" if first.native else "canonical", groups[0].backend,
             sum(g.layout.layers for g in groups), first.spec.chunk.tokens,
         )  # fmt: skip
+
+    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """A question at the reset socket, in another thread."""
+        if "figures" in question:
+            return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
+        return self._tickets.reset(question)
 
     def shutdown(self) -> None:
         if self._reset_socket is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 import anyio
@@ -58,6 +58,9 @@ class CircuitBreaker(WrapperTier):
         self._read_at = 0.0
         self.share = 1.0
         """Encoded bytes read per byte of plain KV; of progressive objects: of the first scan."""
+        self.timed: Callable[[str, int, float], None] | None = None
+        """Told of calls that moved objects: reads or puts, their bytes, seconds. None: nobody
+        asks."""
         self.unread = UnreadableObjects(name, self.counts, clock)
         """Objects that exist, but cannot be read here."""
 
@@ -81,7 +84,7 @@ class CircuitBreaker(WrapperTier):
 
     def figures(self) -> dict[str, float | str]:
         """Counters and holdings as plain numbers; times in seconds since the epoch, 0: it works."""
-        counts = asdict(self.counts)
+        counts = asdict(replace(self.counts, extra=dict(self.counts.extra)))  # from any thread
         counts |= counts.pop("extra") | self.stat()._asdict()
         return counts | {
             "available": self.reading.closed,
@@ -124,8 +127,10 @@ class CircuitBreaker(WrapperTier):
         if failed is None:
             nbytes = sum(r.object.arrived for r in reads if r.object) - before
             if nbytes:
-                self.reads.add(nbytes, self._clock() - began)
                 self._read_at = self._clock()
+                self.reads.add(nbytes, self._read_at - began)
+                if self.timed is not None:
+                    self.timed("reads", nbytes, self._read_at - began)
             for read in reads:
                 if isinstance(read.why, Damaged):
                     self._say(read.key, read.why)
@@ -145,6 +150,8 @@ class CircuitBreaker(WrapperTier):
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         if not self.takes:
             return [self.writing.refusal or Lost.TIER_DOWN] * len(objects)
+        timed = self.timed
+        began = self._clock() if timed is not None else 0.0
         reads_fail = self._opened and not self.reading.closed
         self.reading.probing |= reads_fail
         try:
@@ -155,6 +162,8 @@ class CircuitBreaker(WrapperTier):
         if isinstance(lost, Lost):
             return [lost] * len(objects)
         put = [obj.header for obj, why in zip(objects, lost, strict=True) if why is None]
+        if timed is not None and put:
+            timed("puts", sum(header.nbytes for header in put), self._clock() - began)
         if reads_fail and put:
             await self._call(
                 self.reading, lambda: is_still(self.tier, put[0].key, put[0]), cargo=True

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.kv.text import Text
@@ -21,6 +21,19 @@ from tierloom.stages.tiers.contract.tier import Found, TierWatch
 
 P = TypeVar("P")
 FOREVER = float("inf")
+
+
+class LifeWatch(Protocol):
+    """Told what becomes of a tier's objects, under the lock of its index."""
+
+    def came(self, key: bytes) -> None: ...
+
+    def used(self, keys: Sequence[bytes]) -> None: ...
+
+    def evicted(self, key: bytes) -> None: ...
+
+    def went(self, key: bytes) -> None:
+        """For another reason than to make room."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +96,8 @@ class Index(Generic[P]):
         self._policy = POLICIES[policy](capacity)
         self._ttl, self._clock, self._in_use = ttl, clock, in_use
         self._watch = watch
+        self.lives: LifeWatch | None = None
+        """None: nobody asks."""
         self._entries: OrderedDict[bytes, Entry[P]] = OrderedDict()
         self._aliases: dict[bytes, bytes] = {}
 
@@ -137,6 +152,8 @@ class Index(Generic[P]):
                 self._policy.add(entry.key, entry.nbytes)
             if self._watch is not None:
                 self._watch(True, entry.links, text)
+            if self.lives is not None:
+                self.lives.came(entry.key)
 
     def remove(self, entry: Entry[P]) -> bool:
         """Remove an entry; False if it (not only its key) was gone before."""
@@ -145,6 +162,8 @@ class Index(Generic[P]):
                 return False
             self._policy.remove(entry.key)
             self._forget(entry)
+            if self.lives is not None:
+                self.lives.went(entry.key)
             return True
 
     def evict(self, incoming: bytes = b"") -> Entry[P] | None:
@@ -155,6 +174,8 @@ class Index(Generic[P]):
                 return None
             entry = self._entries[key]
             self._forget(entry)
+            if self.lives is not None:
+                self.lives.evicted(key)
             return entry
 
     def expired(self) -> list[Entry[P]]:
@@ -168,6 +189,8 @@ class Index(Generic[P]):
         with self.lock:
             for key in reversed(keys):
                 self._policy.touch(key)
+            if self.lives is not None:
+                self.lives.used(keys)
 
     def order_for_eviction(self, keys: Sequence[bytes]) -> None:
         """Put together, head of the prompt first: without its head the tail is useless."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from tierloom.stages.tiers.contract.index import Index
+from tierloom.stages.tiers.contract.index import Index, LifeWatch
 from tierloom.stages.tiers.contract.tier import Found, Tier, TierStat
 
 P = TypeVar("P")
@@ -29,6 +29,9 @@ class IndexedTier(Tier, Generic[P]):
 
     def order_for_eviction(self, keys: Sequence[bytes]) -> None:
         self._index.order_for_eviction(keys)
+
+    def follow(self, lives: LifeWatch) -> None:
+        self._index.lives = lives
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return [self._index.get(key) is not None for key in keys]

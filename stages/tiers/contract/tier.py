@@ -13,13 +13,16 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tierloom.stages.errors import BadObject, Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.text import Text
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.renamed import bridge_renamed
+
+if TYPE_CHECKING:
+    from tierloom.stages.tiers.contract.index import LifeWatch
 
 
 class TierWatch(Protocol):
@@ -196,6 +199,9 @@ class Tier(ABC):
     def order_for_eviction(self, keys: Sequence[bytes]) -> None:  # noqa: B027
         """These objects, head of the prompt first, were put for one request, in several calls: the
         tail is evicted first. Does not count as a use."""
+
+    def follow(self, lives: LifeWatch) -> None:  # noqa: B027
+        """From now on `lives` is told what becomes of its objects (of tiers with an index)."""
 
     @abstractmethod
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:

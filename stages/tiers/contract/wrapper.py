@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierStat
+
+if TYPE_CHECKING:
+    from tierloom.stages.tiers.contract.index import LifeWatch
 
 
 class WrapperTier(Tier):
@@ -41,6 +45,9 @@ class WrapperTier(Tier):
 
     def order_for_eviction(self, keys: Sequence[bytes]) -> None:
         self.tier.order_for_eviction(keys)
+
+    def follow(self, lives: LifeWatch) -> None:
+        self.tier.follow(lives)
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return await self.tier.exists(keys)

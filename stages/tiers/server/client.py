@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import anyio
 
-from tierloom.stages.errors import TierDown
+from tierloom.stages.errors import ConfigError, TierDown
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.net.connection_pool import ConnectionPool
 from tierloom.stages.tiers.net.credentials import secret_in_file
@@ -50,8 +50,10 @@ class Rejected(TierDown):
 
 def read_token(file: str) -> bytes:
     """The token out of a file, or of the environment; empty: there is none. Raises ConfigError."""
-    token = secret_in_file("token file", file) if file else os.environ.get(TOKEN, "")
-    return token.strip().encode()
+    token = (secret_in_file("token file", file) if file else os.environ.get(TOKEN, "")).strip()
+    if file and not token:
+        raise ConfigError(f"token file {file} is empty: write the secret into it")
+    return token.encode()
 
 
 async def connect_server(address: Address, context: ssl.SSLContext | None) -> Connection:

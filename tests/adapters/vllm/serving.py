@@ -30,6 +30,8 @@ class Server:
     ) -> None:  # fmt: skip
         """`flags` are vLLM's own; one that is None is left out."""
         self.log = log
+        self.door = ""
+        """Its HTTP door's URL, where it has one."""
         self._tmp = tempfile.mkdtemp(prefix="vllm-")  # vLLM leaves sockets and files behind
         self.port = free_port()
         flags = {

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import torch
 from backend import BASE, PAGE, PER_CHUNK, backend, info, on_disk, prompt
@@ -82,6 +83,19 @@ def test_as_many_pages_as_come(host_pool: Pools, pages: int) -> None:
     assert text.count(storage) == pages
     assert text.loaded(storage) == pages
     storage.close()
+
+
+def test_the_door_of_the_first_rank(host_pool: Pools) -> None:
+    host, _ = host_pool("mha", "layer_first", slots=256)
+    storage, text = backend(host, BASE | {"tierloom.http": "127.0.0.1:0"}), prompt(host, 8)
+    assert storage._door is not None
+    assert text.save(storage) == [True] * 8
+    said = httpx.get(f"{storage._door.url}/v1/stats", trust_env=False).json()
+    stored = said["parts"]["0"]["measured"]["requests"]["store"]
+    assert (said["status"], stored["tokens"]) == ("ready", 8 * PAGE)
+    storage.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{storage._door.url}/livez", trust_env=False)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import torch
 from awkward import Mood, over
@@ -129,6 +130,14 @@ def same(a: list[torch.Tensor] | None, b: list[torch.Tensor], first: int = 0) ->
 
 def keys_of(seed: int, pages: int) -> list[str]:
     return hashes([(seed * 7919 + i * i) % 50_000 for i in range(pages * PAGE)])
+
+
+def test_the_door_of_the_first_rank() -> None:
+    bench = Bench("mha", MEMORY | {"tierloom.http": "127.0.0.1:0"})
+    assert httpx.get(f"{bench.linker._door.url}/readyz", trust_env=False).status_code == 200
+    bench.linker.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{bench.linker._door.url}/livez", trust_env=False)
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])

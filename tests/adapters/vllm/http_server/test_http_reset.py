@@ -6,9 +6,10 @@ import contextlib
 import json
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from harness import EngineError, prompt, transfer
-from serving import Server
+from serving import Server, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +23,9 @@ RESET = "/reset_prefix_cache?reset_external=true"
 @pytest.fixture(scope="module")
 def server(llama: Path, logs: Path) -> Iterator[Server]:
     env = {"VLLM_SERVER_DEV_MODE": "1"}
-    made = Server(llama, transfer(), logs / "server-reset.log", env=env)
+    kv = transfer(**{"tierloom.http": f"127.0.0.1:{(door := free_port())}"})
+    made = Server(llama, kv, logs / "server-reset.log", env=env)
+    made.door = f"http://127.0.0.1:{door}"
     try:
         made.wait_ready()
         yield made
@@ -49,6 +52,19 @@ def test_a_reset_forgets_what_is_kept(server: Server, reference: Reference) -> N
     said = server.complete(tokens)
     assert (said["ids"], said["cached"]) == (right, 0)
     kept(server, tokens, right)
+
+
+def test_the_engine_s_own_door(server: Server, reference: Reference) -> None:
+    """It answers while the engine is idle, by what the worker has counted."""
+    tokens = prompt(900, seed=482)
+    kept(server, tokens, reference(tokens))
+    assert httpx.get(f"{server.door}/readyz", trust_env=False).json()["status"] == "ready"
+    stats = httpx.get(f"{server.door}/v1/stats", trust_env=False).json()
+    measured = stats["parts"]["0"]["measured"]["requests"]
+    for name, n in (("load_tokens", measured["retrieve"]), ("store_tokens", measured["store"])):
+        assert server.metric(f"vllm:tierloom_{name}_total") == n["tokens"] > 0
+    text = httpx.get(f"{server.door}/metrics", trust_env=False).text
+    assert f"tierloom_load_tokens_total {measured['retrieve']['tokens']:.1f}" in text
 
 
 def test_a_reset_of_the_engine_alone_leaves_it(server: Server, reference: Reference) -> None:

@@ -1,0 +1,13 @@
+"""Where a process answers over HTTP, as a user writes it. Light: engines check it early."""
+
+from __future__ import annotations
+
+from tierloom.stages.tiers.net.address import Address
+
+HTTP_PORT = 7655
+
+
+def http_address(at: str) -> Address:
+    """`HOST:PORT`, `http://HOST:PORT` or `https://HOST:PORT`. Raises ValueError."""
+    url = at if "://" in at else f"http://{at}"
+    return Address.parse(url, "http", tls="https", port=HTTP_PORT)
