@@ -32,7 +32,11 @@ BATCH = 32 << 20
 def check_codec(text: str) -> None:
     """Raise ConfigError unless `text` is a chain of codecs whose options are right."""
     try:
-        load_config(_config(parse_codec(text), tempfile.gettempdir(), 256, BATCH))
+        chain = parse_codec(text)
+    except ConfigError as e:
+        raise ConfigError(f"--{e}") from None
+    try:
+        load_config(_config(chain, tempfile.gettempdir(), 256, BATCH))
     except ConfigProblems as e:
         said = "; ".join(f"{p.message} ({p.hint})" if p.hint else p.message for p in e.problems)
         raise ConfigError(f"--codec {text}: {said}") from e

@@ -77,15 +77,18 @@ def test_doctor_as_json_and_with_nothing_cut(monkeypatch: pytest.MonkeyPatch) ->
     assert not [line for line in lines if "…" in line]
 
 
-def test_a_terminal_that_knows_only_ascii() -> None:
+def test_a_terminal_that_knows_only_ascii(tmp_path: Path) -> None:
+    """And a folder whose name has more."""
+    folder = tmp_path / "gr\u00f6\u00dfe"
+    folder.mkdir()
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    plain |= {"PYTHONIOENCODING": "ascii:strict", "TIERLOOM_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-m", "tierloom", "explain", "tiered"],
-        env=os.environ | plain | {"PYTHONIOENCODING": "ascii:strict"},
-        capture_output=True, check=False,
+        [sys.executable, "-m", "tierloom", "doctor"],
+        env=os.environ | plain, capture_output=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
-    assert b"warm: put" in done.stdout
+    assert b"/gr???" in done.stdout
 
 
 @pytest.mark.parametrize(
