@@ -15,7 +15,7 @@ from tierloom.stages.contract.request import Request
 from tierloom.stages.errors import InputError
 
 _MOST = 100_000
-"""Spans of a trace: some 20 MB."""
+"""Spans of a trace; older ones are dropped."""
 _DRAWN = 12
 """Requests in a picture."""
 
