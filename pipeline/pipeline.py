@@ -13,6 +13,7 @@ from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.requests import Requests, native_order
 from tierloom.pipeline.run.loop_thread import awaited, finished
 from tierloom.pipeline.runtime import Change, Worker
+from tierloom.pipeline.shown import Shown
 from tierloom.stages.contract.request import Receipt
 from tierloom.stages.contract.stage import ModelFacts
 from tierloom.stages.contract.ticket import Ticket
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tierloom.pipeline.handoff.handoff import Handoff
 
 
-class Pipeline:
+class Pipeline(Shown):
     """One worker's cache. Thread-safe; close it, or use it as a context manager.
 
     `caches` in every call are the tensors that `layout` describes, one (or one K, V pair) per

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
 
+from tierloom.pipeline.config.problems import nearest
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.stages.contract.blended import Blended
 from tierloom.stages.contract.request import EngineMemory, Request
@@ -24,6 +26,13 @@ from tierloom.stages.kv.pointer_cache import PointerCache
 from tierloom.stages.kv.prefix import Span
 from tierloom.stages.kv.text import Run
 from tierloom.stages.kv.tokens import tokens_array
+
+KEYWORDS = (
+    "tokens", "caches", "slots", "adapter", "blend", "blocks", "deadline", "exact", "held", "ids",
+    "layout", "salt", "tags",
+)  # fmt: skip
+"""What store and retrieve can be told."""
+_KEYWORD = Parameter.KEYWORD_ONLY
 
 
 class Requests:
@@ -97,8 +106,10 @@ class Requests:
 
     def _request(
         self, graph: str, tokens: Any, memory: EngineMemory, *, seconds: float, salt: str = "",
-        adapter: str = "", tags: Mapping[str, str] | None = None, ids: Any = (),
+        adapter: str = "", tags: Mapping[str, str] | None = None, ids: Any = (), **unknown: Any,
     ) -> Request:  # fmt: skip
+        if unknown:
+            raise unknown_keyword(graph, next(iter(unknown)), KEYWORDS)
         span = tokens if isinstance(tokens, Span) else None
         seed = self._seed(salt, adapter, tuple(sorted((tags or {}).items()))) if not span else b""
         return Request(
@@ -111,6 +122,17 @@ class Requests:
         """The digest that starts a tenant's chains."""
         names = self._names.of(salt=salt, adapter=adapter, tags=tags)
         return chain_seed(names, self._spec.chunk.keys)
+
+
+def check_keywords(call: str, given: Collection[str], *having: Callable[..., Any]) -> None:
+    """Raise TypeError for keywords that none of these functions has, with the nearest one."""
+    known = {p.name for f in having for p in signature(f).parameters.values() if p.kind is _KEYWORD}
+    if unknown := [name for name in given if name not in known]:
+        raise unknown_keyword(call, unknown[0], known)
+
+
+def unknown_keyword(call: str, name: str, known: Iterable[str]) -> TypeError:
+    return TypeError(f"{call}() has no keyword {name!r}: {nearest(name, known)}")
 
 
 def native_order(spec: PipelineSpec, layout: KVLayout) -> bool:

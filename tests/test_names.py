@@ -9,6 +9,7 @@ from .test_layout import FILES, ROOT
 
 TWICE = {
     "Manifest": "what says which parts an object has, of Redis and of pools: two formats",
+    "Graph": "of a file, as it is checked and as it is written in Python: one thing",
     "explain": "a command, and what it prints",
     "schema": "a command",
     "main": "the command line's face, and what it runs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,26 +10,29 @@ from typing import Annotated
 import typer
 
 from tierloom import __version__
-from tierloom.adapters.cli import handoff_commands, serve_command
+from tierloom.adapters.cli import file_commands, handoff_commands, serve_command
+from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
 from tierloom.stages.errors import ConfigError, TierloomError
 
 app = typer.Typer(
     name="tierloom",
     help="Store the KV cache of language models and reuse it when the same text comes again.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[str, typer.Argument(help="A preset's name (tiered) or a YAML file (./my.yaml).")]
 Figures = Annotated[
-    Path | None, typer.Option("--json", metavar="PATH", help="Write the figures to a file.")
+    Path | None,
+    typer.Option("--json", metavar="PATH", callback=writable, help="Write the figures to a file."),
 ]
 
 
 def main() -> None:
     """Entry point of the `tierloom` command."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows only ASCII is no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except ConfigError as e:
@@ -57,38 +61,17 @@ def _root(
     pass
 
 
-@app.command()
-def check(config: Config) -> None:
-    """Check a pipeline file and report every problem at once.
-
-    Exits with 0 if it can run (warnings are printed), with 2 if it cannot.
-    """
-    from tierloom.pipeline.config.load import load_config, warnings
-
-    spec = load_config(config)
-    for problem in warnings(spec):
-        typer.echo(f"warning: {problem}", err=True)
-    parts = f"tiers: {', '.join(spec.tiers) or 'none'}; graphs: {', '.join(spec.graphs)}"
-    typer.echo(f"{spec.source}: ok ({parts})")
-
-
-@app.command()
-def explain(
-    config: Config,
-    mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
-) -> None:
-    """Show what a pipeline does: its tiers, its graphs, and how they are cut into segments."""
-    from tierloom.pipeline.config import explain as words
-    from tierloom.pipeline.config.load import load_config
-
-    spec = load_config(config)
-    typer.echo(words.mermaid(spec) if mermaid else words.explain(spec))
+app.command()(file_commands.check)
+app.command()(file_commands.explain)
 
 
 @app.command()
 def schema(
     write: Annotated[
-        Path | None, typer.Option("--write", metavar="PATH", help="Write it to a file.")
+        Path | None,
+        typer.Option(
+            "--write", metavar="PATH", callback=writable_or_stdout, help="Write it to a file."
+        ),
     ] = None,
 ) -> None:
     """Print the JSON Schema of pipeline files, for editors."""
@@ -107,12 +90,18 @@ def import_lmcache(
         typer.Argument(help="LMCache's YAML; by default the LMCACHE_* variables that it reads."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PATH", help="Write to a file.")
+        Path | None,
+        typer.Option(
+            "--out", metavar="PATH", callback=writable_or_stdout, help="Write to a file; -: stdout."
+        ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --out.")] = False,
 ) -> None:
     """Convert an LMCache configuration to a tierloom one, and list what has no counterpart."""
     from tierloom.adapters.lmcache.convert import run_import
 
+    if out is not None and out.is_file() and not force:
+        raise ConfigError(f"{out} is there already: name another, or replace it by --force")
     run_import(file, out)
 
 
@@ -134,12 +123,7 @@ def inspect(
     raise typer.Exit(inspect_object(object))
 
 
-@app.command()
-def doctor() -> None:
-    """Inspect this machine: what tierloom can use here, what is missing, and how to get it."""
-    from tierloom.adapters.cli.doctor import report
-
-    report()
+app.command()(file_commands.doctor)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -26,6 +26,8 @@ from tierloom.stages.tiers.disk.default_folder import DEFAULT
 from tierloom.stages.user_home import expanded
 
 GIB = 1 << 30
+WHOLE_LINES = 400
+"""Columns of a file, in which nobody would see that a line was cut."""
 _COLORS = {"ok": "green", "warn": "yellow", "absent": "dim"}
 
 
@@ -37,18 +39,30 @@ class Finding(NamedTuple):
     hint: str = ""
 
 
-def report() -> None:
-    """Look at everything and print a table."""
-    table = Table(box=None, show_header=False)
+def findings() -> Iterator[tuple[str, Finding]]:
+    """Look at everything."""
     for name, look in LOOKS.items():
-        try:
-            finding = look()
-        except Exception as e:  # a broken driver or library is a finding, not a crash
-            finding = Finding("warn", f"{type(e).__name__}: {e}")
+        yield name, _looked(look)
+
+
+def _looked(look: Callable[[], Finding]) -> Finding:
+    try:
+        return look()
+    except Exception as e:  # a broken driver or library is a finding, not a crash
+        return Finding("warn", f"{type(e).__name__}: {e}")
+
+
+def report() -> None:
+    """Print a table of it; whole lines where it goes to a file or a pipe."""
+    table = Table(box=None, show_header=False)
+    for name, finding in findings():
         color = _COLORS[finding.state]
         said = (escape(finding.text), escape(finding.hint))  # they may have [brackets]
         table.add_row(f"[{color}]{finding.state}[/]", name, *said)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WHOLE_LINES
+    console.print(table)
 
 
 def _cores() -> Finding:

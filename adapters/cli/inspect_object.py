@@ -12,6 +12,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from tierloom.adapters.cli.doctor import WHOLE_LINES
 from tierloom.stages.codecs.contract.decoding import codec_name, describe
 from tierloom.stages.errors import BadObject, ConfigError, Unreadable
 from tierloom.stages.kv.object import LINK, Header
@@ -25,6 +26,8 @@ _MAGIC = b"TLM"  # what follows is the format
 def inspect_object(where: str) -> int:
     """Print an object's header and verify its frames. 0: whole, 1: damaged, 2: no object."""
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = WHOLE_LINES
     folder, _, key = where.partition("@")
     try:
         if Path(where).is_dir():

@@ -8,80 +8,38 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import yaml
 
 import tierloom
 from tierloom.adapters.quality.subject import Subject, Treated
 from tierloom.adapters.transformers.cache import layout_of
+from tierloom.pipeline.codec_chain import NONE, ChainStep, codecs, parse_codec
 from tierloom.pipeline.config.load import load_config
-from tierloom.pipeline.config.problems import ConfigProblems, nearest
-from tierloom.stages import catalog
-from tierloom.stages.contract.stage import Stage
+from tierloom.pipeline.config.problems import ConfigProblems
 from tierloom.stages.errors import ConfigError, TierloomError
 from tierloom.stages.kv.object import Header
 from tierloom.stages.memory.allocator import PAGE
 
-NONE = "none"
-"""No codec: KV as it is, the noise floor."""
+__all__ = ["BATCH", "NONE", "Stored", "check_codec", "codecs", "parse_codec"]
 
 BATCH = 32 << 20
 """Bytes that a pipeline moves at once, or one chunk."""
 
 
-class ChainStep(NamedTuple):
-    """One stage of a chain, as YAML has it."""
-
-    use: str
-    options: dict[str, Any]
-
-
-def parse_codec(text: str) -> list[ChainStep]:
-    """`int4`, `zstd:level=3`, `cachegen:default`, chains `a+b`; `none` is an empty chain.
-
-    Options are `name=value`, separated by commas; a value alone is the codec's first option. Raises
-    ConfigError for an unknown codec; the pipeline's checker checks the options.
-    """
-    return [] if text == NONE else [_codec(part) for part in text.split("+")]
-
-
 def check_codec(text: str) -> None:
     """Raise ConfigError unless `text` is a chain of codecs whose options are right."""
     try:
-        load_config(_config(parse_codec(text), tempfile.gettempdir(), 256, BATCH))
+        chain = parse_codec(text)
+    except ConfigError as e:
+        raise ConfigError(f"--{e}") from None
+    try:
+        load_config(_config(chain, tempfile.gettempdir(), 256, BATCH))
     except ConfigProblems as e:
         said = "; ".join(f"{p.message} ({p.hint})" if p.hint else p.message for p in e.problems)
         raise ConfigError(f"--codec {text}: {said}") from e
-
-
-def codecs() -> list[str]:
-    """Names of the stages that encode: frames in, bytes out. Encryption does not affect quality."""
-    names = catalog.names("stage").keys() - {c.name for c in catalog.CODECS.values() if c.encrypts}
-    return sorted(n for n in names if _encodes(catalog.load_class("stage", n)))
-
-
-def _encodes(cls: type[Any]) -> bool:
-    fits = issubclass(cls, Stage) and cls.takes in ("any@host/frame", "kv@host/frame")
-    return fits and cls.gives == "bytes@host/frame"
-
-
-def _codec(text: str) -> ChainStep:
-    use, _, rest = text.partition(":")
-    if use not in (known := codecs()):
-        hint = nearest(use, [NONE, *known])
-        raise ConfigError(f"--codec {text}: unknown codec {use!r}: {hint}")
-    first = next((f.name for f in fields(catalog.load_class("stage", use).Options)), "")
-    options = {}
-    for entry in filter(None, rest.split(",")):
-        name, given, value = entry.partition("=")
-        if not given and not first:
-            raise ConfigError(f"--codec {text}: {use} has no options: leave out {entry!r}")
-        options[name if given else first] = yaml.safe_load(value if given else entry)
-    return ChainStep(use, options)
 
 
 class Stored:

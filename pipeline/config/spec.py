@@ -306,6 +306,16 @@ class PipelineSpec(PipelineOptions):
     tiers: dict[str, TierSpec]
     graphs: dict[str, Graph]
 
+    def __repr__(self) -> str:
+        tiers = ", ".join(f"{t.name} ({t.use})" for t in self.tiers.values()) or "none"
+        graphs = ", ".join(self.graphs) or "none"
+        return f"<PipelineSpec {self.name}, tiers: {tiers}, graphs: {graphs}>"
+
+    def _repr_html_(self) -> str:
+        from tierloom.pipeline.config.picture import pipeline_svg
+
+        return pipeline_svg(self)
+
 
 def _is_list(kind: Any) -> bool:
     return list in {get_origin(k) for k in (kind, *get_args(kind))}

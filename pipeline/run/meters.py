@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -17,9 +17,14 @@ class Meter:
     seconds: float = 0.0
     """Busy or waiting inside the stage; the share of time it is the bottleneck."""
     broken: int = 0
+    watch: Callable[[Any, float, float], None] | None = None
+    """Told of each call: what it worked on, begin and end in seconds of `time.perf_counter`."""
 
     def read(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "batches": self.batches, "chunks": self.chunks, "seconds": self.seconds,
+            "broken": self.broken,
+        }  # fmt: skip
 
 
 def metered(
@@ -32,8 +37,11 @@ def metered(
         try:
             return await run(item)
         finally:
-            meter.seconds += time.perf_counter() - start
+            end = time.perf_counter()
+            meter.seconds += end - start
             meter.batches += 1
             meter.chunks += count(item)
+            if (watch := meter.watch) is not None:
+                watch(item, start, end)
 
     return counted

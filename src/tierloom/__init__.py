@@ -7,6 +7,8 @@
         pipe.store(tokens, caches, slots).wait()
         pipe.retrieve(tokens, caches, slots).wait()
 
+To try it without an engine: `pipe = tierloom.play()`, which has made-up KV of its own.
+
 Importing this imports neither torch nor numba; the first `open` does.
 """
 
@@ -19,8 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from tierloom import codecs, graphs
     from tierloom.adapters.door.http_door import serve_http
+    from tierloom.pipeline.config.presets import presets
+    from tierloom.pipeline.graph_in_python import Graph
     from tierloom.pipeline.pipeline import Pipeline
+    from tierloom.pipeline.playing import play
     from tierloom.stages.contract.request import Receipt
     from tierloom.stages.contract.ticket import Ticket
     from tierloom.stages.errors import (
@@ -41,11 +47,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BlockTable": "stages.kv.block_table",
+    "Graph": "pipeline.graph_in_python",
     "KVLayout": "stages.kv.layout",
     "Pipeline": "pipeline.pipeline",
     "Receipt": "stages.contract.request",
     "Ticket": "stages.contract.ticket",
     "serve_http": "adapters.door.http_door",
+    "play": "pipeline.playing",
+    "presets": "pipeline.config.presets",
 }
 """Where a name of `__all__` is, unless it is an error."""
 
@@ -55,6 +64,7 @@ __all__ = [
     "BlockTable",
     "Closed",
     "ConfigError",
+    "Graph",
     "InputError",
     "KVLayout",
     "LayoutError",
@@ -64,7 +74,11 @@ __all__ = [
     "Ticket",
     "TierDown",
     "TierloomError",
+    "codecs",
+    "graphs",
     "open",
+    "play",
+    "presets",
     "serve_http",
 ]
 
@@ -81,16 +95,25 @@ def open(
 
     `overrides` replaces single values by their path, `{"tiers.warm.path": "/data/kv"}`. `model`,
     and if known `weights=`, `rope=`, `layers=` and `heads=`, identify the KV: nothing is
-    shared across different ones. Raises ConfigError with every problem of the configuration, and
+    shared across different ones; more keywords are those of `Pipeline`. Raises TypeError for an
+    unknown one, ConfigError with every problem of the configuration, and
     LayoutError if host memory cannot be page-locked for the GPU that the caches are on.
     """
     from tierloom.pipeline.config.load import load_config
     from tierloom.pipeline.pipeline import Pipeline
+    from tierloom.pipeline.requests import check_keywords
 
+    check_keywords("open", identity, Pipeline.__init__)
     return Pipeline(load_config(config, overrides), layout, model=model, **identity)
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'tierloom' has no attribute {name!r}")
+    if name in ("codecs", "graphs"):
+        return import_module(f"tierloom.{name}")
     return getattr(import_module(f"tierloom.{_HOME.get(name, 'stages.errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

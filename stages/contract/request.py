@@ -38,6 +38,12 @@ class Receipt(NamedTuple):
     blended: int = 0
     """Retrieve: tokens behind the prefix that are in place for every layer, captured elsewhere."""
 
+    def _repr_html_(self) -> str:
+        from tierloom.stages.display.receipt_picture import receipt_svg
+
+        lost = {code.name.lower(): n for code, n in self.lost.items()}
+        return receipt_svg(self.tokens, self.nbytes, lost, self.tiers, self.seconds, self.blended)
+
 
 class EngineMemory:
     """The caller's tensors, as long as the request may touch them."""

@@ -150,6 +150,18 @@ class KVLayout:
         text = f"{self.order} {self.block_tokens} {self.heads} {self.dim} {self.dtype} {inner}"
         return hashlib.sha256(text.encode()).digest()
 
+    def _repr_html_(self) -> str:
+        from tierloom.stages.display.layout_picture import layout_svg
+
+        return layout_svg(self.order, self.shape, self.stride, self._words())
+
+    def _words(self) -> str:
+        g = self.geometry(native=False)
+        return (
+            f"{self.layers} layers of {self.heads} heads x {self.dim}, {self.dtype} on "
+            f"{self.device}: {g.frame_bytes(g.layers, 1):,} bytes a token, {self.slots:,} tokens"
+        )
+
     def check(self, caches: Sequence[Any]) -> None:
         """Raise LayoutError unless every layer of `caches` is laid out like this."""
         if len(caches) != self.layers:

@@ -33,7 +33,8 @@ def _room(monkeypatch) -> None:
 def run(tmp_path):
     def convert(*words: str):
         out = tmp_path / "out.yaml"
-        done = CliRunner().invoke(app, ["import-lmcache", *words, "--out", str(out)])
+        words = (*words, "--out", str(out), "--force")
+        done = CliRunner().invoke(app, ["import-lmcache", *words])
         assert done.exit_code == 0, done.output
         return out, done.stderr
 

@@ -1,0 +1,108 @@
+"""`tierloom check`, `explain` and `doctor`: for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tierloom.stages.errors import ConfigError
+from tierloom.stages.options import masked
+
+Config = Annotated[str, typer.Argument(help="A preset's name (tiered) or a YAML file (./my.yaml).")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
+
+def writable(path: Path | None) -> Path | None:
+    """A callback of options that name a file to write: what could not be written after minutes of
+    work is refused before it. Raises ConfigError."""
+    if path is None:
+        return None
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as e:
+        raise ConfigError(f"cannot write {path}: {e.strerror}") from None
+    if not there:
+        path.unlink()
+    return path
+
+
+def writable_or_stdout(path: Path | None) -> Path | None:
+    """As `writable`, for commands that write to stdout where no file is named, or `-`."""
+    return None if str(path) == "-" else writable(path)
+
+
+def check(config: Config, as_json: AsJson = False) -> None:
+    """Check a pipeline file and report every problem at once.
+
+    Exits with 0 if it can run (warnings are printed), with 2 if it cannot.
+    """
+    from tierloom.pipeline.config.load import load_config, warnings
+    from tierloom.pipeline.config.problems import ConfigProblems, Problem
+
+    def rows(found: tuple[Problem, ...]) -> list[dict[str, Any]]:
+        return [{name: getattr(p, name) for name in Problem.__slots__} for p in found]
+
+    try:
+        spec = load_config(config)
+    except ConfigProblems as e:
+        if not as_json:
+            raise
+        _print({"ok": False, "problems": rows(e.problems)})
+        sys.exit(2)
+    if as_json:
+        parts = {"tiers": list(spec.tiers), "graphs": list(spec.graphs)}
+        told = rows(warnings(spec))
+        _print({"ok": True, "source": spec.source, **parts, "warnings": told})
+        return
+    for problem in warnings(spec):
+        typer.echo(f"warning: {problem}", err=True)
+    said = f"tiers: {', '.join(spec.tiers) or 'none'}; graphs: {', '.join(spec.graphs)}"
+    typer.echo(f"{spec.source}: ok ({said})")
+
+
+def explain(
+    config: Config,
+    mermaid: Annotated[bool, typer.Option("--mermaid", help="As a Mermaid flowchart.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a pipeline does: its tiers, its graphs, and how they are cut into segments."""
+    from tierloom.pipeline.config import explain as words
+    from tierloom.pipeline.config.load import load_config
+
+    spec = load_config(config)
+    if as_json:
+        from tierloom.pipeline.graph_in_python import as_written
+
+        _print({"source": spec.source, **_without_secrets(as_written(spec))})
+        return
+    typer.echo(words.mermaid(spec) if mermaid else words.explain(spec))
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Inspect this machine: what tierloom can use here, what is missing, and how to get it."""
+    from tierloom.adapters.cli.doctor import findings, report
+
+    if as_json:
+        _print([{"name": name, **finding._asdict()} for name, finding in findings()])
+    else:
+        report()
+
+
+def _print(tree: Any) -> None:
+    typer.echo(json.dumps(tree, indent=2))
+
+
+def _without_secrets(tree: Any, name: str = "") -> Any:
+    """As `masked`, value by value."""
+    if isinstance(tree, Mapping):
+        return {key: _without_secrets(value, key) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_secrets(value, name) for value in tree]
+    return masked(f"{name}: {tree}")[len(name) + 2 :] if isinstance(tree, str) else tree
