@@ -71,9 +71,9 @@ class TestSaid(TierBench):
                 patch.setattr(tier.tier, name, broken)
             await tier.open()
             for _ in range(33):  # 11 minutes
+                await self.put(tier, 1)
                 await tier.exists([key_of(1)])
                 await self.get(tier, 1)
-                await self.put(tier, 1)
                 clock.now += STEP
         said = [r.getMessage() for r in caplog.records]
         bugs = [text for text in said if "unexpected error" in text]

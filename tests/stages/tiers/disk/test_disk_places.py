@@ -7,6 +7,7 @@ import fcntl
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -279,10 +280,35 @@ class TestPlaces(TierBench):
             assert await self.get(tier, 2) is Lost.ABSENT
             assert await self.put(tier, 2) == [None]
             assert await self.get(tier, 2) == self.bytes_of(arena, 2)
-            store = tier._store
-            assert store._space.used == store.index.nbytes + sum(
-                n for _, n in store._segments.missing()
-            )
+            assert tier.stat()[:2] == (2, 2 * SIZE)
+            missing = sum(n for _, n in tier._store._segments.missing())
+            assert tier._store._space.used == 2 * SIZE + missing
+
+
+def test_a_child_keeps_no_folder_from_others(tmp_path):
+    """Of one that is forked by Python nothing is left of the lock, whatever becomes of its parent;
+    from one that was not, releasing it takes the lock as well."""
+    lock = FolderLock(tmp_path, segment=SIZE)
+    lives, tells = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(tells, b"!")
+        signal.alarm(60)
+        signal.pause()
+    assert os.read(lives, 1) == b"!"
+    try:
+        os.close(lock._fd)  # as when the parent is killed
+        lock._fd = -1
+        again = FolderLock(tmp_path, segment=SIZE)
+        beside = os.dup(again._fd)  # as a child has it
+        again.release()
+        FolderLock(tmp_path, segment=SIZE).release()
+        os.close(beside)
+    finally:
+        os.close(lives)
+        os.close(tells)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.anyio

@@ -133,6 +133,22 @@ def test_threads_share_few_files(tmp_path, monkeypatch):
     assert open_in(tmp_path) == 0
 
 
+def test_a_file_in_use_stays_open_when_another_takes_its_name(tmp_path):
+    files = SegmentFiles(tmp_path, direct=False, file_io=SYSTEM)
+    with files.opened(0, write=True) as fd:
+        os.pwrite(fd, b"old", 0)
+    with files.opened(0) as fd:
+        files.path(0).unlink()
+        with files.opened(0, write=True) as other:
+            os.pwrite(other, b"new", 0)
+            assert (os.pread(fd, 3, 0), os.pread(other, 3, 0)) == (b"old", b"new")
+        assert os.pread(fd, 3, 0) == b"old"
+    with files.opened(0) as fd:
+        assert os.pread(fd, 3, 0) == b"new"
+    assert len(files) == open_in(tmp_path) == 1
+    files.close()
+
+
 def test_who_needs_a_file_waits_for_one_that_is_in_use(tmp_path):
     files = SegmentFiles(tmp_path, direct=False, file_io=SYSTEM)
     with files.opened(0, write=True), files.opened(1, write=True):
