@@ -44,6 +44,7 @@ class FolderLock:
             self._fd = _opened(folder / _LOCK)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locked.add(self)
+            self._path, self._was = str(folder / _LOCK), os.fstat(self._fd)
             self._device = folder.stat().st_dev
             self.segment = self._check(folder / _MARKER, segment)
         except BlockingIOError:
@@ -78,7 +79,7 @@ class FolderLock:
     def holds(self) -> bool:
         """False: somebody deleted the lock, perhaps with all that was beside it."""
         try:
-            return os.path.samestat(os.stat(self.folder / _LOCK), os.fstat(self._fd))
+            return os.path.samestat(os.stat(self._path), self._was)
         except OSError:
             return False
 
