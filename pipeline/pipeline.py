@@ -295,7 +295,8 @@ class Pipeline(Shown):
         return explain(self.spec)
 
     def close(self) -> None:
-        """End every request (what is under way is cancelled), close the tiers, free the arena."""
+        """End every request (what is under way is cancelled), close the tiers, free the arena. In a
+        child that was forked nothing of it is there, and nothing is done."""
         if not self._closed:
             self._closed = True
             self._worker.close()

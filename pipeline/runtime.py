@@ -78,6 +78,7 @@ class Worker:
         self._spec, self._geometry, self._device = spec, geometry, device
         self._names, self._replica, self._watch = names, replica, watch
         self._facts, self._rotation = facts or ModelFacts(), rotation
+        self._process = os.getpid()
         self.changes: deque[Change] = deque()
         self._epoch = secrets.token_bytes(16) if spec.serve is not None else b""
         self._memory = frozenset(n for n, t in spec.tiers.items() if t.cls.in_arena)
@@ -142,6 +143,8 @@ class Worker:
 
     def close(self) -> None:
         """End every request, close the tiers, free the arena."""
+        if self._process != os.getpid():  # forked: neither its threads nor its arena are here
+            return
         if self.serving is not None:
             self.serving.close()
         self.portal.close()

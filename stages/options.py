@@ -8,7 +8,9 @@ be written `7 %`, and a `Rate` is written `2 GiB/s`.
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
+import os
 import re
 import textwrap
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ _SECRET = re.compile(
     r"(?<!_env)(?<!_file)(['\"]?\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\"|[^\s,}&#]+)",
     re.IGNORECASE,
 )
+_CAUSES = tuple({os.strerror(number) for number in errno.errorcode})
+_MODE = re.compile(r"^\s*0?(7[0-7][0-7])\s*$")
 _SHARE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(%?)\s*$")
 _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
 
@@ -75,6 +79,17 @@ def parse_share(text: str | float) -> float:
     return share
 
 
+def parse_mode(text: str | int) -> str:
+    """770 or '0770' -> '0770': who may use a folder, in octal as chmod takes it. Raises
+    ValueError."""
+    m = _MODE.match(str(text)) if type(text) in (str, int) else None
+    if m is None:
+        raise ValueError(
+            f"{text!r} is not a mode; write one as in 0770: the owner needs all rights"
+        )
+    return f"0{m[1]}"
+
+
 def seconds_text(seconds: float) -> str:
     """Seconds as one writes them: '150 ms'."""
     return f"{seconds:g} s" if seconds >= 1 or not seconds else f"{seconds * 1e3:g} ms"
@@ -86,14 +101,24 @@ Seconds = Annotated[float, parse_seconds]
 """Seconds, written with a unit."""
 Rate = Annotated[int, parse_rate]
 """Bytes per second, written with a unit; 0: no limit."""
+Mode = Annotated[str, parse_mode]
+"""Permissions of a folder, in octal digits."""
 Share = Annotated[float, parse_share]
 """A part of a whole, from 0 to 1; also written in per cent."""
 
 
 def masked(text: str) -> str:
     """The text as it may be printed: without the user and password of a URL, and without the
-    values of what is called a password, secret, key or token."""
-    return _SECRET.sub(r"\1\2***", _USERINFO.sub(r"\1***@", text))
+    values of what is called a password, secret, key or token. Causes are no secrets: a file that
+    is called so may be missing. What is no text, as paths may be, is written as `\\udcff`."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return _SECRET.sub(_without_value, _USERINFO.sub(r"\1***@", text))
+
+
+def _without_value(found: re.Match[str]) -> str:
+    if found.string.startswith(_CAUSES, found.end(2)):
+        return found[0]
+    return f"{found[1]}{found[2]}***"
 
 
 def field_docs(options: type[Any]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from tierloom.stages.contract.stage import BatchStage, RequestStage, Stage
 from tierloom.stages.errors import Lost
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Arena
+from tierloom.stages.tiers.contract.client_errors import is_failure
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -220,7 +221,9 @@ class GraphRunner:
             with scope:
                 for call in self._calls[i]:
                     await call(item)
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             self._broken(i, error)
             return False
         finally:
@@ -229,7 +232,7 @@ class GraphRunner:
             request.expire(Lost.LATE)
         return not scope.cancelled_caught
 
-    def _broken(self, i: int, error: Exception) -> None:
+    def _broken(self, i: int, error: BaseException) -> None:
         segment = self.segments[i]
         meter = self.meters[segment.nodes[0].id]
         meter.broken += 1
@@ -289,7 +292,9 @@ class GraphRunner:
             with resources.closing:
                 for stage in self._finishers:
                     await stage.finish(resources.chunks)
-        except Exception:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             log.exception("a batch did not end as it should: graph=%s", self.graph.name)
 
     def _finish(self, request: Request) -> None:

@@ -96,5 +96,7 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         return
     if error is None:
         future.set_result(result)
+    elif isinstance(error, StopIteration):  # which no future takes
+        future.set_exception(RuntimeError(f"a call in a thread raised {error!r}"))
     else:
         future.set_exception(error)

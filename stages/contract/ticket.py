@@ -122,7 +122,7 @@ class Ticket:
         request = self._request
         group = layer // request.group
         self._allow(group + 1 + request.window)
-        if not request.gates.wait(group, self._patience()):
+        if not self._waited(lambda: request.gates.wait(group, self._patience())):
             self.cancel(Lost.LATE)
         return request.valid(group + 1)
 
@@ -146,7 +146,7 @@ class Ticket:
 
         False when time ran out: the request is then cancelled, and memory is free all the same.
         """
-        if not self._request.gates.wait_all(self._patience(timeout)):
+        if not self._waited(lambda: self._request.gates.wait_all(self._patience(timeout))):
             self.cancel(Lost.LATE if timeout is None else Lost.CANCELLED)
             return False
         return True
@@ -159,6 +159,9 @@ class Ticket:
         except futures.TimeoutError:
             self.cancel(Lost.LATE if timeout is None else Lost.CANCELLED)
             return self._request.receipt()
+        except BaseException:  # Ctrl-C: the caller unwinds, and takes its tensors along
+            self.cancel()
+            raise
 
     def delivered(self) -> dict[str, int]:
         """Retrieve: tokens that each tier has delivered."""
@@ -169,6 +172,14 @@ class Ticket:
         self._request.expire(code)
         self._request.memory.in_use.wait_until_empty()
         self._post(self._request)
+
+    def _waited(self, wait: Callable[[], bool]) -> bool:
+        """What `wait` says. Ctrl-C cancels the request."""
+        try:
+            return wait()
+        except BaseException:
+            self.cancel()
+            raise
 
     def _go_on(self) -> None:
         """The model is alive: the time of a request at its pace begins anew."""

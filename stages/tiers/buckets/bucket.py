@@ -27,6 +27,9 @@ _SCHEMES = ("s3", "gs", "az", "file")
 _IDLE = "15s"  # how long a connection is kept unused; those to a host that is gone must not pile up
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist")
 _ANSWER = re.compile(r"(?<=status code: )\d{3} [A-Za-z ]+|(?<=<Code>)\w+|(?<=HTTP error: )[\w ]+")
+_REGION = re.compile(r"without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed")
+_MEANS = {"NotPartial": "it answers a range with the whole object"}
+"""What the client's own words say."""
 _NEEDS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
@@ -264,6 +267,10 @@ class Bucket:
                 "put and delete; configs/s3.yaml says where they are searched"
             ) from None
         except Exception as error:
+            if _REGION.search(str(error)):
+                raise ConfigError(
+                    f"{self._url}: the bucket is in another region: set `region`, or AWS_REGION"
+                ) from None
             raise self._down("GET", error) from None
 
     async def _judged(self, name: str, start: int, error: Exception) -> Exception:
@@ -285,5 +292,7 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 def _answer(error: Exception) -> str:
     """A status, a server's code, a cause: nothing else of an error's text is passed on."""
-    found = dict.fromkeys(each.strip() for each in _ANSWER.findall(str(error)))
-    return ", ".join([type(error).__name__, *found])
+    text = str(error)
+    found = dict.fromkeys(each.strip() for each in _ANSWER.findall(text))
+    means = (meaning for word, meaning in _MEANS.items() if word in text)
+    return ", ".join([type(error).__name__, *found, *means])

@@ -20,6 +20,7 @@ import anyio
 from tierloom.stages.errors import BadObject, ConfigError, Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.options import masked
+from tierloom.stages.tiers.contract.client_errors import is_failure
 from tierloom.stages.tiers.contract.direction import Direction, Limits, cause, why_refused
 from tierloom.stages.tiers.contract.object_reader import is_still
 from tierloom.stages.tiers.contract.read_cost import ReadCostModel
@@ -54,7 +55,7 @@ class CircuitBreaker(WrapperTier):
         self.reading = Direction("reads", told, limits, clock)
         self.writing = Direction("puts", told, limits, clock)
         self._told = told
-        self._opened = False
+        self._opened = self._told_too_small = False
         self._read_at = 0.0
         self.share = 1.0
         """Encoded bytes read per byte of plain KV; of progressive objects: of the first scan."""
@@ -101,16 +102,20 @@ class CircuitBreaker(WrapperTier):
             await self._within(_PATIENCE * self._limits.timeout, self._open)
         except ConfigError as error:
             raise ConfigError(masked(str(error))) from None  # clients' errors may name their URL
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             self.trip(error)
 
     async def close(self) -> None:
         try:
             await self._within(_PATIENCE * self._limits.timeout, self.tier.close)
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             log.warning("tier %s did not close: %s", self._told, cause(error))
 
-    def trip(self, error: Exception) -> None:
+    def trip(self, error: BaseException) -> None:
         """Leave it alone for a while: nothing of it works."""
         self.reading.trip(error, "is down", "is back")
         self.writing.trip(error)
@@ -161,6 +166,7 @@ class CircuitBreaker(WrapperTier):
                 self.reading.probing = False
         if isinstance(lost, Lost):
             return [lost] * len(objects)
+        self._say_what_never_fits(objects, lost)
         put = [obj.header for obj, why in zip(objects, lost, strict=True) if why is None]
         if timed is not None and put:
             timed("puts", sum(header.nbytes for header in put), self._clock() - began)
@@ -219,26 +225,46 @@ class CircuitBreaker(WrapperTier):
             if not self._opened:
                 await self._within(_PATIENCE * self._limits.timeout, self._open)
             result = await self._within(self._limits.timeout, work)
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                waited = self._clock() - began
+                # A request's deadline is often shorter than the limit of a call.
+                if waited >= self._limits.timeout / _CANCEL_FRACTION:
+                    late = TimeoutError(f"cancelled after {waited:.3g} s")
+                    way.failed(late, cargo=cargo, quiet=self._quiet(way))
+                raise
             why = why_refused(error) if way is self.writing and self._opened else None
             if why is not None:
                 way.refused(why, error)
                 return why
-            way.failed(error, cargo=cargo)
+            if self._opened:
+                way.failed(error, cargo=cargo, quiet=self._quiet(way))
+            else:
+                self.trip(error)
             return Lost.LATE if isinstance(error, TimeoutError) else Lost.TIER_DOWN
-        except anyio.get_cancelled_exc_class():
-            waited = self._clock() - began
-            if (
-                waited >= self._limits.timeout / _CANCEL_FRACTION
-            ):  # a request's deadline is often shorter
-                way.failed(TimeoutError(f"cancelled after {waited:.3g} s"), cargo=cargo)
-            raise
         else:
             way.succeeded(cargo=cargo)
             return result
         finally:
             if probing:
                 way.probing = False
+
+    def _quiet(self, way: Direction) -> bool:
+        """Nothing is said of puts that fail where nothing can be read either."""
+        return way is self.writing and not self.reading.closed
+
+    def _say_what_never_fits(self, objects: Sequence[Object], lost: Sequence[Lost | None]) -> None:
+        if self._told_too_small or Lost.NO_ROOM not in lost:
+            return
+        capacity, nbytes = self.stat().capacity, max(obj.header.nbytes for obj in objects)
+        if not 0 < capacity < nbytes:
+            return
+        self._told_too_small = True
+        log.warning(
+            "tier %s cannot keep an object of %d bytes: its capacity is %d bytes; raise it, and "
+            "write it with a unit, as 8 GiB",
+            *(self._told, nbytes, capacity),
+        )
 
     async def _open(self) -> None:
         await self.tier.open()

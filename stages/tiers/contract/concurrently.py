@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import anyio
 
+from tierloom.stages.tiers.contract.client_errors import is_failure
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -16,19 +18,22 @@ async def map_concurrently(
 ) -> list[R]:
     """`[await work(item) for item in items]`, begun in order, at most `width` at once.
 
-    The first exception ends the rest and is raised as it is, not in a group.
+    The first exception ends the rest and is raised as it is, not in a group; also one that is no
+    `Exception`.
     """
     if len(items) == 1:
         return [await work(items[0])]
     done: dict[int, R] = {}
-    failed: list[Exception] = []
+    failed: list[BaseException] = []
     waiting = iter(enumerate(items))
 
     async def worker() -> None:
         for i, item in waiting:
             try:
                 done[i] = await work(item)
-            except Exception as error:  # noqa: PERF203
+            except BaseException as error:  # noqa: PERF203
+                if not is_failure(error):
+                    raise
                 failed.append(error)
                 group.cancel_scope.cancel()
                 return

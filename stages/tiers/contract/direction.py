@@ -80,7 +80,8 @@ class Direction:
         self.failures, self._cargo_failed, self.refusal = 0, False, None
         self.down_since = 0.0
 
-    def failed(self, error: Exception, *, cargo: bool) -> None:
+    def failed(self, error: BaseException, *, cargo: bool, quiet: bool = False) -> None:
+        """A call did. `quiet`: of what follows nothing is said."""
         self.failures += 1
         self._cargo_failed = self._cargo_failed or cargo
         if not isinstance(error, (OSError, TierDown)) and not self._logged_unexpected:
@@ -88,16 +89,17 @@ class Direction:
             trace = masked("".join(format_exception(error)))
             log.error("tier %s raised an unexpected error\n%s", self._tier, trace)
         if self.failures >= self._limits.fails:
-            self.trip(error, f"{self._what} fail", f"{self._what} work again")
+            said = (f"{self._what} fail", f"{self._what} work again")
+            self.trip(error, *(() if quiet else said))
 
-    def trip(self, error: Exception, down: str = "", back: str = "") -> None:
+    def trip(self, error: BaseException, down: str = "", back: str = "") -> None:
         """Open it. `down`, `back`: what is said of it, then and at its end; empty: nothing, as
         somebody else does."""
         self.failures = max(self.failures, self._limits.fails)
         self._retry = self._clock() + self._limits.probe
         self._down(down, back, error)
 
-    def refused(self, why: Lost, error: Exception) -> None:
+    def refused(self, why: Lost, error: BaseException) -> None:
         """The place takes nothing, and works: it is asked again in a minute."""
         self.refusal, self._retry = why, self._clock() + REFUSES
         self._down("takes nothing, and serves what it has", "takes puts again", error)
@@ -107,16 +109,16 @@ class Direction:
         if self.refusal is not None:
             self._retry = 0.0
 
-    def _down(self, down: str, back: str, error: Exception) -> None:
+    def _down(self, down: str, back: str, error: BaseException) -> None:
         now, self.last_error = self._clock(), cause(error)
         if not self.down_since:
-            self.down_since, self._began, self._said, self._back = time.time(), now, -AGAIN, back
+            self.down_since, self._began, self._said, self._back = time.time(), now, -AGAIN, ""
         if down and now - self._said >= AGAIN:
-            self._said = now
+            self._said, self._back = now, back
             log.warning("tier %s %s: %s", self._tier, down, self.last_error)
 
 
-def why_refused(error: Exception) -> Lost | None:
+def why_refused(error: BaseException) -> Lost | None:
     """Why a place refused a put, if it did; None: it failed."""
     if isinstance(error, Refused):
         return error.lost
@@ -124,7 +126,7 @@ def why_refused(error: Exception) -> Lost | None:
     return Lost.NO_ROOM if number in _ROOM else Lost.REFUSED if number in _RIGHTS else None
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """For the log: a client's error may contain its URL with the password."""
     plain = isinstance(error, (OSError, TierloomError)) and str(error)
     return masked(str(error) if plain else repr(error))

@@ -117,6 +117,10 @@ class Index(Generic[P]):
             return None
         return entry
 
+    def expired_entry(self, key: bytes) -> Entry[P] | None:
+        """The entry of this key whose time is over, and that was not removed yet."""
+        return self._entries.get(key) if self.get(key) is None else None
+
     def find(self, links: bytes) -> Found | None:
         """The object that serves most grains of the chunk with these links; a key alone asks for
         its object, wherever that begins. As `get`."""

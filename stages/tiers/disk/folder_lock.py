@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ _LOCK, _MARKER = "lock", "tierloom.json"
 _FORMAT: dict[str, Any] = {"format": "tierloom disk tier", "version": 1}
 
 
+_locked: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
 class FolderInUse(ConfigError):
     """Another process uses the folder."""
 
 
 class FolderLock:
-    """A folder that is ours until `release`."""
+    """A folder that is ours until `release`. A child that is forked does not have it, nor does it
+    keep it from others when we are gone."""
 
     def __init__(self, folder: Path, *, segment: int) -> None:
         """Make, lock and check the folder. Raises ConfigError, with a cure; FolderInUse.
@@ -38,6 +43,9 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._fd = _opened(folder / _LOCK)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locked.add(self)
+            self._path, self._was = str(folder / _LOCK), os.fstat(self._fd)
+            self._device = folder.stat().st_dev
             self.segment = self._check(folder / _MARKER, segment)
         except BlockingIOError:
             self.release()
@@ -57,8 +65,29 @@ class FolderLock:
     def release(self) -> None:
         """Release the lock. Idempotent."""
         if self._fd >= 0:
+            with suppress(OSError):  # a child that was forked by others than Python has it as well
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self.leave()
+
+    def leave(self) -> None:
+        """Close it here, in a child that was forked."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    @property
+    def holds(self) -> bool:
+        """False: somebody deleted the lock, perhaps with all that was beside it."""
+        try:
+            return os.path.samestat(os.stat(self._path), self._was)
+        except OSError:
+            return False
+
+    @property
+    def same_place(self) -> bool:
+        """False: another file system is mounted there than when it was locked."""
+        there = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        return there.stat().st_dev == self._device
 
     def own(self, owner: bytes) -> None:
         """Note whose folder this is, for `owner_of`."""
@@ -88,6 +117,8 @@ class FolderLock:
         folder = marker.parent
         if wrong := [path for path in ours(folder) if not path.is_file()]:
             set_aside(folder, wrong, "strays", f"{wrong[0].name} is not a file")
+        if wrong := [path for path in ours(folder) if not _readable(path)]:
+            set_aside(folder, wrong, "strays", f"{wrong[0].name} may not be read")
         found, label, why = _read(marker) if marker.exists() else _guess(folder, segment)
         if found:
             return found
@@ -100,6 +131,10 @@ class FolderLock:
             os.fsync(file.fileno())  # an empty one would cost all that is kept
         fresh.replace(marker)
         return segment
+
+
+def _readable(path: Path) -> bool:
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _opened(lock: Path) -> int:
@@ -135,3 +170,11 @@ def _guess(folder: Path, segment: int) -> tuple[int, str, str]:
     if sizes and (max(sizes) > segment or min([segment, *sizes[:-1]]) < segment):
         return 0, "unmarked", f"it has no {_MARKER}, and segments of another size"
     return 0, "", ""
+
+
+def _in_child() -> None:
+    for lock in list(_locked):
+        lock.leave()
+
+
+os.register_at_fork(after_in_child=_in_child)

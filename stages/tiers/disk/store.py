@@ -16,29 +16,28 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
-from tierloom.stages.errors import Damaged, Lost, TierDown
+from tierloom.stages.errors import Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import Space
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.contract.eviction import PolicyName
 from tierloom.stages.tiers.contract.index import Entry, Index
 from tierloom.stages.tiers.contract.tier import TierCounts, TierWatch
-from tierloom.stages.tiers.disk.default_folder import lock_folder
-from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO, Segments, want_direct
+from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO, want_direct
+from tierloom.stages.tiers.disk.disk_segments import Segments
 from tierloom.stages.tiers.disk.folder_lock import FolderLock
 from tierloom.stages.tiers.disk.index_log import DROP, PIN, UNPIN, Extent, IndexLog
-from tierloom.stages.user_home import expanded
+from tierloom.stages.tiers.disk.open_folder import OpenFolder
 
 log = logging.getLogger(__name__)
 
 _PIECES = 4  # holes an object may be spread over
-_PATIENCE = 10.0  # seconds that closing waits for calls whose callers were cancelled
 
 
-class SegmentStore:
+class SegmentStore(OpenFolder):
     """Thread-safe and blocking. What changes the index does so under `_changing`."""
 
     def __init__(
@@ -57,63 +56,16 @@ class SegmentStore:
         clock: Callable[[], float],
         file_io: FileIO = SYSTEM,
     ) -> None:
+        super().__init__(path, segment=segment, namespace=namespace)
         self._file_io = file_io
         self.capacity = capacity
         self.index: Index[Extent] = Index(
             policy, capacity, ttl=ttl, clock=clock, in_use=lambda extent: extent.readers > 0,
             watch=watch,
         )  # fmt: skip
-        self._path, self._segment, self._direct = path, segment, direct
-        self._folder = expanded(path)  # or one beside it, from `open` on
-        self._keep_free, self._namespace, self._counts = keep_free, namespace, counts
+        self._direct, self._keep_free, self._counts = direct, keep_free, counts
         self._changing = threading.Lock()  # taken before the index's lock, never after it
-        self._resting = threading.Condition()
-        self._working = 0
-        self._open = False
-        self._lock: FolderLock | None = None
         self._snapshotting = threading.Lock()
-
-    def open(self) -> None:
-        """Lock a folder and read the index back. Raises ConfigError, TierDown, OSError.
-
-        Idempotent: a first call whose caller was cancelled may have done it.
-        """
-        with self._changing:
-            if self._open:
-                return
-            self._lock = lock_folder(self._path, segment=self._segment, owner=self._namespace)
-            try:
-                self._open_in(self._lock)
-            except BaseException:  # else the next try would find the folder in use
-                self._lock.release()
-                raise
-            self._open = True
-
-    def _open_in(self, lock: FolderLock) -> None:
-        self._folder = lock.folder
-        direct = want_direct(self._folder, self._direct)
-        self._segments = Segments(
-            self._folder, lock.segment, self.capacity, direct=direct, file_io=self._file_io
-        )
-        self._index_log = IndexLog(self._folder)
-        self._space = Space(self.capacity, empty=True)
-        self._restore(self._index_log.load())
-
-    def close(self) -> None:
-        """Make everything durable and release the folder. Waits a while for calls in progress."""
-        with self._resting:
-            was_open, self._open = self._open, False
-            if not self._resting.wait_for(lambda: not self._working, _PATIENCE):
-                # Closing a file under a thread could make it write into another file.
-                log.error("disk tier at %s left open: calls do not end", self._folder)
-                return
-        if was_open:
-            if self._index_log.begun:  # else nothing was written, nor can be
-                self._snapshot()
-            self._index_log.close()
-            self._segments.close()
-        if self._lock is not None:
-            self._lock.release()
 
     def load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
         """Bytes `start` to `end` of an object into its lease; its header, which is there already
@@ -123,18 +75,17 @@ class SegmentStore:
         that the index says; where that is Damaged, it is dropped. Frames are not verified here: who
         decodes them does.
         """
-        with self._work():
-            try:
-                with self._reading(entry) as there:
-                    if not there:
-                        raise FileNotFoundError(entry.key.hex())
-                    return self._read(entry, lease, start, end)
-            except Damaged as proof:
-                self._expel(entry, proof)
-                raise
+        try:
+            with self._work():
+                return self._load(entry, lease, start, end)
+        except FileNotFoundError:
+            self._look_whether_emptied()
+            raise
 
     def save(self, obj: Object) -> Lost | None:
-        """Write a sealed object and show it; None when it is there now. Raises OSError."""
+        """Write a sealed object and show it; None when it is there now. Raises OSError, TierDown
+        (somebody emptied the folder, and it cannot be had again)."""
+        self._look_whether_emptied()
         with self._work():
             header = obj.header
             pieces = self._room(header.key, header.nbytes)
@@ -167,6 +118,20 @@ class SegmentStore:
         if found:
             self._index_log.later(PIN if pinned else UNPIN, found)
         return len(found)
+
+    def _load(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
+        with self._reading(entry) as there:
+            if not there:
+                raise FileNotFoundError(entry.key.hex())
+            try:
+                return self._read(entry, lease, start, end)
+            except Damaged as proof:
+                self._expel(entry, proof)
+                raise
+            except FileNotFoundError:
+                if self._lock is not None and self._lock.holds:  # somebody deleted its segment
+                    self._expel(entry, Damaged("its file is gone"))
+                raise
 
     def _read(self, entry: Entry[Extent], lease: Lease, start: int, end: int) -> Header:
         view, boundaries = lease.view, entry.place.boundaries
@@ -262,15 +227,17 @@ class SegmentStore:
 
     def _expel(self, entry: Entry[Extent], proof: Damaged) -> None:
         """Delete an entry on proof that its object is damaged."""
-        with self._changing:
+        with self._changing, suppress(OSError):  # its removal is written later
             self._forget([entry])
 
     def _show(self, header: Header, extent: Extent) -> bool:
         """Log and show what was written; False if another call has put it meanwhile."""
         entry = Entry(header.key, header.links, header.nbytes, extent, self.index.expiry())
         with self._changing:
-            if entry.key in self.index:
+            if self.index.get(entry.key) is not None:
                 return False
+            if (over := self.index.expired_entry(entry.key)) is not None:
+                self._forget([over])
             self._index_log.put(entry)
             self.index.add(entry, header.text)
         return True
@@ -282,6 +249,27 @@ class SegmentStore:
             if not extent.readers:
                 for piece in extent.pieces:
                     self._space.give(*piece)
+
+    def _open_in(self, lock: FolderLock) -> None:
+        direct = want_direct(self._folder, self._direct)
+        self._segments = Segments(
+            self._folder, lock.segment, self.capacity, direct=direct, file_io=self._file_io
+        )
+        self._index_log = IndexLog(self._folder)
+        self._space = Space(self.capacity, empty=True)
+        self._restore(self._index_log.load())
+
+    def _save_index(self) -> None:
+        if self._index_log.begun:  # else nothing was written, nor can be
+            self._snapshot()
+
+    def _close_files(self) -> None:
+        self._index_log.close()
+        self._segments.close()
+
+    def _forget_all(self) -> None:
+        for entry in list(self.index):
+            self.index.remove(entry)
 
     def _snapshot(self) -> None:
         if not self._snapshotting.acquire(blocking=False):
@@ -311,17 +299,3 @@ class SegmentStore:
                 extent.readers -= there
                 if there and extent.gone:
                     self._give(extent)
-
-    @contextmanager
-    def _work(self) -> Iterator[None]:
-        """Closing waits for the work inside."""
-        with self._resting:
-            if not self._open:
-                raise TierDown(f"disk tier at {self._folder} is not open")
-            self._working += 1
-        try:
-            yield
-        finally:
-            with self._resting:
-                self._working -= 1
-                self._resting.notify_all()

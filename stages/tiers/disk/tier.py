@@ -8,7 +8,6 @@ from.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +23,7 @@ from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, TierContext, require_sealed
 from tierloom.stages.tiers.disk.direct_io import SYSTEM, FileIO
 from tierloom.stages.tiers.disk.index_log import Extent
+from tierloom.stages.tiers.disk.steady_clock import steady_time
 from tierloom.stages.tiers.disk.store import SegmentStore
 
 
@@ -63,7 +63,7 @@ class Disk(IndexedTier[Extent]):
     Options = DiskOptions
 
     def __init__(
-        self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
+        self, options: DiskOptions, ctx: TierContext, *, clock: Callable[[], float] = steady_time,
         file_io: FileIO = SYSTEM,
     ) -> None:  # fmt: skip
         super().__init__(ctx)

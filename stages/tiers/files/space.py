@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierloom.stages.options import Seconds, Size
+from tierloom.stages.options import Mode, Seconds, Size
 from tierloom.stages.tiers.contract.tier import HoldingsCount, TierCounts
 
 _SPARE = 16  # pruning frees a sixteenth more than is needed, so that scans of the folder are rare
@@ -27,6 +27,9 @@ class FilesOptions:
     """How long an object lives after its last use; 0: until it is pruned."""
     fsync: bool = False
     """Sync each file to disk before it gets its name."""
+    mode: Mode | None = None
+    """Who may use the folders and files that are made, whatever the umask: `0770` for users of one
+    group, in a folder of that group with the bit `g+s`. Default: as the umask says."""
     depth: int = 8
     """Most objects of one call that are read or written at once."""
 

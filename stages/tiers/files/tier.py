@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISGID, S_ISREG
 from typing import Literal
 
-from tierloom.stages.errors import ConfigError, Damaged, Lost, TierDown
+from tierloom.stages.errors import ConfigError, Damaged, Lost, TierDown, Unreadable
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
@@ -27,7 +28,14 @@ from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
-from tierloom.stages.tiers.disk.direct_io import NO_SPACE, SYSTEM, FileIO, begins_with, want_direct
+from tierloom.stages.tiers.disk.direct_io import (
+    NO_SPACE,
+    SYSTEM,
+    FileIO,
+    begins_with,
+    reserve,
+    want_direct,
+)  # fmt: skip
 from tierloom.stages.tiers.files.space import FilesOptions, FolderSpace
 from tierloom.stages.user_home import expanded
 
@@ -51,6 +59,7 @@ class Files(SharedTier):
         self._clock = clock
         name = ctx.namespace.hex()[:32] or "any"
         self._folder = expanded(options.path) / name
+        self._mode = int(options.mode, 8) if options.mode else 0
         self._writer = f"{socket.gethostname()}-{os.getpid()}"
         self._space = FolderSpace(self._folder, options, self.counts, clock)
         self._holdings = self._space.holdings  # exact with one writer, if `capacity` is set
@@ -104,7 +113,7 @@ class Files(SharedTier):
 
     def _open(self) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._make(self._folder)
             self._device = self._folder.stat().st_dev
             for path in self._folder.glob("*/*.tmp"):
                 with suppress(OSError):  # gone, or another user's
@@ -125,7 +134,7 @@ class Files(SharedTier):
         """Bytes to lease for a file; 0 when it is not there, or its time is over."""
         try:
             stat = path.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
         return 0 if self._space.is_over(stat) else max(stat.st_size, PAGE)
 
@@ -136,6 +145,7 @@ class Files(SharedTier):
         another's place), the file is unlinked.
         """
         try:
+            _require_file(path)
             with self._opened(path, os.O_RDONLY) as fd:
                 try:
                     header = self._fill(fd, key, lease, loaded, upto)
@@ -144,10 +154,18 @@ class Files(SharedTier):
                     raise
             now = self._clock()
             with suppress(OSError):  # readable, but perhaps not writable for us
-                os.utime(path, (now, now))
+                try:
+                    os.utime(path, (now, now))
+                except PermissionError:  # another user's, which we may write: by the system's clock
+                    os.utime(path)
         except OSError as error:
             if error.errno == errno.ESTALE:
                 raise FileNotFoundError(path) from error
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise Unreadable(
+                    Lost.FOREIGN,
+                    f"{path.name}: {error.strerror}; users who share a folder set mode: 0770",
+                ) from None
             raise
         else:
             return header
@@ -203,12 +221,15 @@ class Files(SharedTier):
 
     def _write(self, path: Path, view: memoryview) -> None:
         if not path.parent.is_dir():
+            self._require_same_place()
             self._make(path.parent)
         temp = path.with_name(f"{path.stem}.{self._writer}-{secrets.token_hex(4)}.tmp")
         try:
             with self._opened(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+                if self._mode:
+                    os.fchmod(fd, self._mode & 0o666)
                 if self._flags:
-                    os.posix_fallocate(fd, 0, len(view))
+                    reserve(fd, 0, len(view))
                 self._file_io.write(fd, view, 0)
                 now = self._clock()  # by one clock with what `ttl` is measured by
                 os.utime(fd, (now, now))
@@ -218,13 +239,24 @@ class Files(SharedTier):
         finally:
             temp.unlink(missing_ok=True)
 
-    def _make(self, folder: Path) -> None:
-        """A folder of ours, where somebody may have deleted all there was. Raises TierDown where
-        another file system is mounted there than at the start: that would fill the wrong one."""
-        there = next(parent for parent in folder.parents if parent.is_dir())
+    def _require_same_place(self) -> None:
+        """Somebody deleted folders of ours. Raises TierDown where another file system is mounted
+        there than at the start: that would fill the wrong one."""
+        there = next(each for each in (self._folder, *self._folder.parents) if each.is_dir())
         if there.stat().st_dev != self._device:
-            raise TierDown(f"{folder}: another file system is mounted there than at the start")
-        folder.mkdir(parents=True, exist_ok=True)
+            raise TierDown(
+                f"{self._folder}: another file system is mounted there than at the start"
+            )
+
+    def _make(self, folder: Path) -> None:
+        """A folder, and those above it that are missing. Raises OSError."""
+        for each in reversed([each for each in (folder, *folder.parents) if not each.is_dir()]):
+            with suppress(FileExistsError):  # another writer's
+                each.mkdir()
+                if self._mode:
+                    each.chmod(self._mode | each.stat().st_mode & S_ISGID)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
     @contextmanager
     def _opened(self, path: Path, flags: int) -> Iterator[int]:
@@ -246,6 +278,12 @@ class Files(SharedTier):
 
     def _clear(self) -> int:
         return self._drop(list(self._folder.glob("*/*.tlm")))
+
+
+def _require_file(path: Path) -> None:
+    """Raises Unreadable for what is a folder, or what opening may wait for; OSError."""
+    if not S_ISREG(path.stat().st_mode):
+        raise Unreadable(Lost.FOREIGN, f"{path.name} is not a file")
 
 
 def _expel(fd: int, path: Path, proof: Damaged) -> None:

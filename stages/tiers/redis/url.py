@@ -98,5 +98,5 @@ def password_of(url: Url, env: str, file: str) -> str:
     if file:
         password = secret_in_file("password_file", file)
     if url.user and not password:
-        raise ConfigError(f"user {url.user!r} has no password: set password_env or password_file")
+        raise ConfigError(f"user {url.user!r} has no password; set password_env or password_file")
     return password

@@ -117,7 +117,7 @@ async def shake_hands(
             f"this tierloom {wire.VERSION}: use the same release on both sides"
         )
     if greeting.guarded and not token:
-        raise Rejected(f"the server requires a token: set token_file, or {TOKEN}")
+        raise Rejected(f"the server requires a token; set token_file, or {TOKEN}")
     if token and not greeting.guarded:
         raise Rejected(
             "the server requires no token although one is configured: it may be another's; "
@@ -138,7 +138,7 @@ async def shake_hands(
         welcome = wire.unpack(wire.Welcome, (await _said(connection, wire.Kind.WELCOME)).body)
         if not hmac.compare_digest(welcome.proof, wire.proof(token, b"server", *said)):
             raise Rejected(
-                "the server could not prove that it knows our token: it may be another server"
+                "the server could not prove that it knows our token; it may be another server"
             )
         lends = welcome.flags & wire.MEMORY and fds
         return Handshake(greeting.epoch, welcome, fds.pop() if lends else -1, b"".join(said))

@@ -14,7 +14,7 @@ from tierloom.pipeline.config.problems import Findings, Place
 from tierloom.pipeline.config.spec import Breaker, GraphOptions, Pace
 from tierloom.pipeline.config.yaml_tree import Leaf
 from tierloom.stages import catalog
-from tierloom.stages.options import parse_seconds, parse_size, seconds_text
+from tierloom.stages.options import parse_mode, parse_seconds, parse_size, seconds_text
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,17 @@ def test_what_is_shown_can_be_written(seconds: float) -> None:
 
 def test_sizes_may_be_whole_bytes() -> None:
     assert parse_size(4096) == parse_size("4096") == 4096
+
+
+@pytest.mark.parametrize("text", [770, "770", "0770", " 0770 "])
+def test_a_mode_is_octal(text) -> None:
+    assert parse_mode(text) == "0770"
+
+
+@pytest.mark.parametrize("wrong", [True, None, 0, 504, "0o770", "rwx", 70, "0970", "00770"])
+def test_what_is_no_mode(wrong) -> None:
+    with pytest.raises(ValueError, match="write one as in 0770"):
+        parse_mode(wrong)
 
 
 def times():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import pytest
 from tierloom.testing import PoisonArena
 
 ROOT = Path(__file__).resolve().parents[3]
+USER = 65534
+"""The id of a user who has no rights."""
 CONVERSATION = ROOT.parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
 
 
@@ -63,3 +68,19 @@ def infini_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pools.In
     server = pools.InfiniServer(tmp_path_factory.mktemp("infinistore"))
     yield server
     server.kill()
+
+
+@pytest.fixture
+def other_user() -> Iterator[Path]:
+    """A folder of a user who is not root, as whom all of this process's threads go on."""
+    folder = Path(tempfile.mkdtemp(prefix="tierloom-user-"))
+    os.chown(folder, USER, USER)
+    folder.chmod(0o755)
+    os.setegid(USER)
+    os.seteuid(USER)
+    try:
+        yield folder
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        shutil.rmtree(folder)

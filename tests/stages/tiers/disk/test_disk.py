@@ -11,7 +11,7 @@ import pytest
 from tierloom.stages.errors import ConfigError, Lost
 from tierloom.stages.memory.allocator import PAGE, Space
 from tierloom.stages.tiers.contract.tier import Read
-from tierloom.stages.tiers.disk import direct_io as disk_io
+from tierloom.stages.tiers.disk import direct_io as disk_io, disk_segments
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of, links_of
 
@@ -137,7 +137,7 @@ class TestBuffered(DiskContract):
             left[0] -= nbytes
             os.ftruncate(fd, at + nbytes)
 
-        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+        monkeypatch.setattr(disk_segments, "reserve", fallocate)
         async with self.opened(ctx, tmp_path, clock) as tier:
             for seed in range(10):
                 assert await self.put(tier, seed) == [None]

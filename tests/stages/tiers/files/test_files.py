@@ -152,6 +152,84 @@ class TestFiles(TierContract):
         assert await tier.exists([key_of(1)]) == [False]
 
     @pytest.mark.anyio
+    @pytest.mark.parametrize("what", ["folder", "pipe", "link"])
+    async def test_what_is_no_file_has_the_name(self, ctx, tmp_path, clock, what):
+        """It is somebody's: a miss that stays, also for who puts, and nobody waits for a pipe."""
+        async with self.opened(ctx, tmp_path, clock) as tier:
+            path = tier._path(key_of(1))
+            path.parent.mkdir(parents=True)
+            {
+                "folder": path.mkdir,
+                "pipe": lambda: os.mkfifo(path),
+                "link": lambda: path.symlink_to(tmp_path),
+            }[what]()
+            for _ in range(2):
+                assert await self.get(tier, 1) is Lost.FOREIGN
+            assert await self.put(tier, 1, 2) == [None, None]
+            assert isinstance(await self.get(tier, 2), bytes)
+            assert path.exists()
+
+    @pytest.mark.anyio
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+    async def test_a_file_that_may_not_be_read(self, ctx, clock, other_user):
+        """Another user's: a miss of that object, and no failure of the tier."""
+        async with self.opened(ctx, other_user, clock) as tier:
+            await self.put(tier, 1, 2)
+            tier._path(key_of(1)).chmod(0)
+            read = Read(key_of(1), ALL)
+            await tier.read([read])
+            assert read.lost is Lost.FOREIGN
+            assert "Permission denied; users who share a folder set mode: 0770" in str(read.why)
+            assert await tier.exists([key_of(1)]) == [True]
+            assert await self.put(tier, 1) == [None]
+            assert isinstance(await self.get(tier, 2), bytes)
+
+    @pytest.mark.anyio
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+    @pytest.mark.parametrize("mode", [None, "0770"])
+    async def test_two_users_share_a_folder(self, ctx, clock, arena, other_user, mode):
+        """Of one group; whatever the umask is."""
+        os.seteuid(0)
+        os.setegid(0)
+        clock.now -= 3600
+        umask = os.umask(0o077)
+        try:
+            async with self.opened(ctx, other_user, clock, mode=mode) as tier:
+                await self.put(tier, *range(4))
+                assert (mode is None) == (tier._path(key_of(1)).stat().st_mode & 0o077 == 0)
+                assert await self.get(tier, 1) == self.bytes_of(arena, 1)
+            os.seteuid(other_user.stat().st_uid)  # still of the first one's group
+            if mode is None:
+                with pytest.raises((OSError, ConfigError)):
+                    async with self.opened(ctx, other_user, clock) as tier:
+                        await self.get(tier, 1)
+                return
+            async with self.opened(ctx, other_user, clock, mode=mode) as tier:
+                for seed in range(4):
+                    assert await self.get(tier, seed) == self.bytes_of(arena, seed)
+                used = tier._path(key_of(1)).stat().st_mtime
+                assert used > clock.now + 60, "a use that counts, by the system's clock"
+                assert await tier.delete([key_of(2)]) == 1
+                assert await self.put(tier, 2, *range(5, 9)) == [None] * 5
+            os.seteuid(0)
+            async with self.opened(ctx, other_user, clock, mode=mode) as tier:
+                assert await tier.clear() == 8
+        finally:
+            os.umask(umask)
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("step", [-86400, 365 * 86400])
+    async def test_the_clock_is_set(self, ctx, tmp_path, clock, arena, step):
+        """Forward: what is too old then is a miss; back: nothing is lost. Both go on."""
+        async with self.opened(ctx, tmp_path, clock, ttl=3600.0, capacity=8 * SIZE) as tier:
+            await self.put(tier, 1)
+            clock.now += step
+            assert await self.get(tier, 1) == (self.bytes_of(arena, 1) if step < 0 else Lost.ABSENT)
+            assert await self.put(tier, 1, 2) == [None, None]
+            for seed in (1, 2):
+                assert await self.get(tier, seed) == self.bytes_of(arena, seed)
+
+    @pytest.mark.anyio
     async def test_a_folder_we_may_not_write(self, ctx, tmp_path, clock):
         (tmp_path / "kv").write_text("a file")
         with pytest.raises(ConfigError, match="choose a folder with write permission"):
