@@ -7,9 +7,9 @@ import os
 import stat
 from collections.abc import Sequence
 
-from tierloom.pipeline.config.explain import size_text
 from tierloom.pipeline.serve.listener import Listen
 from tierloom.pipeline.serve.object_store import ObjectStore
+from tierloom.stages.display.amounts import size_text
 from tierloom.stages.options import masked
 from tierloom.stages.user_home import expanded
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from tierloom.pipeline.config.segments import Segment, lower
 from tierloom.pipeline.config.spec import Graph, Node, PipelineSpec
 from tierloom.stages.contract.stage import runs_on_loop
+from tierloom.stages.display.amounts import size_text
 from tierloom.stages.options import masked, parse_rate, parse_seconds, parse_size, seconds_text
 from tierloom.stages.tiers.contract.tier import Inner
 
@@ -118,15 +119,6 @@ def _name(graph: Graph, node: Node) -> str:
 
 def _label(node: Node) -> str:
     return node.id if node.id == node.use else f"{node.id}<br/>{node.use}"
-
-
-_SIZES = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")]
-
-
-def size_text(nbytes: int) -> str:
-    """'64 GiB'."""
-    unit = next(((n, u) for n, u in _SIZES if nbytes >= n), (1, "B"))
-    return f"{nbytes / unit[0]:g} {unit[1]}"
 
 
 def _shown(kind: Any, value: Any) -> str:

@@ -53,8 +53,7 @@ class GraphRunner:
         self.idle = asyncio.Event()
         """No request is open."""
         self.idle.set()
-        self.answer: Callable[[Request], None] = Request.finish
-        """Replaced by who counts requests."""
+        self.answer: Callable[[Request], None] = Request.finish  # who counts requests replaces it
         self._dropped = [0] * len(segments)
         self._inflight, self._arena = inflight, arena
         forms = max(1, sum(n.cls.leases for n in graph.nodes))
