@@ -30,6 +30,7 @@ DISK_ONLY = {
             }
         },
         "retrieve": {
+            "deadline": "20 s",
             "stages": {
                 "keys": {"use": "hash"}, "plan": {"use": "lookup", "want": "prefix"},
                 "fetch": {"use": "get"}, "grow": {"use": "decode"}, "place": {"use": "scatter"},
