@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Within]:
     """A server with little patience, which holds nothing of anybody's in the end."""
     monkeypatch.setattr(listener, "_STALL", 0.5)
-    monkeypatch.setattr(listener, "_HELLO", 2.0)
+    monkeypatch.setattr(listener, "_HELLO", 1.0)
     made = Within(tmp_path / "socket")
     yield made
     store = made.serving.store
