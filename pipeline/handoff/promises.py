@@ -32,6 +32,8 @@ class Promise:
 
     until: float
     keys: set[bytes] = field(default_factory=set)
+    taken: int = 0
+    """Workers that have all of it."""
 
 
 @dataclass(slots=True)
@@ -144,6 +146,16 @@ class Promises:
             self._end(ticket, released)
         _release(released)
         self._wake()
+
+    def taken(self, ticket: bytes, askers: int) -> None:
+        """One of so many workers that ask for it has all of it: the last one releases it."""
+        with self._lock:
+            promise = self._tickets.get(ticket)
+            if promise is not None:
+                promise.taken += 1
+            last = askers <= (1 if promise is None else promise.taken)
+        if last:
+            self.release(ticket)
 
     def clear(self) -> None:
         """End all tickets."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
@@ -33,6 +33,15 @@ _LONGEST = 600.0
 _ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
+class _Waiting(NamedTuple):
+    """A request for which KV is fetched."""
+
+    workers: set[int]
+    """That have yet to say that all has come which will."""
+    until: float
+    """When that is believed no more."""
+
+
 class HandoffSide(SchedulerSide):
     """The scheduler's side of an engine that serves, or that others compute for."""
 
@@ -44,18 +53,20 @@ class HandoffSide(SchedulerSide):
         self._engine, self._tp = (
             str(transfer.engine_id), vllm_config.parallel_config.tensor_parallel_size,
         )  # fmt: skip
-        alone = vllm_config.parallel_config.world_size == 1 and len(self._groups) == 1
-        if not alone:
-            log.warning("nothing is handed over: that wants one worker, and one kind of attention")
-        self._gives = alone and spec.serve is not None and self.saves is not None
+        one = len(self._groups) == 1
+        if not one:
+            log.warning("nothing is handed over: that wants one kind of attention in all layers")
+        self._gives = one and spec.serve is not None and self.saves is not None
         handoff = spec.handoff
-        self._lands = alone and handoff is not None and handoff.wait > 0 and self._loads
+        self._lands = one and handoff is not None and handoff.wait > 0 and self._loads
+        self._workers = range(vllm_config.parallel_config.world_size)
+        self._told_ranks = len(self._workers) == 1
         self._given: dict[str, GivenAway] = {}
         self._promised: dict[str, tuple[str, int]] = {}
         """Requests whose chunks are promised: the ticket's name, and how many tokens."""
         self._landed: dict[str, Elsewhere] = {}
-        self._waiting: dict[str, float] = {}
-        """Requests for which the workers fetch now, and until when that is believed."""
+        self._waiting: dict[str, _Waiting] = {}
+        """Requests for which the workers fetch now."""
         self._arrived: set[str] = set()
         """Requests for which they have."""
         self._plan = Plan()
@@ -95,14 +106,20 @@ class HandoffSide(SchedulerSide):
         plan = super().build_connector_meta(output)
         mine, self._plan = self._plan, Plan()
         plan.promised, plan.released = mine.promised, mine.released
+        if self._gives and not self._told_ranks and self.reports.cache is not None:
+            plan.ranks, self._told_ranks = self.info.serves, True
         plan.fetches, plan.unwanted = mine.fetches, mine.unwanted
         return plan
 
     def update_connector_output(self, reports: WorkerReports | None) -> None:
         super().update_connector_output(reports)
-        for report in reports.by_worker.values() if reports else ():
+        for worker, report in reports.by_worker.items() if reports else ():
             for name in report.landed:
-                if self._waiting.pop(name, None) is not None:
+                if (waiting := self._waiting.get(name)) is None:
+                    continue
+                waiting.workers.discard(worker)
+                if not waiting.workers:
+                    del self._waiting[name]
                     self._arrived.add(name)
 
     def request_finished_all_groups(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
@@ -123,7 +140,8 @@ class HandoffSide(SchedulerSide):
             return None
         told = None
         if request.status in _ANSWERED:
-            told = answer(self._engine, ticket, self.info.serves, tokens, self._tp)
+            at = self.info.serves[0].address
+            told = answer(self._engine, ticket, at, tokens, self._tp)
         if told is None:
             self._plan.released.append(ticket_of(ticket))
         return told
@@ -146,8 +164,8 @@ class HandoffSide(SchedulerSide):
 
     def _waits(self, name: str) -> bool:
         """The workers have yet to say that all has come."""
-        until = self._waiting.get(name, 0.0)
-        return until > 0 and not self.off and time.monotonic() < until
+        waiting = self._waiting.get(name)
+        return waiting is not None and not self.off and time.monotonic() < waiting.until
 
     def _fetch(self, request: Any) -> bool:
         """Have the workers fetch what another engine has computed, or computes; False: nothing is
@@ -161,7 +179,7 @@ class HandoffSide(SchedulerSide):
         landed, chunks = self._landed.pop(name), self._chunks(p)
         if not chunks:
             return False
-        self._waiting[name] = time.monotonic() + _LONGEST
+        self._waiting[name] = _Waiting(set(self._workers), time.monotonic() + _LONGEST)
         self._plan.fetches.append(Fetch(name, chunks, landed))
         return True
 
