@@ -44,7 +44,6 @@ class _Asked(NamedTuple):
     ticket: bytes
     chunks: Sequence[bytes]
     later: bool
-    askers: int = 1
 
 
 class HandoffReceiver:
