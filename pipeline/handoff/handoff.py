@@ -55,6 +55,11 @@ class Handoff:
         `chunks`: grain links of each."""
         self._portal.post(self._promise, ticket, chunks)
 
+    def settle(self, ticket: bytes) -> None:
+        """What was promised is stored by now, or was lost. Returns at once."""
+        if self.promises is not None:
+            self._portal.post(self.promises.settle, ticket)
+
     def release(self, ticket: bytes) -> None:
         """Nobody will fetch them. Returns at once."""
         if self.promises is not None:

@@ -34,6 +34,8 @@ class Promise:
     keys: set[bytes] = field(default_factory=set)
     taken: int = 0
     """Workers that have all of it."""
+    settled: bool = False
+    """What is not there by now will not come."""
 
 
 @dataclass(slots=True)
@@ -147,8 +149,20 @@ class Promises:
         _release(released)
         self._wake()
 
+    def settle(self, ticket: bytes) -> None:
+        """What it names is stored, or was lost: nobody need wait any more."""
+        with self._lock:
+            if (promise := self._tickets.get(ticket)) is not None:
+                promise.settled = True
+        self._wake()
+
+    def is_settled(self, ticket: bytes) -> bool:
+        promise = self._tickets.get(ticket)
+        return promise is not None and promise.settled
+
     def taken(self, ticket: bytes, askers: int) -> None:
-        """One of so many workers that ask for it has all of it: the last one releases it."""
+        """One of so many workers that ask for it has all that there is: the last one releases
+        it."""
         with self._lock:
             promise = self._tickets.get(ticket)
             if promise is not None:
@@ -240,7 +254,7 @@ class Promises:
         """What is not there may come yet. `later`: so may the ticket."""
         with self._lock:
             promise = self._tickets.get(ticket)
-            return later if promise is None else key in promise.keys
+            return later if promise is None else key in promise.keys and not promise.settled
 
     @contextmanager
     def watcher(self) -> Iterator[Watcher]:

@@ -86,20 +86,20 @@ class Giving:
                     return
                 else:
                     await watcher.wait(min(_LOOK, until - time.monotonic()))
-        if whole:
+        if whole or self._promises.is_settled(take.ticket):
             self._promises.taken(take.ticket, take.askers)
 
     async def _give(self, take: Take, index: int, key: bytes) -> int | None:
         """Send an object, or what is there of it; its code, or None where more is to come."""
         if index in self._begun:
-            return await self._give_frames(index)
+            return await self._give_frames(take, index, key)
         with self._store.reservation() as reservation:
             obj = await self._store.read(self._space, reservation, key, room=True)
             if obj is Lost.ABSENT and (other := self._promises.kept_as(key)):
                 obj = await self._store.read(self._space, reservation, other, room=True)
             if obj is Lost.ABSENT and (begun := self._promises.arriving(key)) is not None:
                 self._begun[index] = begun, 0
-                return await self._give_frames(index)
+                return await self._give_frames(take, index, key)
             if obj is Lost.ABSENT and self._promises.expects(take.ticket, key, later=take.later):
                 return None
             if not isinstance(obj, Lost) and not await self._limit.wait(obj.header.nbytes):
@@ -110,10 +110,14 @@ class Giving:
             await self._send(index, obj, 0, obj.header.nbytes)
             return wire.DONE
 
-    async def _give_frames(self, index: int) -> int | None:
+    async def _give_frames(self, take: Take, index: int, key: bytes) -> int | None:
         """Send what has come of an object since the last time; the header when it is sealed."""
         begun, sent = self._begun[index]
+        coming = self._promises.expects(take.ticket, key, later=take.later)
         code = await self._give_further(index, begun, sent)
+        if code is None and not coming:  # its store was given up
+            code = Lost.ABSENT
+            await self._say(PieceHead(index, code))
         if code is not None:
             del self._begun[index]
             begun.object.lease.release()

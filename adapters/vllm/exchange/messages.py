@@ -123,6 +123,8 @@ class Plan(KVConnectorMetadata):
     ranks: tuple[RankShare, ...] = ()
     """What each worker gives other engines to read, once it is known; empty: nothing new."""
     promised: list[Promised] = field(default_factory=list)
+    settled: list[bytes] = field(default_factory=list)
+    """Tickets of which nothing more will be stored."""
     released: list[bytes] = field(default_factory=list)
     """Tickets whose chunks nobody will fetch."""
     fetches: list[Fetch] = field(default_factory=list)

@@ -25,12 +25,22 @@ from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.pipeline.handoff.handoff import ticket_of
+from tierloom.stages.kv.object import LINK
 
 log = logging.getLogger("tierloom.vllm")
 
 _LONGEST = 600.0
 """Seconds after which workers that have not said how a hand-off ended will not say it."""
 _ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class _PromisedRequest(NamedTuple):
+    """What others may fetch of a request."""
+
+    ticket: str
+    """By its name."""
+    tokens: int
+    keys: list[bytes]
 
 
 class _Waiting(NamedTuple):
@@ -62,8 +72,10 @@ class HandoffSide(SchedulerSide):
         self._workers = range(vllm_config.parallel_config.world_size)
         self._told_ranks = len(self._workers) == 1
         self._given: dict[str, GivenAway] = {}
-        self._promised: dict[str, tuple[str, int]] = {}
-        """Requests whose chunks are promised: the ticket's name, and how many tokens."""
+        self._promised: dict[str, _PromisedRequest] = {}
+        """Requests whose chunks are promised, until they end."""
+        self._ended: dict[bytes, list[bytes]] = {}
+        """Tickets of requests that have, and keys that may still be being saved."""
         self._landed: dict[str, Elsewhere] = {}
         self._waiting: dict[str, _Waiting] = {}
         """Requests for which the workers fetch now."""
@@ -104,6 +116,10 @@ class HandoffSide(SchedulerSide):
         for name in list(self._given):
             self._promise(name)
         plan = super().build_connector_meta(output)
+        for ticket, keys in list(self._ended.items()):
+            if self.saves is None or not self.saves.under_way(keys):
+                del self._ended[ticket]
+                plan.settled.append(ticket)
         mine, self._plan = self._plan, Plan()
         plan.promised, plan.released = mine.promised, mine.released
         if self._gives and not self._told_ranks and self.reports.cache is not None:
@@ -135,16 +151,22 @@ class HandoffSide(SchedulerSide):
         """A request has ended: what its answer says of its KV. None: nothing is kept for others."""
         name = request.request_id
         self._given.pop(name, None)
-        ticket, tokens = self._promised.pop(name, ("", 0))
-        if not ticket:
+        promised = self._promised.pop(name, None)
+        if promised is None:
             return None
+        ticket, tokens, keys = promised
         told = None
         if request.status in _ANSWERED:
             at = self.info.serves[0].address
             told = answer(self._engine, ticket, at, tokens, self._tp)
         if told is None:
             self._plan.released.append(ticket_of(ticket))
+        else:
+            self._ended[ticket_of(ticket)] = keys
         return told
+
+    def has_pending_push_work(self) -> bool:
+        return bool(self._ended) or super().has_pending_push_work()
 
     def _promise(self, name: str) -> None:
         """Promise what will be saved of a request, as soon as it can be named."""
@@ -159,7 +181,8 @@ class HandoffSide(SchedulerSide):
             log.warning("request %s is not handed over: nothing is served", name)
             return
         ticket, chunks = given.name or outside_name(name), self._chunks(p)
-        self._promised[name] = ticket, min(p.request.num_prompt_tokens, p.most)
+        tokens, keys = min(p.request.num_prompt_tokens, p.most), [c[-LINK:] for c in chunks]
+        self._promised[name] = _PromisedRequest(ticket, tokens, keys)
         self._plan.promised.append(Promised(ticket_of(ticket), chunks))
 
     def _waits(self, name: str) -> bool:

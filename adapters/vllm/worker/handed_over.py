@@ -59,6 +59,8 @@ class HandoffWorker(WorkerSide):
             handoff.ranks[:] = plan.ranks
         for promised in plan.promised:
             handoff.promise(*promised)
+        for ticket in plan.settled:
+            handoff.settle(ticket)
         for ticket in plan.released:
             handoff.release(ticket)
         for fetch in plan.fetches:
