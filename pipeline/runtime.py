@@ -213,9 +213,12 @@ class Worker:
 
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal, self._lent)
-        store.promises = self.handoff.promises if self.handoff is not None else None
         self.serving = EngineListener(options, store, self._epoch, self._announced)
+        if self.handoff is not None:
+            store.promises, store.ranks = self.handoff.promises, self.handoff.ranks
         self.serving.start()
+        if self.handoff is not None and self.serving.address:
+            self.handoff.serves_at(self.serving.address)
         if not self.serving.address:  # nobody can be told of it
             self._announced = None
 
@@ -233,11 +236,10 @@ class Worker:
 
     def _new_handoff(self) -> Handoff:
         from tierloom.pipeline.handoff.handoff import Handoff
+        from tierloom.pipeline.handoff.shares import OwnShare
 
-        return Handoff(
-            self._spec, self.tiers, self.arena, self._names.digest, self.portal,
-            object_bytes=self._object_bytes, pool=self._work,
-        )  # fmt: skip
+        own = OwnShare(self._names, self._geometry)
+        return Handoff(self._spec, self.tiers, self.arena, own, self.portal, pool=self._work)
 
     @property
     def _object_bytes(self) -> int:

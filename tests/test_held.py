@@ -32,6 +32,7 @@ THREADS = {
 ADDRESSES = {
     "adapters/vllm/repair/rows.py": "Rows._copy",
     "pipeline/handoff/arriving_objects.py": "_damaged",
+    "pipeline/handoff/joined_objects.py": "Joining._fill",
     "stages/ops/frame_copy.py": "join _planes",
     "stages/ops/gather.py": "Gather.apply",
     "stages/ops/scatter.py": "Scatter._place",

@@ -27,6 +27,26 @@ def asked_tiers(spec: PipelineSpec) -> list[str]:
     return (plan.options.tiers if plan else None) or list(spec.tiers)
 
 
+def own_ports(spec: PipelineSpec, number: int) -> dict[str, Any]:
+    """Overrides by which process `number` of an engine serves beside number 0, where that has a
+    port or a path that is not chosen by the system."""
+    if spec.serve is None or not number:
+        return {}
+    at, ours = spec.serve.at, {}
+    if at.path:
+        ours["serve.listen"] = f"unix://{at.path}.{number}"
+    elif at.port:
+        ours["serve.listen"] = f"{'tls' if at.tls else 'tcp'}://{_at(at.host, at.port + number)}"
+    host, port = spec.serve.reached_at("", 0)
+    if port:
+        ours["serve.advertise"] = _at(host, port + number)
+    return ours
+
+
+def _at(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def own_paths(spec: PipelineSpec, folder: str) -> dict[str, Any]:
     """Overrides that put what only one process may use below `folder`; none where that is empty."""
     return {

@@ -6,7 +6,7 @@ shown when its header and every frame of it are right, and its links are those o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 
 import anyio
@@ -15,7 +15,6 @@ from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.errors import ArenaFull, BadObject, Damaged, Lost, TierDown
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.arena import Arena, Lease
-from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.client import refuse
 from tierloom.stages.tiers.server.connection import Connection
@@ -25,30 +24,30 @@ _SLICE = 4 << 20
 """Bytes, each of which must come within the time that is left to a piece."""
 
 
+Keep = Callable[[int, Object], Awaitable[Lost | None]]
+"""Takes an object that came whole, with the number of its chunk; why it is not kept, None: it is.
+Raises BadObject."""
+
+
 class Arrival:
     """The objects of one hand-off, piece by piece. Owns their leases until `close`, so that none is
     evicted for a later one of the same prompt."""
 
     def __init__(
-        self, chunks: Sequence[bytes], namespace: bytes, memory: CircuitBreaker, arena: Arena, *,
+        self, chunks: Sequence[bytes], namespace: bytes, keep: Keep, arena: Arena, *,
         largest: int, pool: Pool,
     ) -> None:  # fmt: skip
-        """`chunks`: grain links of each, from the head of the prompt on. `memory`: the tier that
-        keeps them. `largest`: bytes of an object, at most."""
-        self._chunks, self._namespace = chunks, namespace
-        self._memory, self._arena, self._pool = memory, arena, pool
-        self._largest = largest
+        """`chunks`: grain links of each, from the head of the prompt on. `largest`: bytes of an
+        object, at most."""
+        self._chunks, self._namespace, self._keep = chunks, namespace, keep
+        self._arena, self._pool, self._largest = arena, pool, largest
         self._leases = ExitStack()
         self._parts: dict[int, tuple[Lease, int, int]] = {}
         """Of objects of which some has come: the lease, where the first piece began, and where the
         last ended."""
-        self._kept: list[bytes] = []
+        self.kept: list[bytes] = []
         self.nbytes = 0
         """Bytes that have come."""
-
-    @property
-    def came(self) -> int:
-        return len(self._kept)
 
     async def receive(self, connection: Connection, number: int, wait: float) -> None:
         """Until all has been said of each. Raises TimeoutError where nothing comes for `wait`
@@ -77,7 +76,6 @@ class Arrival:
                 await self._whole(piece, lease)
 
     def close(self) -> None:
-        self._memory.order_for_eviction(self._kept)
         self._leases.close()
 
     def _place(self, piece: PieceHead) -> Lease:
@@ -104,18 +102,14 @@ class Arrival:
             header = Header.unpack(lease.view, namespace=self._namespace)
             if header.nbytes != lease.nbytes or not header.links.startswith(links):
                 raise Damaged("its length or its links are not those of the prompt")
-            if await self._keep(header, lease) is None:
-                self._kept.append(header.key)
+            bad = await self._pool(_damaged, header, lease, leases=(lease,))
+            if bad >= 0:
+                raise Damaged(f"frame {bad} does not match its checksum")
+            obj = Object(header, lease, loaded=len(header.frames), sealed=True)
+            if await self._keep(piece.chunk, obj) is None:
+                self.kept.append(header.key)
         except BadObject as error:
             raise wire.BadMessage(f"an object of no use: {error}") from None
-
-    async def _keep(self, header: Header, lease: Lease) -> Lost | None:
-        """Check every frame, and show the object. Raises Damaged."""
-        bad = await self._pool(_damaged, header, lease, leases=(lease,))
-        if bad >= 0:
-            raise Damaged(f"frame {bad} does not match its checksum")
-        obj = Object(header, lease, loaded=len(header.frames), sealed=True)
-        return (await self._memory.put([obj]))[0]
 
 
 class NoRoom(TierDown):

@@ -10,10 +10,12 @@ from hashlib import sha256
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.handoff.handoff_receiver import HandoffReceiver
 from tierloom.pipeline.handoff.promises import Promises
+from tierloom.pipeline.handoff.shares import OwnShare
 from tierloom.pipeline.run.loop_thread import Portal
 from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.memory.arena import Arena
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+from tierloom.stages.tiers.server.ranks import RankShare
 
 
 def ticket_of(name: str) -> bytes:
@@ -26,28 +28,37 @@ class Handoff:
 
     def __init__(
         self, spec: PipelineSpec, tiers: Mapping[str, CircuitBreaker], arena: Arena,
-        namespace: bytes, portal: Portal, *, object_bytes: int, pool: Pool,
+        own: OwnShare, portal: Portal, *, pool: Pool,
     ) -> None:  # fmt: skip
-        """`object_bytes`: of the longest object. Raises ConfigError."""
-        self._portal = portal
+        """Raises ConfigError."""
+        self._portal, self._own = portal, own
         self._timer: asyncio.TimerHandle | None = None
         self.promises: Promises | None = None
         """What others are to fetch; None: nothing is served."""
         self.landing: HandoffReceiver | None = None
         """What is fetched from others; None: nothing."""
+        self.ranks: list[RankShare] = []
+        """Who of this engine's workers serves what: of itself it knows, of others it is told."""
         if spec.serve is not None:
             served = [tiers[name] for name in spec.serve.tiers if tiers[name].in_arena]
             self.promises = Promises(served, spec.serve.ticket)
         if spec.handoff is not None:
             local = [tier for tier in tiers.values() if tier.local]
-            self.landing = HandoffReceiver(
-                spec.handoff, local, arena, namespace, object_bytes=object_bytes, pool=pool
-            )
+            self.landing = HandoffReceiver(spec.handoff, local, arena, own, spec.chunk, pool=pool)
+
+    def serves_at(self, address: str) -> None:
+        """Others are told of this pipeline, which serves there."""
+        self.ranks[:] = [self._own.at(address)]
 
     def promise(self, ticket: bytes, chunks: Sequence[bytes]) -> None:
         """Keep chunks for another engine, also such as are yet to be stored. Returns at once.
         `chunks`: grain links of each."""
         self._portal.post(self._promise, ticket, chunks)
+
+    def settle(self, ticket: bytes) -> None:
+        """What was promised is stored by now, or was lost. Returns at once."""
+        if self.promises is not None:
+            self._portal.post(self.promises.settle, ticket)
 
     def release(self, ticket: bytes) -> None:
         """Nobody will fetch them. Returns at once."""

@@ -8,63 +8,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import anyio
 
 from tierloom.pipeline.config.spec import HandoffOptions
-from tierloom.pipeline.handoff.arriving_objects import Arrival, NoRoom
+from tierloom.pipeline.handoff.arriving_objects import Arrival, Keep, NoRoom
+from tierloom.pipeline.handoff.joined_objects import Joining
+from tierloom.pipeline.handoff.prefillers import MANY, Prefiller, Prefillers
+from tierloom.pipeline.handoff.shares import OwnShare, ShareHolder
 from tierloom.pipeline.run.threads import Pool
-from tierloom.stages.errors import TierDown
-from tierloom.stages.kv.object import LINK
+from tierloom.stages.contract.stage import ChunkOptions
+from tierloom.stages.errors import Lost, TierDown
+from tierloom.stages.kv.geometry import Geometry
+from tierloom.stages.kv.object import LINK, Object, object_bytes
 from tierloom.stages.memory.arena import Arena
-from tierloom.stages.options import masked
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
-from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.client import Client, Rejected, read_token
 from tierloom.stages.tiers.server.taking import Take
 
 log = logging.getLogger("tierloom.handoff")
 
-_DIAL = 1.0
-"""Seconds within which a prefiller lets us in."""
-_ASIDE, _LONGEST = 1.0, 30.0
-"""Seconds for which a prefiller that failed is not asked, the first time and at most."""
 _SHARE = 2
 """Hand-offs take one part in so many of what requests have of the arena."""
-_MANY = 64
-"""Prefillers that are remembered."""
 _PATIENT = 0.8
-"""Of that time, what the prefiller may use: one that lives says in time that nothing comes."""
+"""Of the time to wait, what a prefiller may use: one that lives says in time that nothing comes."""
 
 
-class Prefiller:
-    """An engine that computes for this one, and is left alone while it fails."""
+class _Asked(NamedTuple):
+    """What one hand-off asks a worker for."""
 
-    def __init__(self, client: Client, name: str) -> None:
-        self.client, self.name = client, name
-        self.busy = 0
-        """Hand-offs under way."""
-        self._strikes, self._retry = 0, 0.0
-
-    @property
-    def healthy(self) -> bool:
-        return time.monotonic() >= self._retry
-
-    def came(self) -> None:
-        self._strikes = 0
-
-    def failed(self, error: Exception) -> None:
-        """Leave it alone, twice as long as before."""
-        pause = min(_ASIDE * (1 << min(self._strikes, 10)), _LONGEST)
-        level = logging.WARNING if isinstance(error, Rejected) else logging.INFO
-        log.log(level, "%s is left alone for %.3g s: %s", self.name, pause, masked(repr(error)))
-        self._retry = time.monotonic() + pause
-        self._strikes += 1
+    ticket: bytes
+    chunks: Sequence[bytes]
+    later: bool
 
 
 class HandoffReceiver:
@@ -72,16 +51,13 @@ class HandoffReceiver:
 
     def __init__(
         self, options: HandoffOptions, tiers: Sequence[CircuitBreaker], arena: Arena,
-        namespace: bytes, *, object_bytes: int, pool: Pool,
+        own: OwnShare, chunk: ChunkOptions, *, pool: Pool,
     ) -> None:  # fmt: skip
-        """`tiers`: that have an index here, one of them memory. `object_bytes`: of the longest
-        object. Raises ConfigError."""
+        """`tiers`: that have an index here, one of them memory. Raises ConfigError."""
         self._options, self._tiers, self._arena = options, tiers, arena
         self._memory = next(tier for tier in tiers if tier.in_arena)
-        self._namespace, self._object_bytes, self._pool = namespace, object_bytes, pool
-        self._guarded = bool(read_token(options.token_file))
-        self._prefillers: dict[tuple[str, int], Prefiller] = {}
-        self._refused: set[str] = set()
+        self._own, self._chunk, self._pool = own, chunk, pool
+        self._prefillers = Prefillers(options)
         self._number = self._promised = 0
         self._closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -99,16 +75,15 @@ class HandoffReceiver:
         self._closed = True
         self.give_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for prefiller in self._prefillers.values():
-            prefiller.client.close()
+        self._prefillers.close()
 
     def figures(self) -> dict[str, int]:
         """Objects that have landed, and bytes that have come; hand-offs under way, and such of
         which not all came."""
         nbytes = self._nbytes + sum(arrival.nbytes for arrival in list(self._arrivals))
-        busy = sum(p.busy for p in list(self._prefillers.values()))
         return {
-            "landed": self.landed, "bytes": nbytes, "landing": busy, "given_up": self.given_up,
+            "landed": self.landed, "bytes": nbytes, "landing": self._prefillers.busy,
+            "given_up": self.given_up,
         }  # fmt: skip
 
     async def land(
@@ -117,110 +92,146 @@ class HandoffReceiver:
         """Fetch what of a prompt is not here; how many objects came. Never raises: what does not
         come is computed. `chunks`: grain links of each, from the head on. `later`: the prefiller
         may have yet to hear of the ticket."""
-        prefiller = self._prefiller(host, port)
+        prefiller = self._prefillers.find(host, port, self._own.space)
         if prefiller is None or not self._options.wait:
             return 0
-        lacking = [links for links in chunks if not self._is_here(links)]
-        if not lacking:
-            self._release(prefiller, ticket)
-            return 0
-        size, arena = self._object_bytes, self._arena
-        room = min(arena.promises.spare, arena.working // _SHARE - self._promised)
-        room = min(room, self._memory.stat().capacity)
-        count = min(len(lacking), room // size, wire.KEYS)
-        busy = prefiller.busy >= self._options.connections
-        if count <= 0 or busy or not arena.promises.try_reserve(count * size):
-            self.given_up += 1
-            return 0
-        self._promised += count * size
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
-            came = await self._take(prefiller, ticket, lacking[:count], later=later)
-        except anyio.get_cancelled_exc_class():
-            self._release(prefiller, ticket)
-            raise
+            sources = await self._sources(prefiller)
+            lacking = [links for links in chunks if not self._is_here(links)]
+            if not lacking or not sources:
+                self._release(sources, ticket)
+                return 0
+            came = await self._fetch(sources, _Asked(ticket, lacking, later))
+            self.landed += came
+            self.given_up += came < len(lacking)
+            return came
         finally:
             self._tasks.discard(task)
+
+    async def _sources(self, prefiller: Prefiller) -> list[tuple[ShareHolder, Prefiller]]:
+        """The workers that have what this one wants, of an engine of which one is known; empty:
+        there are none, or one of them fails."""
+        try:
+            ranks = await prefiller.ranks(self._next())
+        except (OSError, TimeoutError, TierDown) as error:
+            prefiller.failed(error)
+            return []
+        if ranks is None:
+            return [(ShareHolder(self._own.at(""), self._own.geometry, 1), prefiller)]
+        found: list[tuple[ShareHolder, Prefiller]] = []
+        for source in self._own.sources(ranks):
+            at = prefiller.at(source.rank, ranks)
+            who = at and self._prefillers.find(*at, source.rank.space, beside=prefiller)
+            if not who:
+                return []
+            found.append((source, who))
+        if not found:
+            prefiller.ask_anew()
+        return found
+
+    async def _fetch(self, sources: list[tuple[ShareHolder, Prefiller]], wanted: _Asked) -> int:
+        """Take room, and fetch what there is room for; how many objects came."""
+        joined = sources[0][0].rank.space != self._own.space
+        size = self._object_bytes(self._own.geometry)
+        if joined:
+            size += sum(self._object_bytes(source.geometry) for source, _ in sources)
+        arena = self._arena
+        room = min(arena.promises.spare, arena.working // _SHARE - self._promised)
+        room = min(room, self._memory.stat().capacity)
+        count = min(len(wanted.chunks), room // size, wire.KEYS)
+        busy = any(who.busy >= self._options.connections for _, who in sources)
+        if count <= 0 or busy or not arena.promises.try_reserve(count * size):
+            return 0
+        self._promised += count * size
+        part = wanted._replace(chunks=wanted.chunks[:count])
+        try:
+            if joined:
+                return await self._join(sources, part)
+            return len(await self._take(*sources[0], part, self._put))
+        except anyio.get_cancelled_exc_class():
+            self._release(sources, wanted.ticket)
+            raise
+        finally:
             self._promised -= count * size
             arena.promises.unreserve(count * size)
-        self.given_up += came < len(lacking)
-        return came
+
+    async def _join(self, sources: list[tuple[ShareHolder, Prefiller]], wanted: _Asked) -> int:
+        """Fetch from several workers, or more than is wanted, and put it together."""
+        joining = Joining(
+            self._own, self._chunk.group, [source for source, _ in sources], self._memory,
+            self._arena, self._pool, refuse=self._prefillers.refuse,
+        )  # fmt: skip
+        async with AsyncExitStack() as held, anyio.create_task_group() as tasks:
+            held.callback(joining.close)
+            for i, (source, who) in enumerate(sources):
+                take = partial(self._take, source, who, wanted, partial(joining.add, i))
+                tasks.start_soon(take, held)
+        return joining.came
+
+    async def _put(self, chunk: int, obj: Object) -> Lost | None:
+        return (await self._memory.put([obj]))[0]
 
     def _is_here(self, links: bytes) -> bool:
         """In an object that begins with these grains."""
         found = [f for tier in self._tiers if (f := tier.find(links)) is not None]
         return any(f.grains * LINK == len(links) for f in found)
 
-    def _release(self, prefiller: Prefiller, ticket: bytes) -> None:
-        """Let a prefiller know that nothing of a ticket is needed; nobody waits for that."""
-        if len(self._tasks) < _MANY and not self._closed:
-            task = asyncio.create_task(self._take(prefiller, ticket, [], later=False))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def _object_bytes(self, geometry: Geometry) -> int:
+        """Of the longest object of a share; frames of another one's may be shorter."""
+        chunk, own = self._chunk, geometry == self._own.geometry
+        return object_bytes(geometry, chunk.tokens, chunk.grain, chunk.group if own else 1)
 
-    def _prefiller(self, host: str, port: int) -> Prefiller | None:
-        """Whoever listens there, if it may be dialed, and does not fail."""
-        named = self._options.named
-        if named and not named & {(host, port), (host, 0)}:
-            self._refuse(f"{host}:{port} is not among handoff.peers")
-            return None
-        if not named and not self._guarded:
-            self._refuse("name handoff.peers, or a token that they prove to have")
-            return None
-        known = self._prefillers.get((host, port))
-        if known is None:
-            address = Address(host, port, tls=self._options.tls)
-            client = Client(address, self._namespace, lambda: None, share=False)
-            client.prepare(
-                self._options.token_file, self._options.ca_file, self._options.connections
-            )
-            known = self._prefillers[host, port] = Prefiller(client, f"{host}:{port}")
-            self._forget_some()
-        return known if known.healthy else None
+    def _next(self) -> int:
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        return self._number
 
-    def _refuse(self, why: str) -> None:
-        if why not in self._refused and len(self._refused) < _MANY:
-            self._refused.add(why)
-            log.warning("KV that is computed elsewhere is not fetched: %s", why)
-
-    def _forget_some(self) -> None:
-        for at, prefiller in list(self._prefillers.items())[:-1]:
-            if len(self._prefillers) > _MANY and not prefiller.busy:
-                self._prefillers.pop(at).client.close()
+    def _release(self, sources: Sequence[tuple[ShareHolder, Prefiller]], ticket: bytes) -> None:
+        """Let prefillers know that nothing of a ticket is needed; nobody waits for that."""
+        for source, who in sources:
+            if len(self._tasks) < MANY and not self._closed:
+                nothing = _Asked(ticket, [], later=False)
+                task = asyncio.create_task(self._take(source, who, nothing, self._put))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
     async def _take(
-        self, prefiller: Prefiller, ticket: bytes, chunks: Sequence[bytes], *, later: bool
-    ) -> int:
-        """Ask for chunks and keep what comes; how many. A failure puts the prefiller aside."""
-        prefiller.busy += 1
+        self, source: ShareHolder, who: Prefiller, wanted: _Asked, keep: Keep,
+        until: AsyncExitStack | None = None,
+    ) -> list[bytes]:  # fmt: skip
+        """Ask a worker for chunks and `keep` what comes; the keys of that. A failure puts the
+        worker aside. `until`: what came is held until that ends."""
+        who.busy += 1
         arrival = Arrival(
-            chunks, self._namespace, self._memory, self._arena, largest=self._object_bytes,
-            pool=self._pool,
+            wanted.chunks, source.rank.space, keep, self._arena,
+            largest=self._object_bytes(source.geometry), pool=self._pool,
         )  # fmt: skip
+        if until is not None:
+            until.callback(arrival.close)
         self._arrivals.add(arrival)
         try:
             async with AsyncExitStack() as stack:
-                with anyio.fail_after(_DIAL):
-                    connection = await stack.enter_async_context(prefiller.client.connection())
-                self._number = (self._number + 1) & 0xFFFFFFFF
-                keys = [links[-LINK:] for links in chunks]
-                asked = Take(ticket, self._options.wait * _PATIENT, later, keys)
-                question = wire.message(wire.Kind.TAKE, self._number, asked.pack())
-                await connection.send(question)
-                await arrival.receive(connection, self._number, self._options.wait)
-            prefiller.came()
+                connection = await who.connect(stack)
+                number = self._next()
+                keys = [links[-LINK:] for links in wanted.chunks]
+                patience = self._options.wait * _PATIENT
+                asked = Take(wanted.ticket, patience, wanted.later, keys, source.askers)
+                await connection.send(wire.message(wire.Kind.TAKE, number, asked.pack()))
+                await arrival.receive(connection, number, self._options.wait)
+            who.came()
         except NoRoom as error:
-            log.info("a hand-off from %s ends early: %s", prefiller.name, error)
+            log.info("a hand-off from %s ends early: %s", who.name, error)
         except (OSError, TimeoutError, TierDown) as error:
-            prefiller.failed(error)
+            who.failed(error)
         except Exception:
-            log.exception("a hand-off from %s failed", prefiller.name)
+            log.exception("a hand-off from %s failed", who.name)
         finally:
-            prefiller.busy -= 1
-            self.landed += arrival.came
+            who.busy -= 1
             self._arrivals.discard(arrival)
             self._nbytes += arrival.nbytes
-            arrival.close()
-        return arrival.came
+            if until is None:
+                self._memory.order_for_eviction(arrival.kept)
+                arrival.close()
+        return arrival.kept

@@ -32,6 +32,10 @@ class Promise:
 
     until: float
     keys: set[bytes] = field(default_factory=set)
+    taken: int = 0
+    """Workers that have all of it."""
+    settled: bool = False
+    """What is not there by now will not come."""
 
 
 @dataclass(slots=True)
@@ -145,6 +149,28 @@ class Promises:
         _release(released)
         self._wake()
 
+    def settle(self, ticket: bytes) -> None:
+        """What it names is stored, or was lost: nobody need wait any more."""
+        with self._lock:
+            if (promise := self._tickets.get(ticket)) is not None:
+                promise.settled = True
+        self._wake()
+
+    def is_settled(self, ticket: bytes) -> bool:
+        promise = self._tickets.get(ticket)
+        return promise is not None and promise.settled
+
+    def taken(self, ticket: bytes, askers: int) -> None:
+        """One of so many workers that ask for it has all that there is: the last one releases
+        it."""
+        with self._lock:
+            promise = self._tickets.get(ticket)
+            if promise is not None:
+                promise.taken += 1
+            last = askers <= (1 if promise is None else promise.taken)
+        if last:
+            self.release(ticket)
+
     def clear(self) -> None:
         """End all tickets."""
         released: list[Lease] = []
@@ -228,7 +254,7 @@ class Promises:
         """What is not there may come yet. `later`: so may the ticket."""
         with self._lock:
             promise = self._tickets.get(ticket)
-            return later if promise is None else key in promise.keys
+            return later if promise is None else key in promise.keys and not promise.settled
 
     @contextmanager
     def watcher(self) -> Iterator[Watcher]:

@@ -1,4 +1,4 @@
-"""The answer to a TAKE: objects that were promised, as they come."""
+"""The answers to TAKE and RANKS: objects that were promised, as they come, and who has which."""
 
 from __future__ import annotations
 
@@ -11,10 +11,26 @@ from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Connection
+from tierloom.stages.tiers.server.protocol import Kind
+from tierloom.stages.tiers.server.ranks import pack_ranks
 from tierloom.stages.tiers.server.taking import PieceHead, Take
 
+GIVES = (Kind.TAKE, Kind.RANKS)
+"""What `give` answers."""
 _LOOK = 0.25
 """Seconds between two looks whether the client still waits."""
+
+
+async def give(
+    message: wire.Message, connection: Connection, store: OwnTiers, space: bytes, limit: RateLimit
+) -> None:
+    """Answer a client whose namespace is `space`. Raises BadMessage, TierDown, OSError."""
+    if message.kind is Kind.RANKS:
+        told = pack_ranks(store.ranks)
+        await connection.send(wire.message(Kind.RANKED, message.number, told))
+    else:
+        take = Take.unpack(message.body)
+        await Giving(connection, message.number, store, space, limit).answer(take)
 
 
 class Giving:
@@ -44,6 +60,9 @@ class Giving:
 
     async def _answer(self, take: Take) -> None:
         left, whole = dict(enumerate(take.keys)), True
+        if not self._store.is_own(self._space):  # names alone do not say whose share it is
+            await self._refuse(left, Lost.ABSENT)
+            return
         until = time.monotonic() + take.wait
         with self._promises.watcher() as watcher:
             while left:
@@ -67,20 +86,20 @@ class Giving:
                     return
                 else:
                     await watcher.wait(min(_LOOK, until - time.monotonic()))
-        if whole:
-            self._promises.release(take.ticket)
+        if whole or self._promises.is_settled(take.ticket):
+            self._promises.taken(take.ticket, take.askers)
 
     async def _give(self, take: Take, index: int, key: bytes) -> int | None:
         """Send an object, or what is there of it; its code, or None where more is to come."""
         if index in self._begun:
-            return await self._give_frames(index)
+            return await self._give_frames(take, index, key)
         with self._store.reservation() as reservation:
             obj = await self._store.read(self._space, reservation, key, room=True)
             if obj is Lost.ABSENT and (other := self._promises.kept_as(key)):
                 obj = await self._store.read(self._space, reservation, other, room=True)
             if obj is Lost.ABSENT and (begun := self._promises.arriving(key)) is not None:
                 self._begun[index] = begun, 0
-                return await self._give_frames(index)
+                return await self._give_frames(take, index, key)
             if obj is Lost.ABSENT and self._promises.expects(take.ticket, key, later=take.later):
                 return None
             if not isinstance(obj, Lost) and not await self._limit.wait(obj.header.nbytes):
@@ -91,10 +110,14 @@ class Giving:
             await self._send(index, obj, 0, obj.header.nbytes)
             return wire.DONE
 
-    async def _give_frames(self, index: int) -> int | None:
+    async def _give_frames(self, take: Take, index: int, key: bytes) -> int | None:
         """Send what has come of an object since the last time; the header when it is sealed."""
         begun, sent = self._begun[index]
+        coming = self._promises.expects(take.ticket, key, later=take.later)
         code = await self._give_further(index, begun, sent)
+        if code is None and not coming:  # its store was given up
+            code = Lost.ABSENT
+            await self._say(PieceHead(index, code))
         if code is not None:
             del self._begun[index]
             begun.object.lease.release()

@@ -22,6 +22,7 @@ from tierloom.stages.memory.arena import Arena, Lease
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierStat
 from tierloom.stages.tiers.memory.lent import Lent
+from tierloom.stages.tiers.server.ranks import RankShare
 
 _COLD = 2
 """Objects that are read from disks at once."""
@@ -51,6 +52,8 @@ class OwnTiers:
         self._most = max(arena.total - arena.working, arena.working) // 4
         self.promises: Promises | None = None
         """What of it others are to fetch."""
+        self.ranks: list[RankShare] = []
+        """Who of this engine's workers serves what; changed in place."""
         self.lock = threading.Lock()
         self.held = self.promised = self.given = 0
         """Bytes that clients hold; of these in memory for requests; objects given so far."""
@@ -120,6 +123,10 @@ class OwnTiers:
     def stat(self, space: bytes) -> TierStat:
         stats = [t.stat() for t in self._tiers] if space == self._namespace else []
         return TierStat(*(sum(s[i] for s in stats) for i in range(3)))
+
+    def is_own(self, space: bytes) -> bool:
+        """A namespace is that of what is kept here."""
+        return space == self._namespace
 
     @property
     def lent_bytes(self) -> int:

@@ -20,6 +20,7 @@ from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.prefix import Span
 from tierloom.stages.kv.text import Run, Text
+from tierloom.stages.tiers.server.ranks import RankShare
 
 Blocks = tuple[BlockTable, ...]
 """For each KV group, the blocks that hold a span."""
@@ -119,7 +120,11 @@ class Plan(KVConnectorMetadata):
     abandoned: list[str] = field(default_factory=list)
     """Requests that were canceled while they were loaded."""
     orders: list[Order] = field(default_factory=list)
+    ranks: tuple[RankShare, ...] = ()
+    """What each worker gives other engines to read, once it is known; empty: nothing new."""
     promised: list[Promised] = field(default_factory=list)
+    settled: list[bytes] = field(default_factory=list)
+    """Tickets of which nothing more will be stored."""
     released: list[bytes] = field(default_factory=list)
     """Tickets whose chunks nobody will fetch."""
     fetches: list[Fetch] = field(default_factory=list)
@@ -157,19 +162,24 @@ class WorkerInfo(NamedTuple):
     """Text is kept with its token ids, and found anywhere."""
     exactly: str = "blending is off"
     """Why no prompt is blended; empty: some may be."""
-    serves: str = ""
-    """Where other engines read what this worker keeps; empty: nowhere."""
+    serves: tuple[RankShare, ...] = ()
+    """What this worker gives other engines to read, and where; of all workers, in order; empty:
+    one of them gives nothing."""
 
     @staticmethod
     def of_all(infos: dict[int, WorkerInfo]) -> WorkerInfo:
         """What all workers have in common; `off` if they differ."""
         first = infos[0]
         for other in infos.values():
-            own = other._replace(token_bytes=0, serves="")
-            if own != first._replace(token_bytes=0, serves=""):
+            own = other._replace(token_bytes=0, serves=())
+            if own != first._replace(token_bytes=0, serves=()):
                 off = f"the workers disagree about what is kept: {first}, {other}"
                 return first._replace(off=off)
-        return first._replace(token_bytes=max(h.token_bytes for h in infos.values()))
+        serves = [share for _, info in sorted(infos.items()) for share in info.serves]
+        return first._replace(
+            token_bytes=max(h.token_bytes for h in infos.values()),
+            serves=tuple(serves) if all(h.serves for h in infos.values()) else (),
+        )
 
 
 class CacheEvent(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
@@ -25,12 +25,31 @@ from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
 from tierloom.pipeline.handoff.handoff import ticket_of
+from tierloom.stages.kv.object import LINK
 
 log = logging.getLogger("tierloom.vllm")
 
 _LONGEST = 600.0
 """Seconds after which workers that have not said how a hand-off ended will not say it."""
 _ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class _PromisedRequest(NamedTuple):
+    """What others may fetch of a request."""
+
+    ticket: str
+    """By its name."""
+    tokens: int
+    keys: list[bytes]
+
+
+class _Waiting(NamedTuple):
+    """A request for which KV is fetched."""
+
+    workers: set[int]
+    """That have yet to say that all has come which will."""
+    until: float
+    """When that is believed no more."""
 
 
 class HandoffSide(SchedulerSide):
@@ -44,18 +63,22 @@ class HandoffSide(SchedulerSide):
         self._engine, self._tp = (
             str(transfer.engine_id), vllm_config.parallel_config.tensor_parallel_size,
         )  # fmt: skip
-        alone = vllm_config.parallel_config.world_size == 1 and len(self._groups) == 1
-        if not alone:
-            log.warning("nothing is handed over: that wants one worker, and one kind of attention")
-        self._gives = alone and spec.serve is not None and self.saves is not None
+        one = len(self._groups) == 1
+        if not one:
+            log.warning("nothing is handed over: that wants one kind of attention in all layers")
+        self._gives = one and spec.serve is not None and self.saves is not None
         handoff = spec.handoff
-        self._lands = alone and handoff is not None and handoff.wait > 0 and self._loads
+        self._lands = one and handoff is not None and handoff.wait > 0 and self._loads
+        self._workers = range(vllm_config.parallel_config.world_size)
+        self._told_ranks = len(self._workers) == 1
         self._given: dict[str, GivenAway] = {}
-        self._promised: dict[str, tuple[str, int]] = {}
-        """Requests whose chunks are promised: the ticket's name, and how many tokens."""
+        self._promised: dict[str, _PromisedRequest] = {}
+        """Requests whose chunks are promised, until they end."""
+        self._ended: dict[bytes, list[bytes]] = {}
+        """Tickets of requests that have, and keys that may still be being saved."""
         self._landed: dict[str, Elsewhere] = {}
-        self._waiting: dict[str, float] = {}
-        """Requests for which the workers fetch now, and until when that is believed."""
+        self._waiting: dict[str, _Waiting] = {}
+        """Requests for which the workers fetch now."""
         self._arrived: set[str] = set()
         """Requests for which they have."""
         self._plan = Plan()
@@ -93,16 +116,26 @@ class HandoffSide(SchedulerSide):
         for name in list(self._given):
             self._promise(name)
         plan = super().build_connector_meta(output)
+        for ticket, keys in list(self._ended.items()):
+            if self.saves is None or not self.saves.under_way(keys):
+                del self._ended[ticket]
+                plan.settled.append(ticket)
         mine, self._plan = self._plan, Plan()
         plan.promised, plan.released = mine.promised, mine.released
+        if self._gives and not self._told_ranks and self.reports.cache is not None:
+            plan.ranks, self._told_ranks = self.info.serves, True
         plan.fetches, plan.unwanted = mine.fetches, mine.unwanted
         return plan
 
     def update_connector_output(self, reports: WorkerReports | None) -> None:
         super().update_connector_output(reports)
-        for report in reports.by_worker.values() if reports else ():
+        for worker, report in reports.by_worker.items() if reports else ():
             for name in report.landed:
-                if self._waiting.pop(name, None) is not None:
+                if (waiting := self._waiting.get(name)) is None:
+                    continue
+                waiting.workers.discard(worker)
+                if not waiting.workers:
+                    del self._waiting[name]
                     self._arrived.add(name)
 
     def request_finished_all_groups(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
@@ -118,15 +151,22 @@ class HandoffSide(SchedulerSide):
         """A request has ended: what its answer says of its KV. None: nothing is kept for others."""
         name = request.request_id
         self._given.pop(name, None)
-        ticket, tokens = self._promised.pop(name, ("", 0))
-        if not ticket:
+        promised = self._promised.pop(name, None)
+        if promised is None:
             return None
+        ticket, tokens, keys = promised
         told = None
         if request.status in _ANSWERED:
-            told = answer(self._engine, ticket, self.info.serves, tokens, self._tp)
+            at = self.info.serves[0].address
+            told = answer(self._engine, ticket, at, tokens, self._tp)
         if told is None:
             self._plan.released.append(ticket_of(ticket))
+        else:
+            self._ended[ticket_of(ticket)] = keys
         return told
+
+    def has_pending_push_work(self) -> bool:
+        return bool(self._ended) or super().has_pending_push_work()
 
     def _promise(self, name: str) -> None:
         """Promise what will be saved of a request, as soon as it can be named."""
@@ -141,13 +181,14 @@ class HandoffSide(SchedulerSide):
             log.warning("request %s is not handed over: nothing is served", name)
             return
         ticket, chunks = given.name or outside_name(name), self._chunks(p)
-        self._promised[name] = ticket, min(p.request.num_prompt_tokens, p.most)
+        tokens, keys = min(p.request.num_prompt_tokens, p.most), [c[-LINK:] for c in chunks]
+        self._promised[name] = _PromisedRequest(ticket, tokens, keys)
         self._plan.promised.append(Promised(ticket_of(ticket), chunks))
 
     def _waits(self, name: str) -> bool:
         """The workers have yet to say that all has come."""
-        until = self._waiting.get(name, 0.0)
-        return until > 0 and not self.off and time.monotonic() < until
+        waiting = self._waiting.get(name)
+        return waiting is not None and not self.off and time.monotonic() < waiting.until
 
     def _fetch(self, request: Any) -> bool:
         """Have the workers fetch what another engine has computed, or computes; False: nothing is
@@ -161,7 +202,7 @@ class HandoffSide(SchedulerSide):
         landed, chunks = self._landed.pop(name), self._chunks(p)
         if not chunks:
             return False
-        self._waiting[name] = time.monotonic() + _LONGEST
+        self._waiting[name] = _Waiting(set(self._workers), time.monotonic() + _LONGEST)
         self._plan.fetches.append(Fetch(name, chunks, landed))
         return True
 

@@ -8,7 +8,7 @@ saves wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
@@ -126,6 +126,10 @@ class Saves:
         """The cache was reset: nothing that was planned before may be stored either."""
         self.epoch = epoch
         self.discard_pending()
+
+    def under_way(self, keys: Iterable[bytes]) -> bool:
+        """One of these is being saved, by whichever request."""
+        return not self._promised.keys().isdisjoint(keys)
 
     def is_pending(self, request: str) -> bool:
         """A save of this request has not been sent out yet."""

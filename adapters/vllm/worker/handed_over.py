@@ -24,8 +24,9 @@ class HandoffWorker(WorkerSide):
     def register_kv_caches(self, caches: Mapping[str, Any]) -> None:
         super().register_kv_caches(caches)
         if self.pipelines and self._report.info is not None:
-            at = self.pipelines[0].pipeline.serves_at
-            self._report.info = self._report.info._replace(serves=at)
+            handoff = self.pipelines[0].pipeline.handoff
+            serves = tuple(handoff.ranks) if handoff is not None else ()
+            self._report.info = self._report.info._replace(serves=serves)
 
     def get_transfer_results(self, plan: Plan) -> Any:
         if plan.idle and self._fetching:
@@ -54,8 +55,12 @@ class HandoffWorker(WorkerSide):
         handoff = self.pipelines[0].pipeline.handoff if fresh and self.pipelines else None
         if handoff is None:
             return
+        if plan.ranks:
+            handoff.ranks[:] = plan.ranks
         for promised in plan.promised:
             handoff.promise(*promised)
+        for ticket in plan.settled:
+            handoff.settle(ticket)
         for ticket in plan.released:
             handoff.release(ticket)
         for fetch in plan.fetches:

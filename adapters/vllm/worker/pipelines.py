@@ -16,6 +16,7 @@ from tierloom.adapters.engine.pipeline_parts import (
     keeps_content,
     lookup_node,
     own_paths,
+    own_ports,
 )
 from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.model_identity.config import rope_text
@@ -202,6 +203,8 @@ def _overrides(
     spec = conf.pipeline(overrides | ours)
     folder = "-".join(p for p in (rank.folder, f"g{group.number}" if groups > 1 else "") if p)
     ours |= own_paths(spec, folder)
+    workers = rank.dp * rank.tp_size * rank.pp_size + rank.index
+    ours |= own_ports(spec, workers * groups + group.number)
     for name, tier in spec.tiers.items():
         if tier.cls.local and groups > 1 and hasattr(tier.options, "capacity"):
             ours[f"tiers.{name}.capacity"] = tier.options.capacity // groups

@@ -15,7 +15,7 @@ from tierloom.stages.tiers.server import protocol as wire
 
 LATER = 1
 """Flag of TAKE: the ticket may be opened after it was asked for."""
-_TAKE = struct.Struct("<32sIB3x")
+_TAKE = struct.Struct("<32sIBB2x")
 _PIECE = struct.Struct("<IB3xQQQ")
 _CODES = frozenset([wire.DONE, *Lost])
 MOST_WAIT = 30.0
@@ -32,19 +32,23 @@ class Take(NamedTuple):
     later: bool
     """The ticket may be opened after this question."""
     keys: Sequence[bytes]
+    askers: int = 1
+    """Workers that ask this one for the same ticket: it ends with the last of them."""
 
     def pack(self) -> bytes:
         flags = LATER if self.later else 0
-        return _TAKE.pack(self.ticket, round(self.wait * 1000), flags) + b"".join(self.keys)
+        head = _TAKE.pack(self.ticket, round(self.wait * 1000), flags, min(self.askers, 255))
+        return head + b"".join(self.keys)
 
     @classmethod
     def unpack(cls, body: bytes) -> Take:
         """Raises BadMessage."""
         if len(body) < _TAKE.size:
             raise wire.BadMessage(f"a TAKE of {len(body)} bytes")
-        ticket, wait, flags = _TAKE.unpack_from(body)
+        ticket, wait, flags, askers = _TAKE.unpack_from(body)
         keys = wire.keys_of(body[_TAKE.size :])
-        return cls(ticket, min(wait / 1000, MOST_WAIT), bool(flags & LATER), keys)
+        later = bool(flags & LATER)
+        return cls(ticket, min(wait / 1000, MOST_WAIT), later, keys, askers or 1)
 
 
 class PieceHead(NamedTuple):

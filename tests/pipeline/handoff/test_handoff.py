@@ -84,6 +84,32 @@ def test_a_ticket_that_never_comes_is_waited_for_for_a_time(opened: Open) -> Non
     assert land(d, p) == 3
 
 
+@pytest.mark.parametrize("by", ["request", "layer"])
+def test_nobody_waits_for_what_will_not_come(opened: Open, by: str) -> None:
+    """A store that was lost, half of whose frames may have gone out: the prefiller says so when
+    all that it promised is stored or lost."""
+    engine = Engine()
+    at = engine.slots(192)
+    p = opened(prefiller(graphs__store__pace={"by": by}), engine)
+    d = opened(decoder(handoff={"wait": "60 s"}), engine)
+    promise(p)
+    p.store(IDS[:128], engine.caches, at[:128]).wait()
+    landing = begin_land(d, p)
+    until(lambda: d.stats()["tiers"]["hot"]["objects"] == 2)
+    ticket = p.begin_store(IDS, engine.caches, at)
+    ticket.layer_done(3)
+    if by == "layer":
+        before = d.stats()["handoff"]["bytes"]
+        until(lambda: d.stats()["handoff"]["bytes"] > before)
+    ticket.cancel()
+    assert not landing.done()
+    p.handoff.settle(TICKET)
+    assert landing.result(20) == 2
+    until(lambda: p.stats()["handoff"] == {"tickets": 0, "pinned": 0})
+    assert land(d, p) == 0  # nor does who asks again
+    settle(p), settle(d)
+
+
 def test_a_chunk_that_lies_in_a_longer_one_lands_with_it(opened: Open) -> None:
     engine = Engine()
     at = engine.slots(192)

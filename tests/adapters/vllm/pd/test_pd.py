@@ -134,6 +134,28 @@ def test_two_hundred_prompts(
 
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("theirs", "ours"), [(2, 2), (2, 1), (1, 2)])
+def test_engines_that_divide_the_model_otherwise(
+    engine: Engine, llama: Path, expect: Expect, tmp_path: Path, theirs: int, ours: int
+) -> None:
+    """Each worker of the decoder gets its share of the heads from whichever worker has them."""
+    many = {"tensor_parallel_size": theirs} if theirs > 1 else {}
+    with contextlib.closing(Engine(tmp_path, "prefiller")) as p:
+        p.use(llama, kv("prefiller", "kv_producer", tmp_path), **many)
+        patient = kv("decoder", "kv_both", tmp_path, **{"handoff.wait": "20 s"})
+        many = {"tensor_parallel_size": ours} if ours > 1 else {}
+        engine.use(llama, patient, block_size=64, **many)
+        told(p, prompt(64, seed=29))  # from now on each of its workers knows of all
+        for n in (33, 500, 1024, 2500):
+            tokens = prompt(n, seed=200 + n)
+            cached = (n - 1) // 32 * 32
+            expect(engine, tokens, kv=told(p, tokens), cached=cached if cached >= 64 else 0)
+        p.settle()
+        engine.settle()
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
 def test_a_prefiller_that_is_killed_at_any_moment(
     engine: Engine, llama: Path, reference: Reference, tmp_path: Path
 ) -> None:

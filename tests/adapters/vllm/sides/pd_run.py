@@ -13,6 +13,7 @@ import logging
 import random
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
@@ -24,6 +25,7 @@ ASKS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id"
         "remote_block_ids": None, "remote_host": None, "remote_port": None}  # fmt: skip
 PUSHED = ("do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_host",
           "remote_port", "tp_size")  # fmt: skip
+STAGES = [(V1,), (V1,), (V1, V1)]
 PREFILLER = {"serve.tiers": ["hot"], "serve.ticket": "30 s"}
 DECODER = {"handoff.peers": ["127.0.0.1"], "handoff.wait": "20 s"}
 
@@ -57,16 +59,20 @@ class Errors(logging.Handler):
 
 
 class Pair:
-    """A prefiller and a decoder of other block sizes, their caches small and reused at once."""
+    """A prefiller and a decoder of other block sizes, their caches small and reused at once; of one
+    pipeline stage or two."""
 
     def __init__(self, model: str, rng: random.Random) -> None:
         self.rng = rng
         load, save = rng.choice(["async", "layer"]), rng.choice(["step", "layer"])
+        same = {"order": "canonical", "layers": 4}
         block = rng.choice([16, 32, 64, 96])
-        one = Case(save=save, order="canonical", block=block, blocks=4 + 1300 // block)
-        block = rng.choice([16, 32, 64, 128])
-        two = Case(load=load, order="canonical", block=block, blocks=4 + 1300 // block,
-                   decode=False, prefix=rng.random() < 0.5)  # fmt: skip
+        one = Case(rng.choice(STAGES), save=save, block=block, blocks=4 + 1300 // block, **same)
+        block, stages = rng.choice([16, 32, 64, 128]), rng.choice(STAGES)
+        if len(stages) > 1:  # in which nothing goes layer by layer
+            load = "async"
+        two = Case(stages, load=load, block=block, blocks=4 + 1300 // block, decode=False,
+                   prefix=rng.random() < 0.5, **same)  # fmt: skip
         config = sim_run.config(model, "")
         self.p = sim.World(one, config, dict(PREFILLER))
         self.d = sim.World(two, sim_run.config(model, ""), dict(DECODER))
@@ -131,10 +137,11 @@ class Pair:
             world.scheduler.connector.scheduler.reports.cache.directory.clear()
 
     def figures(self, world: sim.World) -> dict[str, int]:
-        figures: dict[str, int] = (
-            world.stages[0].connector.worker.pipelines[0].pipeline.stats()["handoff"]
-        )
-        return figures
+        """Of all workers together."""
+        total: Counter[str] = Counter()
+        for stage in world.stages:
+            total.update(stage.connector.worker.pipelines[0].pipeline.stats()["handoff"])
+        return total
 
     def loaded(self) -> int:
         data = self.d.stages[0].connector.worker.transfer_log.stats.data
@@ -193,28 +200,11 @@ def play(pair: Pair, rounds: int) -> None:
             pair.d.until_idle()
 
 
-def several_workers(model: str) -> None:
-    """Nothing is handed over to an engine of two pipeline stages: all is computed, and right."""
-    config = sim_run.config(model, "")
-    world = sim.World(Case(runners=(V1, V1), order="canonical"), config, dict(DECODER))
-    kv = {"do_remote_prefill": True, "remote_request_id": "x", "remote_host": "127.0.0.1"}
-    prompt, states = [7] * 100, list[int]()
-    try:
-        world.add("one", prompt, 3, kv=kv | {"remote_port": 1})
-        world.until_idle()
-        Model.grow(states, prompt)
-        assert world.said["one"][0] == Model.following(states[-1])
-        assert not world.leaks(), world.leaks()
-    finally:
-        world.close()
-
-
 def main(model: str, rounds: str, seed: str = "0") -> None:
     logging.getLogger("tierloom.vllm").setLevel(logging.ERROR)
     logging.getLogger("tierloom").addHandler(errors := Errors())
     rng, began, wrong = random.Random(int(seed)), time.monotonic(), []
     total = dict.fromkeys(("rounds", "landed", "load_tokens", "requests", "read_late"), 0)
-    several_workers(model)
     left = int(rounds)
     while left > 0:
         count = min(left, 40)

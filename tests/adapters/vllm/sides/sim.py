@@ -78,9 +78,10 @@ class World:
             "tierloom.save_decode": case.decode, "chunk.tokens": case.chunk,
             "chunk.grain": case.grain, "chunk.group": 2, "order": case.order, **extra,
         }  # fmt: skip
-        names = [f"model.layers.{i}.attn" for i in range(LAYERS * stages)]
+        each = (case.layers or LAYERS * stages) // stages
+        names = [f"model.layers.{i}.attn" for i in range(each * stages)]
         drafts = [f"draft_model.layers.{i}.attn" for i in range(DRAFTS)]
-        mine = [names[i * LAYERS : (i + 1) * LAYERS] for i in range(stages)]
+        mine = [names[i * each : (i + 1) * each] for i in range(stages)]
         mine[-1] = mine[-1] + (drafts if case.drafter == "model" else [])
         spec = FullAttentionSpec(
             block_size=case.block, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32
@@ -104,6 +105,7 @@ class World:
         self.stages = []
         for i, (runner, layers) in enumerate(zip(case.runners, mine, strict=True)):
             place = Rank(0, 1, i, stages, 0, 1)
+            config.parallel_config.rank = i
             worker_side.vllm_rank = lambda _, place=place: place  # type: ignore[misc]
             self.stages.append(Stage(self, runner, layers, cache_config(layers)))
         self.scheduler = kind(

@@ -60,6 +60,8 @@ class Case:
 
     runners: tuple[Runner, ...] = (V1,)
     """Of each worker: a pipeline stage."""
+    layers: int = 0
+    """Of the whole model; 0: three of each worker."""
     ahead: bool = False
     """Asynchronous scheduling: a step is planned before the one before it has ended."""
     load: str = "async"
