@@ -210,12 +210,15 @@ class Worker:
             return
         from tierloom.pipeline.serve.engine_listener import EngineListener
         from tierloom.pipeline.serve.own_tiers import OwnTiers
+        from tierloom.stages.tiers.server.client import address_of
 
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal, self._lent)
-        store.promises = self.handoff.promises if self.handoff is not None else None
+        store.handoff = self.handoff
         self.serving = EngineListener(options, store, self._epoch, self._announced)
         self.serving.start()
+        if self.handoff is not None and self.serving.address:
+            self.handoff.serves_at = address_of(self.serving.address)
         if not self.serving.address:  # nobody can be told of it
             self._announced = None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -17,54 +16,23 @@ import anyio
 
 from tierloom.pipeline.config.spec import HandoffOptions
 from tierloom.pipeline.handoff.arriving_objects import Arrival, NoRoom
+from tierloom.pipeline.handoff.dialed_engines import DIAL, DialedEngine, DialedEngines
 from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.errors import TierDown
 from tierloom.stages.kv.object import LINK
 from tierloom.stages.memory.arena import Arena
-from tierloom.stages.options import masked
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
-from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.client import Client, Rejected, read_token
 from tierloom.stages.tiers.server.taking import Take
 
 log = logging.getLogger("tierloom.handoff")
 
-_DIAL = 1.0
-"""Seconds within which a prefiller lets us in."""
-_ASIDE, _LONGEST = 1.0, 30.0
-"""Seconds for which a prefiller that failed is not asked, the first time and at most."""
 _SHARE = 2
 """Hand-offs take one part in so many of what requests have of the arena."""
 _MANY = 64
-"""Prefillers that are remembered."""
+"""Hand-offs beyond which no ticket is given back before its time."""
 _PATIENT = 0.8
 """Of that time, what the prefiller may use: one that lives says in time that nothing comes."""
-
-
-class Prefiller:
-    """An engine that computes for this one, and is left alone while it fails."""
-
-    def __init__(self, client: Client, name: str) -> None:
-        self.client, self.name = client, name
-        self.busy = 0
-        """Hand-offs under way."""
-        self._strikes, self._retry = 0, 0.0
-
-    @property
-    def healthy(self) -> bool:
-        return time.monotonic() >= self._retry
-
-    def came(self) -> None:
-        self._strikes = 0
-
-    def failed(self, error: Exception) -> None:
-        """Leave it alone, twice as long as before."""
-        pause = min(_ASIDE * (1 << min(self._strikes, 10)), _LONGEST)
-        level = logging.WARNING if isinstance(error, Rejected) else logging.INFO
-        log.log(level, "%s is left alone for %.3g s: %s", self.name, pause, masked(repr(error)))
-        self._retry = time.monotonic() + pause
-        self._strikes += 1
 
 
 class HandoffReceiver:
@@ -72,17 +40,15 @@ class HandoffReceiver:
 
     def __init__(
         self, options: HandoffOptions, tiers: Sequence[CircuitBreaker], arena: Arena,
-        namespace: bytes, *, object_bytes: int, pool: Pool,
+        engines: DialedEngines, *, namespace: bytes, object_bytes: int, pool: Pool,
     ) -> None:  # fmt: skip
         """`tiers`: that have an index here, one of them memory. `object_bytes`: of the longest
-        object. Raises ConfigError."""
+        object."""
         self._options, self._tiers, self._arena = options, tiers, arena
         self._memory = next(tier for tier in tiers if tier.in_arena)
         self._namespace, self._object_bytes, self._pool = namespace, object_bytes, pool
-        self._guarded = bool(read_token(options.token_file))
-        self._prefillers: dict[tuple[str, int], Prefiller] = {}
-        self._refused: set[str] = set()
-        self._number = self._promised = 0
+        self._engines = engines
+        self._number = self._promised = self._landing = 0
         self._closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._arrivals: set[Arrival] = set()
@@ -99,16 +65,14 @@ class HandoffReceiver:
         self._closed = True
         self.give_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for prefiller in self._prefillers.values():
-            prefiller.client.close()
 
     def figures(self) -> dict[str, int]:
         """Objects that have landed, and bytes that have come; hand-offs under way, and such of
         which not all came."""
         nbytes = self._nbytes + sum(arrival.nbytes for arrival in list(self._arrivals))
-        busy = sum(p.busy for p in list(self._prefillers.values()))
         return {
-            "landed": self.landed, "bytes": nbytes, "landing": busy, "given_up": self.given_up,
+            "landed": self.landed, "bytes": nbytes, "landing": self._landing,
+            "given_up": self.given_up,
         }  # fmt: skip
 
     async def land(
@@ -117,7 +81,7 @@ class HandoffReceiver:
         """Fetch what of a prompt is not here; how many objects came. Never raises: what does not
         come is computed. `chunks`: grain links of each, from the head on. `later`: the prefiller
         may have yet to hear of the ticket."""
-        prefiller = self._prefiller(host, port)
+        prefiller = self._engines.engine(host, port)
         if prefiller is None or not self._options.wait:
             return 0
         lacking = [links for links in chunks if not self._is_here(links)]
@@ -148,53 +112,28 @@ class HandoffReceiver:
         self.given_up += came < len(lacking)
         return came
 
+    def here(self, chunks: Sequence[bytes]) -> int:
+        """How many chunks of a prompt are here. `chunks`: grain links of each."""
+        return sum(map(self._is_here, chunks))
+
     def _is_here(self, links: bytes) -> bool:
         """In an object that begins with these grains."""
         found = [f for tier in self._tiers if (f := tier.find(links)) is not None]
         return any(f.grains * LINK == len(links) for f in found)
 
-    def _release(self, prefiller: Prefiller, ticket: bytes) -> None:
+    def _release(self, prefiller: DialedEngine, ticket: bytes) -> None:
         """Let a prefiller know that nothing of a ticket is needed; nobody waits for that."""
         if len(self._tasks) < _MANY and not self._closed:
             task = asyncio.create_task(self._take(prefiller, ticket, [], later=False))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _prefiller(self, host: str, port: int) -> Prefiller | None:
-        """Whoever listens there, if it may be dialed, and does not fail."""
-        named = self._options.named
-        if named and not named & {(host, port), (host, 0)}:
-            self._refuse(f"{host}:{port} is not among handoff.peers")
-            return None
-        if not named and not self._guarded:
-            self._refuse("name handoff.peers, or a token that they prove to have")
-            return None
-        known = self._prefillers.get((host, port))
-        if known is None:
-            address = Address(host, port, tls=self._options.tls)
-            client = Client(address, self._namespace, lambda: None, share=False)
-            client.prepare(
-                self._options.token_file, self._options.ca_file, self._options.connections
-            )
-            known = self._prefillers[host, port] = Prefiller(client, f"{host}:{port}")
-            self._forget_some()
-        return known if known.healthy else None
-
-    def _refuse(self, why: str) -> None:
-        if why not in self._refused and len(self._refused) < _MANY:
-            self._refused.add(why)
-            log.warning("KV that is computed elsewhere is not fetched: %s", why)
-
-    def _forget_some(self) -> None:
-        for at, prefiller in list(self._prefillers.items())[:-1]:
-            if len(self._prefillers) > _MANY and not prefiller.busy:
-                self._prefillers.pop(at).client.close()
-
     async def _take(
-        self, prefiller: Prefiller, ticket: bytes, chunks: Sequence[bytes], *, later: bool
+        self, prefiller: DialedEngine, ticket: bytes, chunks: Sequence[bytes], *, later: bool
     ) -> int:
         """Ask for chunks and keep what comes; how many. A failure puts the prefiller aside."""
         prefiller.busy += 1
+        self._landing += 1
         arrival = Arrival(
             chunks, self._namespace, self._memory, self._arena, largest=self._object_bytes,
             pool=self._pool,
@@ -202,7 +141,7 @@ class HandoffReceiver:
         self._arrivals.add(arrival)
         try:
             async with AsyncExitStack() as stack:
-                with anyio.fail_after(_DIAL):
+                with anyio.fail_after(DIAL):
                     connection = await stack.enter_async_context(prefiller.client.connection())
                 self._number = (self._number + 1) & 0xFFFFFFFF
                 keys = [links[-LINK:] for links in chunks]
@@ -219,6 +158,7 @@ class HandoffReceiver:
             log.exception("a hand-off from %s failed", prefiller.name)
         finally:
             prefiller.busy -= 1
+            self._landing -= 1
             self.landed += arrival.came
             self._arrivals.discard(arrival)
             self._nbytes += arrival.nbytes

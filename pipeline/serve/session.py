@@ -20,7 +20,7 @@ import anyio
 import anyio.lowlevel
 
 from tierloom.pipeline.serve.cuts import AHEAD, given_part
-from tierloom.pipeline.serve.giving import Giving
+from tierloom.pipeline.serve.handing_over import hand_over
 from tierloom.pipeline.serve.object_store import MemoryReservation, ObjectStore
 from tierloom.pipeline.serve.own_tiers import OwnTiers
 from tierloom.pipeline.serve.terms import Lending, Terms
@@ -32,7 +32,6 @@ from tierloom.stages.tiers.contract.concurrently import map_concurrently
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Connection
 from tierloom.stages.tiers.server.protocol import ErrorCode, Kind
-from tierloom.stages.tiers.server.taking import Take
 
 if TYPE_CHECKING:
     from tierloom.pipeline.serve.landings import Landings
@@ -169,6 +168,7 @@ class Session:
             )
         flags = wire.MEMORY * self._shares + wire.LANDS * (sender is not None)
         flags += wire.DIRECTORY * (self._terms.host is not None)
+        flags += wire.OFFERS * self._store.takes_offers
         welcome = wire.Welcome(
             flags, wire.proof(token, b"server", *said),
             self._terms.window, self._store.largest,
@@ -206,9 +206,9 @@ class Session:
             await self._landings.answer(message)
         elif kind is Kind.SETTLE:
             await self._store.order_for_eviction(self._space, wire.keys_of(body))
-        elif kind is Kind.TAKE and isinstance(self._store, OwnTiers):
-            giving = Giving(self._connection, number, self._store, self._space, self._terms.limit)
-            await giving.answer(Take.unpack(body))
+        elif kind in (Kind.TAKE, Kind.OFFER) and isinstance(self._store, OwnTiers):
+            limit = self._terms.limit
+            await hand_over(self._connection, message, self._store, self._space, limit)
         elif kind is Kind.RETURN:
             self._take_back(wire.ids_of(body))
         elif kind is Kind.DROP:

@@ -14,17 +14,19 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from tierloom.adapters.vllm.exchange.handoff_params import (
+    NOWHERE,
     Elsewhere,
     GivenAway,
     answer,
+    first_token,
     outside_name,
     read_params,
 )
-from tierloom.adapters.vllm.exchange.messages import Fetch, Plan, Promised, WorkerReports
+from tierloom.adapters.vllm.exchange.messages import Answered, Fetch, Plan, Promised, WorkerReports
 from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
-from tierloom.pipeline.handoff.handoff import ticket_of
+from tierloom.pipeline.handoff.handoff import ToldDecoder, ticket_of
 
 log = logging.getLogger("tierloom.vllm")
 
@@ -50,6 +52,10 @@ class HandoffSide(SchedulerSide):
         self._gives = alone and spec.serve is not None and self.saves is not None
         handoff = spec.handoff
         self._lands = alone and handoff is not None and handoff.wait > 0 and self._loads
+        self._tells = handoff is not None and bool(handoff.proxy)
+        self._is_offered = self._lands and handoff is not None and handoff.offers
+        self._receivers: dict[str, ToldDecoder] = {}
+        """Requests whose proxy is to be told of their end, and what."""
         self._given: dict[str, GivenAway] = {}
         self._promised: dict[str, tuple[str, int]] = {}
         """Requests whose chunks are promised: the ticket's name, and how many tokens."""
@@ -69,8 +75,18 @@ class HandoffSide(SchedulerSide):
         except ValueError as error:
             log.warning("request %s is not handed over: %s", request.request_id, error)
             return
+        if given is not None and given.receiver is not None:
+            if not self._tells:
+                log.warning(
+                    "request %s is not handed over: its proxy names a decoder, and no "
+                    "handoff.proxy is to be told", request.request_id,
+                )  # fmt: skip
+                return
+            self._receivers[request.request_id] = given.receiver
         if given is not None and self._gives and not p.options.skip_save:
             self._given[request.request_id] = given
+        if landed is None and self._is_offered:
+            landed = NOWHERE
         if landed is not None and self._lands and not p.options.skip_load:
             self._landed[request.request_id] = landed
 
@@ -95,6 +111,7 @@ class HandoffSide(SchedulerSide):
         plan = super().build_connector_meta(output)
         mine, self._plan = self._plan, Plan()
         plan.promised, plan.released = mine.promised, mine.released
+        plan.answered = mine.answered
         plan.fetches, plan.unwanted = mine.fetches, mine.unwanted
         return plan
 
@@ -107,7 +124,8 @@ class HandoffSide(SchedulerSide):
 
     def request_finished_all_groups(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
         name = request.request_id
-        if (landed := self._landed.pop(name, None)) is not None:  # given up, or refused by vLLM
+        landed = self._landed.pop(name, NOWHERE)
+        if landed != NOWHERE:  # given up, or refused by vLLM
             self._plan.fetches.append(Fetch(name, [], landed))
         self._arrived.discard(name)
         if self._waiting.pop(name, None) is not None:
@@ -119,14 +137,17 @@ class HandoffSide(SchedulerSide):
         name = request.request_id
         self._given.pop(name, None)
         ticket, tokens = self._promised.pop(name, ("", 0))
-        if not ticket:
-            return None
-        told = None
-        if request.status in _ANSWERED:
+        receiver, told = self._receivers.pop(name, None), None
+        if request.status not in _ANSWERED:
+            receiver = None
+        elif receiver is not None:
+            digest = ticket_of(ticket) if ticket else b""
+            self._plan.answered.append(Answered(digest, receiver))
+        elif ticket:
             told = answer(self._engine, ticket, self.info.serves, tokens, self._tp)
-        if told is None:
+        if ticket and told is None and receiver is None:
             self._plan.released.append(ticket_of(ticket))
-        return told
+        return told or first_token(request)
 
     def _promise(self, name: str) -> None:
         """Promise what will be saved of a request, as soon as it can be named."""
@@ -142,7 +163,7 @@ class HandoffSide(SchedulerSide):
             return
         ticket, chunks = given.name or outside_name(name), self._chunks(p)
         self._promised[name] = ticket, min(p.request.num_prompt_tokens, p.most)
-        self._plan.promised.append(Promised(ticket_of(ticket), chunks))
+        self._plan.promised.append(Promised(ticket_of(ticket), chunks, given.receiver))
 
     def _waits(self, name: str) -> bool:
         """The workers have yet to say that all has come."""
@@ -159,11 +180,20 @@ class HandoffSide(SchedulerSide):
         if not self._has_chain(p):
             return self._may_wait(p)
         landed, chunks = self._landed.pop(name), self._chunks(p)
+        if landed == NOWHERE and self._knows(p):
+            self._arrived.add(name)
+            return False
         if not chunks:
             return False
         self._waiting[name] = time.monotonic() + _LONGEST
         self._plan.fetches.append(Fetch(name, chunks, landed))
         return True
+
+    def _knows(self, p: TrackedRequest) -> bool:
+        """All of a prompt is here, by what the workers have said so far."""
+        most = min(p.request.num_prompt_tokens, p.most) // self.info.unit * self.info.unit
+        plan = self._cache.directory.find(p.links(self.conf.settings.keys).links, most)
+        return bool(sum(part.tokens for part in plan) >= most)
 
     def _chunks(self, p: TrackedRequest) -> list[bytes]:
         """Grain links of each chunk of a prompt, as a prefiller saves it."""

@@ -8,6 +8,7 @@ Prints one line of JSON: what was run, and what was wrong.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import random
@@ -18,6 +19,7 @@ from typing import Any
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import sim
 import sim_run
+import zmq
 from sim_stage import V1, Case, Model
 
 ASKS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
@@ -26,6 +28,15 @@ PUSHED = ("do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_
           "remote_port", "tp_size")  # fmt: skip
 PREFILLER = {"serve.tiers": ["hot"], "serve.ticket": "30 s"}
 DECODER = {"handoff.peers": ["127.0.0.1"], "handoff.wait": "20 s"}
+OFFERED = {"serve.tiers": ["hot"], "handoff.offers": True}
+"""Of a decoder, where the prefiller opens."""
+BAD_SPECS = (
+    None, 7, [], {}, {"req_id": "1"}, {"req_id": 1}, {"receiver_init_port": []},
+    {"receiver_init_port": ["7"]}, {"receiver_init_port": [1 << 16]}, {"receiver_host": ""},
+    {"receiver_host": "192.0.2.1"}, {"receiver_host": "\ud800"}, {"req_id": "\ud800"},
+    {"receiver_init_port": 1}, {"receiver_init_port": [1] * 2000}, {"req_id": "z" * 70_000},
+)  # fmt: skip
+"""What LMCache's proxy would not say to a prefiller; mappings: these entries instead."""
 
 
 def bad_params(rng: random.Random, good: dict[str, Any]) -> Any:
@@ -68,8 +79,14 @@ class Pair:
         two = Case(load=load, order="canonical", block=block, blocks=4 + 1300 // block,
                    decode=False, prefix=rng.random() < 0.5)  # fmt: skip
         config = sim_run.config(model, "")
-        self.p = sim.World(one, config, dict(PREFILLER))
-        self.d = sim.World(two, sim_run.config(model, ""), dict(DECODER))
+        self.notes = zmq.Context.instance().socket(zmq.PULL)
+        at = f"127.0.0.1:{self.notes.bind_to_random_port('tcp://127.0.0.1')}"
+        telling = {"handoff.peers": ["127.0.0.1"], "handoff.proxy": at}
+        self.tells = rng.random() < 0.5
+        self.p = sim.World(one, config, PREFILLER | (telling if self.tells else {}))
+        self.d = sim.World(
+            two, sim_run.config(model, ""), DECODER | (OFFERED if self.tells else {})
+        )
         self.count = 0
 
     def prefill(self, prompt: list[int], kv: dict[str, Any] = ASKS) -> dict[str, Any]:
@@ -113,6 +130,30 @@ class Pair:
             assert time.monotonic() < end, "what landed was promised by another name"
             time.sleep(0.01)
 
+    def told(self, prompt: list[int]) -> None:
+        """The prefiller is told of the decoder, which goes on behind the first token."""
+        name, pipe = f"t{self.count}", self.d.stages[0].connector.worker.pipelines[0].pipeline
+        port = int(pipe.serves_at.rpartition(":")[2])
+        spec: Any = {"req_id": name, "receiver_host": "127.0.0.1", "receiver_init_port": [port]}
+        bad = self.rng.random() < 0.2
+        if bad:
+            change = self.rng.choice(BAD_SPECS)
+            spec = spec | change if isinstance(change, dict) and change else change
+        said = self.prefill(prompt, {"ret_first_tok": True, "disagg_spec": spec})
+        states: list[int] = []
+        Model.grow(states, prompt)
+        assert said == {"first_tok": Model.following(states[-1])}, said
+        self.p.until_idle()
+        before, most = self.loaded(), len(prompt) // 32 * 32
+        if not bad:
+            assert self.notes.poll(30_000), "the proxy waits"
+            assert name.encode() in self.notes.recv()
+        while bad and self.notes.poll(100):
+            self.notes.recv()
+        self.decode([*prompt, said["first_tok"]], None)
+        if not (bad or self.d.case.prefix):
+            assert self.loaded() - before == most * (most >= self.d.case.block), prompt
+
     def check(self, name: str, prompt: list[int], answer: int) -> None:
         states: list[int] = []
         Model.grow(states, prompt)
@@ -131,9 +172,10 @@ class Pair:
             world.scheduler.connector.scheduler.reports.cache.directory.clear()
 
     def figures(self, world: sim.World) -> dict[str, int]:
-        figures: dict[str, int] = (
-            world.stages[0].connector.worker.pipelines[0].pipeline.stats()["handoff"]
-        )
+        """Behind all that was posted to the pipeline's loop by now."""
+        pipe = world.stages[0].connector.worker.pipelines[0].pipeline
+        pipe._portal.call(asyncio.sleep, 0)
+        figures: dict[str, int] = pipe.stats()["handoff"]
         return figures
 
     def loaded(self) -> int:
@@ -141,6 +183,7 @@ class Pair:
         return int(data.get("load_tokens", 0))
 
     def close(self) -> None:
+        self.notes.close(0)
         for world in (self.d, self.p):  # in this order: each has put a patch over the last one's
             world.close()
 
@@ -155,6 +198,9 @@ def play(pair: Pair, rounds: int) -> None:
             prompt = (rng.choice(prompts)[: rng.randint(0, 500)] + prompt)[:1200]
         prompts.append(prompt)
         what = rng.random()
+        if pair.tells and rng.random() < 0.3:
+            pair.told(prompt)
+            continue
         if told and rng.random() < 0.3:
             before, most = pair.loaded(), (len(prompt) - 1) // 32 * 32
             pair.together(prompt, told[-1][1])
