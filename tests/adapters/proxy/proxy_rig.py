@@ -41,7 +41,8 @@ class Rig:
     def seen(self, role: str) -> list[dict[str, Any]]:
         """Bodies that the engines of a role got, and `headers`."""
         engines = self.prefillers if role == "prefill" else self.decoders
-        return [{**s["body"], "headers": s["headers"]} for e in engines for s in e.seen]
+        told = ("headers", "at")
+        return [s["body"] | {key: s[key] for key in told} for e in engines for s in e.seen]
 
     def swap(self, role: str, *ports: int) -> None:
         """Other engines in a role; the last has so much to do that it is asked last."""
@@ -80,13 +81,15 @@ def proxy() -> Iterator[tuple[ProxyParts, InThread]]:
 
 
 def renew(parts: ProxyParts, ports: list[int], **options: Any) -> None:
-    """As a proxy is that was just started over 2 prefillers and 2 decoders."""
+    """As a proxy is that was just started over 2 prefillers and 2 decoders, the latter with
+    LMCache's ports `receiver`."""
+    receiver = options.pop("receiver", None)
     parts.__dict__.update(ProxyParts(**{"probe": 0.2, "fleet": parts.fleet, **options}).__dict__)
     for seat in parts.fleet.seats[:]:
         parts.fleet.remove(seat)
     parts.fleet.bytes_per_token = 4.0
     for port, role in zip(ports, ("prefill", "prefill", "decode", "decode"), strict=True):
-        parts.fleet.add(f"http://127.0.0.1:{port}", role)
+        parts.fleet.add(f"http://127.0.0.1:{port}", role, receiver if role == "decode" else None)
 
 
 class RawServer:
