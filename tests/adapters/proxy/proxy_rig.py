@@ -41,8 +41,7 @@ class Rig:
     def seen(self, role: str) -> list[dict[str, Any]]:
         """Bodies that the engines of a role got, and `headers`."""
         engines = self.prefillers if role == "prefill" else self.decoders
-        told = ("headers", "at")
-        return [s["body"] | {key: s[key] for key in told} for e in engines for s in e.seen]
+        return [{**s["body"], "headers": s["headers"]} for e in engines for s in e.seen]
 
     def swap(self, role: str, *ports: int) -> None:
         """Other engines in a role; the last has so much to do that it is asked last."""
