@@ -146,7 +146,7 @@ def test_a_full_decoder_takes_what_fits(opened: Open, notes: Notes) -> None:
 
 @pytest.mark.parametrize("what", ["dead", "silent", "deaf", "old", "stranger", "no peer", "token"])
 def test_the_proxy_is_told_whatever_the_decoder_does(
-    opened: Open, notes: Notes, tmp_path: Path, what: str
+    opened: Open, notes: Notes, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine()
     secret = tmp_path / "token"
@@ -172,6 +172,9 @@ def test_the_proxy_is_told_whatever_the_decoder_does(
         liar.close()
     until(lambda: over(p))
     assert what == "dead" or not d.stats()["handoff"]["landed"]
+    assert ("takes no offers" in caplog.text) == (what == "old"), (
+        "it is not offered what it refuses"
+    )
 
 
 @pytest.mark.parametrize("lie", ["for ever", "count", "length", "kind", "number", "garbage"])
@@ -223,6 +226,7 @@ def test_one_that_does_not_come_to_its_end(opened: Open, notes: Notes, how: str)
         until(lambda: over(p))
     elif how == "reset":
         p.clear()
+        assert notes.next(0.3) is None
         p.handoff.end_offer(TICKET, receiver(d))
     else:
         p.close()
