@@ -1,9 +1,10 @@
 """A prefiller and a decoder without a model: vLLM's scheduler and the connector's sides,
 twice, and a real listener between them. Run by vLLM's Python.
 
-    .venv-vllm/bin/python tests/adapters/vllm/sides/pd_run.py MODEL ROUNDS [SEED]
+    .venv-vllm/bin/python tests/adapters/vllm/sides/pd_run.py MODEL ROUNDS [SEED [crowd]]
 
-Prints one line of JSON: what was run, and what was wrong.
+`crowd`: 32 prompts at once, at a decoder that has room for an eighth of them. Prints one line of
+JSON: what was run, and what was wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import sim_run
 import zmq
 from sim_stage import V1, Case, Model
 
+from tierloom.stages.kv.object import object_bytes
+
+CROWD = 32
 ASKS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
         "remote_block_ids": None, "remote_host": None, "remote_port": None}  # fmt: skip
 PUSHED = ("do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_host",
@@ -70,19 +74,19 @@ class Errors(logging.Handler):
 class Pair:
     """A prefiller and a decoder of other block sizes, their caches small and reused at once."""
 
-    def __init__(self, model: str, rng: random.Random) -> None:
-        self.rng = rng
+    def __init__(self, model: str, rng: random.Random, *, tells: bool) -> None:
+        """`tells`: LMCache's proxy is in use, too."""
+        self.rng, self.tells = rng, tells
         load, save = rng.choice(["async", "layer"]), rng.choice(["step", "layer"])
         block = rng.choice([16, 32, 64, 96])
         one = Case(save=save, order="canonical", block=block, blocks=4 + 1300 // block)
         block = rng.choice([16, 32, 64, 128])
         two = Case(load=load, order="canonical", block=block, blocks=4 + 1300 // block,
-                   decode=False, prefix=rng.random() < 0.5)  # fmt: skip
+                   decode=False, prefix=rng.random() < (0.3 if tells else 0.5))  # fmt: skip
         config = sim_run.config(model, "")
         self.notes = zmq.Context.instance().socket(zmq.PULL)
         at = f"127.0.0.1:{self.notes.bind_to_random_port('tcp://127.0.0.1')}"
         telling = {"handoff.peers": ["127.0.0.1"], "handoff.proxy": at}
-        self.tells = rng.random() < 0.5
         self.p = sim.World(one, config, PREFILLER | (telling if self.tells else {}))
         self.d = sim.World(
             two, sim_run.config(model, ""), DECODER | (OFFERED if self.tells else {})
@@ -239,6 +243,69 @@ def play(pair: Pair, rounds: int) -> None:
             pair.d.until_idle()
 
 
+class Crowd(Pair):
+    """A decoder whose landing area has room for an eighth of what is asked for at once."""
+
+    def __init__(self, model: str, rng: random.Random) -> None:
+        self.rng, self.count, self.most = rng, 0, 0.0
+        case = Case(save="layer", order="canonical", blocks=700, budget=2048, decode=False)
+        self.p = sim.World(case, sim_run.config(model, ""), dict(PREFILLER))
+        pipe = self.p.stages[0].connector.worker.pipelines[0].pipeline
+        need = CROWD * 8 * object_bytes(pipe.geometry, case.chunk, case.grain, 2)
+        assert need >= 4 << 20
+        small = {"budget.arena": need // 8 * 2}  # hand-offs have half of it
+        self.d = sim.World(case, sim_run.config(model, ""), DECODER | small)
+        self.notes = zmq.Context.instance().socket(zmq.PULL)
+
+    def round(self) -> None:
+        """All answered, none of them wrong, and nothing held for any."""
+        prompts = [[self.rng.randrange(sim.VOCAB) for _ in range(512)] for _ in range(CROWD)]
+        names = [f"c{self.count}-{i}" for i in range(CROWD)]
+        self.count += 1
+        together = self.rng.random() < 0.5
+        (kv,) = [self.prefill([1] * 64)] if together else [ASKS]
+        told = [kv | {"transfer_id": name, "remote_request_id": name} for name in names]
+        if together:
+            for name, prompt, params in zip(names, prompts, told, strict=True):
+                self.d.add(name, prompt, 2, kv=params)
+            self.d.step()
+        for name, prompt in zip(names, prompts, strict=True):
+            self.p.add(f"p{name}", prompt, 1, kv=ASKS | ({"transfer_id": name} if together else {}))
+        began = time.monotonic()
+        if together:
+            while self.d.scheduler.has_requests():
+                self.p.step()
+                self.d.step()
+                assert time.monotonic() - began < 60, "still busy"
+        self.p.until_idle()
+        if not together:
+            began = time.monotonic()
+            for name, prompt in zip(names, prompts, strict=True):
+                self.d.add(name, prompt, 2, kv=self.p.told.pop(f"p{name}"))
+            self.d.until_idle(60)
+        self.most = max(self.most, time.monotonic() - began)
+        for name, prompt in zip(names, prompts, strict=True):
+            self.check(name, prompt, 2)
+        assert self.figures(self.d)["landing"] == 0
+        self.forget()
+        for world in (self.p, self.d):
+            assert not world.leaks(), world.leaks()
+
+
+def crowd(model: str, rounds: int, rng: random.Random) -> dict[str, Any]:
+    made, done = Crowd(model, rng), 0
+    try:
+        for done in range(1, rounds + 1):  # noqa: B007 (said of a round that fails)
+            made.round()
+        said = made.figures(made.d)
+        return {"rounds": done, "longest": round(made.most, 2), "wrong": [], **said}
+    except Exception as error:
+        logging.exception("a crowd failed")
+        return {"rounds": done, "wrong": [f"{type(error).__name__}: {error}"[:600]]}
+    finally:
+        made.close()
+
+
 def several_workers(model: str) -> None:
     """Nothing is handed over to an engine of two pipeline stages: all is computed, and right."""
     config = sim_run.config(model, "")
@@ -255,16 +322,21 @@ def several_workers(model: str) -> None:
         world.close()
 
 
-def main(model: str, rounds: str, seed: str = "0") -> None:
+def main(model: str, rounds: str, seed: str = "0", what: str = "") -> None:
     logging.getLogger("tierloom.vllm").setLevel(logging.ERROR)
     logging.getLogger("tierloom").addHandler(errors := Errors())
     rng, began, wrong = random.Random(int(seed)), time.monotonic(), []
     total = dict.fromkeys(("rounds", "landed", "load_tokens", "requests", "read_late"), 0)
+    if what == "crowd":
+        said = crowd(model, int(rounds), rng)
+        said["wrong"] += errors.said[:5]
+        print("\nRESULT " + json.dumps(said | {"seconds": round(time.monotonic() - began, 1)}))
+        return
     several_workers(model)
     left = int(rounds)
     while left > 0:
         count = min(left, 40)
-        pair = Pair(model, random.Random(rng.randrange(1 << 30)))
+        pair = Pair(model, random.Random(rng.randrange(1 << 30)), tells=left // 40 % 2 == 0)
         try:
             play(pair, count)
             leaks = pair.p.leaks() + pair.d.leaks()
