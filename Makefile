@@ -120,7 +120,7 @@ test-vllm: $(READY) $(VLLM_READY)
 test-pd: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/adapters/vllm/pd tests/pipeline/handoff tests/adapters/demo/test_demo_pd.py \
 	  -m "campaign or not campaign"
-	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py -k hand_off -m "campaign or not campaign"
+	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py -k "hand_off or at_once or killed" -m "campaign or not campaign"
 
 test-sglang: $(READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest tests/adapters/sglang -m "campaign or not campaign"

@@ -32,7 +32,7 @@ STUBS = ROOT / "tests" / "adapters" / "proxy"
 sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != ROOT]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(STUBS)]
 
-from third_party import VERSION, third_party_proxies  # noqa: E402
+from third_party import VLLM, third_party_proxies  # noqa: E402
 from yardstick import cpu_of, machine  # noqa: E402
 
 TEXT = "lorem ipsum " * 340
@@ -211,7 +211,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = str(ROOT / "src")
     os.environ.pop("OPENAI_API_KEY", None)
     figures: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0]}
-    figures["toy"] = f"vLLM {VERSION}"
+    figures["toy"] = f"vLLM {VLLM.version}"
     figures["at_50_a_second"] = overhead(args.python, args.seconds, args.rounds)
     rounds = [{k: cpu(k, args.python) for k in ("toy", "auto")} for _ in range(args.rounds)]
     for key in ("request_ms", "token_us"):

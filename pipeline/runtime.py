@@ -213,12 +213,11 @@ class Worker:
 
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal, self._lent)
+        store.handoff = self.handoff
         self.serving = EngineListener(options, store, self._epoch, self._announced)
-        if self.handoff is not None:
-            store.promises, store.ranks = self.handoff.promises, self.handoff.ranks
         self.serving.start()
         if self.handoff is not None and self.serving.address:
-            self.handoff.serves_at(self.serving.address)
+            self.handoff.listens_at(self.serving.address)
         if not self.serving.address:  # nobody can be told of it
             self._announced = None
 

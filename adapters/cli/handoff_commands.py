@@ -36,6 +36,23 @@ def proxy(
     prefill_wait: Annotated[
         str, typer.Option(metavar="TIME", help="After it the decoder computes.")
     ] = "2 min",
+    lmcache: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Engines hand over as LMCache does; they tell the proxy here (pd_proxy_host).",
+        ),
+    ] = "",
+    receiver: Annotated[
+        Urls,
+        typer.Option(
+            metavar="INIT/ALLOC",
+            help="With --lmcache: pd_peer_init_port/pd_peer_alloc_port of each decoder, or of all.",
+        ),
+    ] = None,
+    lmcache_wait: Annotated[
+        str, typer.Option(metavar="TIME", help="After it the decoder computes what has not come.")
+    ] = "5 s",
     probe: Annotated[
         str,
         typer.Option(metavar="TIME", help="How often engines with requests are asked for life."),
@@ -59,9 +76,13 @@ def proxy(
         prefill_wait=_seconds(prefill_wait, "--prefill-wait"),
         probe=_seconds(probe, "--probe"),
     )
+    if lmcache:
+        from tierloom.adapters.proxy.lmcache_side import LmcacheSide
+
+        parts.lmcache = LmcacheSide(lmcache, _seconds(lmcache_wait, "--lmcache-wait"))
     run_proxy(
         parts, prefill or [], decode or [], host=host, port=port, token_file=token_file,
-        drain=_seconds(drain, "--drain"), say=typer.echo,
+        drain=_seconds(drain, "--drain"), say=typer.echo, receivers=receiver or [],
     )  # fmt: skip
 
 

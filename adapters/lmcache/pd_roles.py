@@ -1,9 +1,9 @@
 """LMCache's prefill/decode hand-off: what its sender and its receiver are here.
 
-LMCache's sender writes into the receiver, which has reserved room and listens. Here the decoder
-asks the prefiller, which listens: addresses of the receiver and of the proxy are needed by nobody,
-and the prefiller's, which no LMCache file has, come from the variables that the presets `prefiller`
-and `decoder` read.
+LMCache's sender writes into the receiver, which has reserved room and listens, and tells the proxy.
+Here the sender tells the receiver, at the same port, that there is something; the receiver asks the
+sender for it, and the proxy is told. Whom either may dial no LMCache file says: that comes from
+variables.
 """
 
 from __future__ import annotations
@@ -75,11 +75,16 @@ def _prefiller(
     at = "127.0.0.1:0" if near else "0.0.0.0:0"
     served = [id for id in ("hot", "warm") if id in tiers]
     head.setdefault("serve", {"listen": f"${{TIERLOOM_LISTEN:-{at}}}", "tiers": served})
-    if given.says("pd_proxy_host") or given.says("pd_proxy_port"):
-        notes.append(
-            "nothing is sent to pd_proxy_host: run `tierloom proxy` there, or a proxy written for "
-            "NIXL's connector (docs/handoff.md)"
-        )
+    if given.says("pd_proxy_port"):
+        proxy = f"{given.get('pd_proxy_host', 'localhost')}:{given.get('pd_proxy_port', [0])[0]}"
+        peers = [f"${{TIERLOOM_DECODERS:-{'127.0.0.1, localhost' if near else ''}}}"]
+        head["handoff"] = {"peers": peers, "proxy": proxy}
+        notes.append("LMCache's proxy can be kept as it is (docs/handoff.md)")
+        if not near:
+            notes.append(
+                "set TIERLOOM_DECODERS to the decoders' hosts, as the proxy names them: no other "
+                "is dialed, unless it proves to have the token"
+            )
     if not near:
         notes.append("set TIERLOOM_TOKEN to one secret on all hosts: others are let in by it")
 
@@ -88,9 +93,13 @@ def _decoder(given: Given, head: dict[str, Any], notes: list[str]) -> None:
     near = given.get("pd_peer_host", "localhost") in LOCAL
     hosts = "127.0.0.1" if near else ""
     head["handoff"] = {"peers": [f"${{TIERLOOM_PREFILLERS:-{hosts}}}"]}
-    if named := [n for n in ("host", "init_port", "alloc_port") if given.says(f"pd_peer_{n}")]:
-        listed = ", ".join(f"pd_peer_{name}" for name in named)
-        notes.append(f"a decoder asks and is not dialed: {listed} are not used")
+    if given.says("pd_peer_init_port"):
+        host = "127.0.0.1" if near else given.get("pd_peer_host", "localhost")
+        listen = f"{host}:{given.get('pd_peer_init_port', [0])[0]}"
+        head.setdefault("serve", {"listen": listen, "tiers": ["hot"]})
+        head["handoff"]["offers"] = True
+    if given.says("pd_peer_alloc_port"):
+        notes.append("room is taken by who asks: pd_peer_alloc_port is not used")
     if not near:
         notes.append(
             "set TIERLOOM_PREFILLERS to the prefillers' hosts, or TIERLOOM_TOKEN to one secret on "

@@ -19,6 +19,7 @@ _TEXT = ("tools", "instructions", "prompt", "messages", "input")
 """Where text is, in the order in which templates place it."""
 _ALONE = ("prompt_embeds", "use_beam_search", "prompt_logprobs")
 """With these the engine that answers must compute the prompt itself."""
+_NAMES = ("transfer_id", "disagg_spec", "ret_first_tok")
 _NOTHING = {f"remote_{x}": None for x in ("engine_id", "block_ids", "host", "port")}
 
 
@@ -89,17 +90,14 @@ class ClientBody(NamedTuple):
         prompt = self.said.get("prompt")
         return len(prompt) if isinstance(prompt, list) else None
 
-    def to_prefill(self, path: str, transfer_id: str | None) -> bytes:
-        """What a prefiller is asked: the same prompt, and one token of an answer. `transfer_id`:
-        what the decoder, which is asked at the same time, calls it."""
+    def to_prefill(self, path: str, params: Mapping[str, Any]) -> bytes:
+        """What a prefiller is asked: the same prompt, and one token of an answer. `params`: what
+        it is told of the decoder."""
         said = {k: v for k, v in self.said.items() if k not in ("stream_options", "min_tokens")}
         limits = [name for name in LIMITS[path] if name in said] or ["max_tokens"]
-        params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False, **_NOTHING}
-        if transfer_id is not None:
-            params["transfer_id"] = transfer_id
         said |= dict.fromkeys(limits, 1) | {"stream": False}
         said |= {name: 1 for name in ("n", "best_of") if said.get(name)}
-        said["kv_transfer_params"] = self._params | params
+        said["kv_transfer_params"] = {**self._params, **params}
         return json.dumps(said).encode()
 
     def to_decode(self, params: Mapping[str, Any] | None) -> bytes:
@@ -117,6 +115,13 @@ class ClientBody(NamedTuple):
         """The client's own, such as tags."""
         params = self.said.get("kv_transfer_params")
         return params if isinstance(params, dict) else {}
+
+
+def given_away(transfer_id: str | None = None) -> dict[str, Any]:
+    """What a prefiller is told where it keeps what it computes until a decoder asks.
+    `transfer_id`: what the decoder, which is asked at the same time, calls it."""
+    named = {"transfer_id": transfer_id} if transfer_id is not None else {}
+    return {"do_remote_decode": True, "do_remote_prefill": False, **_NOTHING, **named}
 
 
 def addressed(host: Mapping[str, Any], transfer_id: str) -> dict[str, Any]:
@@ -137,4 +142,4 @@ def prefiller_host(params: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _of_handoff(key: str) -> bool:
     """A client may not name engines to one another."""
-    return key.startswith(("do_remote_", "remote_")) or key == "transfer_id"
+    return key.startswith(("do_remote_", "remote_")) or key in _NAMES

@@ -8,9 +8,9 @@ from tierloom.adapters.proxy.fleet import EngineSeat, Fleet
 
 _BOUNDS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 _HELP = {
-    "requests_total": "Requests, by path, way (after, together, alone, passed) and status.",
+    "requests_total": "Requests, by path, way (after, together, told, alone, passed) and status.",
     "retries_total": "Requests that went to another engine, by role of the one that failed.",
-    "handoffs_total": "Prefills, by what a prefiller made of them (params, none, refused, failed).",
+    "handoffs_total": "Prefills, by what came of them (params, none, refused, failed), late notes.",
     "broken_streams_total": "Answers that an engine left in their middle.",
     "gone_total": "Requests whose client left before their end.",
     "prefill_seconds": "From a request to its prefiller's answer.",

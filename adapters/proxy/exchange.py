@@ -2,6 +2,7 @@
 
     after       the prefiller first; what it answers goes to the decoder
     together    both at once, where it is known how decoders reach the prefiller
+    told        the prefiller first, which is told of the decoder; LMCache's engines
     alone       a short prompt, one that the decoder has, one that must be computed whole, or no
                 prefiller: the decoder computes
     passed      another path: one decoder is asked
@@ -19,8 +20,16 @@ import time
 import uuid
 from typing import Any
 
-from tierloom.adapters.proxy.bodies import LIMITS, ClientBody, Refusal, addressed, prefiller_host
+from tierloom.adapters.proxy.bodies import (
+    LIMITS,
+    ClientBody,
+    Refusal,
+    addressed,
+    given_away,
+    prefiller_host,
+)
 from tierloom.adapters.proxy.fleet import EngineSeat, blocks_of
+from tierloom.adapters.proxy.lmcache_side import is_handed
 from tierloom.adapters.proxy.parts import ProxyParts
 from tierloom.adapters.proxy.relay import HOP, Relay, Send
 from tierloom.adapters.proxy.upstream import EngineAnswer, EngineFailed, EngineLate, Headers
@@ -68,8 +77,11 @@ class Exchange:
                 told = None
                 if self.way == "together" and prefiller is not None:
                     told, beside = self._prefill_beside(prefiller, body)
+                elif self.way == "told" and seat is not None:
+                    await self._told(seat, prefiller, body)
                 elif self.way == "after":
-                    told = await self._prefilled(prefiller, body)
+                    raw = body.to_prefill(self._path, given_away())
+                    told = await self._prefilled(prefiller, raw)
                     seat = self._fleet.decoder(self._blocks, self._tokens, ())  # by now another
                 raw = body.to_decode(told)
             else:
@@ -93,6 +105,8 @@ class Exchange:
         short = seat is not None and self._fresh(seat) < self._parts.local_under
         if body.computed_whole or short or seat is None or prefiller is None:
             self.way = "alone"
+        elif self._parts.lmcache is not None:
+            self.way = "told" if seat.ports is not None else "alone"
         else:
             known = prefiller.host is not None and self._parts.way != "after"
             self.way = "together" if known else "after"
@@ -113,9 +127,24 @@ class Exchange:
         known = seat is not None and seat in self._fleet.seats
         return seat if known else self._fleet.decoder(self._blocks, 0, ())
 
-    async def _prefilled(self, seat: EngineSeat | None, body: ClientBody) -> dict[str, Any] | None:
-        """What a prefiller hands over; None: the decoder computes."""
-        raw = body.to_prefill(self._path, None)
+    async def _told(self, seat: EngineSeat, prefiller: EngineSeat | None, body: ClientBody) -> None:
+        """Have a prefiller bring the prompt's KV to a decoder; what does not come is computed."""
+        side, ports = self._parts.lmcache, seat.ports
+        assert side is not None
+        assert ports is not None
+        self._hold(seat)
+        with side.expected(seat.upstream.host, ports) as prompt:
+            raw = body.to_prefill(self._path, prompt.params)
+            handed = is_handed(await self._prefilled(prefiller, raw))
+            if handed and not await prompt.wait(side.wait):
+                self._count("handoffs_total", outcome="late")
+                log.warning(
+                    "proxy: request %s: no note came from its prefiller in %g s",
+                    self.relay.name, side.wait,
+                )  # fmt: skip
+
+    async def _prefilled(self, seat: EngineSeat | None, raw: bytes) -> dict[str, Any] | None:
+        """What a prefiller hands over; None: the decoder computes. `raw`: what it is asked."""
         tried: list[EngineSeat] = []
         while seat is not None:
             tried.append(seat)
@@ -136,7 +165,7 @@ class Exchange:
     ) -> tuple[dict[str, Any], asyncio.Task[Any]]:
         """Begins a prefill; what the decoder is told of it."""
         transfer_id = f"{self.relay.name[:64]}-{uuid.uuid4().hex}"
-        raw = body.to_prefill(self._path, transfer_id)
+        raw = body.to_prefill(self._path, given_away(transfer_id))
 
         async def prefill() -> None:
             try:
@@ -203,7 +232,8 @@ class Exchange:
         late = False
         while seat is not None:
             tried.append(seat)
-            self._hold(seat)
+            if seat not in self._held:
+                self._hold(seat)
             other = None
             if len(tried) < _TRIES:
                 other = self._fleet.decoder(self._blocks, self._tokens, tried)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import anyio
 import xxhash
 
+from tierloom.adapters.proxy.lmcache_side import ReceiverPorts
 from tierloom.adapters.proxy.upstream import EngineFailed, EngineLate, Upstream
 from tierloom.stages.errors import ConfigError
 
@@ -35,9 +36,9 @@ _LOST = 15
 class EngineSeat:
     """One engine, as the proxy knows it."""
 
-    def __init__(self, url: str, role: Role) -> None:
-        """Raises ConfigError."""
-        self.upstream, self.role = Upstream(url), role
+    def __init__(self, url: str, role: Role, ports: ReceiverPorts | None = None) -> None:
+        """`ports`: where LMCache's prefillers reach it. Raises ConfigError."""
+        self.upstream, self.role, self.ports = Upstream(url), role, ports
         self.draining = False
         self.running = 0
         """Requests that it works on, or whose decoder may still ask it."""
@@ -152,15 +153,15 @@ class Fleet:
         self.seats: list[EngineSeat] = []
         self.bytes_per_token = 4.0
 
-    def add(self, url: str, role: Role) -> EngineSeat:
+    def add(self, url: str, role: Role, ports: ReceiverPorts | None = None) -> EngineSeat:
         """Raises ConfigError, also for one that is there and is not draining."""
-        seat = EngineSeat(url, role)
+        seat = EngineSeat(url, role, ports)
         if (old := self._find(seat.url, role)) is None:
             self.seats.append(seat)
             return seat
         if not old.draining:
             raise ConfigError(f"engine {url}: is there already, to {role}")
-        old.draining = False
+        old.draining, old.ports = False, ports
         return old
 
     def known(self, url: str, role: Role) -> EngineSeat:

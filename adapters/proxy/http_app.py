@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -18,6 +18,7 @@ from starlette.routing import Route
 from tierloom.adapters.proxy.bodies import LIMITS, MOST_BYTES, ClientBody, Refusal
 from tierloom.adapters.proxy.exchange import Exchange
 from tierloom.adapters.proxy.fleet import EngineSeat
+from tierloom.adapters.proxy.lmcache_side import ReceiverPorts
 from tierloom.adapters.proxy.parts import ProxyParts
 from tierloom.adapters.proxy.relay import Send
 from tierloom.adapters.proxy.upstream import EngineFailed
@@ -144,8 +145,13 @@ class ProxyRoutes:
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Engines are probed from start to end."""
         watch = asyncio.create_task(self.parts.fleet.watch(self.parts.probe))
+        side = self.parts.lmcache
+        notes = asyncio.create_task(side.listen()) if side is not None else None
         yield
         watch.cancel()
+        if side is not None and notes is not None:
+            notes.cancel()
+            side.close()
         for seat in self.parts.fleet.seats:
             seat.upstream.close(for_good=True)
 
@@ -159,10 +165,10 @@ class ProxyRoutes:
             if kind != "application/json":  # no page that a browser shows can send it unasked
                 raise Refusal(415, "/v1/proxy/engines: send Content-Type: application/json")
             said = ClientBody.parsed(await request.body(), "/v1/proxy/engines").said
-            self._order(said.get("action", "add"), said.get("url"), said.get("role"))
+            self._order(said.get("action", "add"), said.get("url"), said.get("role"), said)
         return JSONResponse({"engines": [_shown(seat) for seat in self.parts.fleet.seats]})
 
-    def _order(self, action: Any, url: Any, role: Any) -> None:
+    def _order(self, action: Any, url: Any, role: Any, said: Mapping[str, Any]) -> None:
         """Raises Refusal."""
         fleet = self.parts.fleet
         if action not in ("add", "drain", "remove") or role not in ("prefill", "decode"):
@@ -172,7 +178,8 @@ class ProxyRoutes:
             )  # fmt: skip
         try:
             if action == "add":
-                seat = fleet.add(str(url), role)
+                ports = ReceiverPorts.parsed(str(said["receiver"])) if "receiver" in said else None
+                seat = fleet.add(str(url), role, ports)
             else:
                 seat = fleet.known(str(url), role)
                 (fleet.drain if action == "drain" else fleet.remove)(seat)

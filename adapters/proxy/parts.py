@@ -7,6 +7,7 @@ from typing import Literal
 
 from tierloom.adapters.proxy.counters import ProxyCounters
 from tierloom.adapters.proxy.fleet import EngineSeat, Fleet
+from tierloom.adapters.proxy.lmcache_side import LmcacheSide
 
 Way = Literal["auto", "after", "together"]
 
@@ -20,6 +21,8 @@ class ProxyParts:
     way: Way = "auto"
     local_under: int = 512
     """Tokens to compute below which a decoder does it."""
+    lmcache: LmcacheSide | None = None
+    """Engines hand over as LMCache's do; None: as NIXL's connector has it."""
     body_wait: float = 30.0
     """How long the next byte of a body may take."""
     prefill_wait: float = 120.0

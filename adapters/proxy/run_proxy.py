@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tierloom.adapters.door.http_socket import http_socket, is_loopback
+from tierloom.adapters.proxy.lmcache_side import ReceiverPorts
 from tierloom.adapters.proxy.parts import ProxyParts
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.tiers.net.credentials import secret_in_file
@@ -21,9 +22,10 @@ TOKEN_VARIABLE = "TIERLOOM_PROXY_TOKEN"
 
 def run_proxy(
     parts: ProxyParts, prefill: Sequence[str], decode: Sequence[str], *, host: str, port: int,
-    token_file: str, drain: float, say: Callable[[str], None],
+    token_file: str, drain: float, say: Callable[[str], None], receivers: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Serve until SIGTERM or SIGINT; then `drain` seconds are left to what is under way. Raises
+    """Serve until SIGTERM or SIGINT; then `drain` seconds are left to what is under way.
+    `receivers`: ports of each decoder, or of all, where engines are LMCache's. Raises
     ConfigError."""
     if missing := [name for name in ("starlette", "uvicorn") if not importlib.util.find_spec(name)]:
         raise ConfigError(f"proxy: {missing[0]} is not installed: pip install 'tierloom[http]'")
@@ -40,8 +42,14 @@ def run_proxy(
         )
     for url in prefill:
         parts.fleet.add(url, "prefill")
-    for url in decode:
-        parts.fleet.add(url, "decode")
+    ports = [ReceiverPorts.parsed(text) for text in receivers]
+    if (parts.lmcache is not None) != bool(ports) or len(ports) not in (0, 1, len(decode)):
+        raise ConfigError(
+            "proxy: --lmcache HOST:PORT and --receiver INIT/ALLOC go together: name --receiver "
+            "once, or as often as --decode"
+        )
+    for i, url in enumerate(decode):
+        parts.fleet.add(url, "decode", ports[i % len(ports)] if ports else None)
     if not decode and not parts.token and not prefill:
         raise ConfigError("proxy: no engine: pass --decode http://HOST:PORT, and --prefill")
     listener = http_socket(host, port, f"--host {host} --port {port}")

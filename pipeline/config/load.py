@@ -173,6 +173,11 @@ def _check_served(
     if options is not None and options.handoff is not None and not in_arena:
         hint = "add a tier that uses memory"
         found.add(_place(tree, "handoff"), "handoff", "no tier keeps objects in memory", hint)
+    if options is not None and options.handoff is not None and options.serve is None:
+        for name in ("offers", "proxy"):
+            if getattr(options.handoff, name):
+                hint = "decoders and prefillers dial each other: say where this one listens"
+                found.add(_place(tree, "handoff"), f"handoff.{name}", "needs `serve`", hint)
     if options is None or options.serve is None:
         return
     place, path = _place(tree, "serve"), "serve.tiers"

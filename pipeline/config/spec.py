@@ -262,10 +262,18 @@ class HandoffOptions:
     """How long a request waits after the last bytes that came; 0: it is computed at once."""
     connections: int = 32
     """Most requests for which one engine is asked at once."""
+    offers: bool = False
+    """Engines that compute may say when there is something to fetch: for LMCache's proxy, which
+    tells this engine of nothing. Needs `serve`: that is where they say it."""
+    proxy: str = ""
+    """`HOST:PORT` at which LMCache's proxy waits to hear that a prompt has come to its decoder, for
+    engines that compute; the decoders that they may dial are `peers`. Needs pyzmq."""
 
     def __post_init__(self) -> None:
         if self.connections < 1 or self.wait < 0:
             raise ValueError("connections must be at least 1, wait not negative")
+        if self.proxy:
+            Address.parse(f"tcp://{self.proxy}", "tcp")
         _ = self.named
 
     @property

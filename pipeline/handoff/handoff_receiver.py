@@ -17,8 +17,8 @@ import anyio
 
 from tierloom.pipeline.config.spec import HandoffOptions
 from tierloom.pipeline.handoff.arriving_objects import Arrival, Keep, NoRoom
+from tierloom.pipeline.handoff.dialed_engines import DialedEngine, DialedEngines
 from tierloom.pipeline.handoff.joined_objects import Joining
-from tierloom.pipeline.handoff.prefillers import MANY, Prefiller, Prefillers
 from tierloom.pipeline.handoff.shares import OwnShare, ShareHolder
 from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.contract.stage import ChunkOptions
@@ -34,6 +34,8 @@ log = logging.getLogger("tierloom.handoff")
 
 _SHARE = 2
 """Hand-offs take one part in so many of what requests have of the arena."""
+_MANY = 64
+"""Hand-offs beyond which no ticket is given back before its time."""
 _PATIENT = 0.8
 """Of the time to wait, what a prefiller may use: one that lives says in time that nothing comes."""
 
@@ -51,14 +53,14 @@ class HandoffReceiver:
 
     def __init__(
         self, options: HandoffOptions, tiers: Sequence[CircuitBreaker], arena: Arena,
-        own: OwnShare, chunk: ChunkOptions, *, pool: Pool,
+        engines: DialedEngines, own: OwnShare, chunk: ChunkOptions, *, pool: Pool,
     ) -> None:  # fmt: skip
-        """`tiers`: that have an index here, one of them memory. Raises ConfigError."""
+        """`tiers`: that have an index here, one of them memory."""
         self._options, self._tiers, self._arena = options, tiers, arena
         self._memory = next(tier for tier in tiers if tier.in_arena)
         self._own, self._chunk, self._pool = own, chunk, pool
-        self._prefillers = Prefillers(options)
-        self._number = self._promised = 0
+        self._engines = engines
+        self._number = self._promised = self._landing = 0
         self._closed = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._arrivals: set[Arrival] = set()
@@ -75,14 +77,13 @@ class HandoffReceiver:
         self._closed = True
         self.give_up()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._prefillers.close()
 
     def figures(self) -> dict[str, int]:
         """Objects that have landed, and bytes that have come; hand-offs under way, and such of
         which not all came."""
         nbytes = self._nbytes + sum(arrival.nbytes for arrival in list(self._arrivals))
         return {
-            "landed": self.landed, "bytes": nbytes, "landing": self._prefillers.busy,
+            "landed": self.landed, "bytes": nbytes, "landing": self._landing,
             "given_up": self.given_up,
         }  # fmt: skip
 
@@ -92,7 +93,7 @@ class HandoffReceiver:
         """Fetch what of a prompt is not here; how many objects came. Never raises: what does not
         come is computed. `chunks`: grain links of each, from the head on. `later`: the prefiller
         may have yet to hear of the ticket."""
-        prefiller = self._prefillers.find(host, port, self._own.space)
+        prefiller = self._engines.engine(host, port)
         if prefiller is None or not self._options.wait:
             return 0
         task = asyncio.current_task()
@@ -111,7 +112,7 @@ class HandoffReceiver:
         finally:
             self._tasks.discard(task)
 
-    async def _sources(self, prefiller: Prefiller) -> list[tuple[ShareHolder, Prefiller]]:
+    async def _sources(self, prefiller: DialedEngine) -> list[tuple[ShareHolder, DialedEngine]]:
         """The workers that have what this one wants, of an engine of which one is known; empty:
         there are none, or one of them fails."""
         try:
@@ -121,10 +122,10 @@ class HandoffReceiver:
             return []
         if ranks is None:
             return [(ShareHolder(self._own.at(""), self._own.geometry, 1), prefiller)]
-        found: list[tuple[ShareHolder, Prefiller]] = []
+        found: list[tuple[ShareHolder, DialedEngine]] = []
         for source in self._own.sources(ranks):
             at = prefiller.at(source.rank, ranks)
-            who = at and self._prefillers.find(*at, source.rank.space, beside=prefiller)
+            who = at and self._engines.engine(*at, source.rank.space, beside=prefiller)
             if not who:
                 return []
             found.append((source, who))
@@ -132,7 +133,7 @@ class HandoffReceiver:
             prefiller.ask_anew()
         return found
 
-    async def _fetch(self, sources: list[tuple[ShareHolder, Prefiller]], wanted: _Asked) -> int:
+    async def _fetch(self, sources: list[tuple[ShareHolder, DialedEngine]], wanted: _Asked) -> int:
         """Take room, and fetch what there is room for; how many objects came."""
         joined = sources[0][0].rank.space != self._own.space
         size = self._object_bytes(self._own.geometry)
@@ -158,11 +159,11 @@ class HandoffReceiver:
             self._promised -= count * size
             arena.promises.unreserve(count * size)
 
-    async def _join(self, sources: list[tuple[ShareHolder, Prefiller]], wanted: _Asked) -> int:
+    async def _join(self, sources: list[tuple[ShareHolder, DialedEngine]], wanted: _Asked) -> int:
         """Fetch from several workers, or more than is wanted, and put it together."""
         joining = Joining(
             self._own, self._chunk.group, [source for source, _ in sources], self._memory,
-            self._arena, self._pool, refuse=self._prefillers.refuse,
+            self._arena, self._pool, refuse=self._engines.refuse,
         )  # fmt: skip
         async with AsyncExitStack() as held, anyio.create_task_group() as tasks:
             held.callback(joining.close)
@@ -173,6 +174,10 @@ class HandoffReceiver:
 
     async def _put(self, chunk: int, obj: Object) -> Lost | None:
         return (await self._memory.put([obj]))[0]
+
+    def here(self, chunks: Sequence[bytes]) -> int:
+        """How many chunks of a prompt are here. `chunks`: grain links of each."""
+        return sum(map(self._is_here, chunks))
 
     def _is_here(self, links: bytes) -> bool:
         """In an object that begins with these grains."""
@@ -188,22 +193,23 @@ class HandoffReceiver:
         self._number = (self._number + 1) & 0xFFFFFFFF
         return self._number
 
-    def _release(self, sources: Sequence[tuple[ShareHolder, Prefiller]], ticket: bytes) -> None:
+    def _release(self, sources: Sequence[tuple[ShareHolder, DialedEngine]], ticket: bytes) -> None:
         """Let prefillers know that nothing of a ticket is needed; nobody waits for that."""
         for source, who in sources:
-            if len(self._tasks) < MANY and not self._closed:
+            if len(self._tasks) < _MANY and not self._closed:
                 nothing = _Asked(ticket, [], later=False)
                 task = asyncio.create_task(self._take(source, who, nothing, self._put))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
     async def _take(
-        self, source: ShareHolder, who: Prefiller, wanted: _Asked, keep: Keep,
+        self, source: ShareHolder, who: DialedEngine, wanted: _Asked, keep: Keep,
         until: AsyncExitStack | None = None,
     ) -> list[bytes]:  # fmt: skip
         """Ask a worker for chunks and `keep` what comes; the keys of that. A failure puts the
         worker aside. `until`: what came is held until that ends."""
         who.busy += 1
+        self._landing += 1
         arrival = Arrival(
             wanted.chunks, source.rank.space, keep, self._arena,
             largest=self._object_bytes(source.geometry), pool=self._pool,
@@ -229,6 +235,7 @@ class HandoffReceiver:
             log.exception("a hand-off from %s failed", who.name)
         finally:
             who.busy -= 1
+            self._landing -= 1
             self._arrivals.discard(arrival)
             self._nbytes += arrival.nbytes
             if until is None:

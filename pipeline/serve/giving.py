@@ -1,4 +1,4 @@
-"""The answers to TAKE and RANKS: objects that were promised, as they come, and who has which."""
+"""The answer to a TAKE: objects that were promised, as they come."""
 
 from __future__ import annotations
 
@@ -11,26 +11,10 @@ from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.tiers.server import protocol as wire
 from tierloom.stages.tiers.server.connection import Connection
-from tierloom.stages.tiers.server.protocol import Kind
-from tierloom.stages.tiers.server.ranks import pack_ranks
 from tierloom.stages.tiers.server.taking import PieceHead, Take
 
-GIVES = (Kind.TAKE, Kind.RANKS)
-"""What `give` answers."""
 _LOOK = 0.25
 """Seconds between two looks whether the client still waits."""
-
-
-async def give(
-    message: wire.Message, connection: Connection, store: OwnTiers, space: bytes, limit: RateLimit
-) -> None:
-    """Answer a client whose namespace is `space`. Raises BadMessage, TierDown, OSError."""
-    if message.kind is Kind.RANKS:
-        told = pack_ranks(store.ranks)
-        await connection.send(wire.message(Kind.RANKED, message.number, told))
-    else:
-        take = Take.unpack(message.body)
-        await Giving(connection, message.number, store, space, limit).answer(take)
 
 
 class Giving:
@@ -60,7 +44,7 @@ class Giving:
 
     async def _answer(self, take: Take) -> None:
         left, whole = dict(enumerate(take.keys)), True
-        if not self._store.is_own(self._space):  # names alone do not say whose share it is
+        if self._space != self._store.namespace:  # names alone do not say whose share it is
             await self._refuse(left, Lost.ABSENT)
             return
         until = time.monotonic() + take.wait

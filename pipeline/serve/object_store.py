@@ -114,7 +114,7 @@ class MemoryReservation:
 class ObjectStore:
     """Everything runs on the loop that opened it."""
 
-    writable = True
+    writable, takes_offers = True, False
 
     def __init__(self, spec: PipelineSpec, *, shared: bool = False) -> None:
         """`shared`: the arena can be mapped by other processes."""

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 import anyio
 import anyio.lowlevel
 
+from tierloom.pipeline.handoff.handoff import Handoff
 from tierloom.pipeline.handoff.promises import Promises
 from tierloom.pipeline.run.loop_thread import Portal, awaited
 from tierloom.pipeline.serve.object_store import MemoryReservation
@@ -47,23 +48,35 @@ class OwnTiers:
         self._tiers = [*tiers, lent] if lent is not None else tiers
         self._lent = lent.tier if lent is not None and isinstance(lent.tier, Lent) else None
         self.writable = self._lent is not None
-        self._namespace, self._portal = namespace, portal
+        self.namespace, self._portal = namespace, portal
         self.arena, self.largest = arena, arena.total
         self._most = max(arena.total - arena.working, arena.working) // 4
-        self.promises: Promises | None = None
-        """What of it others are to fetch."""
-        self.ranks: list[RankShare] = []
-        """Who of this engine's workers serves what; changed in place."""
+        self.handoff: Handoff | None = None
+        """What of it others are to fetch, and what is fetched from others."""
         self.lock = threading.Lock()
         self.held = self.promised = self.given = 0
         """Bytes that clients hold; of these in memory for requests; objects given so far."""
         self._cold = anyio.Semaphore(_COLD)
 
+    @property
+    def promises(self) -> Promises | None:
+        return self.handoff.promises if self.handoff is not None else None
+
+    @property
+    def takes_offers(self) -> bool:
+        """Others may say what this one is to fetch from them."""
+        return self.handoff is not None and self.handoff.takes_offers
+
+    @property
+    def ranks(self) -> list[RankShare]:
+        """Who of this engine's workers serves what."""
+        return self.handoff.ranks if self.handoff is not None else []
+
     def reservation(self) -> MemoryReservation:
         return HeldForClient(self)
 
     async def exists(self, space: bytes, keys: Sequence[bytes]) -> list[bool]:
-        found = [space == self._namespace] * len(keys)
+        found = [space == self.namespace] * len(keys)
         for i, key in enumerate(keys):
             found[i] = found[i] and any(self._nbytes(tier, key) for tier in self._tiers)
             if i % _SLICE == _SLICE - 1:
@@ -81,7 +94,7 @@ class OwnTiers:
     ) -> Object | Lost:
         """The whole object, whose lease the reservation releases."""
         lost = Lost.ABSENT
-        for tier in self._tiers if space == self._namespace else ():
+        for tier in self._tiers if space == self.namespace else ():
             nbytes = self._nbytes(tier, key)
             if not nbytes or not tier.available:
                 continue
@@ -104,7 +117,7 @@ class OwnTiers:
 
     async def put(self, space: bytes, obj: Object) -> Lost | None:
         """Keep what another engine has no room for, until there is none here."""
-        if self._lent is None or space != self._namespace:
+        if self._lent is None or space != self.namespace:
             return Lost.NO_ROOM
         return (await self._lent.put([obj]))[0]
 
@@ -113,7 +126,7 @@ class OwnTiers:
 
     async def delete(self, space: bytes, keys: Iterable[bytes]) -> int:
         """Of what others have put, and nothing else."""
-        if self._lent is None or space != self._namespace:
+        if self._lent is None or space != self.namespace:
             return 0
         return await self._lent.delete(list(keys))
 
@@ -121,12 +134,8 @@ class OwnTiers:
         return 0
 
     def stat(self, space: bytes) -> TierStat:
-        stats = [t.stat() for t in self._tiers] if space == self._namespace else []
+        stats = [t.stat() for t in self._tiers] if space == self.namespace else []
         return TierStat(*(sum(s[i] for s in stats) for i in range(3)))
-
-    def is_own(self, space: bytes) -> bool:
-        """A namespace is that of what is kept here."""
-        return space == self._namespace
 
     @property
     def lent_bytes(self) -> int:

@@ -20,7 +20,7 @@ import anyio
 import anyio.lowlevel
 
 from tierloom.pipeline.serve.cuts import AHEAD, given_part
-from tierloom.pipeline.serve.giving import GIVES, give
+from tierloom.pipeline.serve.handing_over import hand_over
 from tierloom.pipeline.serve.object_store import MemoryReservation, ObjectStore
 from tierloom.pipeline.serve.own_tiers import OwnTiers
 from tierloom.pipeline.serve.terms import Lending, Terms
@@ -169,6 +169,7 @@ class Session:
         flags = wire.MEMORY * self._shares + wire.LANDS * (sender is not None)
         flags += wire.DIRECTORY * (self._terms.host is not None)
         flags += wire.TELLS_RANKS * isinstance(self._store, OwnTiers)
+        flags += wire.OFFERS * self._store.takes_offers
         welcome = wire.Welcome(
             flags, wire.proof(token, b"server", *said),
             self._terms.window, self._store.largest,
@@ -206,8 +207,9 @@ class Session:
             await self._landings.answer(message)
         elif kind is Kind.SETTLE:
             await self._store.order_for_eviction(self._space, wire.keys_of(body))
-        elif kind in GIVES and isinstance(self._store, OwnTiers):
-            await give(message, self._connection, self._store, self._space, self._terms.limit)
+        elif kind in (Kind.TAKE, Kind.OFFER, Kind.RANKS) and isinstance(self._store, OwnTiers):
+            limit = self._terms.limit
+            await hand_over(self._connection, message, self._store, self._space, limit)
         elif kind is Kind.RETURN:
             self._take_back(wire.ids_of(body))
         elif kind is Kind.DROP:

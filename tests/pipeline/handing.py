@@ -68,9 +68,14 @@ def land(pipe: Any, at: Any, ids: np.ndarray = IDS, ticket: bytes = TICKET) -> i
 
 
 class Liar:
-    """A listener that welcomes, and answers every TAKE with what it is told to."""
+    """A listener that welcomes, and answers every question with what it is told to."""
 
-    def __init__(self, answer: Callable[[socket.socket, int, Take], None]) -> None:
+    def __init__(
+        self, answer: Callable[[socket.socket, int, Any], None], *, flags: int = 0,
+        read: Callable[[bytes], Any] = Take.unpack,
+    ) -> None:  # fmt: skip
+        """`read`: makes of a question's body what `answer` gets."""
+        self._flags, self._read = flags, read
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.serves_at = f"tierloom://127.0.0.1:{self._listener.getsockname()[1]}"
         self._answer, self.asked = answer, 0
@@ -88,11 +93,11 @@ class Liar:
                 sock.sendall(wire.message(wire.Kind.GREETING, 0, wire.pack(greeting)))
                 hello = wire.unpack(wire.Hello, _read(sock).body)
                 proof = wire.proof(b"", b"server", epoch, nonce, hello.nonce, hello.namespace)
-                welcome = wire.Welcome(0, proof, 1 << 26, 1 << 26, 0)
+                welcome = wire.Welcome(self._flags, proof, 1 << 26, 1 << 26, 0)
                 sock.sendall(wire.message(wire.Kind.WELCOME, 0, wire.pack(welcome)))
                 message = _read(sock)
                 self.asked += 1
-                self._answer(sock, message.number, Take.unpack(message.body))
+                self._answer(sock, message.number, self._read(message.body))
 
     def close(self) -> None:
         self._listener.close()

@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tierloom.pipeline.handoff.handoff import ticket_of
+from tierloom.pipeline.handoff.handoff import ToldDecoder, ticket_of
 from tierloom.stages.tiers.net.address import Address
 
 _LONG = 1 << 16
 """Characters of a name, at most."""
+_RANKS = 1024
+"""Ports of one decoder, at most."""
 _COUNTED = "remote_prefill_cached_tokens"
 _FROM_HEADER = re.compile(
     r"(?:\d+_)?(?:cmpl-(?P<text>.+?)-\d+|chatcmpl-(?P<chat>.+?))(?:-[0-9a-f]{8})?", re.DOTALL
@@ -25,6 +27,8 @@ class GivenAway(NamedTuple):
 
     name: str
     """By which the other asks for it; empty: by the request's own."""
+    receiver: ToldDecoder | None = None
+    """The other, where the proxy has chosen it already."""
 
 
 class Elsewhere(NamedTuple):
@@ -35,6 +39,10 @@ class Elsewhere(NamedTuple):
     ticket: bytes
     later: bool
     """The other may not have heard of the request yet."""
+
+
+NOWHERE = Elsewhere("", 0, b"", False)
+"""Nobody was named, and somebody may have had it fetched."""
 
 
 class Told(dict[str, Any]):
@@ -61,7 +69,17 @@ def read_params(params: Mapping[str, Any] | None) -> tuple[GivenAway | None, Els
         # who has had an answer of the other's passes its blocks; who asks both at once has none
         later = bool(together) or "remote_block_ids" not in params
         landed = Elsewhere(_name(params, "remote_host"), port, ticket_of(name), later)
-    return (GivenAway(together) if gives else None), landed
+    if gives or params.get("disagg_spec") is None:
+        return (GivenAway(together) if gives else None), landed
+    return GivenAway("", _receiver(params["disagg_spec"])), landed
+
+
+def first_token(request: Any) -> dict[str, Any] | None:
+    """What LMCache's proxy wants of a prefiller's answer; None: it is not asked for."""
+    if "ret_first_tok" not in (request.kv_transfer_params or ()):
+        return None
+    tokens = request.output_token_ids
+    return {"first_tok": tokens[0]} if len(tokens) else None
 
 
 def outside_name(request: str) -> str:
@@ -83,6 +101,22 @@ def answer(engine: str, request: str, at: str, tokens: int, tp_size: int) -> dic
         "remote_host": address.host, "remote_port": address.port,
         "remote_block_ids": [], "remote_num_tokens": tokens, "tp_size": tp_size,
     })  # fmt: skip
+
+
+def _receiver(spec: Any) -> ToldDecoder:
+    """A decoder, as LMCache's proxy describes it: a port for each of its ranks. Raises
+    ValueError."""
+    said = spec if isinstance(spec, Mapping) else {}
+    ports = said.get("receiver_init_port")
+    ports = ports if isinstance(ports, list) else [ports]
+    if not 0 < len(ports) <= _RANKS or not all(type(p) is int and 0 < p < 1 << 16 for p in ports):
+        raise ValueError(f"receiver_init_port wants ports, got {_short(ports)}")
+    host, name = _name(said, "receiver_host"), _name(said, "req_id")
+    if not host.isascii() or not host.isprintable():
+        raise ValueError(f"receiver_host wants a host, got {_short(host)}")
+    if len(name.encode()) >= _LONG:
+        raise ValueError(f"req_id wants a shorter name, got {_short(name)}")
+    return ToldDecoder(host, ports[0], name, len(ports))
 
 
 def _flag(params: Mapping[str, Any], name: str) -> bool:

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from tierloom.adapters.vllm.exchange.handoff_params import Elsewhere
+from tierloom.pipeline.handoff.handoff import ToldDecoder
 from tierloom.stages.kv.block_table import BlockTable
 from tierloom.stages.kv.chain_seed import Keys
 from tierloom.stages.kv.namespace import Namespace
@@ -77,6 +78,16 @@ class Promised(NamedTuple):
     ticket: bytes
     chunks: list[bytes]
     """Grain links of each."""
+    receiver: ToldDecoder | None = None
+    """That engine, where the proxy has named it."""
+
+
+class Answered(NamedTuple):
+    """A request has ended for which a proxy has named a decoder, and waits."""
+
+    ticket: bytes
+    """Empty: nothing was promised."""
+    receiver: ToldDecoder
 
 
 class Fetch(NamedTuple):
@@ -86,6 +97,7 @@ class Fetch(NamedTuple):
     chunks: list[bytes]
     """Grain links of each."""
     landed: Elsewhere
+    """NOWHERE: fetch nothing, but say what is here."""
 
 
 class Save(NamedTuple):
@@ -127,6 +139,7 @@ class Plan(KVConnectorMetadata):
     """Tickets of which nothing more will be stored."""
     released: list[bytes] = field(default_factory=list)
     """Tickets whose chunks nobody will fetch."""
+    answered: list[Answered] = field(default_factory=list)
     fetches: list[Fetch] = field(default_factory=list)
     unwanted: list[str] = field(default_factory=list)
     """Requests that ended while their chunks were fetched."""

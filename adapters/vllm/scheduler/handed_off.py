@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 from vllm.v1.request import RequestStatus
 
 from tierloom.adapters.vllm.exchange.handoff_params import (
+    NOWHERE,
     Elsewhere,
     GivenAway,
     answer,
+    first_token,
     outside_name,
     read_params,
 )
-from tierloom.adapters.vllm.exchange.messages import Fetch, Plan, Promised, WorkerReports
+from tierloom.adapters.vllm.exchange.messages import Answered, Fetch, Plan, Promised, WorkerReports
 from tierloom.adapters.vllm.exchange.settings import Configured
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.adapters.vllm.scheduler.side import SchedulerSide
-from tierloom.pipeline.handoff.handoff import ticket_of
+from tierloom.pipeline.handoff.handoff import ToldDecoder, ticket_of
 from tierloom.stages.kv.object import LINK
 
 log = logging.getLogger("tierloom.vllm")
@@ -71,6 +73,13 @@ class HandoffSide(SchedulerSide):
         self._lands = one and handoff is not None and handoff.wait > 0 and self._loads
         self._workers = range(vllm_config.parallel_config.world_size)
         self._told_ranks = len(self._workers) == 1
+        self._tells = handoff is not None and bool(handoff.proxy)
+        # A decoder is told at its first worker, which fetches its own share alone.
+        self._is_offered = (
+            self._lands and handoff is not None and handoff.offers and len(self._workers) == 1
+        )
+        self._receivers: dict[str, ToldDecoder] = {}
+        """Requests whose proxy is to be told of their end, and what."""
         self._given: dict[str, GivenAway] = {}
         self._promised: dict[str, _PromisedRequest] = {}
         """Requests whose chunks are promised, until they end."""
@@ -92,8 +101,18 @@ class HandoffSide(SchedulerSide):
         except ValueError as error:
             log.warning("request %s is not handed over: %s", request.request_id, error)
             return
+        if given is not None and given.receiver is not None:
+            if not self._tells:
+                log.warning(
+                    "request %s is not handed over: its proxy names a decoder, and no "
+                    "handoff.proxy is to be told", request.request_id,
+                )  # fmt: skip
+                return
+            self._receivers[request.request_id] = given.receiver
         if given is not None and self._gives and not p.options.skip_save:
             self._given[request.request_id] = given
+        if landed is None and self._is_offered:
+            landed = NOWHERE
         if landed is not None and self._lands and not p.options.skip_load:
             self._landed[request.request_id] = landed
 
@@ -124,6 +143,7 @@ class HandoffSide(SchedulerSide):
         plan.promised, plan.released = mine.promised, mine.released
         if self._gives and not self._told_ranks and self.reports.cache is not None:
             plan.ranks, self._told_ranks = self.info.serves, True
+        plan.answered = mine.answered
         plan.fetches, plan.unwanted = mine.fetches, mine.unwanted
         return plan
 
@@ -140,7 +160,8 @@ class HandoffSide(SchedulerSide):
 
     def request_finished_all_groups(self, request: Any, blocks: tuple[list[int], ...]) -> bool:
         name = request.request_id
-        if (landed := self._landed.pop(name, None)) is not None:  # given up, or refused by vLLM
+        landed = self._landed.pop(name, NOWHERE)
+        if landed != NOWHERE:  # given up, or refused by vLLM
             self._plan.fetches.append(Fetch(name, [], landed))
         self._arrived.discard(name)
         if self._waiting.pop(name, None) is not None:
@@ -152,18 +173,22 @@ class HandoffSide(SchedulerSide):
         name = request.request_id
         self._given.pop(name, None)
         promised = self._promised.pop(name, None)
-        if promised is None:
-            return None
-        ticket, tokens, keys = promised
-        told = None
-        if request.status in _ANSWERED:
+        receiver, told = self._receivers.pop(name, None), None
+        ticket = ticket_of(promised.ticket) if promised is not None else b""
+        if request.status not in _ANSWERED:
+            receiver = None
+        elif receiver is not None:
+            self._plan.answered.append(Answered(ticket, receiver))
+        elif promised is not None:
             at = self.info.serves[0].address
-            told = answer(self._engine, ticket, at, tokens, self._tp)
-        if told is None:
-            self._plan.released.append(ticket_of(ticket))
+            told = answer(self._engine, promised.ticket, at, promised.tokens, self._tp)
+        if promised is None:
+            return first_token(request)
+        if told is None and receiver is None:
+            self._plan.released.append(ticket)
         else:
-            self._ended[ticket_of(ticket)] = keys
-        return told
+            self._ended[ticket] = promised.keys
+        return told or first_token(request)
 
     def has_pending_push_work(self) -> bool:
         return bool(self._ended) or super().has_pending_push_work()
@@ -183,7 +208,7 @@ class HandoffSide(SchedulerSide):
         ticket, chunks = given.name or outside_name(name), self._chunks(p)
         tokens, keys = min(p.request.num_prompt_tokens, p.most), [c[-LINK:] for c in chunks]
         self._promised[name] = _PromisedRequest(ticket, tokens, keys)
-        self._plan.promised.append(Promised(ticket_of(ticket), chunks))
+        self._plan.promised.append(Promised(ticket_of(ticket), chunks, given.receiver))
 
     def _waits(self, name: str) -> bool:
         """The workers have yet to say that all has come."""
@@ -200,11 +225,20 @@ class HandoffSide(SchedulerSide):
         if not self._has_chain(p):
             return self._may_wait(p)
         landed, chunks = self._landed.pop(name), self._chunks(p)
+        if landed == NOWHERE and self._knows(p):
+            self._arrived.add(name)
+            return False
         if not chunks:
             return False
         self._waiting[name] = _Waiting(set(self._workers), time.monotonic() + _LONGEST)
         self._plan.fetches.append(Fetch(name, chunks, landed))
         return True
+
+    def _knows(self, p: TrackedRequest) -> bool:
+        """All of a prompt is here, by what the workers have said so far."""
+        most = min(p.request.num_prompt_tokens, p.most) // self.info.unit * self.info.unit
+        plan = self._cache.directory.find(p.links(self.conf.settings.keys).links, most)
+        return bool(sum(part.tokens for part in plan) >= most)
 
     def _chunks(self, p: TrackedRequest) -> list[bytes]:
         """Grain links of each chunk of a prompt, as a prefiller saves it."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from tierloom.adapters.vllm.exchange.handoff_params import NOWHERE
 from tierloom.adapters.vllm.exchange.messages import Fetch, Plan, WorkerReport, WorkerReports
 from tierloom.adapters.vllm.worker.side import MANY, NAP, WorkerSide
 from tierloom.pipeline.handoff.handoff import Handoff
@@ -57,12 +58,17 @@ class HandoffWorker(WorkerSide):
             return
         if plan.ranks:
             handoff.ranks[:] = plan.ranks
-        for promised in plan.promised:
-            handoff.promise(*promised)
+        for ticket, chunks, receiver in plan.promised:
+            handoff.promise(ticket, chunks)
+            if receiver is not None and not self._rank:
+                handoff.offer(ticket, receiver, chunks)
         for ticket in plan.settled:
             handoff.settle(ticket)
         for ticket in plan.released:
             handoff.release(ticket)
+        for ticket, receiver in plan.answered:
+            if not self._rank:
+                handoff.end_offer(ticket, receiver)
         for fetch in plan.fetches:
             self._fetch(handoff, fetch)
         for name in plan.unwanted:
@@ -70,12 +76,14 @@ class HandoffWorker(WorkerSide):
                 future.cancel()
 
     def _fetch(self, handoff: Handoff, fetch: Fetch) -> None:
-        at = fetch.landed
+        at, future = fetch.landed, Future[int]()
         try:
-            future = handoff.land(at.host, at.port, at.ticket, fetch.chunks, later=at.later)
+            if at == NOWHERE:
+                future.set_result(0)
+            else:
+                future = handoff.land(at.host, at.port, at.ticket, fetch.chunks, later=at.later)
         except RuntimeError as error:  # the pipeline has ended
             log.warning("request %s: nothing is fetched: %s", fetch.request, error)
-            future = Future()
             future.set_result(0)
         self._fetching[fetch.request] = future
         future.add_done_callback(lambda _: self._woken.set())

@@ -33,9 +33,10 @@ OBJECTS = 256
 
 DONE, SEND, BYTES = 0, 255, 254
 """Codes of one object besides those of `Lost`: done; send its bytes; ask for its bytes."""
-MEMORY, DIRECTORY, LANDS, TELLS_RANKS = 1, 2, 4, 16
+MEMORY, DIRECTORY, LANDS, OFFERS, TELLS_RANKS = 1, 2, 4, 8, 16
 """Flags of HELLO: the client can map memory; has memory that others may write into. Of WELCOME: the
-server shares its own; hosts a directory; writes into the client's memory; answers RANKS."""
+server shares its own; hosts a directory; writes into the client's memory; takes OFFER; answers
+RANKS."""
 NONCE = 32
 
 
@@ -86,6 +87,8 @@ class Kind(IntEnum):
     LANDING = 49
     ABORT = 50
     LANDED = 51
+    OFFER = 52
+    OFFERED = 53
     RANKS = 60
     RANKED = 61
 

@@ -40,9 +40,9 @@ def test_a_sender_is_a_prefiller() -> None:
     assert '"kv_role": "kv_producer"' in text
     assert tree["order"] == "canonical"
     assert tree["serve"] == {"listen": "${TIERLOOM_LISTEN:-0.0.0.0:0}", "tiers": ["hot"]}
-    assert "handoff" not in tree
+    assert tree["handoff"] == {"peers": ["${TIERLOOM_DECODERS:-}"], "proxy": "proxy.example:7500"}
     assert tree["tiers"] == {"hot": {"use": "memory", "capacity": "2 GiB"}}
-    for said in ("nothing is sent to pd_proxy_host", "set TIERLOOM_TOKEN", "transfer_channel nixl"):
+    for said in ("set TIERLOOM_DECODERS", "set TIERLOOM_TOKEN", "transfer_channel nixl"):
         assert said in text
     spec = check.load_config(tree)
     assert spec.serve is not None
@@ -53,8 +53,8 @@ def test_a_receiver_is_a_decoder() -> None:
     text, tree, missing = made(from_file(HERE / "pd_decode.yaml"))
     assert missing == []
     assert '"kv_role": "kv_both"' in text, "it saves what it generates"
-    assert "serve" not in tree
-    assert "pd_peer_host, pd_peer_init_port, pd_peer_alloc_port are not used" in text
+    assert tree["serve"] == {"listen": "decode.example:7300", "tiers": ["hot"]}
+    assert "pd_peer_alloc_port is not used" in text
     assert "set TIERLOOM_PREFILLERS" in text
     assert list(tree["tiers"]) == ["hot", "cold"]
     assert tree["tiers"]["hot"]["capacity"] == "5 GiB"
@@ -62,13 +62,19 @@ def test_a_receiver_is_a_decoder() -> None:
     handoff = check.load_config(tree).handoff
     assert handoff is not None
     assert handoff.named == set(), "on another host: those with the token"
+    assert handoff.offers
 
 
 def test_on_one_host_they_find_each_other_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, p, _ = made(of("sender", pd_proxy_host="localhost"))
-    text, d, _ = made(of("receiver", pd_peer_host="localhost", save_decode_cache=False))
+    _, p, _ = made(of("sender", pd_proxy_host="localhost", pd_proxy_port=7500))
+    here = {"pd_peer_host": "localhost", "pd_peer_init_port": [7300]}
+    text, d, _ = made(of("receiver", save_decode_cache=False, **here))
     serve, handoff = check.load_config(p).serve, check.load_config(d).handoff
+    told = check.load_config(p).handoff
     assert serve is not None
+    assert told is not None
+    assert {("localhost", 0), ("127.0.0.1", 0)} <= told.named, "as its proxy calls the decoder"
+    assert (told.proxy, d["serve"]["listen"]) == ("localhost:7500", "127.0.0.1:7300")
     assert handoff is not None
     host = Address.parse(f"tcp://{serve.listen}", "tcp").host
     assert (host, 0) in handoff.named

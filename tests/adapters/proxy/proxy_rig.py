@@ -80,13 +80,15 @@ def proxy() -> Iterator[tuple[ProxyParts, InThread]]:
 
 
 def renew(parts: ProxyParts, ports: list[int], **options: Any) -> None:
-    """As a proxy is that was just started over 2 prefillers and 2 decoders."""
+    """As a proxy is that was just started over 2 prefillers and 2 decoders, the latter with
+    LMCache's ports `receiver`."""
+    receiver = options.pop("receiver", None)
     parts.__dict__.update(ProxyParts(**{"probe": 0.2, "fleet": parts.fleet, **options}).__dict__)
     for seat in parts.fleet.seats[:]:
         parts.fleet.remove(seat)
     parts.fleet.bytes_per_token = 4.0
     for port, role in zip(ports, ("prefill", "prefill", "decode", "decode"), strict=True):
-        parts.fleet.add(f"http://127.0.0.1:{port}", role)
+        parts.fleet.add(f"http://127.0.0.1:{port}", role, receiver if role == "decode" else None)
 
 
 class RawServer:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import uvicorn
+import zmq
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -63,7 +64,8 @@ def refusal(text: str, status: int) -> JSONResponse:
 
 class StubEngine:
     """`seen`: what it was asked, in order. `faults`: what it does to the next requests, one each:
-    a status, a delay in seconds, "garbage", "half" (of a stream), "no params", "at once"."""
+    a status, a delay in seconds, "garbage", "half" (of a stream), "no params", "at once". `notes`:
+    where LMCache's prefiller tells its proxy, and the seconds after which it does; None: never."""
 
     def __init__(self, pace: float = 0.0) -> None:
         self.pace = pace
@@ -71,6 +73,8 @@ class StubEngine:
         self.aborted: list[str] = []
         self.faults: list[Any] = []
         self.keep = True
+        self.notes: tuple[str, float | None] = ("", None)
+        self.noted: dict[str, float] = {}
         both = [f"/v1/{chat}completions" for chat in ("", "chat/")]
         self.app = Starlette(
             routes=[
@@ -105,7 +109,8 @@ class StubEngine:
         body = await request.json()
         if self.keep:
             headers = dict(request.headers)
-            self.seen.append({"path": request.url.path, "body": body, "headers": headers})
+            said = {"path": request.url.path, "body": body, "headers": headers}
+            self.seen.append(said | {"at": time.monotonic()})
         fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, int):
             return refusal(f"as told: {fault}", fault)
@@ -130,7 +135,25 @@ class StubEngine:
             computed.set()
         if params.get("do_remote_decode") and fault != "no params":
             answer["kv_transfer_params"] = self.params(request.headers.get("x-request-id", ""))
+        if (spec := params.get("disagg_spec")) and fault != "no params":
+            answer["kv_transfer_params"] = {"first_tok": 42}
+            self._noting = asyncio.create_task(self._note(spec))
         return JSONResponse(answer)
+
+    async def _note(self, spec: dict[str, Any]) -> None:
+        """As LMCache's does when its ranks have written all to those of the decoder."""
+        at, seconds = self.notes
+        if seconds is None:
+            return
+        await asyncio.sleep(seconds)
+        with zmq.Context.instance().socket(zmq.PUSH) as sock:
+            sock.connect(f"tcp://{at}")
+            name = spec["req_id"].encode()
+            note = b"\x82\xa4type\xaaProxyNotif\xa6req_id\xd9" + bytes([len(name)]) + name
+            for _ in spec["receiver_init_port"]:
+                self.noted[spec["req_id"]] = time.monotonic()
+                sock.send(note)
+            sock.close(1000)
 
     def params(self, request_id: str) -> dict[str, Any]:
         """What a prefiller hands over."""

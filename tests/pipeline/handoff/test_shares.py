@@ -35,7 +35,7 @@ AT = np.arange(TOKENS)
 def _nothing_broke(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    monkeypatch.setattr("tierloom.pipeline.handoff.prefillers._DIAL", 20.0)  # machines are busy
+    monkeypatch.setattr("tierloom.pipeline.handoff.dialed_engines.DIAL", 20.0)  # machines are busy
     yield
     assert not [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
 

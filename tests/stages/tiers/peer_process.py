@@ -105,7 +105,10 @@ class _Bare:
         from tierloom.testing import NAMESPACE
         from tierloom.testing.bench import GEOMETRY
 
-        names: Any = SimpleNamespace(digest=bytes.fromhex(space) or NAMESPACE)
+        names: Any = SimpleNamespace(
+            digest=bytes.fromhex(space) or NAMESPACE, layers=(0, GEOMETRY.layers),
+            heads=(0, GEOMETRY.heads),
+        )  # fmt: skip
         self.worker = Worker(load_config(config), GEOMETRY, "cpu", names)
         assert self.worker.serving is not None
         self.url = self.worker.serving.address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,15 @@ LENGTHS = (1, 2, 31, 32, 33, 64, 65, 300, 500, 1024, 1100, 2500, 3900)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 CHAT = "/v1/chat/completions"
 HOST = "127.0.0.1"
+LMCACHE = {
+    "__init__.py": "", "v1/__init__.py": "", "v1/storage_backend/__init__.py": "",
+    "logging.py": "from logging import getLogger as init_logger  # noqa: F401\n",
+    "v1/storage_backend/pd_backend.py":
+        "import msgspec\n\n\nclass ProxyNotif(msgspec.Struct, tag=True):\n    req_id: str\n\n\n"
+        "PDMsg = ProxyNotif\n",
+}  # fmt: skip
+"""What LMCache's proxy imports of LMCache, which takes CUDA to be installed: a logger, and the note
+as msgspec reads it."""
 
 
 class Proxied:
@@ -32,21 +42,31 @@ class Proxied:
 
     def __init__(self, model: Path, logs: Path, folder: Path) -> None:
         self.at, self.folder, self.servers = free_port(), folder, list[Server]()
-        self._model, self._logs = model, logs
+        self.notes = free_port()
+        self.model, self._logs = model, logs
         self._template = folder / "chat.jinja"
         self._template.write_text(TEMPLATE)
 
     def start(self, name: str, role: str, kv: dict[str, Any]) -> None:
         flags = {"chat-template": self._template}
         log = self._logs / f"{name}.log"
-        self.servers.append(Server(self._model, kv | {"kv_role": role}, log, **flags))
+        self.servers.append(Server(self.model, kv | {"kv_role": role}, log, **flags))
 
     def hand_over(self) -> None:
         """The presets."""
+        self._present({"serve.listen": f"{HOST}:{self.at}"}, {"handoff.wait": "60 s"})
+
+    def tell(self) -> None:
+        """The prefiller opens, and tells the proxy."""
+        at = {"handoff.peers": [HOST], "handoff.proxy": f"{HOST}:{self.notes}"}
+        takes = {"serve.listen": f"{HOST}:{self.at}", "serve.tiers": ["hot"]}
+        wait = {"handoff.wait": "20 s"}
+        self._present(at | wait, takes | wait | {"handoff.offers": True})
+
+    def _present(self, prefiller: dict[str, Any], decoder: dict[str, Any]) -> None:
         for preset, role, more in (
-            ("prefiller", "kv_producer", {"serve.listen": f"127.0.0.1:{self.at}"}),
-            ("decoder", "kv_consumer", {"handoff.wait": "60 s"}),
-        ):
+            ("prefiller", "kv_producer", prefiller), ("decoder", "kv_consumer", decoder),
+        ):  # fmt: skip
             disk = {
                 "tiers.warm.path": str(self.folder / preset), "tiers.warm.capacity": "256 MiB",
                 "tiers.warm.segment": "32 MiB",
@@ -82,8 +102,12 @@ def engines(
 def arguments(name: str, engines: Proxied) -> list[str]:
     p, d = engines.ports
     if name != "toy push":
+        more = []
+        if name == "told":
+            more = ["--decoder-init-port", str(engines.at), "--proxy-host", HOST,
+                    "--proxy-port", str(engines.notes), "--model", str(engines.model)]  # fmt: skip
         hosts = [w for f in ("host", "prefiller-host", "decoder-host") for w in (f"--{f}", HOST)]
-        return [*hosts, "--prefiller-port", p, "--decoder-port", d]
+        return [*hosts, "--prefiller-port", p, "--decoder-port", d, *more]
     return [
         "--model", "tiny", "--prefill", f"{HOST}:{p}", "--decode", f"{HOST}:{d}",
         "--prefill-engine-id", "any", "--prefill-kv-host", HOST,
@@ -102,7 +126,7 @@ def proxied(name: str, engines: Proxied, log: Path) -> Iterator[httpx.Client]:
     port = free_port()
     command = [str(PYTHON), str(file), "--port", str(port), *arguments(name, engines)]
     with log.open("ab") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=out, env=environment())
+        child = subprocess.Popen(command, stdout=out, stderr=out, env=_imports(name, engines))
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=200, trust_env=False) as client:
@@ -116,6 +140,30 @@ def proxied(name: str, engines: Proxied, log: Path) -> Iterator[httpx.Client]:
     finally:
         child.terminate()
         child.wait(30)
+
+
+def _imports(name: str, engines: Proxied) -> dict[str, str]:
+    """The environment of a proxy."""
+    env = environment()
+    if name != "told" or not subprocess.run(
+        [str(PYTHON), "-c", "import lmcache.v1.storage_backend.pd_backend"],
+        env=env, capture_output=True, timeout=60, check=False,
+    ).returncode:  # fmt: skip
+        return env
+    for path, text in LMCACHE.items():
+        file = engines.folder / "imports" / "lmcache" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return env | {"PYTHONPATH": str(engines.folder / "imports")}
+
+
+def streamed(client: httpx.Client, path: str, **body: Any) -> list[dict[str, Any]]:
+    """The events of a greedy answer."""
+    asked = {"model": "tiny", "max_tokens": 8, "temperature": 0, "ignore_eos": True,
+             "stream_options": {"include_usage": True}} | body  # fmt: skip
+    events = client.post(path, json=asked).raise_for_status().text.split("\n\n")
+    assert [event for event in events if event][-1] == "data: [DONE]"
+    return [json.loads(event[6:]) for event in events if event and not event.endswith("[DONE]")]
 
 
 def complete(client: httpx.Client, tokens: Any, **body: Any) -> tuple[list[Any], int]:
@@ -166,6 +214,35 @@ def test_it_answers_as_one_engine_does(
                 "max_tokens": 8, "temperature": 0}  # fmt: skip
         with client.stream("POST", "/v1/completions", json=body) as answer:
             assert b"".join(answer.iter_raw()).endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("engines", ["tell"], indirect=True)
+def test_one_that_tells_the_prefiller_of_the_decoder(
+    engines: Proxied, reference: Reference, logs: Path
+) -> None:
+    """LMCache's: the prefiller says the first token, and the decoder has all of the prompt."""
+    decoder = httpx.Client(
+        base_url=f"http://{HOST}:{engines.ports[1]}", timeout=200, trust_env=False
+    )
+    with proxied("told", engines, logs / "third-party-proxy.log") as client, decoder:
+        for n in (1, 2, 10, 40, 150, 600, 900):
+            text = " ".join(str(7000 + n + i) for i in range(n))
+            tokens = decoder.post("/tokenize", json={"prompt": text}).json()["tokens"]
+            first, *rest = streamed(
+                client, "/v1/completions", prompt=text, max_tokens=9, return_token_ids=True
+            )
+            ids = [i for event in rest for c in event["choices"] for i in c["token_ids"] or ()]
+            assert ids == reference(tokens, max_tokens=9)[1:], n
+            used = rest[-1]["usage"]["prompt_tokens_details"] or {}
+            assert (used.get("cached_tokens") or 0) == len(tokens) // 32 * 32, len(tokens)
+            assert first["choices"][0]["text"]
+        said = {"messages": [{"role": "user", "content": " ".join(map(str, range(300)))}]}
+        events = streamed(client, CHAT, **said)
+        deltas = [c.get("delta", c) for event in events for c in event["choices"]]
+        alone = {"model": "tiny", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        whole = decoder.post(CHAT, json=said | alone | {"cache_salt": "alone"}).json()
+        text = "".join(delta.get("content") or delta.get("text") or "" for delta in deltas)
+        assert text == whole["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("engines", ["share"], indirect=True)

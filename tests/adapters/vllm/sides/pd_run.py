@@ -1,13 +1,15 @@
 """A prefiller and a decoder without a model: vLLM's scheduler and the connector's sides,
 twice, and a real listener between them. Run by vLLM's Python.
 
-    .venv-vllm/bin/python tests/adapters/vllm/sides/pd_run.py MODEL ROUNDS [SEED]
+    .venv-vllm/bin/python tests/adapters/vllm/sides/pd_run.py MODEL ROUNDS [SEED [crowd]]
 
-Prints one line of JSON: what was run, and what was wrong.
+`crowd`: 32 prompts at once, at a decoder that has room for an eighth of them. Prints one line of
+JSON: what was run, and what was wrong.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import random
@@ -19,8 +21,12 @@ from typing import Any
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import sim
 import sim_run
+import zmq
 from sim_stage import V1, Case, Model
 
+from tierloom.stages.kv.object import object_bytes
+
+CROWD = 32
 ASKS = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
         "remote_block_ids": None, "remote_host": None, "remote_port": None}  # fmt: skip
 PUSHED = ("do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_host",
@@ -28,6 +34,15 @@ PUSHED = ("do_remote_prefill", "remote_engine_id", "remote_request_id", "remote_
 STAGES = [(V1,), (V1,), (V1, V1)]
 PREFILLER = {"serve.tiers": ["hot"], "serve.ticket": "30 s"}
 DECODER = {"handoff.peers": ["127.0.0.1"], "handoff.wait": "20 s"}
+OFFERED = {"serve.tiers": ["hot"], "handoff.offers": True}
+"""Of a decoder, where the prefiller opens."""
+BAD_SPECS = (
+    None, 7, [], {}, {"req_id": "1"}, {"req_id": 1}, {"receiver_init_port": []},
+    {"receiver_init_port": ["7"]}, {"receiver_init_port": [1 << 16]}, {"receiver_host": ""},
+    {"receiver_host": "192.0.2.1"}, {"receiver_host": "\ud800"}, {"req_id": "\ud800"},
+    {"receiver_init_port": 1}, {"receiver_init_port": [1] * 2000}, {"req_id": "z" * 70_000},
+)  # fmt: skip
+"""What LMCache's proxy would not say to a prefiller; mappings: these entries instead."""
 
 
 def bad_params(rng: random.Random, good: dict[str, Any]) -> Any:
@@ -62,8 +77,9 @@ class Pair:
     """A prefiller and a decoder of other block sizes, their caches small and reused at once; of one
     pipeline stage or two."""
 
-    def __init__(self, model: str, rng: random.Random) -> None:
-        self.rng = rng
+    def __init__(self, model: str, rng: random.Random, *, tells: bool) -> None:
+        """`tells`: LMCache's proxy is in use, too."""
+        self.rng, self.tells = rng, tells
         load, save = rng.choice(["async", "layer"]), rng.choice(["step", "layer"])
         same = {"order": "canonical", "layers": 4}
         block = rng.choice([16, 32, 64, 96])
@@ -72,10 +88,15 @@ class Pair:
         if len(stages) > 1:  # in which nothing goes layer by layer
             load = "async"
         two = Case(stages, load=load, block=block, blocks=4 + 1300 // block, decode=False,
-                   prefix=rng.random() < 0.5, **same)  # fmt: skip
+                   prefix=rng.random() < (0.3 if tells else 0.5), **same)  # fmt: skip
         config = sim_run.config(model, "")
-        self.p = sim.World(one, config, dict(PREFILLER))
-        self.d = sim.World(two, sim_run.config(model, ""), dict(DECODER))
+        self.notes = zmq.Context.instance().socket(zmq.PULL)
+        at = f"127.0.0.1:{self.notes.bind_to_random_port('tcp://127.0.0.1')}"
+        telling = {"handoff.peers": ["127.0.0.1"], "handoff.proxy": at}
+        self.p = sim.World(one, config, PREFILLER | (telling if self.tells else {}))
+        self.d = sim.World(
+            two, sim_run.config(model, ""), DECODER | (OFFERED if self.tells else {})
+        )
         self.count = 0
 
     def prefill(self, prompt: list[int], kv: dict[str, Any] = ASKS) -> dict[str, Any]:
@@ -119,6 +140,30 @@ class Pair:
             assert time.monotonic() < end, "what landed was promised by another name"
             time.sleep(0.01)
 
+    def told(self, prompt: list[int]) -> None:
+        """The prefiller is told of the decoder, which goes on behind the first token."""
+        name, pipe = f"t{self.count}", self.d.stages[0].connector.worker.pipelines[0].pipeline
+        port = int(pipe.serves_at.rpartition(":")[2])
+        spec: Any = {"req_id": name, "receiver_host": "127.0.0.1", "receiver_init_port": [port]}
+        bad = self.rng.random() < 0.2
+        if bad:
+            change = self.rng.choice(BAD_SPECS)
+            spec = spec | change if isinstance(change, dict) and change else change
+        said = self.prefill(prompt, {"ret_first_tok": True, "disagg_spec": spec})
+        states: list[int] = []
+        Model.grow(states, prompt)
+        assert said == {"first_tok": Model.following(states[-1])}, said
+        self.p.until_idle()
+        before, most = self.loaded(), len(prompt) // 32 * 32
+        if not bad:
+            assert self.notes.poll(30_000), "the proxy waits"
+            assert name.encode() in self.notes.recv()
+        while bad and self.notes.poll(100):
+            self.notes.recv()
+        self.decode([*prompt, said["first_tok"]], None)
+        if not (bad or self.d.case.prefix):
+            assert self.loaded() - before == most * (most >= self.d.case.block), prompt
+
     def check(self, name: str, prompt: list[int], answer: int) -> None:
         states: list[int] = []
         Model.grow(states, prompt)
@@ -137,10 +182,12 @@ class Pair:
             world.scheduler.connector.scheduler.reports.cache.directory.clear()
 
     def figures(self, world: sim.World) -> dict[str, int]:
-        """Of all workers together."""
+        """Of all workers together, behind all that was posted to their loops by now."""
         total: Counter[str] = Counter()
         for stage in world.stages:
-            total.update(stage.connector.worker.pipelines[0].pipeline.stats()["handoff"])
+            pipe = stage.connector.worker.pipelines[0].pipeline
+            pipe._portal.call(asyncio.sleep, 0)
+            total.update(pipe.stats()["handoff"])
         return total
 
     def loaded(self) -> int:
@@ -148,6 +195,7 @@ class Pair:
         return int(data.get("load_tokens", 0))
 
     def close(self) -> None:
+        self.notes.close(0)
         for world in (self.d, self.p):  # in this order: each has put a patch over the last one's
             world.close()
 
@@ -162,6 +210,9 @@ def play(pair: Pair, rounds: int) -> None:
             prompt = (rng.choice(prompts)[: rng.randint(0, 500)] + prompt)[:1200]
         prompts.append(prompt)
         what = rng.random()
+        if pair.tells and rng.random() < 0.3:
+            pair.told(prompt)
+            continue
         if told and rng.random() < 0.3:
             before, most = pair.loaded(), (len(prompt) - 1) // 32 * 32
             pair.together(prompt, told[-1][1])
@@ -200,15 +251,100 @@ def play(pair: Pair, rounds: int) -> None:
             pair.d.until_idle()
 
 
-def main(model: str, rounds: str, seed: str = "0") -> None:
+class Crowd(Pair):
+    """A decoder whose landing area has room for an eighth of what is asked for at once."""
+
+    def __init__(self, model: str, rng: random.Random) -> None:
+        self.rng, self.count, self.most = rng, 0, 0.0
+        case = Case(save="layer", order="canonical", blocks=700, budget=2048, decode=False)
+        self.p = sim.World(case, sim_run.config(model, ""), dict(PREFILLER))
+        pipe = self.p.stages[0].connector.worker.pipelines[0].pipeline
+        need = CROWD * 8 * object_bytes(pipe.geometry, case.chunk, case.grain, 2)
+        assert need >= 4 << 20
+        small = {"budget.arena": need // 8 * 2}  # hand-offs have half of it
+        self.d = sim.World(case, sim_run.config(model, ""), DECODER | small)
+        self.notes = zmq.Context.instance().socket(zmq.PULL)
+
+    def round(self) -> None:
+        """All answered, none of them wrong, and nothing held for any."""
+        prompts = [[self.rng.randrange(sim.VOCAB) for _ in range(512)] for _ in range(CROWD)]
+        names = [f"c{self.count}-{i}" for i in range(CROWD)]
+        self.count += 1
+        together = self.rng.random() < 0.5
+        (kv,) = [self.prefill([1] * 64)] if together else [ASKS]
+        told = [kv | {"transfer_id": name, "remote_request_id": name} for name in names]
+        if together:
+            for name, prompt, params in zip(names, prompts, told, strict=True):
+                self.d.add(name, prompt, 2, kv=params)
+            self.d.step()
+        for name, prompt in zip(names, prompts, strict=True):
+            self.p.add(f"p{name}", prompt, 1, kv=ASKS | ({"transfer_id": name} if together else {}))
+        began = time.monotonic()
+        if together:
+            while self.d.scheduler.has_requests():
+                self.p.step()
+                self.d.step()
+                assert time.monotonic() - began < 60, "still busy"
+        self.p.until_idle()
+        if not together:
+            began = time.monotonic()
+            for name, prompt in zip(names, prompts, strict=True):
+                self.d.add(name, prompt, 2, kv=self.p.told.pop(f"p{name}"))
+            self.d.until_idle(60)
+        self.most = max(self.most, time.monotonic() - began)
+        for name, prompt in zip(names, prompts, strict=True):
+            self.check(name, prompt, 2)
+        assert self.figures(self.d)["landing"] == 0
+        self.forget()
+        for world in (self.p, self.d):
+            assert not world.leaks(), world.leaks()
+
+
+def crowd(model: str, rounds: int, rng: random.Random) -> dict[str, Any]:
+    made, done = Crowd(model, rng), 0
+    try:
+        for done in range(1, rounds + 1):  # noqa: B007 (said of a round that fails)
+            made.round()
+        said = made.figures(made.d)
+        return {"rounds": done, "longest": round(made.most, 2), "wrong": [], **said}
+    except Exception as error:
+        logging.exception("a crowd failed")
+        return {"rounds": done, "wrong": [f"{type(error).__name__}: {error}"[:600]]}
+    finally:
+        made.close()
+
+
+def several_workers(model: str) -> None:
+    """Nothing is handed over to an engine of two pipeline stages: all is computed, and right."""
+    config = sim_run.config(model, "")
+    world = sim.World(Case(runners=(V1, V1), order="canonical"), config, dict(DECODER))
+    kv = {"do_remote_prefill": True, "remote_request_id": "x", "remote_host": "127.0.0.1"}
+    prompt, states = [7] * 100, list[int]()
+    try:
+        world.add("one", prompt, 3, kv=kv | {"remote_port": 1})
+        world.until_idle()
+        Model.grow(states, prompt)
+        assert world.said["one"][0] == Model.following(states[-1])
+        assert not world.leaks(), world.leaks()
+    finally:
+        world.close()
+
+
+def main(model: str, rounds: str, seed: str = "0", what: str = "") -> None:
     logging.getLogger("tierloom.vllm").setLevel(logging.ERROR)
     logging.getLogger("tierloom").addHandler(errors := Errors())
     rng, began, wrong = random.Random(int(seed)), time.monotonic(), []
     total = dict.fromkeys(("rounds", "landed", "load_tokens", "requests", "read_late"), 0)
+    if what == "crowd":
+        said = crowd(model, int(rounds), rng)
+        said["wrong"] += errors.said[:5]
+        print("\nRESULT " + json.dumps(said | {"seconds": round(time.monotonic() - began, 1)}))
+        return
+    several_workers(model)
     left = int(rounds)
     while left > 0:
         count = min(left, 40)
-        pair = Pair(model, random.Random(rng.randrange(1 << 30)))
+        pair = Pair(model, random.Random(rng.randrange(1 << 30)), tells=left // 40 % 2 == 0)
         try:
             play(pair, count)
             leaks = pair.p.leaks() + pair.d.leaks()

@@ -14,7 +14,7 @@ import launch
 import pytest
 
 RUN = Path(__file__).with_name("sim_run.py")
-PD_RUN = RUN.with_name("pd_run.py")
+PD_RUN, KILLS = RUN.with_name("pd_run.py"), RUN.with_name("pd_kills.py")
 NEXT = "0.33.0"
 
 
@@ -64,6 +64,30 @@ def test_no_hand_off_brings_what_is_not_the_prompts(llama: Path) -> None:
     """A prefiller and a decoder of other block sizes, tickets that are replayed and swapped,
     parameters that make no sense, requests that are given up."""
     handed_over(llama, 80)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(20_000)
+def test_many_prompts_at_once_where_there_is_room_for_few_of_them(llama: Path) -> None:
+    run = launch.finish(PD_RUN, str(llama), "1000", "1", "crowd", timeout=20_000)
+    said = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    result = json.loads(said[0].removeprefix("RESULT "))
+    print(result)
+    assert (result["wrong"], result["rounds"]) == ([], 1000)
+    assert result["landed"] > 20 * 1000, "what fits does land"
+    assert result["given_up"] > 20 * 1000, "and there was no room for most"
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(20_000)
+def test_prefillers_that_are_killed_leave_nothing(llama: Path) -> None:
+    run = launch.finish(KILLS, str(llama), "200", "1", timeout=20_000)
+    said = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    result = json.loads(said[0].removeprefix("RESULT "))
+    print(result)
+    assert (result["wrong"], result["kills"]) == ([], 200)
+    assert result["landed"]
 
 
 @pytest.mark.campaign

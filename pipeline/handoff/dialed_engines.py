@@ -1,4 +1,8 @@
-"""Engines that compute for this one: which of them may be dialed, and which of them fail."""
+"""Engines that a pipeline hands prompts to, or gets them from: who may be dialed, who fails, and
+what the workers of each have.
+
+Only engines that the file names are dialed, or such as prove to have the token.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,26 @@ from contextlib import AsyncExitStack
 import anyio
 
 from tierloom.pipeline.config.spec import HandoffOptions
+from tierloom.stages.errors import ConfigError
 from tierloom.stages.options import masked
 from tierloom.stages.tiers.net.address import Address
 from tierloom.stages.tiers.server import protocol as wire
-from tierloom.stages.tiers.server.client import Client, Rejected, read_token, refuse
+from tierloom.stages.tiers.server.client import Client, Rejected, address_of, read_token, refuse
 from tierloom.stages.tiers.server.connection import Connection
 from tierloom.stages.tiers.server.ranks import RankShare, unpack_ranks
 
 log = logging.getLogger("tierloom.handoff")
 
-_DIAL = 1.0
-"""Seconds within which a prefiller lets us in."""
+DIAL = 1.0
+"""Seconds within which an engine lets us in."""
 _ASIDE, _LONGEST = 1.0, 30.0
-"""Seconds for which a prefiller that failed is not asked, the first time and at most."""
-MANY = 64
-"""Prefillers that are remembered."""
+"""Seconds for which an engine that failed is not asked, the first time and at most."""
+_MANY = 64
+"""Engines that are remembered."""
 
 
-class Prefiller:
-    """One worker of an engine, and what it keeps of a model: left alone while it fails."""
+class DialedEngine:
+    """A worker of an engine of the other side, which is left alone while it fails."""
 
     def __init__(self, client: Client, host: str, port: int) -> None:
         self.client, self.host, self.port = client, host, port
@@ -56,7 +61,7 @@ class Prefiller:
 
     async def connect(self, stack: AsyncExitStack) -> Connection:
         """A connection for one question. Raises OSError, TimeoutError, TierDown."""
-        with anyio.fail_after(_DIAL):
+        with anyio.fail_after(DIAL):
             return await stack.enter_async_context(self.client.connection())
 
     async def ranks(self, number: int) -> Sequence[RankShare] | None:
@@ -66,7 +71,7 @@ class Prefiller:
                 connection = await self.connect(stack)
                 if not self.client.welcome.flags & wire.TELLS_RANKS:  # of an earlier release
                     return None
-                with anyio.fail_after(_DIAL):
+                with anyio.fail_after(DIAL):
                     await connection.send(wire.message(wire.Kind.RANKS, number))
                     message = await connection.message()
                 refuse(message, wire.Kind.RANKED)
@@ -87,31 +92,26 @@ class Prefiller:
         return self.host if there.host in mine else there.host, there.port
 
 
-class Prefillers:
-    """Those that were dialed. On one loop."""
+class DialedEngines:
+    """All of them. On the pipeline's loop."""
 
-    def __init__(self, options: HandoffOptions) -> None:
+    def __init__(self, options: HandoffOptions, namespace: bytes) -> None:
         """Raises ConfigError."""
-        self._options = options
+        self._options, self._namespace = options, namespace
         self._guarded = bool(read_token(options.token_file))
-        self._known: dict[tuple[str, int, bytes], Prefiller] = {}
+        self._engines: dict[tuple[str, int, bytes], DialedEngine] = {}
         self._refused: set[str] = set()
 
-    @property
-    def busy(self) -> int:
-        """Hand-offs under way; any thread."""
-        return sum(p.busy for p in list(self._known.values()))
-
     def close(self) -> None:
-        for each in self._known.values():
-            each.client.close()
+        for engine in self._engines.values():
+            engine.client.close()
 
-    def find(
-        self, host: str, port: int, space: bytes, *, beside: Prefiller | None = None
-    ) -> Prefiller | None:
-        """Whoever listens there, to be asked for KV of a namespace, if it may be dialed, and does
-        not fail. `beside`: who told of it, and may be dialed itself."""
-        named = self._options.named
+    def engine(
+        self, host: str, port: int, space: bytes = b"", *, beside: DialedEngine | None = None
+    ) -> DialedEngine | None:
+        """Whoever listens there, if it may be dialed, and does not fail. `space`: a namespace other
+        than one's own in which it is asked. `beside`: who told of it, and may be dialed itself."""
+        named, space = self._options.named, space or self._namespace
         trusted = beside is not None and beside.host == host
         if named and not trusted and not named & {(host, port), (host, 0)}:
             self.refuse(f"{host}:{port} is not among handoff.peers")
@@ -119,35 +119,35 @@ class Prefillers:
         if not named and not self._guarded:
             self.refuse("name handoff.peers, or a token that they prove to have")
             return None
-        known = self._known.get((host, port, space))
+        known = self._engines.get((host, port, space))
         if known is None:
             address = Address(host, port, tls=self._options.tls)
-            made: list[Prefiller] = []
+            made: list[DialedEngine] = []
             client = Client(address, space, lambda: made[0].ask_anew(), share=False)
             client.prepare(
                 self._options.token_file, self._options.ca_file, self._options.connections
             )
-            known = self._known[host, port, space] = Prefiller(client, host, port)
+            known = self._engines[host, port, space] = DialedEngine(client, host, port)
             made.append(known)
             self._forget_some()
         return known if known.healthy else None
 
     def refuse(self, why: str) -> None:
-        """Log it, once."""
-        if why not in self._refused and len(self._refused) < MANY:
+        """Log, once, why an engine is not asked."""
+        if why not in self._refused and len(self._refused) < _MANY:
             self._refused.add(why)
-            log.warning("KV that is computed elsewhere is not fetched: %s", why)
+            log.warning("KV is not handed over: %s", why)
 
     def _forget_some(self) -> None:
-        for at, prefiller in list(self._known.items())[:-1]:
-            if len(self._known) > MANY and not prefiller.busy:
-                self._known.pop(at).client.close()
+        for at, engine in list(self._engines.items())[:-1]:
+            if len(self._engines) > _MANY and not engine.busy:
+                self._engines.pop(at).client.close()
 
 
 def _address(rank: RankShare) -> Address | None:
     """None: it cannot be dialed from elsewhere."""
     try:
-        at = Address.parse(rank.address, "tierloom", tls="tierloom+tls", unix="tierloom+unix")
-    except ValueError:
+        at = address_of(rank.address)
+    except (ConfigError, ValueError):
         return None
     return None if at.path else at
