@@ -197,7 +197,9 @@ def test_a_load_waits_neither_for_the_step_nor_for_saves_behind_it(
     blank(engine)
     before, computing, go = pipe.event(), threading.Event(), threading.Event()
     held_up(cuda, 0, computing, go)
-    saves = [pipe.store(tokens(64, seed=i), engine.caches, np.arange(2000, 2064)) for i in range(5, 9)]
+    saves = [
+        pipe.store(tokens(64, seed=i), engine.caches, np.arange(2000, 2064)) for i in range(5, 9)
+    ]
     assert computing.wait(10)  # the first of them waits for it
     got = pipe.retrieve(ids, engine.caches, at, after=before).wait(10)
     assert (got.tokens, got.lost) == (192, {})
