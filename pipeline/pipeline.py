@@ -70,6 +70,8 @@ class Pipeline(Shown):
             chunk=(spec.chunk.tokens, spec.chunk.grain),
         )  # fmt: skip
         self._requests = Requests(spec, layout, self._base, native=self.native)
+        self.event = self._requests.event
+        """For `after=` of a retrieve: its copies wait for what is launched by now. Any thread."""
         self._worker = Worker(
             spec, self.geometry, layout.device, self._base, facts, replica=replica, watch=watch,
             rotation=rotation or rotation_of(rope, layout.dim, layout.layers),
@@ -89,9 +91,8 @@ class Pipeline(Shown):
         adapter: str = "",
         tags: Mapping[str, str] | None = None,
     ) -> int:
-        """Tokens of the longest kept prefix, rounded down to the grain. Asks indexes in this
-        process only, in the caller's thread; remote tiers are asked by `alookup` and
-        `retrieve`."""
+        """Tokens of the longest kept prefix, rounded down to the grain, by indexes in this process;
+        remote tiers are asked by `alookup` and `retrieve`."""
         self._check_open()
         if self.off or "retrieve" not in self._runners:
             return 0
@@ -117,6 +118,7 @@ class Pipeline(Shown):
         self, tokens: Any, caches: Sequence[Any], slots: Any = None, **names: Any
     ) -> Ticket:
         """Bring the longest kept prefix of `tokens` into `caches`; arguments as for `store`.
+        `after=`: what `event()` gave, behind which its copies may begin; by default one of now.
 
         `blend=True`: and text behind it that was captured elsewhere, if the graph looks for it; or
         runs of it that the caller has found. `Ticket.compute()` then says what the engine computes.

@@ -13,6 +13,7 @@ import numpy as np
 from tierloom.pipeline.config.problems import nearest
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.stages.contract.blended import Blended
+from tierloom.stages.contract.gates import Launches
 from tierloom.stages.contract.request import EngineMemory, Request
 from tierloom.stages.errors import ConfigError, InputError, LayoutError
 from tierloom.stages.kv.block_table import block_table
@@ -28,8 +29,8 @@ from tierloom.stages.kv.text import Run
 from tierloom.stages.kv.tokens import tokens_array
 
 KEYWORDS = (
-    "tokens", "caches", "slots", "adapter", "blend", "blocks", "deadline", "exact", "held", "ids",
-    "layout", "salt", "tags",
+    "tokens", "caches", "slots", "adapter", "after", "blend", "blocks", "deadline", "exact", "held",
+    "ids", "layout", "salt", "tags",
 )  # fmt: skip
 """What store and retrieve can be told."""
 _KEYWORD = Parameter.KEYWORD_ONLY
@@ -56,9 +57,10 @@ class Requests:
     def make(
         self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *, layout: KVLayout,
         seconds: float, blocks: Any = None, held: dict[bytes, Object] | None = None,
-        blend: bool | Sequence[Run] = False, exact: int = 1 << 62, **names: Any,
+        blend: bool | Sequence[Run] = False, exact: int = 1 << 62, after: Any = None, **names: Any,
     ) -> Request:  # fmt: skip
-        """A store or retrieve; arguments as for `Pipeline.store`. Raises InputError."""
+        """A store or retrieve; arguments as for `Pipeline.store`. `after`: an `event` of before,
+        behind which the caller's memory may be touched; None: one of now. Raises InputError."""
         wanted = (tokens.wanted or tokens.tokens) if isinstance(tokens, Span) else len(tokens)
         if (slots is None) == (blocks is None):
             raise InputError("pass either slots= or blocks=")
@@ -72,7 +74,8 @@ class Requests:
             rows = layout.check_slots(slots, wanted)
             rows = layout.block_rows(rows) if self._native else rows
         table = self._tables.of(layout, caches, native=self._native)
-        memory = EngineMemory(table, rows, (caches, rows), self.event())
+        launches = Launches() if self._device != "cpu" else None
+        memory = EngineMemory(table, rows, (caches, rows), after or self.event(), launches)
         request = self._request(graph, tokens, memory, seconds=seconds, **names)
         request.spare, request.held, request.exact = spare, held or {}, exact
         if blend is not False:

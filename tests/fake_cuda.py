@@ -32,11 +32,26 @@ class Illegal(RuntimeError):
 
 
 class Event:
-    def __init__(self, stream: Stream) -> None:
-        self.stream, self.done = stream, False
+    """Of `record_event` of a stream, or made and then recorded."""
+
+    def __init__(self, stream: Stream | None = None, *, blocking: bool = False) -> None:
+        self.stream, self.done, self.blocking = stream, False, blocking
+
+    def record(self, stream: Stream) -> None:
+        self.stream = stream
+        stream.work.append(self.reach)
 
     def reach(self) -> None:
         self.done = True
+
+    def synchronize(self) -> None:
+        """Sleeps where it was made to; others spin, which nothing of ours may."""
+        if not self.blocking:
+            raise Illegal("a thread spins")
+        assert self.stream is not None
+        if self.stream.cuda.error_of_device:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        self.stream.run_to(self)
 
 
 class Stream:
@@ -45,6 +60,7 @@ class Stream:
     def __init__(self, cuda: Cuda, index: int) -> None:
         self.cuda, self.index = cuda, index
         self.work: deque[Callable[[], None]] = deque()
+        self._running = threading.RLock()
 
     def record_event(self) -> Event:
         event = Event(self)
@@ -52,15 +68,19 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
+        assert event.stream is not None
         self.work.append(partial(event.stream.run_to, event))
 
     def run_to(self, event: Event) -> None:
         while not event.done:
-            self.work.popleft()()
+            with self._running:
+                if not event.done:
+                    self.work.popleft()()
 
     def synchronize(self) -> None:
-        while self.work:
-            self.work.popleft()()
+        with self._running:
+            while self.work:
+                self.work.popleft()()
 
 
 class Cuda:
@@ -79,6 +99,10 @@ class Cuda:
         """Bytes of each call that locked memory."""
         self.refuse: int | None = None
         """Which of those calls fails, counted from 0."""
+        self.error_of_device = False
+        """The device has failed: whatever waits for it raises."""
+        self.streams: list[Stream] = []
+        """Made by the driver; from 1 on they are known by their places here."""
         self.under_way: Callable[[], None] = lambda: None
         """Runs while a kernel runs."""
         self._default = [Stream(self, i) for i in range(self.devices)]
@@ -88,7 +112,10 @@ class Cuda:
     def install(self, patch: pytest.MonkeyPatch) -> Cuda:
         for name in ("current_device", "current_stream", "device", "stream", "cudart"):
             patch.setattr(torch.cuda, name, getattr(self, name))
-        patch.setattr(torch.cuda, "Stream", self.new_stream)
+        patch.setattr(torch.cuda, "Stream", self.shared_stream)
+        patch.setattr(torch.cuda, "ExternalStream", self.external_stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr("tierloom.stages.memory.device_queue._queues", {})
         to = torch.Tensor.to
         patch.setattr(torch.Tensor, "to", lambda t, *a, **k: self._to(to, t, *a, **k))
         patch.setattr(torch.Tensor, "pin_memory", lambda t: t)
@@ -96,7 +123,7 @@ class Cuda:
         patch.setattr("tierloom.triton_kernels.blend.triton.launch_scatter_turned", self.turn)
         probe = "tierloom.triton_kernels.blend.probe_triton.launch_probe_scores"
         patch.setattr(probe, self.probe)
-        patch.setattr("tierloom.stages.memory.page_lock._driver", lambda: self)
+        patch.setattr("tierloom.stages.memory.cuda_driver.cuda_driver", lambda _: self)
         patch.setattr("tierloom.stages.memory.page_lock.available", lambda: 1 << 40)
         return self
 
@@ -115,8 +142,14 @@ class Cuda:
         finally:
             self._thread.device = before
 
-    def new_stream(self, device: Any = None) -> Stream:
-        return Stream(self, self._index(device))
+    def shared_stream(self, device: Any = None) -> Stream:
+        raise Illegal("torch's 32 streams are the engine's as well")
+
+    def external_stream(self, pointer: int, device: Any = None) -> Stream:
+        stream = self.streams[pointer - 1]
+        if stream.index != self._index(device):
+            raise Illegal(f"a stream of device {stream.index} is taken for one of {device}")
+        return stream
 
     def current_stream(self, device: Any = None) -> Stream:
         index = self._index(device)
@@ -308,6 +341,13 @@ class Cuda:
 
     def cuCtxPopCurrent_v2(self, context: Any) -> int:
         self._thread.pushed.pop()
+        return 0
+
+    def cuStreamCreate(self, stream: Any, flags: Any) -> int:
+        if not getattr(self._thread, "pushed", None) or flags.value != 1:
+            return REFUSED
+        self.streams.append(Stream(self, self._thread.pushed[-1] - 1))
+        stream._obj.value = len(self.streams)
         return 0
 
     def cuMemHostRegister_v2(self, at: Any, nbytes: Any, flags: Any) -> int:

@@ -126,7 +126,6 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
     # -- worker ----------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        assert self.worker is not None
         self.worker.register_kv_caches(kv_caches)
 
     @guarded()
@@ -141,6 +140,11 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded()
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self.worker.handle_preemptions(kv_connector_metadata)
+
+    @guarded()
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self.worker.before_forward(connector_metadata)
 
     @guarded()
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:

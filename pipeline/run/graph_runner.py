@@ -181,7 +181,7 @@ class GraphRunner:
             request, self._object_bytes, self._admission.chunk_bytes, self._arena.working
         )
         progress.batches_open = len(progress.batches)
-        request.gates.expect(len(progress.batches))
+        request.expect(len(progress.batches))
         request.planned.set()
         if not progress.batches:
             self._finish(request)

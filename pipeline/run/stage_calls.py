@@ -10,7 +10,9 @@ import anyio
 from tierloom.pipeline.config.segments import Segment
 from tierloom.pipeline.run.meters import Meter, metered
 from tierloom.pipeline.run.threads import Pool
-from tierloom.stages.contract.stage import BatchStage, RequestStage, Stage, runs_on_loop
+from tierloom.stages.contract.batch import Batch
+from tierloom.stages.contract.stage import BatchStage, RequestStage, Stage, UnderWay, runs_on_loop
+from tierloom.stages.memory.held import held
 
 StageCall = Callable[[Any], Awaitable[Any]]
 
@@ -41,8 +43,29 @@ def _called(method: Callable[[Any], Any], pool: Pool) -> StageCall:
     if runs_on_loop(method):
         return method
 
-    async def run(item: Any) -> Any:
+    async def run(item: Any) -> None:
         with anyio.CancelScope(shield=True):
-            return await pool(method, item, leases=item.leases())
+            under_way = await pool(method, item, leases=item.leases())
+            if under_way is not None:
+                await _settled(under_way, item, pool)
 
     return run
+
+
+async def _settled(under_way: UnderWay, batch: Batch, pool: Pool) -> None:
+    """Until a device has made a batch's copies, and what is left of them is done. No thread of the
+    pool waits for the device, which may have a whole forward pass to compute before them. Raises
+    RuntimeError where the device has failed."""
+    batch.launch()
+    failed: list[Exception] = []
+    with held(*batch.leases()):
+        for mark in under_way.marks:
+            try:
+                await mark.passed()
+            except Exception as error:  # noqa: PERF203
+                failed.append(error)
+            finally:
+                batch.request.memory.in_use.leave()
+    if failed:
+        raise failed[0]
+    await pool(under_way.settle, leases=batch.leases())

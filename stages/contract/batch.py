@@ -47,6 +47,8 @@ class Batch:
     """Indices of chunks lost to this branch."""
     encoder: object | None = None
     """The stage whose encoding this branch carries; None: the plain object."""
+    launched: bool = False
+    """Its copy is under way on a device, or was given up."""
     passed: bool = False
     """Beyond the stage that touches the engine's memory."""
 
@@ -88,8 +90,16 @@ class Batch:
         """The same chunks for one of several readers."""
         return replace(self, forked=True, lost=set(self.lost))
 
+    def launch(self) -> None:
+        """Its copy is under way, or will not be."""
+        launches = self.request.memory.launches
+        if launches is not None and not self.launched:
+            self.launched = True
+            launches.begun(len(self.frames))
+
     def leave_engine(self) -> None:
         """It is beyond the engine's memory, or never came that far."""
+        self.launch()
         if not self.passed:
             self.passed = True
             self.request.gates.passed(self.frames)

@@ -1,10 +1,13 @@
-"""What callers wait for: layers that have passed, and memory that nobody uses any more."""
+"""What callers wait for: layers that have passed, memory that nobody uses any more, and copies that
+a device will make."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterable
+
+from tierloom.stages.memory.device_queue import Mark
 
 
 class InUseCounter:
@@ -19,6 +22,10 @@ class InUseCounter:
             self._inside += 1
 
     def __exit__(self, *exc: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Of who entered, perhaps in another thread."""
         with self._changed:
             self._inside -= 1
             if not self._inside:
@@ -32,6 +39,44 @@ class InUseCounter:
         with self._changed:
             while self._inside:
                 self._changed.wait()
+
+
+class Launches:
+    """A request's copies on a device, from where they are launched: the engine's own work can be
+    made to wait for them there, while its thread goes on. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._left = -1
+        """Batches, by layer group, that have yet to be launched; -1: not planned yet."""
+        self.beginning = InUseCounter()
+        """Entered by whoever launches; inside, `stop` must be looked at."""
+        self._marks: list[Mark] = []
+
+    def expect(self, batches: int) -> None:
+        """So many will be launched, or given up."""
+        with self._changed:
+            self._left = batches
+            self._changed.notify_all()
+
+    def begun(self, batches: int) -> None:
+        with self._changed:
+            self._left -= batches
+            self._changed.notify_all()
+
+    def add(self, mark: Mark) -> None:
+        """One was launched."""
+        self._marks.append(mark)
+
+    def wait(self, timeout: float) -> bool:
+        """Whether all had begun within `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._left, timeout)
+
+    def hold_back(self, device: str) -> None:
+        """What is launched on the current stream of `device` from now on waits for them."""
+        for mark in list(self._marks):
+            mark.hold_back(device)
 
 
 class LayerGates:

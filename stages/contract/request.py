@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tierloom.stages.blend.policies import Mask, Patchwork, Scores, stretches
 from tierloom.stages.contract.blended import Blended
 from tierloom.stages.contract.chunks import Chunk
-from tierloom.stages.contract.gates import InUseCounter, LayerGates
+from tierloom.stages.contract.gates import InUseCounter, Launches, LayerGates
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.prefix import Span
@@ -49,12 +49,15 @@ class EngineMemory:
     """The caller's tensors, as long as the request may touch them."""
 
     def __init__(
-        self, table: PlaneTable | None, slots: npt.NDArray[np.int64], owner: Any, event: Any = None
-    ) -> None:
-        """`owner`: kept alive until the request is done. `event`: see the attribute."""
+        self, table: PlaneTable | None, slots: npt.NDArray[np.int64], owner: Any,
+        event: Any = None, launches: Launches | None = None,
+    ) -> None:  # fmt: skip
+        """`owner`: kept alive until the request is done. Others: see the attributes."""
         self.table, self.slots, self._owner = table, slots, owner
         self.event = event
         """CUDA: an event of the engine's stream; the memory may be touched after it."""
+        self.launches = launches
+        """Copies that a device makes; None: it is a CPU's memory."""
         self.stop: npt.NDArray[np.uint8] = np.zeros(1, np.uint8)
         """Not 0: kernels stop between two frames, and no copy begins."""
         self.in_use = InUseCounter()
@@ -215,6 +218,12 @@ class Request:
         """What a call on it touches besides the caller's memory: nothing before it has batches."""
         return ()
 
+    def expect(self, batches: int) -> None:
+        """So many will pass the stage that touches the caller's memory, in one wave or several."""
+        self.gates.expect(batches)
+        if self.memory.launches is not None:
+            self.memory.launches.expect(batches * self.groups)
+
     def deliver(self, tier: str, n: int = 1) -> None:
         self.delivered[tier] = self.delivered.get(tier, 0) + n
 
@@ -222,6 +231,8 @@ class Request:
         """Answer it, once, with what there is."""
         self.planned.set()
         self.gates.open()
+        if self.memory.launches is not None:
+            self.memory.launches.expect(0)
         if not self.future.done():
             self.future.set_result(self.receipt())
         self.memory.forget()

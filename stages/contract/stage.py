@@ -12,7 +12,7 @@ A method written `async def` runs on the one loop thread and never holds the GIL
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -26,6 +26,7 @@ from tierloom.stages.kv.namespace import Namespace
 from tierloom.stages.kv.object import Object
 from tierloom.stages.kv.rope import Rotation
 from tierloom.stages.memory.arena import Arena
+from tierloom.stages.memory.device_queue import Mark
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 if TYPE_CHECKING:
@@ -131,6 +132,14 @@ class Context:
     """Finds kept text anywhere; None: no stage `reads_texts`."""
 
 
+class UnderWay(NamedTuple):
+    """A batch's copy between the engine's memory and ours, which a device makes."""
+
+    marks: Sequence[Mark]
+    settle: Callable[[], None]
+    """Does the rest, in a thread, once all marks are passed."""
+
+
 class Stage(ABC):
     """What both kinds have in common: subclass `RequestStage` or `BatchStage`, say what goes in and
     out, and register the name in `catalog.py`."""
@@ -198,8 +207,9 @@ class BatchStage(Stage):
         """On the loop, before `apply`: take the leases that it will need."""
 
     @abstractmethod
-    def apply(self, batch: Batch) -> Awaitable[None] | None:
-        """Change the batch's chunks in place."""
+    def apply(self, batch: Batch) -> Awaitable[None] | UnderWay | None:
+        """Change the batch's chunks in place. `UnderWay`: a device does it, and the stage's work is
+        over when that is settled."""
 
     async def finish(self, chunks: list[Chunk]) -> None:
         """On the loop, once, after the last branch and wave of these chunks has left the graph and

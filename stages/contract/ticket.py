@@ -151,6 +151,21 @@ class Ticket:
             return False
         return True
 
+    def fence(self, timeout: float) -> bool:
+        """Store: what the caller launches on its current stream from now on may overwrite its
+        memory. As `captured`, but copies that a device makes are waited for by the stream: the
+        caller waits only until they are launched. False: some were not, and will not be."""
+        memory = self._request.memory
+        if (launches := memory.launches) is None:
+            return self.captured(timeout)
+        in_time = self._waited(lambda: launches.wait(self._patience(timeout)))
+        if not in_time:
+            self._request.expire(Lost.LATE)
+            self._post(self._request)
+            launches.beginning.wait_until_empty()
+        launches.hold_back(self._device)
+        return in_time
+
     def wait(self, timeout: float | None = None) -> Receipt:
         """The receipt; at `timeout` or the deadline the request is cancelled and what is there
         counts. The caller's tensors are free when it returns."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierloom.stages.kv.geometry import DTYPES
+from tierloom.stages.memory.device_queue import Mark, queue_of
 from tierloom.stages.memory.page_lock import is_locked
 from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable, PlaneTable
@@ -34,15 +35,27 @@ def fence(device: str) -> Any:
 def gather_now(
     table: PlaneTable, frames: FrameTable, slots: Slots, stop: Stop, device: str, after: Any = None
 ) -> None:
-    """The device's gather and the checksums, finished when it returns. Nothing is validated."""
+    """The gather and the checksums, finished when it returns. Nothing is validated."""
     if device == "cpu":
         from tierloom.triton_kernels.paged_copy.cpu import gather_frames
 
         gather_frames(table, frames, slots, stop)
-        return
+    else:
+        launch_gather(table, frames, slots, device, after).wait()
+        end_gather(frames)
+
+
+def launch_gather(
+    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, after: Any
+) -> Mark:
+    """A device's gather, behind the event `after`. `end_gather` is due when the mark is passed."""
+    return _launch(table, frames, slots, device, after, gather=True)
+
+
+def end_gather(frames: FrameTable) -> None:
+    """The checksums of what a device has gathered."""
     from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
 
-    _launch(table, frames, slots, device, after, gather=True)
     for i in range(len(frames)):
         frames.checksum[i] = xxh3_64(frames.address[i], frames.nbytes[i])
     frames.status[:] = PLACED
@@ -59,8 +72,8 @@ def scatter_now(
     verify: bool,
     turn: TurnTable | None = None,
 ) -> None:
-    """The device's scatter of frames whose checksums are right, finished when it returns. `turn`:
-    how far their K turns on its way."""
+    """The scatter of frames whose checksums are right, finished when it returns. `turn`: how far
+    their K turns on its way."""
     if device == "cpu":
         if turn is None:
             from tierloom.triton_kernels.paged_copy.cpu import scatter_frames
@@ -70,15 +83,30 @@ def scatter_now(
             from tierloom.triton_kernels.blend.cpu import scatter_turned_frames
 
             scatter_turned_frames(table, frames, slots, stop, turn, verify=verify)
-        return
+    else:
+        launch_scatter(table, frames, slots, device, after, verify=verify, turn=turn).wait()
+        end_scatter(frames)
+
+
+def launch_scatter(
+    table: PlaneTable, frames: FrameTable, slots: Slots, device: str, after: Any, *, verify: bool,
+    turn: TurnTable | None,
+) -> Mark:  # fmt: skip
+    """Verify frames, and begin a device's scatter of the good ones, behind the event `after`.
+    `end_scatter` is due when the mark is passed."""
     from tierloom.triton_kernels.checksum.xxh3_cpu import xxh3_64
 
     good = np.ones(len(frames), bool)
     for i in range(len(frames) if verify else 0):
         good[i] = xxh3_64(frames.address[i], frames.nbytes[i]) == frames.checksum[i]
     frames.take[~good] = 0  # nothing of a bad frame is placed
-    _launch(table, frames, slots, device, after, gather=False, turn=turn)
-    frames.status[:] = np.where(good, PLACED, CORRUPT)
+    frames.status[~good] = CORRUPT
+    return _launch(table, frames, slots, device, after, gather=False, turn=turn)
+
+
+def end_scatter(frames: FrameTable) -> None:
+    """Say which frames a device has placed."""
+    frames.status[frames.status != CORRUPT] = PLACED
 
 
 def attention_now(
@@ -132,14 +160,8 @@ def warm_up(device: str, turning: str = "") -> None:
 def _launch(
     table: PlaneTable, frames: FrameTable, slots: Slots, device: str, after: Any, *, gather: bool,
     turn: TurnTable | None = None,
-) -> None:  # fmt: skip
-    """One Triton launch on a side stream, after the engine's event `after`; waits for it.
-
-    Any thread, whatever device is current there. To enter the stream alone would do, but leaving it
-    would make a context on the device that was current before: half a GiB of another worker's.
-    """
-    import torch
-
+) -> Mark:  # fmt: skip
+    """One Triton launch on a stream of ours, after the engine's event `after`. Any thread."""
     from tierloom.triton_kernels.memory.launch import on_device
     from tierloom.triton_kernels.paged_copy.triton import (
         DeviceFrames,
@@ -149,23 +171,17 @@ def _launch(
 
     if not is_locked(frames.address, frames.nbytes):  # the engine would lose its device
         raise RuntimeError(f"{device} was handed memory of the host that is not page-locked")
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream(device)
-        try:
-            if after is not None:
-                stream.wait_event(after)
-            with torch.cuda.stream(stream):
-                planes, rows = DevicePlanes.of(table, device), DeviceFrames.of(frames, device)
-                places = on_device(slots, device)
-                if turn is None:
-                    launch_paged_copy(planes, rows, places, gather=gather)
-                else:
-                    from tierloom.triton_kernels.blend.triton import (
-                        DeviceTurns,
-                        launch_scatter_turned,
-                    )
 
-                    turns = DeviceTurns.of(turn, table, device)
-                    launch_scatter_turned(planes, rows, places, turns)
-        finally:  # whatever happens, nothing of it is under way when this returns
-            stream.synchronize()
+    def launch() -> Any:
+        planes, rows = DevicePlanes.of(table, device), DeviceFrames.of(frames, device)
+        places = on_device(slots, device)
+        if turn is None:
+            launch_paged_copy(planes, rows, places, gather=gather)
+            return planes, rows, places
+        from tierloom.triton_kernels.blend.triton import DeviceTurns, launch_scatter_turned
+
+        turns = DeviceTurns.of(turn, table, device)
+        launch_scatter_turned(planes, rows, places, turns)
+        return planes, rows, places, turns
+
+    return queue_of(device, "gather" if gather else "scatter").launch(after, launch)

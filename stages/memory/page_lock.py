@@ -7,15 +7,14 @@ engine's next launch would take for its own.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tierloom.stages.errors import LayoutError
+from tierloom.stages.memory.cuda_driver import cuda_context, driver_call
 
 CHUNK = 16 << 30
 """Bytes of one call. One call for hundreds of GiB of small pages is refused by drivers from R580
@@ -24,6 +23,8 @@ LEFT = 1 << 30
 """Bytes that stay free: locked pages are resident, and cannot be swapped out."""
 _FLAGS = 1 | 2
 """CU_MEMHOSTREGISTER_PORTABLE: for all of the process's contexts; _DEVICEMAP: kernels use it."""
+
+_WHAT = "page-locking host memory"
 
 _locked: dict[int, tuple[int, list[int], str]] = {}
 """By first address: one past the last, where each chunk begins, the device."""
@@ -35,13 +36,15 @@ def lock(address: int, nbytes: int, device: str) -> None:
     Touches every page. Raises LayoutError where there is not enough memory or the driver refuses.
     """
     chunks: list[int] = []
-    with _context(device) as driver:
+    with cuda_context(device, _WHAT) as driver:
         try:
             for at in range(address, address + nbytes, CHUNK):
                 size = min(CHUNK, address + nbytes - at)
                 _check_room(size, f"{at - address >> 20} of {nbytes >> 20} MiB for {device}")
-                _call(driver, "cuMemHostRegister_v2", ctypes.c_void_p(at), ctypes.c_size_t(size),
-                      ctypes.c_uint(_FLAGS))  # fmt: skip
+                driver_call(
+                    driver, _WHAT, "cuMemHostRegister_v2", ctypes.c_void_p(at),
+                    ctypes.c_size_t(size), ctypes.c_uint(_FLAGS),
+                )  # fmt: skip
                 chunks.append(at)
         except BaseException:
             for at in chunks:
@@ -61,7 +64,10 @@ def _check_room(nbytes: int, so_far: str) -> None:
 def unlock(address: int) -> None:
     """Undo `lock(address, ...)`. No device may be using the memory."""
     _, chunks, device = _locked.pop(address)
-    with suppress(LayoutError), _context(device) as driver:  # it may be shutting down already
+    with (
+        suppress(LayoutError),
+        cuda_context(device, _WHAT) as driver,
+    ):  # it may be shutting down already
         for at in chunks:
             driver.cuMemHostUnregister(ctypes.c_void_p(at))
 
@@ -109,35 +115,3 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-@contextmanager
-def _context(device: str) -> Iterator[Any]:
-    """The driver, with `device`'s context, which is torch's too, as this thread's own meanwhile."""
-    driver, number, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-    index = int(device.partition(":")[2] or 0)
-    _call(driver, "cuInit", ctypes.c_uint(0))
-    _call(driver, "cuDeviceGet", ctypes.byref(number), ctypes.c_int(index))
-    _call(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
-    try:
-        _call(driver, "cuCtxPushCurrent_v2", context)
-        try:
-            yield driver
-        finally:
-            driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-    finally:
-        driver.cuDevicePrimaryCtxRelease_v2(number)
-
-
-def _driver() -> Any:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        why = f"host memory cannot be page-locked without NVIDIA's driver: {error}"
-        raise LayoutError(why) from None
-
-
-def _call(driver: Any, name: str, *args: Any) -> None:
-    code = getattr(driver, name)(*args)
-    if code:
-        raise LayoutError(f"page-locking host memory failed: {name} answered with code {code}")

@@ -3,16 +3,19 @@ of a chunk that comes in parts with what is kept of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
 
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import EngineMemory
+from tierloom.stages.contract.stage import UnderWay
 from tierloom.stages.kv.geometry import Geometry
 from tierloom.stages.kv.object import Header, Object
-from tierloom.stages.kv.paged_copy import gather_now, scatter_now
+from tierloom.stages.kv.paged_copy import gather_now, launch_gather, launch_scatter, scatter_now
+from tierloom.stages.memory.device_queue import Mark
 from tierloom.triton_kernels.blend.turns import TurnTable
 from tierloom.triton_kernels.memory.tables import PLACED, FrameTable, PlaneTable
 
@@ -40,30 +43,73 @@ def frame_table(
     )
 
 
-def gather(memory: EngineMemory, frames: FrameTable, device: str) -> bool:
-    """Fill frames from the engine's cache and write their checksums; False: stopped half way.
+def gather(memory: EngineMemory, frames: FrameTable, device: str) -> Mark | None:
+    """Fill frames from the engine's cache and write their checksums; `is_whole` says whether it
+    came to its end. A mark: a device does it, and `end_gather` writes the checksums afterwards.
 
-    A caller who cancels waits for it, and so never shares its memory with us. What was cancelled
-    meanwhile is not whole: a device goes on to the end, over memory that may have changed.
+    A caller who cancels waits for it, and so never shares its memory with us.
     """
-    with memory.in_use:
-        if not memory.stop[0] and memory.table is not None:
-            gather_now(memory.table, frames, memory.slots, memory.stop, device, memory.event)
+    if device == "cpu":
+        with memory.in_use:
+            if not memory.stop[0] and memory.table is not None:
+                gather_now(memory.table, frames, memory.slots, memory.stop, device, memory.event)
+        return None
+    return _launched(
+        memory, lambda table: launch_gather(table, frames, memory.slots, device, memory.event)
+    )
+
+
+def is_whole(memory: EngineMemory, frames: FrameTable) -> bool:
+    """All frames were filled. What was cancelled meanwhile is not whole: a device goes on to the
+    end, over memory that may have changed."""
     return not memory.stop[0] and bool((frames.status == PLACED).all())
 
 
 def scatter(
     memory: EngineMemory, frames: FrameTable, device: str, *, verify: bool,
     slots: npt.NDArray[np.int64] | None = None, turn: TurnTable | None = None,
-) -> None:  # fmt: skip
-    """Verify frames and place their rows; `frames.status` says how far it came. `slots`, `turn`: of
-    frames that were captured elsewhere, whose K turns on its way."""
-    with memory.in_use:
-        if not memory.stop[0] and memory.table is not None:
-            scatter_now(
-                memory.table, frames, memory.slots if slots is None else slots, memory.stop, device,
-                memory.event, verify=verify, turn=turn,
-            )  # fmt: skip
+) -> Mark | None:  # fmt: skip
+    """Verify frames and place their rows; `frames.status` says how far it came. A mark: a device
+    does it, and `end_scatter` says so afterwards. `slots`, `turn`: of frames that were captured
+    elsewhere, whose K turns on its way."""
+    rows = memory.slots if slots is None else slots
+    if device == "cpu":
+        with memory.in_use:
+            if not memory.stop[0] and memory.table is not None:
+                scatter_now(
+                    memory.table, frames, rows, memory.stop, device, memory.event, verify=verify,
+                    turn=turn,
+                )  # fmt: skip
+        return None
+    return _launched(
+        memory,
+        lambda table: launch_scatter(
+            table, frames, rows, device, memory.event, verify=verify, turn=turn
+        ),
+    )
+
+
+def _launched(memory: EngineMemory, launch: Callable[[PlaneTable], Mark]) -> Mark | None:
+    """Launch a copy, unless the request was cancelled. The memory is in use until its mark is
+    passed, when the caller must leave it."""
+    assert memory.launches is not None
+    with memory.launches.beginning, ExitStack() as inside:
+        inside.enter_context(memory.in_use)
+        if memory.stop[0] or memory.table is None:
+            return None
+        mark = launch(memory.table)
+        memory.launches.add(mark)
+        inside.pop_all()
+        return mark
+
+
+def wait_for(memory: EngineMemory, begun: Sequence[UnderWay]) -> None:
+    """Until a device is through with copies, of which nothing is to come."""
+    for mark in (mark for each in begun for mark in each.marks):
+        try:
+            mark.wait()
+        finally:
+            memory.in_use.leave()
 
 
 def can_join(head: Header, whole: Header, tokens: int) -> bool:

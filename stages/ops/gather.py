@@ -15,15 +15,17 @@ import numpy as np
 from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Chunk
 from tierloom.stages.contract.request import Request
-from tierloom.stages.contract.stage import BatchStage, Context
+from tierloom.stages.contract.stage import BatchStage, Context, UnderWay
 from tierloom.stages.errors import ArenaFull, Damaged, Lost
 from tierloom.stages.kv.object import LINK, Frame, Header, Object, header_size, plan_frames
+from tierloom.stages.kv.paged_copy import end_gather
 from tierloom.stages.kv.text import pack_text
 from tierloom.stages.memory.allocator import PAGE, aligned
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.ops import frame_copy
 from tierloom.stages.options import NoOptions
 from tierloom.stages.tiers.contract.tier import Read
+from tierloom.triton_kernels.memory.tables import FrameTable
 
 UNKNOWN = bytes(32)
 """Token digest of a chunk whose caller named it and did not say its tokens."""
@@ -64,7 +66,7 @@ class Gather(BatchStage):
             chunk.nbytes = sum(f.raw for f in header.frames)
             chunk.checksums = np.zeros(len(self.layers), np.uint64)
 
-    def apply(self, batch: Batch) -> None:
+    def apply(self, batch: Batch) -> UnderWay | None:
         live = [c for c in batch.live if c.object is not None]
         jobs = [
             (c, o.header, o.lease.at(0, o.header.nbytes), batch.frames, c.tokens)
@@ -72,9 +74,22 @@ class Gather(BatchStage):
             if (o := c.object) is not None
         ]
         if not jobs:
-            return
+            return None
         frames = frame_copy.frame_table(self.ctx.geometry, jobs)
-        if not frame_copy.gather(batch.request.memory, frames, self.ctx.device):
+        mark = frame_copy.gather(batch.request.memory, frames, self.ctx.device)
+        if mark is None:
+            self._gathered(batch, live, frames)
+            return None
+
+        def settle() -> None:
+            end_gather(frames)
+            self._gathered(batch, live, frames)
+
+        return UnderWay([mark], settle)
+
+    def _gathered(self, batch: Batch, live: list[Chunk], frames: FrameTable) -> None:
+        """The frames are there, or will not be: seal the chunks of which they are the last."""
+        if not frame_copy.is_whole(batch.request.memory, frames):
             for chunk in live:
                 batch.lose(chunk, batch.request.cancelled or Lost.CANCELLED)
             return

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from tierloom.stages.contract.batch import Batch
 from tierloom.stages.contract.chunks import Chunk
-from tierloom.stages.contract.stage import BatchStage
+from tierloom.stages.contract.stage import BatchStage, UnderWay
 from tierloom.stages.errors import Damaged, Lost
 from tierloom.stages.kv.object import Header
+from tierloom.stages.kv.paged_copy import end_scatter
 from tierloom.stages.ops import frame_copy
 from tierloom.stages.options import NoOptions
-from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED
+from tierloom.triton_kernels.memory.tables import CORRUPT, PLACED, FrameTable
+
+Jobs = list[tuple[Chunk, Header, int, range, int]]
+"""Of each chunk: its header, the address of its object, frames, and tokens."""
 
 
 class Scatter(BatchStage):
@@ -26,20 +30,36 @@ class Scatter(BatchStage):
     gives = "receipt@host/request"
     touches_engine = True
 
-    def apply(self, batch: Batch) -> None:
-        for trusted in (False, True):
-            live = [c for c in batch.live if c.object is not None and self._trusted(c) == trusted]
-            for elsewhere in (False, True):
-                group = [c for c in live if (c.excerpt is not None) == elsewhere]
-                if group:
-                    self._place(batch, group, verify=not trusted, elsewhere=elsewhere)
+    def apply(self, batch: Batch) -> UnderWay | None:
+        begun: list[UnderWay] = []
+        try:
+            for trusted in (False, True):
+                live = [c for c in batch.live if c.object and self._trusted(c) == trusted]
+                for elsewhere in (False, True):
+                    group = [c for c in live if (c.excerpt is not None) == elsewhere]
+                    if group:
+                        begun += self._place(batch, group, verify=not trusted, elsewhere=elsewhere)
+        except BaseException:
+            frame_copy.wait_for(batch.request.memory, begun)
+            raise
+        if not begun:
+            return None
+
+        def settle() -> None:
+            for each in begun:
+                each.settle()
+
+        return UnderWay([mark for each in begun for mark in each.marks], settle)
 
     def _trusted(self, chunk: Chunk) -> bool:
         """Decoded frames were verified before decoding; memory is trusted when told to."""
         return chunk.plain is not None or chunk.took <= self.ctx.trusted
 
-    def _place(self, batch: Batch, live: list[Chunk], *, verify: bool, elsewhere: bool) -> None:
-        """Place chunks that all stand where they were captured, or all `elsewhere`."""
+    def _place(
+        self, batch: Batch, live: list[Chunk], *, verify: bool, elsewhere: bool
+    ) -> list[UnderWay]:
+        """Place chunks that all stand where they were captured, or all `elsewhere`; what of it a
+        device does."""
         jobs = [
             (c, o.header, o.lease.at(0, o.header.nbytes), batch.frames_of(o.header), c.source.rows)
             for c in live
@@ -53,9 +73,21 @@ class Scatter(BatchStage):
             many = [len(part) for _, _, _, part, _ in jobs]
             slots = excerpt_rows(batch.request, frames, live, many)
             turn = turn_table(self.ctx, live, many)
-            frame_copy.scatter(memory, frames, device, verify=verify, slots=slots, turn=turn)
+            mark = frame_copy.scatter(memory, frames, device, verify=verify, slots=slots, turn=turn)
         else:
-            frame_copy.scatter(memory, frames, device, verify=verify)
+            mark = frame_copy.scatter(memory, frames, device, verify=verify)
+        if mark is None:
+            self._scattered(batch, jobs, frames)
+            return []
+
+        def settle() -> None:
+            end_scatter(frames)
+            self._scattered(batch, jobs, frames)
+
+        return [UnderWay([mark], settle)]
+
+    def _scattered(self, batch: Batch, jobs: Jobs, frames: FrameTable) -> None:
+        """Say what became of each chunk."""
         if (frames.status == PLACED).all():
             for chunk, header, *_ in jobs:
                 self._placed(batch, chunk, header)

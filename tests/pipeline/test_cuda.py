@@ -17,7 +17,7 @@ from passages.blends import blending, opened_with
 from tierloom import KVLayout, LayoutError, Lost
 from tierloom.stages.kv import paged_copy as copy
 from tierloom.stages.kv.layout_check import check_layout
-from tierloom.stages.memory import page_lock
+from tierloom.stages.memory import cuda_driver, page_lock
 from tierloom.stages.memory.arena import Arena
 from tierloom.triton_kernels.memory.tables import FrameTable
 
@@ -175,6 +175,94 @@ def test_what_is_given_up_while_the_device_copies_is_not_kept(
     assert pipe.lookup(ids) == 0
 
 
+def held_up(cuda: Cuda, index: int, at: threading.Event, go: threading.Event) -> None:
+    """The engine computes until it is told to go on."""
+
+    def forward() -> None:
+        at.set()
+        assert go.wait(20)
+
+    cuda.current_stream(f"cuda:{index}").work.append(forward)
+
+
+def test_a_load_waits_neither_for_the_step_nor_for_saves_behind_it(
+    opened: Open, cuda: Cuda
+) -> None:
+    """And no thread of the pool waits for the device."""
+    engine = on_device(cuda, 0, Engine(blocks=200))
+    pipe, ids = opened(config(budget={"arena": "4 MiB", "threads": 1}), engine), tokens(192)
+    at = engine.slots(192)
+    pipe.store(ids, engine.caches, at).wait()
+    kept = engine.rows(at).clone()
+    blank(engine)
+    before, computing, go = pipe.event(), threading.Event(), threading.Event()
+    held_up(cuda, 0, computing, go)
+    saves = [
+        pipe.store(tokens(64, seed=i), engine.caches, np.arange(2000, 2064)) for i in range(5, 9)
+    ]
+    assert computing.wait(10)  # the first of them waits for it
+    got = pipe.retrieve(ids, engine.caches, at, after=before).wait(10)
+    assert (got.tokens, got.lost) == (192, {})
+    assert torch.equal(engine.rows(at), kept)
+    assert not any(save.is_captured for save in saves)
+    go.set()
+    assert [save.wait(10).tokens for save in saves] == [64] * 4
+
+
+@pytest.mark.parametrize("by", ["layer", "request"])
+def test_the_stream_waits_for_saves_that_the_caller_does_not_wait_for(
+    opened: Open, cuda: Cuda, by: str
+) -> None:
+    """The engine's thread goes on while the forward and the copy behind it are yet to be done; what
+    it launches from then on is done behind both."""
+    engine = on_device(cuda, 1, Engine())
+    pipe = opened(config(graphs__store__pace={"by": by}), engine)
+    ids, at = tokens(192), engine.slots(192)
+    right, (computing, go) = engine.rows(at).clone(), (threading.Event(), threading.Event())
+    held_up(cuda, 1, computing, go)
+    ticket = pipe.begin_store(ids, engine.caches, at)
+    ticket.layer_done(engine.layers - 1)
+    assert ticket.fence(10)
+    assert not ticket.is_captured, "it waited"
+    stream = cuda.current_stream("cuda:1")
+    stream.work.append(lambda: blank(engine))  # the next step's forward
+    threading.Timer(0.05, go.set).start()
+    stream.synchronize()
+    assert ticket.wait(10).tokens == 192
+    assert pipe.retrieve(ids, engine.caches, at).wait(10).tokens == 192
+    assert torch.equal(engine.rows(at), right)
+
+
+def test_a_save_that_is_not_launched_in_time_is_given_up(opened: Open, cuda: Cuda) -> None:
+    """By layer, when the model does not come that far: what was launched is waited for by the
+    stream, and the rest reads nothing any more."""
+    engine = on_device(cuda, 0, Engine())
+    pipe, ids = opened(config(graphs__store__pace={"by": "layer"}), engine), tokens(192)
+    ticket = pipe.begin_store(ids, engine.caches, engine.slots(192))
+    ticket.layer_done(1)
+    assert not ticket.fence(0.2)
+    blank(engine)
+    assert ticket.wait(10).tokens == 0
+    settle(pipe)
+    assert pipe.lookup(ids) == 0
+
+
+def test_a_device_that_fails_costs_misses(
+    opened: Open, cuda: Cuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = on_device(cuda, 0, Engine())
+    pipe, ids, at = opened(config(), engine), tokens(192), engine.slots(192)
+    pipe.store(ids, engine.caches, at).wait()
+    cuda.error_of_device = True
+    assert pipe.store(tokens(64, seed=3), engine.caches, at[:64]).wait(10).tokens == 0
+    ticket = pipe.retrieve(ids, engine.caches, at)
+    assert ticket.wait(10).tokens == 0
+    ticket.cancel()  # nothing of it is said to be under way
+    settle(pipe)
+    assert pipe.arena.flight == 0
+    cuda.error_of_device = False
+
+
 def test_nothing_is_under_way_when_a_launch_has_failed(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,11 +314,11 @@ def test_memory_that_is_not_there_is_not_locked(
 
 
 def test_no_driver_is_a_reason(opened: Open, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> Any:
-        raise LayoutError("memory cannot be page-locked without NVIDIA's driver: no libcuda.so.1")
+    def none(what: str) -> Any:
+        raise LayoutError(f"{what} is not possible without NVIDIA's driver: no libcuda.so.1")
 
     engine = on_device(cuda, 0, Engine())
-    monkeypatch.setattr(page_lock, "_driver", none)
+    monkeypatch.setattr(cuda_driver, "cuda_driver", none)
     with pytest.raises(LayoutError, match="libcuda"):
         opened(config(), engine)
 

@@ -16,6 +16,8 @@ from tierloom.adapters.vllm.exchange.messages import Save
 from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import Lost
 
+LEAVE = 5.0
+"""Seconds that an engine which frees its KV memory waits for saves that read it."""
 FENCE = 0.05
 """Seconds that a step may wait until a save has read blocks that the step will overwrite."""
 
@@ -88,10 +90,16 @@ class Captures:
             self.begin()
 
     def fence(self, jobs: Iterable[int] | None = None) -> None:
-        """The blocks of these (None: of all) may be overwritten from now on."""
+        """The blocks of these (None: of all) may be overwritten by what is launched from now on."""
         for job in list(self._reading) if jobs is None else jobs:
             for ticket in self._reading[job].tickets if job in self._reading else ():
-                ticket.captured(FENCE)
+                ticket.fence(FENCE)
+
+    def read_all(self) -> None:
+        """No block is read any more when this returns."""
+        for storing in self._reading.values():
+            for ticket in storing.tickets:
+                ticket.captured(LEAVE)
 
     def captured(self) -> list[int]:
         """Jobs that have read their blocks since the last call."""

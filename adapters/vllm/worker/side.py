@@ -151,7 +151,7 @@ class WorkerSide:
     def unregister_kv_caches(self) -> None:
         """The engine frees its KV memory: nothing may touch it from now on."""
         self._computed()
-        self._saves.fence()
+        self._saves.read_all()
         self._loads.cancel_all()
         if self._blends is not None:
             self._blends.cancel_all()
@@ -189,6 +189,11 @@ class WorkerSide:
             self._saves.computed(self._last)
             if self._overwrites:
                 self._saves.fence()
+
+    def before_forward(self, plan: Plan) -> None:
+        """Behind all that a step writes before its forward: where loads may begin, although some
+        model runners ask for them only when the forward is launched."""
+        self._tickets.after = [p.pipeline.event() for p in self.pipelines] if plan.loads else []
 
     def start_load_kv(self, plan: Plan) -> None:
         """Begin the plan's loads, and ask its questions."""

@@ -24,6 +24,9 @@ class Tickets:
         """`ended`: called with each future that is done, in any thread."""
         self._ended = ended
         self.pipelines: list[GroupPipeline] = []
+        self.after: list[Any] = []
+        """Of each pipeline an event behind which this step's loads may begin; empty: they begin
+        behind what is launched by then."""
         self.asleep = False
         """The engine has freed its KV memory: nothing begins."""
         self._epoch, self._epoch_lock = 0, threading.Lock()
@@ -55,6 +58,8 @@ class Tickets:
             if load.passages is not None:
                 ids = np.frombuffer(load.passages.ids, np.int32)[load.start :]
                 more = {"ids": ids, "blend": load.passages.runs}
+            if self.after:
+                more["after"] = self.after[p.group.number]
             return retrieve(load.span, p.caches, blocks=blocks, deadline=load.seconds, **more)
 
         return self._begin("load", begin, load)
