@@ -24,7 +24,9 @@ app = typer.Typer(
 
 Figures = Annotated[
     Path | None,
-    typer.Option("--json", metavar="PATH", callback=writable, help="Write the figures to a file."),
+    typer.Option(
+        "--json", metavar="PATH", callback=writable, help="Write the figures to a file; -: stdout."
+    ),
 ]
 
 
@@ -80,7 +82,7 @@ def schema(
     if write is None:
         typer.echo(schema_text(), nl=False)
     else:
-        write.write_text(schema_text())
+        write.write_text(schema_text(), encoding="utf-8")
 
 
 @app.command(name="import-lmcache")
@@ -97,12 +99,15 @@ def import_lmcache(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --out.")] = False,
 ) -> None:
-    """Convert an LMCache configuration to a tierloom one, and list what has no counterpart."""
+    """Convert an LMCache configuration to a tierloom one, and list what has no counterpart.
+
+    Exits with 1 where something that was asked for is not done: stderr and the file say what.
+    """
     from tierloom.adapters.lmcache.convert import run_import
 
     if out is not None and out.is_file() and not force:
         raise ConfigError(f"{out} is there already: name another, or replace it by --force")
-    run_import(file, out)
+    raise typer.Exit(run_import(file, out))
 
 
 @app.command()
@@ -113,6 +118,7 @@ def inspect(
             help="A file of a `files` tier; FOLDER@KEY of a disk tier, or FOLDER.", metavar="OBJECT"
         ),
     ],
+    as_json: file_commands.AsJson = False,
 ) -> None:
     """Show the header of a stored object, and verify every byte of it; or list a disk's folder.
 
@@ -120,7 +126,7 @@ def inspect(
     """
     from tierloom.adapters.cli.inspect_object import inspect_object
 
-    raise typer.Exit(inspect_object(object))
+    raise typer.Exit(inspect_object(object, as_json=as_json))
 
 
 app.command()(file_commands.doctor)
@@ -200,7 +206,9 @@ def calibrate(
     ] = "smollm2",
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="Default: where the codec finds it."),
+        typer.Option(
+            "--out", metavar="FILE", callback=writable, help="Default: where the codec finds it."
+        ),
     ] = None,
     transform: Annotated[
         bool,
