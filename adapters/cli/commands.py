@@ -12,6 +12,7 @@ import typer
 from tierloom import __version__
 from tierloom.adapters.cli import file_commands, handoff_commands, serve_command
 from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
+from tierloom.adapters.server.deploy import deploy
 from tierloom.stages.errors import ConfigError, TierloomError
 
 app = typer.Typer(
@@ -264,6 +265,7 @@ def sglang(
 app.command()(serve_command.serve)
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
+app.command()(deploy)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

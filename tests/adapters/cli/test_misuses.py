@@ -82,6 +82,9 @@ MISUSES: list[tuple[str, int, list[str]]] = [
     ("pd", 2, ["Missing argument", "model"]),
     ("pd m --wait 5", 2, ["--wait", "'5 s'"]),
     ("bench --rounds 3", 2, ["bench: --rounds 3", "in a checkout"]),
+    ("deploy cental --out d", 2, ["nothing is called 'cental'", "did you mean 'central'?"]),
+    ("deploy central", 2, ["deploy central", "--out DIR"]),
+    ("deploy systemd --out mine", 2, ["mine"]),
 ]  # fmt: skip
 
 
