@@ -59,7 +59,7 @@ class WorkerSide:
         self._vllm, self._kv, self.conf = vllm_config, kv_cache_config, conf
         self._rank = 0
         self._report = WorkerReport()
-        self.transfer_log = TransferLog(first=True)
+        self.transfer_log = TransferLog()
         self._woken = threading.Event()
         self._tickets = Tickets(lambda _: self._woken.set())
         self._loads = Loads(self._tickets.retrieve)
@@ -102,7 +102,7 @@ class WorkerSide:
     def register_kv_caches(self, caches: Mapping[str, Any]) -> None:
         """Open the pipelines over the KV tensors, or log why not. Raises ConfigError."""
         rank = vllm_rank(self._vllm.parallel_config)
-        self._rank, self.transfer_log = rank.index, TransferLog(first=rank.index == 0)
+        self._rank, self.transfer_log = rank.index, TransferLog(rank.index, self._figures)
         try:
             self._reset_socket = ResetSocket(address(self._vllm, rank.index), self._answer)
         except OSError as error:
@@ -139,8 +139,11 @@ class WorkerSide:
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """A question at the reset socket, in another thread."""
         if "figures" in question:
-            return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
+            return self._figures()
         return self._tickets.reset(question)
+
+    def _figures(self) -> dict[str, Any]:
+        return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
 
     def shutdown(self) -> None:
         if self._reset_socket is not None:
