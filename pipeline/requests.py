@@ -29,7 +29,7 @@ from tierloom.stages.kv.tokens import tokens_array
 
 KEYWORDS = (
     "tokens", "caches", "slots", "adapter", "blend", "blocks", "deadline", "exact", "held", "ids",
-    "layout", "salt", "tags",
+    "layout", "salt", "tags", "trace",
 )  # fmt: skip
 """What store and retrieve can be told."""
 _KEYWORD = Parameter.KEYWORD_ONLY
@@ -56,7 +56,7 @@ class Requests:
     def make(
         self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *, layout: KVLayout,
         seconds: float, blocks: Any = None, held: dict[bytes, Object] | None = None,
-        blend: bool | Sequence[Run] = False, exact: int = 1 << 62, **names: Any,
+        blend: bool | Sequence[Run] = False, exact: int = 1 << 62, trace: str = "", **names: Any,
     ) -> Request:  # fmt: skip
         """A store or retrieve; arguments as for `Pipeline.store`. Raises InputError."""
         wanted = (tokens.wanted or tokens.tokens) if isinstance(tokens, Span) else len(tokens)
@@ -75,6 +75,7 @@ class Requests:
         memory = EngineMemory(table, rows, (caches, rows), self.event())
         request = self._request(graph, tokens, memory, seconds=seconds, **names)
         request.spare, request.held, request.exact = spare, held or {}, exact
+        request.trace = trace
         if blend is not False:
             if graph != "retrieve" or not len(request.tokens):
                 raise InputError("blend= is for a retrieve whose token ids are passed")
