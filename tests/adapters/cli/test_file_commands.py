@@ -171,21 +171,24 @@ def test_disks_and_memory_that_are_not_there_are_told(tmp_path: Path) -> None:
     assert [w["path"] for w in told["warnings"]] == ["budget.arena", "tiers.warm"]
 
 
-def test_what_is_kept_already_needs_no_room(tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
+def test_what_is_kept_already_needs_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "segment").write_bytes(bytes(8 << 20))
     file = tmp_path / "p.yaml"
 
-    def told(capacity: int, folder: str) -> str:
+    def told(folder: str) -> str:
         file.write_text(
             "version: 1\nextends: tiered\n"
-            f"tiers: {{warm: {{path: '{tmp_path}/{folder}', capacity: {capacity}}}}}\n"
+            f"tiers: {{warm: {{path: '{tmp_path}/{folder}', capacity: 1028 MiB}}}}\n"
         )
         return run("check", str(file))[2]
 
-    assert "tiers.warm" not in told(free // 2, "kept")
-    assert "tiers.warm" in told(free * 2, "kept")
+    assert "tiers.warm" not in told("kept")
+    assert "may take 1 GiB more, and 1 GiB are free" in told("empty")
 
 
 @pytest.mark.parametrize("form", [[], ["-m", "tierloom"]])
