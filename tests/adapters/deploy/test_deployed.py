@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pools
 import pytest
 import torch
 from deployed import FOLDER, Command, commands, composed, transfer_of
+from processes import Process, free_port
 
 import tierloom
 from tierloom.adapters.vllm.exchange.settings import configured
@@ -160,3 +162,42 @@ def test_the_image_of_the_store_has_what_it_imports(tmp_path: Path) -> None:
     path = os.pathsep.join([str(absent), os.environ.get("PYTHONPATH", "")])
     with started(command, tmp_path, PYTHONPATH=path) as urls:
         assert asked(urls[-1], "/metrics", TOKEN) == 200
+
+
+def test_both_engines_of_mooncake_find_what_the_pool_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The master of the file, and the pipelines of its engines, with less memory."""
+    pools.require("mooncake")
+    services = composed(FOLDER / "docker-compose.mooncake.yaml")["services"]
+    ports = {number: free_port() for number in ("50052", "8080", "9004")}
+    words = [
+        re.sub(r"\d{4,5}$", lambda m: str(ports[m[0]]), word).replace("0.0.0.0", "127.0.0.1")
+        for word in services["master"]["command"]
+    ]
+    monkeypatch.setenv("TIERLOOM_MEMORY", "64 MiB")
+    monkeypatch.setenv("TIERLOOM_DISK", "64 MiB")
+    monkeypatch.setenv("TIERLOOM_PREFILLERS", "127.0.0.1")
+    monkeypatch.setenv("MC_TCP_BIND_ADDRESS", "127.0.0.1")
+    (tmp_path / "token").write_text(TOKEN)
+    for name in ("prefiller", "decoder"):
+        text = services[name]["command"][-1].replace("30 GiB", "64 MiB")
+        for port, free in ports.items():
+            text = text.replace(f"master:{port}", f"127.0.0.1:{free}")
+        services[name]["command"][-1] = text.replace("500 ms", "20 s")
+    caches = [torch.randn(2, 8, 16, 2, 64).bfloat16() for _ in range(4)]
+    back = [torch.zeros_like(c) for c in caches]
+    tokens, slots = torch.arange(128), torch.arange(128)
+    master = Process([str(pools.BIN / "mooncake_master"), *words], ports["50052"], tmp_path / "log")
+    try:
+        monkeypatch.setenv("TIERLOOM_DIR", str(tmp_path / "one"))
+        with engine(services["prefiller"], tmp_path, caches) as one:
+            kept = one.store(tokens, caches, slots).wait()
+            assert kept.tiers["pool"] == 8, kept
+            monkeypatch.setenv("TIERLOOM_DIR", str(tmp_path / "two"))
+            with engine(services["decoder"], tmp_path, back) as two:
+                got = two.retrieve(tokens, back, slots).wait()
+        assert (got.tokens, got.tiers) == (128, {"pool": 8}), got
+    finally:
+        master.kill()
+    assert all(map(torch.equal, caches, back))
