@@ -113,6 +113,7 @@ check: $(READY)
 test-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python -m pytest tests/adapters/vllm/sides/test_sim.py tests/adapters/vllm/test_speculative.py \
 	  tests/adapters/vllm/test_block_sizes.py tests/adapters/vllm/blend tests/adapters/vllm/repair \
+	  tests/adapters/vllm/http_server/test_http_spans.py tests/adapters/spans \
 	  -m "campaign or not campaign"
 	TIERLOOM_CASES=20000 $(BIN)/python -m pytest tests/pipeline/test_positions.py --timeout 20000
 

@@ -110,7 +110,7 @@ class Pipeline(Shown):
         must not be overwritten until `captured()` or `wait()` has returned. `ids=`: the token ids
         that a span names, where graphs find text by content. `exact=`: tokens, from the first on,
         whose KV was computed over nothing captured elsewhere; what follows is never kept under
-        names that a prefix finds. Raises InputError.
+        names that a prefix finds. `trace=`: a `traceparent`, for who follows. Raises InputError.
         """
         return self._submit("store", tokens, caches, slots, **names)
 

@@ -30,7 +30,7 @@ from tierloom.stages.kv.tokens import tokens_array
 
 KEYWORDS = (
     "tokens", "caches", "slots", "adapter", "after", "blend", "blocks", "deadline", "exact", "held",
-    "ids", "layout", "salt", "tags",
+    "ids", "layout", "salt", "tags", "trace",
 )  # fmt: skip
 """What store and retrieve can be told."""
 _KEYWORD = Parameter.KEYWORD_ONLY
@@ -57,7 +57,8 @@ class Requests:
     def make(
         self, graph: str, tokens: Any, caches: Sequence[Any], slots: Any, *, layout: KVLayout,
         seconds: float, blocks: Any = None, held: dict[bytes, Object] | None = None,
-        blend: bool | Sequence[Run] = False, exact: int = 1 << 62, after: Any = None, **names: Any,
+        blend: bool | Sequence[Run] = False, exact: int = 1 << 62, after: Any = None,
+        trace: str = "", **names: Any,
     ) -> Request:  # fmt: skip
         """A store or retrieve; arguments as for `Pipeline.store`. `after`: an `event` of before,
         behind which the caller's memory may be touched; None: one of now. Raises InputError."""
@@ -78,6 +79,7 @@ class Requests:
         memory = EngineMemory(table, rows, (caches, rows), after or self.event(), launches)
         request = self._request(graph, tokens, memory, seconds=seconds, **names)
         request.spare, request.held, request.exact = spare, held or {}, exact
+        request.trace = trace
         if blend is not False:
             if graph != "retrieve" or not len(request.tokens):
                 raise InputError("blend= is for a retrieve whose token ids are passed")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 
 if TYPE_CHECKING:
+    from tierloom.pipeline.run.followed import FollowedCall
     from tierloom.pipeline.run.graph_runner import GraphRunner
     from tierloom.pipeline.run.request_trace import Trace
 
 
 class Shown:
-    """`Pipeline`'s displays. None of them waits for anything."""
+    """`Pipeline`'s displays, and who follows its requests. None of them waits for anything."""
 
     spec: PipelineSpec
     _runners: Mapping[str, GraphRunner]
+    tiers: Mapping[str, CircuitBreaker]
     _closed: bool
     off: str | None
 
@@ -28,6 +31,13 @@ class Shown:
         from tierloom.pipeline.run.request_trace import Trace
 
         return Trace({name: runner.meters for name, runner in self._runners.items()})
+
+    def follow(self, tell: Callable[[FollowedCall], None]) -> None:
+        """From now on, until it is closed, `tell` is called with each call of a stage and the end
+        of each request; on the pipeline's loop, so it must return at once."""
+        from tierloom.pipeline.run.followed import follow_requests
+
+        follow_requests(self._runners, self.tiers, tell)
 
     def __repr__(self) -> str:
         state = " closed" if self._closed else f" off: {self.off}" if self.off else ""

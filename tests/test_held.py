@@ -28,6 +28,7 @@ THREADS = {
     "adapters/vllm/exchange/reset_socket.py": "ResetSocket.__init__",  # clears pipelines
     "adapters/vllm/scheduler/worker_figures.py": "_figures",  # asks a socket
     "adapters/door/http_door.py": "HttpDoor.start",  # reads counters, touches nothing
+    "adapters/engine/otlp_spans.py": "OtlpSpans.__init__",  # is told of calls, touches nothing
 }
 """Where threads are made or used at all."""
 ADDRESSES = {

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import tierloom
+from tierloom.adapters.demo.screen import screen_for
+from tierloom.stages.errors import ConfigError
 
 TOKENS, BLOCK, LAYERS, HEADS, DIM = 8192, 16, 16, 8, 128
 GIB = 1 << 30
@@ -25,8 +26,9 @@ def run_bench(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "pytest", "benchmarks", *arguments]
         return subprocess.run(command, check=False).returncode
     if arguments:
-        Console(stderr=True).print(f"no benchmarks here that could take {' '.join(arguments)}")
-        return 2
+        raise ConfigError(
+            f"bench: {' '.join(arguments)}: nothing here takes it; in a checkout pytest does"
+        )
     with tempfile.TemporaryDirectory(prefix="tierloom-bench-") as folder:
         return _measure(folder)
 
@@ -54,14 +56,14 @@ def _measure(folder: str) -> int:
             back = _time(lambda: pipe.retrieve(tokens, places, slots).wait())
             rows[f"retrieve from {start}"] = back
         if not all(map(torch.equal, caches, places)):
-            Console().print(f"[red]the KV that came back from {start} is not what was stored[/]")
+            screen_for().print(f"[red]the KV that came back from {start} is not what was stored[/]")
             return 1
     title = f"{TOKENS} tokens, {nbytes >> 20} MiB of KV"
     table = Table("", "ms", "GiB/s", "of a copy", title=title)
     for name, seconds in rows.items():
         part = rows["plain copy"] / seconds
         table.add_row(name, f"{seconds * 1e3:.0f}", f"{nbytes / GIB / seconds:.2f}", f"{part:.0%}")
-    Console().print(table)
+    screen_for().print(table)
     return 0
 
 

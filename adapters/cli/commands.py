@@ -12,6 +12,7 @@ import typer
 from tierloom import __version__
 from tierloom.adapters.cli import file_commands, handoff_commands, serve_command
 from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
+from tierloom.adapters.server.deploy import deploy
 from tierloom.stages.errors import ConfigError, TierloomError
 
 app = typer.Typer(
@@ -24,7 +25,9 @@ app = typer.Typer(
 
 Figures = Annotated[
     Path | None,
-    typer.Option("--json", metavar="PATH", callback=writable, help="Write the figures to a file."),
+    typer.Option(
+        "--json", metavar="PATH", callback=writable, help="Write the figures to a file; -: stdout."
+    ),
 ]
 
 
@@ -80,7 +83,7 @@ def schema(
     if write is None:
         typer.echo(schema_text(), nl=False)
     else:
-        write.write_text(schema_text())
+        write.write_text(schema_text(), encoding="utf-8")
 
 
 @app.command(name="import-lmcache")
@@ -97,12 +100,15 @@ def import_lmcache(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --out.")] = False,
 ) -> None:
-    """Convert an LMCache configuration to a tierloom one, and list what has no counterpart."""
+    """Convert an LMCache configuration to a tierloom one, and list what has no counterpart.
+
+    Exits with 1 where something that was asked for is not done: stderr and the file say what.
+    """
     from tierloom.adapters.lmcache.convert import run_import
 
     if out is not None and out.is_file() and not force:
         raise ConfigError(f"{out} is there already: name another, or replace it by --force")
-    run_import(file, out)
+    raise typer.Exit(run_import(file, out))
 
 
 @app.command()
@@ -113,6 +119,7 @@ def inspect(
             help="A file of a `files` tier; FOLDER@KEY of a disk tier, or FOLDER.", metavar="OBJECT"
         ),
     ],
+    as_json: file_commands.AsJson = False,
 ) -> None:
     """Show the header of a stored object, and verify every byte of it; or list a disk's folder.
 
@@ -120,7 +127,7 @@ def inspect(
     """
     from tierloom.adapters.cli.inspect_object import inspect_object
 
-    raise typer.Exit(inspect_object(object))
+    raise typer.Exit(inspect_object(object, as_json=as_json))
 
 
 app.command()(file_commands.doctor)
@@ -200,7 +207,9 @@ def calibrate(
     ] = "smollm2",
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="Default: where the codec finds it."),
+        typer.Option(
+            "--out", metavar="FILE", callback=writable, help="Default: where the codec finds it."
+        ),
     ] = None,
     transform: Annotated[
         bool,
@@ -256,6 +265,7 @@ def sglang(
 app.command()(serve_command.serve)
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
+app.command()(deploy)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

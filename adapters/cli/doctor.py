@@ -15,19 +15,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from tierloom.adapters.cli.sglang_check import NO_GPU, missing_compilers
 from tierloom.adapters.cli.sglang_launch import TESTED
+from tierloom.adapters.demo.screen import screen_for
 from tierloom.pipeline.config.load import memory_here
 from tierloom.stages.tiers.disk.default_folder import DEFAULT
 from tierloom.stages.user_home import expanded
 
 GIB = 1 << 30
-WHOLE_LINES = 400
-"""Columns of a file, in which nobody would see that a line was cut."""
 _COLORS = {"ok": "green", "warn": "yellow", "absent": "dim"}
 
 
@@ -59,10 +57,7 @@ def report() -> None:
         color = _COLORS[finding.state]
         said = (escape(finding.text), escape(finding.hint))  # they may have [brackets]
         table.add_row(f"[{color}]{finding.state}[/]", name, *said)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WHOLE_LINES
-    console.print(table)
+    screen_for().print(table)
 
 
 def _cores() -> Finding:
@@ -127,9 +122,10 @@ def _gpu() -> Finding:
 
 
 def _triton() -> Finding:
-    import triton
-
-    return Finding("ok", f"triton {triton.__version__}")
+    if find_spec("triton"):
+        return Finding("ok", f"triton {version('triton')}")
+    lost = "without it nothing is kept of caches on a GPU; on a CPU nothing is lost"
+    return Finding("absent", "no triton", f"pip install triton: {lost}")
 
 
 def _numba() -> Finding:

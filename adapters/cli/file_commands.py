@@ -6,22 +6,26 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tierloom.adapters.demo.screen import STDOUT
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.options import masked
+
+if TYPE_CHECKING:
+    from tierloom.pipeline.config.problems import ConfigProblems
 
 Config = Annotated[str, typer.Argument(help="A preset's name (tiered) or a YAML file (./my.yaml).")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
 
 def writable(path: Path | None) -> Path | None:
-    """A callback of options that name a file to write: what could not be written after minutes of
-    work is refused before it. Raises ConfigError."""
-    if path is None:
-        return None
+    """A callback of options that name a file to write, or `-`: what could not be written after
+    minutes of work is refused before it. Raises ConfigError."""
+    if path is None or path == STDOUT:
+        return path
     there = path.exists()
     try:
         with path.open("ab"):
@@ -35,7 +39,7 @@ def writable(path: Path | None) -> Path | None:
 
 def writable_or_stdout(path: Path | None) -> Path | None:
     """As `writable`, for commands that write to stdout where no file is named, or `-`."""
-    return None if str(path) == "-" else writable(path)
+    return None if path == STDOUT else writable(path)
 
 
 def check(config: Config, as_json: AsJson = False) -> None:
@@ -43,8 +47,9 @@ def check(config: Config, as_json: AsJson = False) -> None:
 
     Exits with 0 if it can run (warnings are printed), with 2 if it cannot.
     """
-    from tierloom.pipeline.config.load import load_config, warnings
+    from tierloom.pipeline.config.load import load_config, memory_here, warnings
     from tierloom.pipeline.config.problems import ConfigProblems, Problem
+    from tierloom.pipeline.config.room import room_warnings
 
     def rows(found: tuple[Problem, ...]) -> list[dict[str, Any]]:
         return [{name: getattr(p, name) for name in Problem.__slots__} for p in found]
@@ -52,19 +57,33 @@ def check(config: Config, as_json: AsJson = False) -> None:
     try:
         spec = load_config(config)
     except ConfigProblems as e:
+        e = _of_lmcache(config) or e
         if not as_json:
-            raise
+            raise e from None
         _print({"ok": False, "problems": rows(e.problems)})
         sys.exit(2)
+    told = warnings(spec) + room_warnings(spec, memory_here())
     if as_json:
         parts = {"tiers": list(spec.tiers), "graphs": list(spec.graphs)}
-        told = rows(warnings(spec))
-        _print({"ok": True, "source": spec.source, **parts, "warnings": told})
+        _print({"ok": True, "source": spec.source, **parts, "warnings": rows(told)})
         return
-    for problem in warnings(spec):
+    for problem in told:
         typer.echo(f"warning: {problem}", err=True)
     said = f"tiers: {', '.join(spec.tiers) or 'none'}; graphs: {', '.join(spec.graphs)}"
     typer.echo(f"{spec.source}: ok ({said})")
+
+
+def _of_lmcache(config: str) -> ConfigProblems | None:
+    """What is wrong with a file of LMCache's is one thing, not each of its keys."""
+    from tierloom.adapters.lmcache.options import is_lmcache
+    from tierloom.pipeline.config.problems import ConfigProblems, Findings, Place
+
+    if not is_lmcache(Path(config).expanduser()):
+        return None
+    found = Findings()
+    hint = f"convert it: tierloom import-lmcache {config} --out tierloom.yaml"
+    found.add(Place(config), "", "is a configuration of LMCache's", hint)
+    return ConfigProblems(found.sorted())
 
 
 def explain(
@@ -75,8 +94,12 @@ def explain(
     """Show what a pipeline does: its tiers, its graphs, and how they are cut into segments."""
     from tierloom.pipeline.config import explain as words
     from tierloom.pipeline.config.load import load_config
+    from tierloom.pipeline.config.problems import ConfigProblems
 
-    spec = load_config(config)
+    try:
+        spec = load_config(config)
+    except ConfigProblems as e:
+        raise _of_lmcache(config) or e from None
     if as_json:
         from tierloom.pipeline.graph_in_python import as_written
 

@@ -64,7 +64,7 @@ class InProcess:
                 self._stored += sum(t.wait().nbytes for t in kept.last.storing)
                 demo.show(answer, plain, ("without tierloom", "with tierloom"))
         demo.title("The last question again, in a new process")
-        again = _restart(ids.tolist(), config, folder)
+        again = _restart(ids.tolist(), config, folder, to_stderr=demo.console.stderr)
         demo.show(again, plain, ("without tierloom", "after restart"))
 
     def figures(self, pairs: Sequence[Pair], verdict: Verdict) -> tuple[str, dict[str, Any]]:
@@ -150,14 +150,15 @@ def _answer(ids: torch.Tensor, out: torch.Tensor, ttft_s: float, hit: int) -> An
     return Answer(out[0, ids.shape[1] :].tolist(), ttft_s, int(ids.shape[1]), hit)
 
 
-def _restart(ids: list[list[int]], config: str, folder: Path) -> Answer:
+def _restart(ids: list[list[int]], config: str, folder: Path, *, to_stderr: bool) -> Answer:
     """Ask once more in a new process, which finds the KV in `folder`."""
     job, out = folder / "again.json", folder / "answer.json"
     job.write_text(
         json.dumps({"ids": ids, "config": config, "folder": str(folder), "out": str(out)})
     )
     command = [sys.executable, "-m", "tierloom.adapters.demo.in_process", str(job)]
-    done = subprocess.run(command, cwd=folder, check=False)
+    shown = sys.stderr if to_stderr else None
+    done = subprocess.run(command, cwd=folder, stdout=shown, check=False)
     if done.returncode or not out.exists():
         raise TierloomError(f"the second process failed with status {done.returncode}; see above")
     return Answer(**json.loads(out.read_text()))

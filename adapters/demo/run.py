@@ -8,14 +8,13 @@ the same with and without the cache.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tierloom.adapters.demo.screen import Answer, bars
+from tierloom.adapters.demo.screen import STDOUT, Answer, bars, write_figures
 from tierloom.pipeline.config.load import load_config
 from tierloom.stages.errors import InputError, TierloomError
 
@@ -84,7 +83,7 @@ def run_demo(
     """
     from rich.console import Console
 
-    console, wrong = Console(), ""
+    console, wrong = Console(stderr=json_path == STDOUT), ""
     demo = Demo(console)
     try:
         with _folder(keep, console) as folder:
@@ -92,8 +91,7 @@ def run_demo(
             verdict = verdict_on(demo.pairs, backend.restarted)
             sentence, figures = backend.figures(demo.pairs, verdict)
             console.print(sentence, highlight=False)
-        if json_path is not None:
-            json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_figures(json_path, figures)
         wrong = verdict.wrong
     except TierloomError as e:
         wrong = str(e)

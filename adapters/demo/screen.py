@@ -1,10 +1,14 @@
-"""What the demo shows of an answer: a bar, as long as its time to first token."""
+"""What commands show: the screen, figures as JSON, and an answer of the demo as a bar, as long as
+its time to first token."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +16,30 @@ if TYPE_CHECKING:
 
 BESIDE = 58
 """Columns of a row that are not its bar."""
+STDOUT = Path("-")
+"""What options that name a file take for stdout."""
+_WHOLE_LINES = 400
+"""Columns of a file, in which nobody would see that a line was cut."""
+
+
+def screen_for(figures: Path | None = None) -> Console:
+    """Where people read: stdout, or stderr where stdout is for `figures`. In a file or
+    a pipe lines are whole."""
+    from rich.console import Console
+
+    console = Console(stderr=figures == STDOUT, highlight=False)
+    if not console.is_terminal:
+        console.width = _WHOLE_LINES
+    return console
+
+
+def write_figures(path: Path | None, figures: Any) -> None:
+    """As JSON to `path`, or to stdout. None: nowhere. Raises OSError."""
+    text = json.dumps(figures, indent=2) + "\n"
+    if path == STDOUT:
+        sys.stdout.write(text)
+    elif path is not None:
+        path.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)

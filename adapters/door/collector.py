@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -14,9 +14,10 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.utils import floatToGoString
 
 from tierloom import __version__
-from tierloom.adapters.door.families import FAMILIES, samples
+from tierloom.adapters.door.families import FAMILIES, Family, samples
 
 _METRICS = {
     "counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily,
@@ -57,13 +58,60 @@ class FiguresCollector:
                 metrics[name].add_metric(list(labels), value)
         yield from metrics.values()
 
+    def text(self, *, openmetrics: bool) -> str:
+        """What the encoders of `prometheus_client` make of `collect`, in less time: the names here
+        are known to be valid, and labels are written once."""
+        families = {"info": Family("gauge", "The version.", ("version",))}
+        families |= {name: Family("gauge", text) for name, (text, _) in self._own.items()}
+        families |= FAMILIES
+        lines: dict[str, list[str]] = {name: [] for name in families}
+        values = samples(self._read())
+        values |= {(name, ()): value for name, (_, value) in self._own.items()}
+        values["info", (__version__,)] = 1
+        for (name, labels), value in values.items():
+            lines[name] += _lines(self._prefix + name, families[name], labels, value)
+        written = []
+        for name, family in families.items():
+            written.append(_head(self._prefix + name, family, openmetrics))
+            written += lines[name]
+        return "".join(written) + "# EOF\n" * openmetrics
+
 
 def exposition(collector: FiguresCollector, accept: str) -> tuple[bytes, str]:
     """What a scrape gets, and its content type; `accept`: the header of who scrapes."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(collector)
-    encode, kind = choose_encoder(accept)
-    return encode(registry), kind
+    kind = choose_encoder(accept)[1]
+    return collector.text(openmetrics=kind.startswith("application/openmetrics")).encode(), kind
+
+
+def _lines(name: str, family: Family, labels: tuple[str, ...], value: Any) -> list[str]:
+    """The samples of one series."""
+    if family.kind != "histogram":
+        total = "_total" * (family.kind == "counter")
+        return [f"{name}{total}{_labels(family.labels, labels)} {floatToGoString(value)}\n"]
+    counts = _buckets(value)
+    names = (*family.labels, "le")
+    own = _labels(family.labels, labels)
+    return [
+        *(
+            f"{name}_bucket{_labels(names, (*labels, le))} {floatToGoString(n)}\n"
+            for le, n in counts
+        ),
+        f"{name}_count{own} {floatToGoString(counts[-1][1])}\n",
+        f"{name}_sum{own} {floatToGoString(value['sum'])}\n",
+    ]
+
+
+@lru_cache(1024)
+def _head(name: str, family: Family, openmetrics: bool) -> str:
+    total = "_total" * (family.kind == "counter" and not openmetrics)
+    return f"# HELP {name}{total} {family.help}\n# TYPE {name}{total} {family.kind}\n"
+
+
+@lru_cache(4096)
+def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
+    escaped = (v.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for v in values)
+    pairs = sorted(zip(names, escaped, strict=True))
+    return "{" + ",".join(f'{name}="{value}"' for name, value in pairs) + "}" if pairs else ""
 
 
 def _buckets(histogram: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -7,7 +7,7 @@ imported here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -121,6 +121,24 @@ def samples(parts: Mapping[str, Mapping[str, Any]]) -> dict[Key, Any]:
         for name, labels, value in _of_part(part):
             before, key = found.get((name, labels)), (name, labels)
             found[key] = value if before is None else _joined(FAMILIES[name], before, value)
+    return found
+
+
+def gauges(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Those of `samples` that are gauges, by name and labels with `|` between, for a wire."""
+    found = samples(parts).items()
+    return {"|".join((n, *labels)): v for (n, labels), v in found if FAMILIES[n].kind == "gauge"}
+
+
+def gauges_of_many(told: Iterable[Mapping[str, float]]) -> dict[Key, float]:
+    """What several processes said by `gauges`, as one; names that are not known are left out."""
+    found: dict[Key, float] = {}
+    for values in told:
+        for written, value in values.items():
+            name, *labels = written.split("|")
+            family, key = FAMILIES.get(name), (name, tuple(labels))
+            if family is not None and len(labels) == len(family.labels):
+                found[key] = _joined(family, found[key], value) if key in found else value
     return found
 
 

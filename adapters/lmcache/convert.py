@@ -18,7 +18,7 @@ import typer
 import yaml
 
 from tierloom.adapters.lmcache.local_tiers import disk_tier, memory_tier, peer_tier
-from tierloom.adapters.lmcache.options import Given, from_environment, from_file
+from tierloom.adapters.lmcache.options import UNKNOWN, Given, from_environment, from_file
 from tierloom.adapters.lmcache.pd_roles import pd_role
 from tierloom.adapters.lmcache.remote_tiers import (
     Made,
@@ -29,6 +29,7 @@ from tierloom.adapters.lmcache.remote_tiers import (
     remote,
     size_of,
 )
+from tierloom.pipeline.config.problems import nearest
 from tierloom.stages.options import masked
 
 _MEMORY = 5.0
@@ -68,21 +69,22 @@ class Conversion:
     """vLLM's."""
 
 
-def run_import(source: Path | None, out: Path | None) -> None:
-    """Write the converted configuration to a file or stdout. Raises ConfigError, OSError."""
+def run_import(source: Path | None, out: Path | None) -> int:
+    """Write the converted configuration to a file or stdout. The exit code: 1 where something that
+    was asked for is not done, which stderr then says. Raises ConfigError, OSError."""
     given = from_file(source) if source else from_environment(os.environ)
     draft = convert(given)
     text = yaml_text(draft, given, str(out) if out else "lmcache.yaml")
     if out:
-        out.write_text(text)
+        out.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {out}; next: tierloom check {_shell(out)}", err=True)
     else:
         typer.echo(text, nl=False)
-    unknown = [name for name, _, why in given.left() if why == "no option of LMCache's"]
     lost = [f"{name}: {why}" for name, why in given.bad.items()]
-    lost += [f"no option of LMCache's: {', '.join(unknown)}"] if unknown else []
+    lost += [f"{name}: {why}" for name, _, why in given.left() if why.startswith(UNKNOWN)]
     for line in [*draft.missing, *lost]:
         typer.echo(f"tierloom: {given.source}: {masked(line)}", err=True)
+    return 1 if draft.missing or lost else 0
 
 
 def convert(given: Given) -> Conversion:
@@ -167,17 +169,19 @@ def _serde(given: Given, draft: Conversion) -> None:
     elif serde == "kivi":
         draft.notes.append("remote_serde kivi is a stub in LMCache: KV is kept as it is, as there")
     elif serde not in ("naive", "none", "cachegen"):
-        draft.missing.append(f"remote_serde {serde}: unknown codec")
+        known = nearest(serde, ("naive", "cachegen", "kivi"))
+        draft.missing.append(f"remote_serde {serde}: no such codec; {known}")
 
 
 def _locations(given: Given, draft: Conversion) -> None:
     def among(names: list[str]) -> list[str]:
         """The tiers of these names, in order; all of them if there is none."""
-        found: set[str] = set()
+        found, known = set[str](), {*_PLACES, "RemoteBackend"}
         for name in names:
             here = draft.remotes if name == "RemoteBackend" else {_PLACES.get(name, "")}
             if not here & draft.tiers.keys():
-                draft.missing.append(f"{name} has no counterpart among these tiers: left out")
+                hint = "" if name in known else f"; {nearest(name, known)}"
+                draft.missing.append(f"{name} has no counterpart among these tiers: left out{hint}")
             found |= here
         return [t for t in draft.tiers if t in found] or list(draft.tiers)
 

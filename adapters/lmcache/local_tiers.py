@@ -27,7 +27,7 @@ def memory_tier(given: Given, size: float) -> Made:
 
 def disk_tier(paths: list[str], room: float, given: Given) -> Made:
     """The first of `paths`. `room`: LMCache's gigabytes."""
-    first, *others = [path.removeprefix("file://") for path in paths]
+    first, *others = paths
     made = Made({"use": "disk", "path": first, "capacity": size_of(room)})
     _evict(made, given)
     if given.take("use_odirect") is True:
@@ -38,11 +38,7 @@ def disk_tier(paths: list[str], room: float, given: Given) -> Made:
 
 def _evict(made: Made, given: Given) -> None:
     if given.says("cache_policy"):
-        policy = str(given.get("cache_policy")).lower()
-        if policy in ("lru", "lfu", "fifo", "mru"):
-            made.options["evict"] = policy
-        else:
-            made.notes.append(f"cache_policy {policy} is not known; the default is lru")
+        made.options["evict"] = given.get("cache_policy")
 
 
 def peer_tier(given: Given, served: Sequence[str]) -> tuple[Made, dict[str, Any]]:

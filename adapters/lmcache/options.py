@@ -9,15 +9,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tierloom.adapters.lmcache.values import (
+    read_count,
+    read_flag,
+    read_folders,
+    read_number,
+    read_policy,
+    read_ports,
+    read_share,
+    read_table,
+    read_whole,
+    read_words,
+)
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.user_home import expanded
 
 PREFIX = "LMCACHE_"
+_SURE = 0.8
+"""How much a name must be like an option's to be taken for a mistake: LMCache reads variables that
+are no options, too."""
 
 P2P = "without enable_p2p nothing is shared"
 PD = "without enable_pd nothing is handed over"
@@ -47,48 +63,21 @@ ALIASES = {
 """Names of former versions."""
 
 
-def _flag(value: Any) -> bool:
-    return value is True or str(value).strip().lower() in ("true", "1")
-
-
-def _words(value: Any) -> list[str]:
-    whole = value if isinstance(value, list) else str(value).split(",")
-    return [word for item in whole if (word := str(item).strip())]
-
-
-def _table(value: Any) -> dict[str, Any]:
-    table = yaml.safe_load(value) if isinstance(value, str) else value
-    if not isinstance(table, dict):
-        raise ValueError(f"no mapping: {value!r}")  # noqa: TRY004 (the one error of all readers)
-    return {str(k): v for k, v in table.items()}
-
-
-def _ports(value: Any) -> list[int]:
-    return [int(word) for word in _words(value)]
-
-
-def _share(value: Any) -> float:
-    """The largest of a number, or of several."""
-    found = max(float(word) for word in _words(value))
-    if not 0 < found <= 1:
-        raise ValueError(f"no share of the tokens: {value!r}")
-    return found
-
-
 CONVERTED: dict[str, Callable[[Any], Any]] = {
-    "blend_min_tokens": int, "blend_recompute_ratios": _share, "blocking_timeout_secs": float,
-    "cache_policy": str, "chunk_size": int, "enable_async_loading": _flag,
-    "enable_blending": _flag, "enable_p2p": _flag, "enable_pd": _flag, "lmcache_instance_id": str,
-    "pd_bidirectional": _flag, "pd_buffer_size": int, "pd_peer_alloc_port": _ports,
-    "pd_peer_host": str, "pd_peer_init_port": _ports, "pd_proxy_host": str,
-    "pd_proxy_port": _ports, "pd_role": str,
-    "p2p_host": str, "p2p_init_ports": _ports, "p2p_lookup_ports": _ports, "transfer_channel": str,
-    "extra_config": _table, "gds_path": _words, "local_cpu": _flag,
-    "local_disk": _words, "lookup_timeout_ms": int, "max_local_cpu_size": float,
-    "max_local_disk_size": float, "min_retrieve_tokens": int, "audit_actual_remote_url": str,
-    "remote_serde": str, "remote_storage_plugins": _words, "remote_url": str,
-    "retrieve_locations": _words, "save_decode_cache": _flag, "save_unfull_chunk": _flag,
-    "store_location": str, "use_layerwise": _flag,
+    "blend_min_tokens": read_whole, "blend_recompute_ratios": read_share,
+    "blocking_timeout_secs": read_number, "cache_policy": read_policy, "chunk_size": read_count,
+    "enable_async_loading": read_flag, "enable_blending": read_flag, "enable_p2p": read_flag,
+    "enable_pd": read_flag, "lmcache_instance_id": str, "pd_bidirectional": read_flag,
+    "pd_buffer_size": read_whole, "pd_peer_alloc_port": read_ports, "pd_peer_host": str,
+    "pd_peer_init_port": read_ports, "pd_proxy_host": str, "pd_proxy_port": read_ports,
+    "pd_role": str, "p2p_host": str, "p2p_init_ports": read_ports, "p2p_lookup_ports": read_ports,
+    "transfer_channel": str, "extra_config": read_table, "gds_path": read_folders,
+    "local_cpu": read_flag, "local_disk": read_folders, "lookup_timeout_ms": read_whole,
+    "max_local_cpu_size": read_number, "max_local_disk_size": read_number,
+    "min_retrieve_tokens": read_whole, "audit_actual_remote_url": str, "remote_serde": str,
+    "remote_storage_plugins": read_words, "remote_url": str, "retrieve_locations": read_words,
+    "save_decode_cache": read_flag, "save_unfull_chunk": read_flag, "store_location": str,
+    "use_layerwise": read_flag,
 }  # fmt: skip
 """How each option that has a counterpart is read."""
 
@@ -164,6 +153,24 @@ OTHERS = {
 """Options without a counterpart, by the reason."""
 
 REASONS = {name: reason for reason, names in OTHERS.items() for name in names.split()}
+UNKNOWN = "no option of LMCache's"
+
+
+def is_lmcache(path: Path) -> bool:
+    """Whether a file is a configuration of LMCache's."""
+    try:
+        names = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    if not isinstance(names, dict) or names.keys() & {"version", "extends", "tiers", "graphs"}:
+        return False
+    return any(ALIASES.get(str(n), str(n)) in {*CONVERTED, *REASONS} for n in names)
+
+
+def unknown(name: str) -> str:
+    """What is said of an option that nobody knows."""
+    close = get_close_matches(name, {*CONVERTED, *REASONS, *ALIASES}, n=1)
+    return f"{UNKNOWN}; did you mean {close[0]!r}?" if close else UNKNOWN
 
 
 class Given:
@@ -208,13 +215,14 @@ class Given:
 
     def switched_on(self) -> list[str]:
         """Reasons of the features that are asked for and have no counterpart."""
-        return [r for r, name in TOGGLES.items() if name in self.raw and _flag(self.raw[name])]
+        on = ("true", "1")
+        return [r for r, name in TOGGLES.items() if str(self.raw.get(name)).lower() in on]
 
     def left(self) -> list[tuple[str, Any, str]]:
         """Name, value and reason of every option that has no counterpart."""
         whys = REASONS | self._forgone | self.bad
         rows = [
-            (name, value, whys.get(name, "no option of LMCache's"))
+            (name, value, whys.get(name) or unknown(name))
             for name, value in self.raw.items()
             if name not in self._values and not (name in CONVERTED and value is None)
         ]
@@ -225,7 +233,7 @@ class Given:
 def from_file(path: Path, environ: Mapping[str, str] | None = None) -> Given:
     """A YAML or JSON file, and variables on top of it. Raises ConfigError, OSError."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -245,12 +253,15 @@ def from_environment(environ: Mapping[str, str]) -> Given:
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Variables that are options, by the option's name; lists of numbers stay text."""
+    """Variables that are options, or nearly so, by name; lists of numbers stay text."""
     found: dict[str, Any] = {}
     for variable, text in environ.items():
         name = variable.removeprefix(PREFIX).lower()
         name = ALIASES.get(name, name)
-        if variable.startswith(PREFIX) and (name in CONVERTED or name in REASONS):
+        known = {*CONVERTED, *REASONS}
+        if variable.startswith(PREFIX) and (
+            name in known or get_close_matches(name, known, n=1, cutoff=_SURE)
+        ):
             found[name] = _unquoted(text)
     return found
 

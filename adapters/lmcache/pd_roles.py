@@ -9,6 +9,7 @@ variables.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from tierloom.adapters.lmcache.local_tiers import LOCAL, memory_tier
@@ -36,7 +37,11 @@ def pd_role(given: Given, head: dict[str, Any], tiers: dict[str, Made]) -> PdRol
     """The role that a file names, with `head` and `tiers` made such that they can play it."""
     made, name = PdRole(), str(given.get("pd_role", "")).lower()
     if name not in ("sender", "receiver"):
-        made.missing.append(f"enable_pd with pd_role {name or 'unset'}: it is sender or receiver")
+        close = get_close_matches(name, ("sender", "receiver"), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        made.missing.append(
+            f"enable_pd with pd_role {name or 'unset'}: it is sender or receiver{hint}"
+        )
         return made
     head["order"] = "canonical"
     _make_room(given, head, tiers)

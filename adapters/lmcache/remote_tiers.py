@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tierloom.adapters.lmcache.options import Given
+from tierloom.pipeline.config.problems import nearest
 from tierloom.stages import catalog
 from tierloom.stages.options import masked
 
@@ -54,10 +55,19 @@ def remote(url: str, given: Given) -> Made | str:
     scheme, mark, rest = url.partition("://")
     make = _SCHEMES.get(scheme.lower()) if mark else None
     if make is None:
-        return (
-            f"no tier for {masked(url)}; a store of your own is one in ten lines: docs/extending.md"
-        )
+        return f"remote_url: no tier for {masked(url)}; {_hint(url)}"
     return make(scheme.lower(), rest, given)
+
+
+def _hint(url: str) -> str:
+    """What LMCache's user may have meant."""
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() == "file" or url.startswith(("/", "~")):
+        return f"a folder is written 'fs://HOST/{(rest or url).lstrip('/')}'"
+    if "://" not in url and scheme.lower() in _SCHEMES:
+        return f"did you mean {scheme.lower() + '://' + rest.lstrip('/')!r}?"
+    own = "a store of your own is one in ten lines: docs/extending.md"
+    return f"{nearest(scheme.lower(), _SCHEMES)}; {own}"
 
 
 def _redis(scheme: str, rest: str, given: Given) -> Made:
@@ -97,9 +107,16 @@ def _server(scheme: str, rest: str, given: Given) -> Made:
     return Made({"use": "server", "url": url}, [note])
 
 
-def _s3(scheme: str, rest: str, given: Given) -> Made:
+def _s3(scheme: str, rest: str, given: Given) -> Made | str:
     """`bucket.host` is a bucket at an endpoint; what is Amazon's own needs none."""
     host, _, path = rest.partition("/")
+    name, _, port = host.partition(":")
+    if name.replace(".", "").isdigit() or (port and "." not in name) or not name:
+        return (
+            f"remote_url: s3://{rest} names no bucket: LMCache's form is s3://BUCKET.HOST/PREFIX; "
+            f"for a server at {host or 'HOST'} write the tier yourself: "
+            f"{{use: s3, url: s3://BUCKET, endpoint: http://{host or 'HOST'}}}"
+        )
     bucket, _, server = host.partition(".")
     prefix = path.strip("/") or str(given.take("s3_file_prefix") or "").strip("/")
     made = Made({"use": "s3", "url": f"s3://{bucket}/{prefix}".rstrip("/")})

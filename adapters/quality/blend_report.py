@@ -6,15 +6,14 @@ reads on, and is compared with itself after computing everything.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from tierloom.adapters.demo.screen import screen_for, write_figures
 from tierloom.adapters.quality.score import interval, ratio
 from tierloom.stages.blend.budget import BlendBudget, BlendOptions
 from tierloom.stages.blend.policies import policy_of
@@ -40,14 +39,13 @@ def run_blend(
     policy_of(policy)
     if kind not in get_args(Kind):
         raise ConfigError(f"--set {kind!r}: it is one of {', '.join(get_args(Kind))}")
-    console = Console(highlight=False)
+    console = screen_for(json_path)
     with console.status(f"Loading {model}"):
         subject = load_subject(model)
     with console.status(f"Measuring {policy} on {kind}"):
         report = measured_blend(subject, policy, kind, documents or JUDGED)
     console.print(_screen(report))
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_figures(json_path, report)
     return 0
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
 
+from tierloom.adapters.demo.screen import screen_for
 from tierloom.adapters.quality.subject import Subject
 from tierloom.stages.codecs.cachegen import calibration as files
 from tierloom.stages.codecs.cachegen.codebook import Codebook, fitted, standard
@@ -61,7 +61,7 @@ def run_calibrate(model: str, out: Path | None, transform: bool) -> int:
     require("hf", "transformers")
     from tierloom.adapters.quality.subject import load_subject
 
-    console = Console(highlight=False)
+    console = screen_for()
     with console.status(f"Loading {model}"):
         subject = load_subject(model)
     with console.status("Reading texts"):

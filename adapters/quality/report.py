@@ -6,20 +6,22 @@ through the codec, brought back, and the model reads on (`score.py` computes the
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from tierloom.adapters.demo.screen import screen_for, write_figures
 from tierloom.adapters.quality.documents import Sizes
 from tierloom.adapters.quality.measure import Reference
 from tierloom.adapters.quality.score import Score
 from tierloom.adapters.quality.subject import Subject
 from tierloom.stages.errors import require
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def run_quality(
@@ -37,7 +39,7 @@ def run_quality(
     from tierloom.adapters.quality.subject import load_subject
 
     check_codec(codec)
-    console = Console(highlight=False)
+    console = screen_for(json_path)
     sizes = Sizes()
     with console.status(f"Loading {model}"):
         subject = load_subject(model)
@@ -45,8 +47,7 @@ def run_quality(
         captured = references(subject, sizes, documents)
     report = judge(subject, codec, captured, sizes, console)
     console.print(screen(report))
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_figures(json_path, report)
     return 0
 
 

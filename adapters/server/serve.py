@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from tierloom.adapters.server.log_format import write_log
+from tierloom.adapters.server.service_notice import ServiceNotice
 from tierloom.adapters.server.start_report import say_what_is_kept, warn_of_access
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.pipeline.serve.listener import Listen, Listener, certificate
@@ -100,6 +101,7 @@ def run_serve(
     )  # fmt: skip
     door = _door(http, serving, token_file, cert, key) if http else None
     warn_of_access(listens, token, token_file)
+    notice = ServiceNotice()
 
     def started(where: list[str]) -> None:
         if door is not None:
@@ -109,6 +111,7 @@ def run_serve(
             say(f"listening on {url}")
         if door is not None:
             say(f"listening on {door.url}")
+        notice.tell("READY=1")
 
     def renew() -> None:
         try:
@@ -138,12 +141,14 @@ def run_serve(
                     if number == signal.SIGHUP:
                         renew()
                         continue
+                    notice.tell("STOPPING=1")
                     if door is not None:
                         door.draining = "it is about to end"
                     stop.set()
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(watch)
+                tasks.start_soon(notice.stay_alive)
                 try:
                     await serving.run(started, stop)
                 except ConfigError as error:

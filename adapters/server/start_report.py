@@ -15,6 +15,9 @@ from tierloom.stages.user_home import expanded
 
 log = logging.getLogger("tierloom.serve")
 
+_OF_A_CONTAINER = "/run/secrets/"
+"""Where a container has its secrets, and one user who reads them."""
+
 
 def say_what_is_kept(store: ObjectStore) -> None:
     """A line for each tier."""
@@ -41,7 +44,7 @@ def warn_of_access(listens: Sequence[Listen], token: bytes, token_file: str) -> 
         if not listen.tls:
             log.warning("%s: KV crosses the network in plain: use tls://, or a network of its own",
                         listen)  # fmt: skip
-    if not token_file:
+    if not token_file or token_file.startswith(_OF_A_CONTAINER):
         return
     try:
         mode = os.stat(expanded(token_file)).st_mode

@@ -188,7 +188,7 @@ class TierloomConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded()
     def get_kv_connector_stats(self) -> Stats | None:
-        return (self.worker.transfer_log if self.worker else self.scheduler).stats.take()
+        return self.worker.transfer_log.take() if self.worker else self.scheduler.stats.take()
 
     @guarded()
     def shutdown(self) -> None:

@@ -14,6 +14,7 @@ from tierloom.pipeline.config.ports import Draft, connect_ports
 from tierloom.pipeline.config.presets import Source, read_config
 from tierloom.pipeline.config.problems import Findings, Place, Problem, nearest
 from tierloom.pipeline.config.resolve import class_of
+from tierloom.pipeline.config.room import host_memory_of
 from tierloom.pipeline.config.spec import (
     Breaker,
     Graph,
@@ -26,6 +27,7 @@ from tierloom.pipeline.config.spec import (
 from tierloom.pipeline.config.tier_urls import WRITTEN
 from tierloom.pipeline.config.yaml_tree import Leaf, Row, Table, shown
 from tierloom.stages.contract.stage import PortType
+from tierloom.stages.display.amounts import size_text
 
 GRAPHS = ("store", "retrieve")
 _ID = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -102,7 +104,7 @@ def _pipeline(tree: Table, found: Findings) -> PipelineSpec | None:
 
 def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
     """The tiers that are right so far."""
-    in_arena = 0
+    taken = 0
     for name, table, path in _entries(tree, "tiers", "", found):
         use, cls = class_of("tier", table, path, found)
         shared = names_of(Breaker) - (names_of(cls.Options) if cls is not None else set())
@@ -110,15 +112,15 @@ def _tiers(tree: Table, found: Findings) -> Iterator[TierSpec]:
         if cls is None:
             continue
         options = fill(cls.Options, table, path, found, also=shared | {"use"})
-        capacity = getattr(options, "capacity", None)
-        if cls.in_arena and capacity is not None:
-            in_arena += capacity
-            if in_arena > (there := memory_here()):
-                found.add(
-                    _place(table, "capacity"), path,
-                    f"memory tiers take {in_arena:,} bytes of a memory of {there:,}",
-                    f"at most half of it is a good start: capacity: {there >> 31} GiB",
-                )  # fmt: skip
+        own = host_memory_of(cls, options)
+        taken += sum(own.values())
+        if sum(own.values()) and taken > (there := memory_here()):
+            option = max(own, key=own.__getitem__)
+            found.add(
+                _place(table, option), path,
+                f"tiers take {size_text(taken)} of a memory of {size_text(there)}",
+                f"at most half of it is a good start: {option}: {there >> 31} GiB",
+            )  # fmt: skip
         if breaker is not None and options is not None:
             if "timeout" not in shared:  # of one of several servers: a call may try some of them
                 limit = max(breaker.timeout, _TRIES * options.timeout)

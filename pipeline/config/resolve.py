@@ -11,6 +11,27 @@ from tierloom.stages import catalog
 from tierloom.stages.contract.stage import Stage
 from tierloom.stages.tiers.contract.tier import Tier
 
+_EXTRAS = {
+    "cryptography": "crypto", "kvikio": "gds", "mooncake": "mooncake", "msgspec": "events",
+    "nixl": "nixl", "obstore": "s3", "transformers": "hf", "zmq": "events",
+}  # fmt: skip
+"""Python modules, and the extra of ours that brings each."""
+_OURS = {
+    "anyio": "anyio", "lz4": "lz4", "numba": "numba", "numpy": "numpy", "rich": "rich",
+    "torch": "torch", "triton": "triton", "typer": "typer", "xxhash": "xxhash",
+    "yaml": "pyyaml", "zstandard": "zstandard",
+}  # fmt: skip
+"""Modules that tierloom imports, and the package of each."""
+
+
+def installed_by(module: str) -> str:
+    """A hint for a Python module that is missing: a module's name is often not its package's."""
+    if module in _EXTRAS:
+        return f"pip install 'tierloom[{_EXTRAS[module]}]'"
+    if module in _OURS:
+        return f"pip install {_OURS[module]}"
+    return f"install the package that has the Python module {module!r}"
+
 
 def class_of(
     kind: catalog.Kind, table: Table, path: str, found: Findings
@@ -37,7 +58,7 @@ def class_of(
         found.add(use.at, path, f"no {kind} is called {name!r}", hint)
     except ImportError as e:
         missing = (e.name or "tierloom").split(".")[0]
-        hint = "" if missing == "tierloom" else f"pip install {missing}"
+        hint = "" if missing == "tierloom" else installed_by(missing)
         found.add(use.at, path, f"{kind} {name!r} cannot be loaded: {e}", hint)
     except Exception as e:  # a third party's module may raise anything while it is imported
         found.add(use.at, path, f"{kind} {name!r} cannot be loaded: {type(e).__name__}: {e}")

@@ -20,6 +20,9 @@ class Meter:
     watch: Callable[[Any, float, float], None] | None = None
     """Told of each call: what it worked on, begin and end in seconds of `time.perf_counter`."""
 
+    enter: Callable[[Any], Callable[[float, float], None]] | None = None
+    """Called before each call; what it gives, after it, with begin and end."""
+
     def read(self) -> dict[str, Any]:
         return {
             "batches": self.batches, "chunks": self.chunks, "seconds": self.seconds,
@@ -33,6 +36,8 @@ def metered(
     """`run`, with its calls, chunks and seconds counted."""
 
     async def counted(item: Any) -> Any:
+        enter = meter.enter
+        leave = enter(item) if enter is not None else None
         start = time.perf_counter()
         try:
             return await run(item)
@@ -43,5 +48,7 @@ def metered(
             meter.chunks += count(item)
             if (watch := meter.watch) is not None:
                 watch(item, start, end)
+            if leave is not None:
+                leave(start, end)
 
     return counted

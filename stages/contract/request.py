@@ -81,6 +81,8 @@ class Request:
         self.memory = memory
         self.layers, self.group, self.groups = layers, group, -(-layers // group)
         self.started = time.monotonic()
+        self.trace = ""
+        """Whose part it is, for who follows requests: a `traceparent` as W3C writes it."""
         self.deadline = deadline
         """A model that goes on moves it, where the request goes at the model's pace."""
         self.prefill_rate = prefill_rate

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -60,6 +60,12 @@ class Load(NamedTuple):
     layered: bool
     """It runs within the step, ahead of the model; otherwise between steps."""
     passages: Passages | None = None
+    trace: str = ""
+    """By which it belongs to somebody's trace: a `traceparent` as W3C writes it."""
+
+    def traced(self, request: Any) -> Load:
+        """In the trace of vLLM's request, if that is in one."""
+        return self._replace(trace=traceparent(request))
 
 
 class Order(NamedTuple):
@@ -113,6 +119,13 @@ class Save(NamedTuple):
     """Token ids of the span as int32, where text is kept by content."""
     exact: int = 1 << 62
     """Tokens of the span before the first that was computed over text captured elsewhere."""
+    trace: str = ""
+    """As of a load."""
+
+
+def traceparent(request: Any) -> str:
+    """Of a request of vLLM's; empty: it is in no trace."""
+    return str((getattr(request, "trace_headers", None) or {}).get("traceparent", ""))
 
 
 @dataclass(slots=True)

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
 
+from tierloom.adapters.door.families import FAMILIES as OF_DOORS, gauges_of_many
+from tierloom.pipeline.run.measures import NBYTES, SECONDS
 from tierloom.stages.errors import Lost
 
 COUNTS = {
@@ -45,13 +47,25 @@ FAMILIES = {
 }
 """Dotted names of `Stats.data`: `hit_tokens.<tier>`, `lost.<cause>` -> (counter, label, help)."""
 
+HISTOGRAMS = {
+    "load_duration_seconds": ("Loads, from the start to the end.", SECONDS),
+    "load_size_bytes": ("Bytes of KV placed by one load, in one worker.", NBYTES),
+    "store_duration_seconds": ("Stores, from the start to the end.", SECONDS),
+    "store_size_bytes": ("Bytes of KV taken by one store, in one worker.", NBYTES),
+}
+"""Lists of `Stats.data`, each a histogram `vllm:tierloom_<name>`."""
+NOW = "now."
+"""`now.<worker>` of `Stats.data`: that worker's gauges, as `gauges` of `families.py` gives them."""
+_MOST = 1000
+"""Observations of a histogram in one report."""
+
 
 @dataclass
 class Stats(KVConnectorStats):  # type: ignore[misc]  # no vLLM where types are checked
-    """Numbers since the last report, in `data`: name -> number, all of them sums.
+    """Numbers since the last report, in `data`: name -> a sum, a list of observations, or gauges.
 
-    Counted by one thread; `take` hands out what there is. `data` is flat and of plain numbers, so
-    it survives any wire, and `Stats(data=...)` on the other side is the same again.
+    Counted by one thread; `take` hands out what there is. `data` is plain numbers in lists and
+    mappings, so it survives any wire, and `Stats(data=...)` on the other side is the same again.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -69,9 +83,13 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # no vLLM where types are 
         if n:
             self.data[name] = self.data.get(name, 0) + n
 
+    def note(self, name: str, value: float) -> None:
+        """One observation of a histogram."""
+        self.data[name] = [*self.data.get(name, ()), value][-_MOST:]
+
     def take(self) -> Stats | None:
         """What was counted, as an object of its own; nothing is left here. None: nothing was."""
-        if self.is_empty():
+        if not self.data:
             return None
         taken = Stats(data=self.data)
         self.reset()
@@ -84,12 +102,16 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # no vLLM where types are 
         for name, n in other.data.items():
             if _is_number(n):
                 self.count(name, n)
+            elif isinstance(n, list):
+                self.data[name] = [*self.data.get(name, ()), *n][-_MOST:]
+            elif name.startswith(NOW):
+                self.data[name] = n
         return self
 
     def is_empty(self) -> bool:
-        return not any(self.data.values())
+        return not any(n for name, n in self.data.items() if not name.startswith(NOW))
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         return dict(self.data)
 
     def reduce(self) -> dict[str, int | float]:
@@ -113,7 +135,7 @@ class Stats(KVConnectorStats):  # type: ignore[misc]  # no vLLM where types are 
 
 
 class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as above
-    """`Stats` as Prometheus counters `vllm:tierloom_*`, made of the classes that vLLM hands in."""
+    """`Stats` as Prometheus metrics `vllm:tierloom_*`, made of the classes that vLLM hands in."""
 
     def __init__(
         self,
@@ -141,6 +163,27 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as above
             )
             for family, (name, label, text) in FAMILIES.items()
         }
+        self._histograms = {
+            (i, name): histogram.labels(*values)
+            for name, (text, bounds) in HISTOGRAMS.items()
+            for histogram in [
+                metric_types[Histogram](
+                    name=f"vllm:tierloom_{name}", documentation=text, labelnames=names,
+                    buckets=list(bounds),
+                )
+            ]
+            for i, values in self._engines.items()
+        }  # fmt: skip
+        self._gauges = {
+            name: metric_types[Gauge](
+                name=f"vllm:tierloom_{name}", documentation=family.help,
+                labelnames=[*names, *family.labels], multiprocess_mode="mostrecent",
+            )
+            for name, family in OF_DOORS.items()
+            if family.kind == "gauge"
+        }  # fmt: skip
+        self._now: dict[int, dict[str, Mapping[str, float]]] = {i: {} for i in self._engines}
+        """By engine and worker: what it reported last."""
         self._children: dict[tuple[int, str], Any] = {}
         for engine in self._engines:
             for cause in Lost:
@@ -149,11 +192,29 @@ class PromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # as above
     def observe(self, transfer_stats_data: Mapping[str, Any], engine_idx: int = 0) -> None:
         """Add what one report brought. Never raises for what it does not know."""
         for name, n in transfer_stats_data.items():
+            if isinstance(n, list):
+                if (histogram := self._histograms.get((engine_idx, name))) is not None:
+                    for value in filter(_is_number, n):
+                        histogram.observe(value)
+                continue
+            if isinstance(n, Mapping):
+                self._show(engine_idx, name, n)
+                continue
             if not _is_number(n) or n <= 0:
                 continue
             counter = self._plain.get((engine_idx, name)) or self._child(engine_idx, name)
             if counter is not None:
                 counter.inc(n)
+
+    def _show(self, engine: int, worker: str, values: Mapping[str, float]) -> None:
+        """Set gauges to what all workers of an engine have together."""
+        parts = self._now.get(engine)
+        if parts is None or not worker.startswith(NOW):
+            return
+        parts[worker] = values
+        for (name, labels), value in gauges_of_many(parts.values()).items():
+            if name in self._gauges and _is_number(value):
+                self._gauges[name].labels(*self._engines[engine], *labels).set(value)
 
     def _child(self, engine: int, name: str) -> Any:
         """The counter of a dotted name, made on its first use; None for a name that is unknown."""

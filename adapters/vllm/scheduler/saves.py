@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from vllm.v1.request import RequestStatus
 
 from tierloom.adapters.vllm.exchange.identity import drafted
-from tierloom.adapters.vllm.exchange.messages import Save, WorkerInfo, WorkerReport
+from tierloom.adapters.vllm.exchange.messages import Save, WorkerInfo, WorkerReport, traceparent
 from tierloom.adapters.vllm.exchange.settings import Settings
 from tierloom.adapters.vllm.scheduler.request import TrackedRequest
 from tierloom.stages.directory.chunk_directory import ChunkDirectory
@@ -210,9 +210,8 @@ class Saves:
         assert p.chain is not None
         span = p.chain.span(first * chunk // grain, end // grain)
         ids = p.ids(first * chunk, end) if self._info.by_content else b""
-        self._waiting.append(
-            Save(self._number, p.request.request_id, span, tables, self.epoch, ids, exact)
-        )
+        name, trace = p.request.request_id, traceparent(p.request)
+        self._waiting.append(Save(self._number, name, span, tables, self.epoch, ids, exact, trace))
         if self.on_save is not None:
             self.on_save(p.request, first * chunk, end, keys)
 

@@ -197,7 +197,7 @@ class SchedulerSide:
         if passages is not None and self.blends is not None:
             load = load._replace(passages=passages)
             self.blends.begin(load)
-        self._to_load.append(load)
+        self._to_load.append(load.traced(request))
         if layered:
             self.reports.expect(name)
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from tierloom.adapters.engine.spans_option import trace_requests
 from tierloom.adapters.vllm.exchange.messages import (
     CacheEvent,
     Plan,
@@ -58,8 +59,9 @@ class WorkerSide:
     def __init__(self, vllm_config: Any, kv_cache_config: Any, conf: Configured) -> None:
         self._vllm, self._kv, self.conf = vllm_config, kv_cache_config, conf
         self._rank = 0
+        self._end_spans: Callable[[], None] = lambda: None
         self._report = WorkerReport()
-        self.transfer_log = TransferLog(first=True)
+        self.transfer_log = TransferLog()
         self._woken = threading.Event()
         self._tickets = Tickets(lambda _: self._woken.set())
         self._loads = Loads(self._tickets.retrieve)
@@ -102,7 +104,7 @@ class WorkerSide:
     def register_kv_caches(self, caches: Mapping[str, Any]) -> None:
         """Open the pipelines over the KV tensors, or log why not. Raises ConfigError."""
         rank = vllm_rank(self._vllm.parallel_config)
-        self._rank, self.transfer_log = rank.index, TransferLog(first=rank.index == 0)
+        self._rank, self.transfer_log = rank.index, TransferLog(rank.index, self._figures)
         try:
             self._reset_socket = ResetSocket(address(self._vllm, rank.index), self._answer)
         except OSError as error:
@@ -119,6 +121,7 @@ class WorkerSide:
         self._tickets.pipelines, self._report.info, model = opened
         for p in self.pipelines if self.conf.settings.http else ():
             p.pipeline.measure()
+        self._end_spans = trace_requests(p.pipeline for p in self.pipelines)
         if model is not None:
             from tierloom.adapters.vllm.worker.blended_loads import BlendedLoads
 
@@ -138,15 +141,17 @@ class WorkerSide:
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """A question at the reset socket, in another thread."""
-        if "figures" in question:
-            return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
-        return self._tickets.reset(question)
+        return self._figures() if "figures" in question else self._tickets.reset(question)
+
+    def _figures(self) -> dict[str, Any]:
+        return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
 
     def shutdown(self) -> None:
         if self._reset_socket is not None:
             self._reset_socket.close()
         for p in self.pipelines:
             p.pipeline.close()
+        self._end_spans()
 
     def unregister_kv_caches(self) -> None:
         """The engine frees its KV memory: nothing may touch it from now on."""

@@ -44,7 +44,7 @@ class Tickets:
             store = p.pipeline.begin_store if layered else p.pipeline.store
             return store(
                 save.span, p.caches, blocks=p.blocks(save.blocks[p.group.number]),
-                ids=np.frombuffer(save.ids, np.int32), exact=save.exact,
+                ids=np.frombuffer(save.ids, np.int32), exact=save.exact, trace=save.trace,
             )  # fmt: skip
 
         with self._epoch_lock:  # after a reset, nothing may begin that was planned before it
@@ -60,7 +60,9 @@ class Tickets:
                 more = {"ids": ids, "blend": load.passages.runs}
             if self.after:
                 more["after"] = self.after[p.group.number]
-            return retrieve(load.span, p.caches, blocks=blocks, deadline=load.seconds, **more)
+            return retrieve(
+                load.span, p.caches, blocks=blocks, deadline=load.seconds, trace=load.trace, **more
+            )
 
         return self._begin("load", begin, load)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from tierloom.adapters.door.families import gauges
 from tierloom.adapters.vllm.exchange.messages import Load, Save
-from tierloom.adapters.vllm.exchange.metrics import Stats
+from tierloom.adapters.vllm.exchange.metrics import NOW, Stats
 from tierloom.stages.contract.ticket import Ticket
 from tierloom.stages.errors import Lost
 
@@ -16,15 +18,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tierloom.vllm")
 
+_EVERY = 1.0
+"""Seconds between two reports of gauges."""
+
 
 class TransferLog:
     """Used by the worker's one thread."""
 
-    def __init__(self, *, first: bool) -> None:
-        """`first`: this worker's tokens count; those of the others are the same tokens. Bytes and
-        losses count in each."""
-        self._first = first
+    def __init__(self, rank: int = 0, read: Callable[[], dict[str, Any]] = dict) -> None:
+        """Tokens of the first rank count; those of the others are the same tokens. Bytes and losses
+        count in each. `read`: figures of this worker's pipelines, see `families.py`."""
+        self._first, self._name, self._read = rank == 0, f"{NOW}{rank}", read
+        self._told = -_EVERY
         self.stats = Stats()
+
+    def take(self) -> Stats | None:
+        """What was counted since, once a second with the gauges of this worker; None: nothing."""
+        now = time.monotonic()
+        if now - self._told >= _EVERY:
+            self._told = now
+            if told := gauges(self._read()):
+                self.stats.data[self._name] = told
+        return self.stats.take()
 
     def loaded(self, load: Load, tickets: list[Ticket], got: int, computed: int = 0) -> None:
         """A load has ended; `got` tokens of what was wanted are in place, `computed` of them since
@@ -80,8 +95,12 @@ class TransferLog:
         nbytes = sum(r.nbytes for r in receipts)
         seconds = max((r.seconds for r in receipts), default=0.0)
         self.stats.count(f"{what}_bytes", nbytes)
+        if tickets:
+            self.stats.note(f"{what}_size_bytes", nbytes)
         if self._first:
             self.stats.count(f"{what}_seconds", seconds)
+            if tickets:
+                self.stats.note(f"{what}_duration_seconds", seconds)
         lost: dict[Lost, int] = {}
         for code, n in (pair for r in receipts for pair in r.lost.items()):
             lost[code] = lost.get(code, 0) + n

@@ -149,6 +149,8 @@ class Tier(ABC):
 
     local: bool = False
     """It has an index in this process, so `find` answers at once and knows inner links."""
+    memory_options: ClassVar[tuple[str, ...]] = ()
+    """Options that say how much of the host's memory it takes beside the arena."""
     in_arena: bool = False
     """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
     read_only: bool = False

@@ -15,7 +15,10 @@ def secret_in_file(option: str, file: str) -> str:
         secret = expanded(file).read_text("utf-8").strip("\r\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"{option} {file}: {reason}; write the secret into it") from None
+        cure = "write the secret into it"
+        if isinstance(error, PermissionError):
+            cure = f"let user {os.getuid()}, who runs this, read it"
+        raise ConfigError(f"{option} {file}: {reason}; {cure}") from None
     if not secret:
         raise ConfigError(f"{option} {file} is empty: write the secret into it")
     return secret

@@ -78,6 +78,7 @@ class Mooncake(Pooled):
     """One client per tier. Its calls are counted, so that none runs when it is closed."""
 
     Options = MooncakeOptions
+    memory_options = ("segment", "buffer")
 
     def __init__(self, options: MooncakeOptions, ctx: TierContext) -> None:
         super().__init__(ctx, threads=options.threads, piece=_PIECE)

@@ -8,9 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 from door_rig import CHUNK, HOT, OBJECT_KV, Asked, asked, config, get, series
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 from servers import redis
 
 import tierloom
+from tierloom.adapters.door.collector import FiguresCollector, exposition
 from tierloom.pipeline.run.measures import SampledLives
 from tierloom.stages.errors import Lost
 
@@ -175,3 +178,27 @@ def test_series_are_few_and_do_not_grow() -> None:
         after = series(door.url)
     assert after.keys() == before.keys()
     assert len(after) <= 500
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text;version=1.0.0", "*/*"])
+def test_what_is_written_is_what_the_library_writes(accept: str) -> None:
+    """Byte for byte: all families, large numbers, labels that must be escaped."""
+    with asked(config(hot=HOT)) as rig:
+        rig.pipe.measure()
+        rig.store(1, 3), rig.retrieve(1, 3)
+        figures = rig.pipe.stats()
+    figures["tiers"]['a "b"\\c\nd'] = figures["tiers"]["hot"] | {
+        "hits": 12_345_678,
+        "latency": 1e-9,
+    }
+    figures["measured"]["requests"]["store"]["sizes"]["counts"][3] = 7_654_321
+    figures["measured"]["lost"]["x"] = float("inf")
+    own = {"certificate_ends_seconds": ("The end.", 1.7e9), "ready": ("Ready.", 1.0)}
+    collector = FiguresCollector(lambda: {"0": figures, "1": figures}, own=own)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(collector)
+    encode, kind = choose_encoder(accept)
+    text, said = exposition(collector, accept)
+    assert said == kind
+    assert text.decode().splitlines() == encode(registry).decode().splitlines()
+    assert text == encode(registry)

@@ -35,7 +35,8 @@ def run(tmp_path):
         out = tmp_path / "out.yaml"
         words = (*words, "--out", str(out), "--force")
         done = CliRunner().invoke(app, ["import-lmcache", *words])
-        assert done.exit_code == 0, done.output
+        not_done = "tierloom: " in done.stderr
+        assert done.exit_code == int(not_done), done.output
         return out, done.stderr
 
     return convert
@@ -230,14 +231,14 @@ def test_blending(converted, run, tmp_path) -> None:
     [
         ("p2p", ["controller"]),
         ("controller", ["controller"]), ("fs", ["plug-in 'mine'"]),
-        ("wrong", ["bigtable", "chunk_size: invalid", "no option of LMCache's: chunk_sise"]),
+        ("wrong", ["bigtable", "chunk_size: wants a number", "chunk_sise: no option of LMCache's"]),
     ],
 )  # fmt: skip
 def test_what_has_no_stage_is_named(converted, name, words) -> None:
     text, tree, told = converted(name)
     for word in words:
         assert word in told
-        assert word.removeprefix("no option of LMCache's: ").split(":")[0] in text
+        assert word.split(":")[0] in text
     assert tree["tiers"]
 
 

@@ -244,7 +244,10 @@ import json, pickle
 import msgspec
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from tierloom.adapters.vllm.exchange.messages import Save
 from tierloom.adapters.vllm.exchange.metrics import PromMetrics, Stats
+from tierloom.adapters.vllm.worker.transfer_log import TransferLog
+from tierloom.stages.kv.prefix import Span
 
 stats = Stats()
 assert isinstance(stats, KVConnectorStats) and stats.is_empty() and stats.reduce() == {}
@@ -253,6 +256,8 @@ stats.count("hit_tokens.hot", 2016)
 stats.count("lost.corrupt")
 stats.count("stores", 0)
 assert "stores" not in stats.data and not stats.is_empty()
+for seconds in (0.002, 0.3):
+    stats.note("load_duration_seconds", seconds)
 wired = msgspec.msgpack.decode(msgspec.msgpack.encode(stats.to_dict()))
 there = Stats(data=wired)
 assert there == stats == pickle.loads(pickle.dumps(stats))
@@ -269,7 +274,30 @@ prom.observe({"loads": 1}, 1)
 for unknown in ({"new": 1, "new.x": 1, "hit_tokens.": 1, "loads": "x"}, {"stores": float("nan")},
                 {"stores": float("inf")}, {"stores": -1}, {"load_tokens": {"a": 1}}):
     prom.observe(unknown, 0)
-prom.observe({"loads": 1, "lost.corrupt": 1}, 7)
+prom.observe({"loads": 1, "lost.corrupt": 1, "now.0": {"off": 1.0}}, 7)
+
+figures = {"0": {
+    "off": None, "stages": {}, "graphs": {}, "arena": dict(used=3, flight=1, total=8, leases=2),
+    "tiers": {"hot": dict(
+        nbytes=5, capacity=9, objects=1, bytes_in=0, bytes_out=0, reads_down_since=0,
+        writes_down_since=7.0, latency=0.5, bandwidth=4, hits=3,
+    )},
+}}
+log = TransferLog(1, lambda: figures)
+first, second = log.take(), log.take()
+assert list(first.data) == ["now.1"] and second is None, "once a second"
+assert first.is_empty() and first.reduce() == {}, "no log line for gauges alone"
+other = TransferLog(0, lambda: {"0": figures["0"] | {"off": "why", "tiers": {}}}).take()
+whole = Stats(data=msgspec.msgpack.decode(msgspec.msgpack.encode(first.aggregate(other).data)))
+prom.observe(whole.to_dict(), 1)
+figures["0"]["tiers"]["hot"]["nbytes"] = 6
+later = TransferLog(1, lambda: figures).take()
+prom.observe(later.to_dict(), 1)
+prom.observe({"now.0": {"tier_used_bytes|a|b": 1, "other": 2, "off": "x"}, "now.": 3}, 0)
+assert TransferLog(0, dict).take() is None, "where nothing is kept"
+broken = TransferLog(0)
+broken.stored(Save(1, "r", Span(b"", b"", 0, 0), ()), [])
+assert not [name for name in broken.stats.data if name.endswith("size_bytes")]
 text = [line for line in generate_latest().decode().splitlines() if "_created" not in line]
 print(json.dumps({"text": text, "reduced": taken.reduce()}))
 """
@@ -300,6 +328,14 @@ def test_metrics(tmp_path: Path) -> None:
         f'vllm:tierloom_lost_chunks_total{{cause="corrupt",{one}}} 2.0',
         'vllm:tierloom_store_seconds_total{engine="0",model_name="m"} 0.0',
         'vllm:tierloom_lost_chunks_total{cause="no_room",engine="0",model_name="m"} 0.0',
+        'vllm:tierloom_load_duration_seconds_bucket{engine="1",le="0.005",model_name="m"} 2.0',
+        'vllm:tierloom_load_duration_seconds_bucket{engine="1",le="0.5",model_name="m"} 4.0',
+        f"vllm:tierloom_load_duration_seconds_count{{{one}}} 4.0",
+        f'vllm:tierloom_tier_used_bytes{{{one},tier="hot"}} 6.0',
+        f'vllm:tierloom_tier_up{{direction="puts",{one},tier="hot"}} 0.0',
+        f'vllm:tierloom_tier_up{{direction="reads",{one},tier="hot"}} 1.0',
+        f'vllm:tierloom_arena_bytes{{{one},use="kept"}} 4.0',
+        f"vllm:tierloom_off{{{one}}} 1.0",
     } <= ours
     assert not [line for line in ours if 'engine="0"' in line and not line.endswith(" 0.0")]
 

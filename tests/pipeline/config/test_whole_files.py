@@ -207,7 +207,7 @@ def test_memory_tiers_must_fit_into_memory(checker, monkeypatch) -> None:
     text = "version: 1\ntiers: {a: {use: 'standins:ArenaBox', capacity: 16 GiB}}"
     (problem, *_) = [p for p in checker.problems(text) if p.line == 2]
     assert (problem.col, problem.path) == (49, "tiers.a")
-    assert problem.message == "memory tiers take 17,179,869,184 bytes of a memory of 8,589,934,592"
+    assert problem.message == "tiers take 16 GiB of a memory of 8 GiB"
     assert problem.hint == "at most half of it is a good start: capacity: 4 GiB"
 
 

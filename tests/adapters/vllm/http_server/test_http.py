@@ -80,6 +80,9 @@ def test_metrics(servers: list[Server]) -> None:
     for server in servers:
         assert server.metric("vllm:tierloom_asked_tokens_total") > 0
         assert server.metric("vllm:tierloom_store_tokens_total") > 0
+        assert server.metric("vllm:tierloom_store_duration_seconds_count") > 0
+        assert server.metric("vllm:tierloom_tier_used_bytes") > 0
+        assert server.metric("vllm:tierloom_tier_up") > 0
     assert other.metric("vllm:external_prefix_cache_hits_total") >= 2 * 1792
     assert other.metric("vllm:tierloom_load_tokens_total") >= 2 * 1792
     assert other.metric("vllm:tierloom_hit_tokens_total") >= 2 * 1792

@@ -168,7 +168,7 @@ def lines_name_us_and_say_what_stands_beside_them() -> None:
     usual, theirs.handlers = theirs.handlers, [Ear()]
     try:
         speak()
-        TransferLog(first=True).stored(Save(1, "r", Span(b"", b"", 0, 0), ()), [])
+        TransferLog().stored(Save(1, "r", Span(b"", b"", 0, 0), ()), [])
         log = logging.getLogger("tierloom.stages.tiers.contract.circuit_breaker")
         log.warning("tier is down", extra={"tier": "a%s", "cause": "redis://u:s3cret@h is gone"})
         speak()

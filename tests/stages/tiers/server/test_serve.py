@@ -16,11 +16,8 @@ from typing import Any
 
 import anyio
 import pytest
-import typer
-import yaml
 from store_server import Process, process
 
-from tierloom.adapters.cli.commands import app
 from tierloom.pipeline.serve.listener import Listen
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.memory.arena import Arena
@@ -377,29 +374,3 @@ def test_pings_and_an_empty_log(tmp_path: Path) -> None:
             assert receive(sock) == (Kind.PONG, 9, b"")
         assert server.stop() == 0
         assert not re.search("Traceback|rror", server.log.read_text())
-
-
-@pytest.mark.parametrize(
-    ("name", "service", "command", "wanted"),
-    [
-        ("tierloom.service", "", "serve", {"--config", "--listen", "--token-file"}),
-        ("docker-compose.yaml", "tierloom", "serve", {"--config", "--listen", "--token-file"}),
-        ("docker-compose.sglang.yaml", "sglang", "sglang", {"--config", "--exec", "--page-size"}),
-    ],
-)
-def test_what_is_deployed_can_be_said(name, service, command, wanted) -> None:
-    """Each option of the command lines in configs/deploy is one of the command's."""
-    text = (ROOT / "configs" / "deploy" / name).read_text()
-    options = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-    known = {option for param in options for option in param.opts}
-    if name.endswith(".yaml"):
-        container = yaml.safe_load(text)["services"][service]
-        words = container["command"]
-        assert container["build"]["dockerfile_inline"].startswith("FROM ")
-    else:
-        (line,) = re.findall(r"^ExecStart=(.*)", text.replace("\\\n", " "), re.MULTILINE)
-        words = line.split()
-    ours = words[: words.index("--")] if "--" in words else words  # the rest is the engine's
-    said = {word.split("=")[0] for word in ours if word.startswith("--")}
-    assert wanted <= said <= known
-    assert command in words
