@@ -24,7 +24,7 @@ from tierloom.stages.errors import ConfigError, Damaged, Lost, TierDown, Unreada
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.concurrently import PrefixSearch, map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
@@ -46,6 +46,7 @@ class Files(SharedTier):
     """Whole chunks only: inner links are found in local tiers."""
 
     Options = FilesOptions
+    one_by_one = True
 
     def __init__(
         self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
@@ -70,6 +71,9 @@ class Files(SharedTier):
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found: list[bool] = await self.ctx.pool(self._has, list(keys), leases=())
         return found
+
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        return int(await self.ctx.pool(self._prefix, list(keys), leases=()))
 
     async def read(self, reads: Sequence[Read]) -> None:
         await map_concurrently(self._read, reads, self.options.depth)
@@ -129,6 +133,12 @@ class Files(SharedTier):
 
     def _has(self, keys: list[bytes]) -> list[bool]:
         return [self._size(self._path(key)) > 0 for key in keys]
+
+    def _prefix(self, keys: list[bytes]) -> int:
+        search = PrefixSearch(len(keys), 1)
+        while search.asks:
+            search.told(self._has([keys[i] for i in search.asks]))
+        return search.length
 
     def _size(self, path: Path) -> int:
         """Bytes to lease for a file; 0 when it is not there, or its time is over."""
