@@ -4,7 +4,7 @@
 
 There is no index: the file system says whether an object exists. A file gets its name when its last
 byte is written, so two writers of one key do not conflict. Its modification time is its
-last use; `ttl` and pruning go by that.
+last use; `ttl` and pruning go by that, on a clock that nobody sets.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from tierloom.stages.tiers.disk.direct_io import (
     reserve,
     want_direct,
 )  # fmt: skip
+from tierloom.stages.tiers.disk.steady_clock import steady_time
 from tierloom.stages.tiers.files.space import FilesOptions, FolderSpace
 from tierloom.stages.user_home import expanded
 
-_STALE = 3600.0  # seconds after which a file half written belongs to nobody
+_CLOCKS_APART = 60.0  # seconds, from which on the system's clock was set meanwhile
 
 
 class Files(SharedTier):
@@ -49,7 +50,7 @@ class Files(SharedTier):
     one_by_one = True
 
     def __init__(
-        self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
+        self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = steady_time,
         file_io: FileIO = SYSTEM, direct: bool | Literal["auto"] = False,
     ) -> None:  # fmt: skip
         """`direct`: bypass the page cache, for a FileIO that gains by it."""
@@ -119,17 +120,12 @@ class Files(SharedTier):
         try:
             self._make(self._folder)
             self._device = self._folder.stat().st_dev
-            for path in self._folder.glob("*/*.tmp"):
-                with suppress(OSError):  # gone, or another user's
-                    if path.stat().st_mtime < time.time() - _STALE:
-                        path.unlink()
+            self._space.open()
         except OSError as error:
             cause = f"{self._folder}: {error.strerror}; choose a folder with write permission"
             with defaults_only_down(self.options.path):
                 raise ConfigError(cause) from error
         self._flags = os.O_DIRECT if want_direct(self._folder, self._direct) else 0
-        if self.options.capacity or self.options.ttl:
-            self._space.prune(0)
 
     def _has(self, keys: list[bytes]) -> list[bool]:
         return [self._size(self._path(key)) > 0 for key in keys]
@@ -167,7 +163,8 @@ class Files(SharedTier):
                 try:
                     os.utime(path, (now, now))
                 except PermissionError:  # another user's, which we may write: by the system's clock
-                    os.utime(path)
+                    if abs(time.time() - now) < _CLOCKS_APART:
+                        os.utime(path)
         except OSError as error:
             if error.errno == errno.ESTALE:
                 raise FileNotFoundError(path) from error
@@ -215,19 +212,17 @@ class Files(SharedTier):
         if self._size(path):
             return 0
         self._drop([path])  # one whose time is over
-        if not self._space.reserve(nbytes):
+        if not self._space.reserve(path, nbytes):
             return Lost.NO_ROOM
         try:
             self._write(path, obj.lease.view[:nbytes])
-        except OSError as error:
-            self._space.holdings.add(-1, -nbytes)
-            if error.errno in NO_SPACE:
+        except BaseException as error:
+            self._space.not_written(path, nbytes)
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
                 return Lost.NO_ROOM
             raise
-        else:
-            return nbytes
-        finally:
-            self._space.named(nbytes)
+        self._space.named(path, nbytes)
+        return nbytes
 
     def _write(self, path: Path, view: memoryview) -> None:
         if not path.parent.is_dir():
@@ -282,7 +277,7 @@ class Files(SharedTier):
             with suppress(FileNotFoundError):
                 nbytes = path.stat().st_size
                 path.unlink()
-                self._space.holdings.add(-1, -nbytes)
+                self._space.deleted(path, nbytes)
                 dropped += 1
         return dropped
 
