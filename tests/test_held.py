@@ -19,6 +19,7 @@ THREADS = {
     "pipeline/run/loop_thread.py": "Portal.__init__ awaited",
     "pipeline/serve/engine_listener.py": "EngineListener.__init__",  # a loop, as the portal has
     "pipeline/serve/page_events.py": "PageEvents.__init__",  # is told names, touches nothing
+    "stages/memory/first_touch.py": "FirstTouch.__init__",  # changes no byte
     "stages/tiers/landing/polled.py": "PolledThread.__init__",  # retains what it touches
     "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
     "src/tierloom/testing/bench.py": "Pool.__call__",
