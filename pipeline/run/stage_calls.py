@@ -24,24 +24,27 @@ def stage_calls(
         stage, meter = stages[node.id], meters[node.id]
         if segment.head:
             assert isinstance(stage, RequestStage)
-            calls.append(metered(_called(stage.plan, pool), meter, lambda r: len(r.chunks)))
+            plan = _called(stage, stage.plan, pool)
+            calls.append(metered(plan, meter, lambda r: len(r.chunks)))
             continue
         assert isinstance(stage, BatchStage)
         if type(stage).prepare is not BatchStage.prepare:
             calls.append(stage.prepare)
-        apply = _called(stage.apply, pool)
+        apply = _called(stage, stage.apply, pool)
         calls.append(metered(apply, meter, lambda batch: len(batch.resources.chunks)))
     return calls
 
 
-def _called(method: Callable[[Any], Any], pool: Pool) -> StageCall:
-    """`method` as it is where the loop runs it, else in a thread, for a request or a batch. The
-    thread is waited for even when cancelled: it works on the engine's memory, and the request's
-    `stop` ends it soon."""
+def _called(stage: Stage, method: Callable[[Any], Any], pool: Pool) -> StageCall:
+    """`method` as it is where the loop runs it, else in a thread, for a request or a batch that is
+    not quick. The thread is waited for even when cancelled: it works on the engine's memory, and
+    the request's `stop` ends it soon."""
     if runs_on_loop(method):
         return method
 
     async def run(item: Any) -> Any:
+        if stage.is_quick(item):
+            return method(item)
         with anyio.CancelScope(shield=True):
             return await pool(method, item, leases=item.leases())
 
