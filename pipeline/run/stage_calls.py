@@ -37,15 +37,16 @@ def stage_calls(
 
 def _called(stage: Stage, method: Callable[[Any], Any], pool: Pool) -> StageCall:
     """`method` as it is where the loop runs it, else in a thread, for a request or a batch that is
-    not quick. The thread is waited for even when cancelled: it works on the engine's memory, and
-    the request's `stop` ends it soon."""
+    not quick. Those of stores let others go first. The thread is waited for even when cancelled: it
+    works on the engine's memory, and the request's `stop` ends it soon."""
     if runs_on_loop(method):
         return method
+    later = int(stage.ctx.graph == "store")
 
     async def run(item: Any) -> Any:
         if stage.is_quick(item):
             return method(item)
         with anyio.CancelScope(shield=True):
-            return await pool(method, item, leases=item.leases())
+            return await pool(method, item, leases=item.leases(), later=later)
 
     return run
