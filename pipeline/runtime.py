@@ -303,8 +303,7 @@ class Worker:
     def _release(self) -> None:
         self._work.close()
         self._io.close()
-        if not self.arena.leases:  # else an abandoned call still writes into it: it must stay
-            self.arena.close()
+        self.arena.retire()
 
 
 async def _cancel(runner: GraphRunner, seconds: float = 5.0) -> None:

@@ -20,6 +20,7 @@ THREADS = {
     "pipeline/serve/engine_listener.py": "EngineListener.__init__",  # a loop, as the portal has
     "pipeline/serve/page_events.py": "PageEvents.__init__",  # is told names, touches nothing
     "stages/memory/device_queue.py": "DeviceQueue.__init__",  # waits for a device, touches nothing
+    "stages/memory/first_touch.py": "FirstTouch.__init__",  # changes no byte
     "stages/tiers/landing/polled.py": "PolledThread.__init__",  # retains what it touches
     "stages/tiers/pools/mooncake.py": "Mooncake._leave",  # closes the client, touches nothing
     "src/tierloom/testing/bench.py": "Pool.__call__",

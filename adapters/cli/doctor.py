@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import packages_distributions, version
@@ -73,13 +74,38 @@ def _memory() -> Finding:
 
 def _huge_pages() -> Finding:
     there = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    mode = there.read_text().split("[")[1].split("]")[0] if there.exists() else "unknown"
+    mode, files = _mode(there), _mode(there.with_name("shmem_enabled"))
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
     pages = int(pool.read_text()) if pool.exists() else 0
-    text = f"transparent: {mode}; pool: {pages} pages of 2 MiB"
+    text = f"transparent: {mode}, of servers that share memory: {files}; "
+    text += f"pool: {pages} pages of 2 MiB, for such servers"
     if mode in ("always", "madvise") or pages:
         return Finding("ok", text)
     return Finding("warn", text, f"echo madvise > {there}, as root")
+
+
+def _mode(there: Path) -> str:
+    """The choice in a file of the system's that marks it with brackets."""
+    return there.read_text().split("[")[1].split("]")[0] if there.exists() else "unknown"
+
+
+def _first_touch() -> Finding:
+    """What new memory costs here, by touching some."""
+    from tierloom.stages.memory.arena import Arena
+    from tierloom.stages.memory.first_touch import populate
+
+    nbytes, costs = 32 << 20, []
+    for shared in (False, True):
+        arena = Arena(nbytes, shared=shared)
+        began = time.thread_time()
+        works = populate(arena.address, nbytes)
+        costs.append((time.thread_time() - began) * GIB / nbytes)
+        arena.close()
+        if not works:
+            hint = "Linux 5.14 and later have it ready ahead of its use"
+            return Finding("warn", "new memory is cleared when it is first used", hint)
+    text = "new memory takes {:.1f} CPU s/GiB, of servers that share it {:.1f}".format(*costs)
+    return Finding("ok", f"{text}; servers and engines have it ready ahead of its use")
 
 
 def _disk_folder() -> Path:
@@ -198,7 +224,8 @@ def _model() -> Finding:
 
 
 LOOKS: dict[str, Callable[[], Finding]] = {
-    "cores": _cores, "memory": _memory, "huge pages": _huge_pages, "O_DIRECT": _direct,
+    "cores": _cores, "memory": _memory, "huge pages": _huge_pages, "first touch": _first_touch,
+    "O_DIRECT": _direct,
     "disk": _free_disk, "GPU": _gpu, "triton": _triton, "numba": _numba,
     "redis": _redis, "s3": partial(_client, "s3", "obstore"),
     "nixl": _nixl, "gds": partial(_client, "gds", "kvikio"),

@@ -1,11 +1,14 @@
-"""What an engine's adapter must know of a pipeline, and set in it, before it is opened."""
+"""What an engine's adapter must know of a pipeline, and set in it, before it is opened or then."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierloom.pipeline.config.spec import PipelineSpec
 from tierloom.stages.ops.lookup import Lookup
+
+if TYPE_CHECKING:
+    from tierloom.pipeline.pipeline import Pipeline
 
 
 def lookup_node(spec: PipelineSpec) -> Any:
@@ -54,3 +57,10 @@ def own_paths(spec: PipelineSpec, folder: str) -> dict[str, Any]:
         for name, tier in spec.tiers.items()
         if folder and tier.cls.local and hasattr(tier.options, "path")
     }
+
+
+def touch_ahead(pipeline: Pipeline) -> None:
+    """Have its memory made ready before it is needed, unless the file says `budget.touch: false`:
+    an engine lives so long that all of it will be used."""
+    if pipeline.spec.budget.touch and not pipeline.off:
+        pipeline.arena.touch_ahead()

@@ -106,6 +106,8 @@ def run_serve(
     def started(where: list[str]) -> None:
         if door is not None:
             serving.store.measure()
+        if serving.store.spec.budget.touch:
+            serving.store.arena.touch_ahead()
         say_what_is_kept(serving.store)
         for url in where:
             say(f"listening on {url}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tierloom.adapters.engine.extra_config import ExtraConfig
-from tierloom.adapters.engine.pipeline_parts import own_paths
+from tierloom.adapters.engine.pipeline_parts import own_paths, touch_ahead
 from tierloom.adapters.engine.rank import Rank
 from tierloom.adapters.sglang.page_store import PageStore
 from tierloom.adapters.sglang.pool import Pages, opaque_pages
@@ -32,6 +32,7 @@ def open_pages(
     if pipeline.off:
         pipeline.close()
         raise LayoutError(pipeline.off)
+    touch_ahead(pipeline)
     return PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=said.settings.min_tokens)
 
 
@@ -60,6 +61,7 @@ def open_side_pool(
             weights=side_weights(whole.weights, name, pool), layers=whole.layers,
             heads=(rank.tp, rank.tp + 1), part=whole.part + ours,
         )  # fmt: skip
+        touch_ahead(pipeline)
         stores.append(PageStore(pages, pipeline, wait=said.settings.wait, min_tokens=0))
     return stores
 

@@ -26,6 +26,9 @@ class Budget:
     """Requests under way; more are refused, as misses and skipped stores."""
     threads: int = 4
     """Threads for copies, codecs and disk I/O."""
+    touch: bool = True
+    """Servers and engines have memory made ready ahead of its first use, a little at a time. False:
+    they take it as they need it."""
 
     def __post_init__(self) -> None:
         if self.arena < 1 << 20:

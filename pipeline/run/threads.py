@@ -27,8 +27,8 @@ class Pool:
     def __init__(self, threads: int, name: str) -> None:
         self._turns: SimpleQueue[bool] = SimpleQueue()
         """One for each call that waits: True; False ends a thread."""
-        self._calls: deque[Queued] = deque()
-        self._later: deque[Queued] = deque()
+        self._calls: tuple[deque[Queued], ...] = (deque(), deque(), deque())
+        """By how late they may be."""
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"tierloom-{name}-{i}", daemon=True)
@@ -38,17 +38,17 @@ class Pool:
             thread.start()
 
     async def __call__(
-        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = (), later: bool = False
+        self, fn: Callable[..., Any], *args: Any, leases: Iterable[Lease] = (), later: int = 0
     ) -> Any:
         """What `fn` returned or raised. `leases`: all whose memory it reads or writes; they are
-        held until its thread is through. `later`: calls without it go first. Raises RuntimeError
-        when the pool is closed."""
+        held until its thread is through. `later`: 0 to 2; calls with less go first. Raises
+        RuntimeError when the pool is closed."""
         if self._closed:
             raise RuntimeError("a call came to a pool that is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         call = Call(fn, args, leases)
-        (self._later if later else self._calls).append((call, loop, future))
+        self._calls[later].append((call, loop, future))
         self._turns.put(True)
         try:
             return await future
@@ -72,9 +72,10 @@ class Pool:
 
     def _next(self) -> Queued:
         """The call whose turn it is. From any thread that has taken a turn."""
-        with suppress(IndexError):
-            return self._calls.popleft()
-        return self._later.popleft()
+        while True:  # one that comes meanwhile may lie where this has looked
+            for calls in self._calls:
+                with suppress(IndexError):
+                    return calls.popleft()
 
     def _work(self) -> None:
         while self._turns.get():

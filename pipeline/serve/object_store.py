@@ -165,8 +165,7 @@ class ObjectStore:
     async def close(self) -> None:
         await self._home.aclose()
         self._io.close()
-        if not self.arena.leases:  # otherwise somebody still reads it
-            self.arena.close()
+        self.arena.retire()
 
     def reservation(self) -> MemoryReservation:
         return MemoryReservation(self.arena)

@@ -4,8 +4,7 @@ a device will make."""
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tierloom.stages.memory.device_queue import Mark
 
@@ -86,35 +85,48 @@ class LayerGates:
     """
 
     def __init__(self, groups: int) -> None:
-        self._events = [threading.Event() for _ in range(groups)]
+        self._changed = threading.Condition()
+        self._is_open = [False] * groups
         self._batches_left = [0] * groups
 
     def expect(self, batches: int) -> None:
         """Every gate opens after `batches` have passed it; at once if there are none."""
-        self._batches_left = [batches] * len(self._events)
+        self._batches_left = [batches] * len(self._is_open)
         if not batches:
             self.open()
 
     def passed(self, groups: Iterable[int]) -> None:
         """One batch has passed the gates of these layer groups."""
+        opened = False
         for group in groups:
             self._batches_left[group] -= 1
             if not self._batches_left[group]:
-                self._events[group].set()
+                self._is_open[group] = opened = True
+        if opened:
+            self._tell()
 
     def open(self) -> None:
-        for event in self._events:
-            event.set()
+        if not self.all_open:
+            self._is_open = [True] * len(self._is_open)
+            self._tell()
 
     @property
     def all_open(self) -> bool:
-        return all(event.is_set() for event in self._events)
+        return all(self._is_open)
 
     def wait(self, group: int, timeout: float) -> bool:
         """Whether the gate opened within `timeout` seconds."""
-        return self._events[group].wait(timeout)
+        return self._wait_for(lambda: self._is_open[group], timeout)
 
     def wait_all(self, timeout: float) -> bool:
         """Whether all gates opened within `timeout` seconds."""
-        end = time.monotonic() + timeout
-        return all(event.wait(max(0.0, end - time.monotonic())) for event in self._events)
+        return self._wait_for(lambda: self.all_open, timeout)
+
+    def _wait_for(self, opened: Callable[[], bool], timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(opened, timeout)
+
+    def _tell(self) -> None:
+        """After the change: who waits has looked before it, and is woken, or will see it."""
+        with self._changed:
+            self._changed.notify_all()

@@ -172,6 +172,11 @@ class Stage(ABC):
     def __init__(self, options: Any, ctx: Context) -> None:
         self.options, self.ctx = options, ctx
 
+    def is_quick(self, item: Any) -> bool:
+        """Of a stage that works in threads: this request, or batch, takes less time than asking
+        one, so the loop does it. Not where the engine's memory is touched."""
+        return False
+
     @classmethod
     @abstractmethod
     def work(cls) -> Callable[..., Any]:

@@ -18,9 +18,12 @@ from collections.abc import Callable
 from tierloom.stages.errors import ArenaFull
 from tierloom.stages.memory import page_lock
 from tierloom.stages.memory.allocator import PAGE, Space, aligned
+from tierloom.stages.memory.first_touch import FirstTouch, populate
 from tierloom.stages.memory.memory_promises import MemoryPromises
 
 HUGE = 2 << 20
+_RESERVED = 0x4 | 21 << 26
+"""MFD_HUGETLB, with pages of 2 MiB."""
 _FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, since Linux 5.1
 
 
@@ -86,9 +89,10 @@ class Lease:
 class Arena(Slab):
     """`kept` bytes belong to memory tiers; `flight` bytes to requests under way.
 
-    `flight` never exceeds `working`. Thread-safe. Pages are touched only when first used, and huge
-    pages are asked for, since first touches of small ones cost more than the copy into them. It
-    belongs to this process alone: a child that is forked does not have it.
+    `flight` never exceeds `working`. Thread-safe. Pages are touched when first used, or ahead of
+    that (`touch_ahead`), and huge pages are asked for, since first touches of small ones cost more
+    than the copy into them. It belongs to this process alone: a child that is forked does not have
+    it.
     """
 
     def __init__(
@@ -97,19 +101,25 @@ class Arena(Slab):
         """`working`: bytes for requests under way. `kept`: bytes that memory tiers may hold.
 
         `shared`: the slab is a file in memory, `fd`, that other processes can map, but neither
-        write nor cut; where the kernel cannot promise that, it is not, and `fd` is -1.
+        write nor cut; where the kernel cannot promise that, it is not, and `fd` is -1. It has pages
+        of 2 MiB where the system has reserved enough of them.
         """
         self.working = aligned(working)
         self.total = self.working + aligned(kept)
         self.fd = -1
+        self._ahead: FirstTouch | None = None
+        reserved = False
         # One huge page more, so that the slab can begin on a huge page's boundary.
         # Private: shared mappings get no huge pages, and the disk is slow into small ones.
         nbytes, skip = self.total + HUGE, 0
-        if shared and (made := _sealed(nbytes)) is not None:
+        if shared and huge_pages and (made := _sealed(-(-nbytes // HUGE) * HUGE, _RESERVED)):
+            self.fd, self._map = made
+            reserved = True
+        elif shared and (made := _sealed(nbytes)) is not None:
             self.fd, self._map = made
         else:
             self._map = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        if huge_pages and not reserved and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         if hasattr(mmap, "MADV_DONTFORK"):
             # After a fork, the next write here moves a page that the child still has: a device or a
@@ -195,8 +205,22 @@ class Arena(Slab):
             page_lock.lock(self.address, self.total, device)
             self._pinned = True
 
+    def touch_ahead(self) -> None:
+        """Have a thread touch what was never used, little by little, as far as memory is free."""
+        if self._ahead is None and not self._pinned:
+            self._ahead = FirstTouch(self.address, self.total)
+
+    def retire(self) -> None:
+        """Close it; where leases are out, as somebody still reads or writes, it stays as it is."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        if not self.leases:
+            self.close()
+
     def close(self) -> None:
         """Unmap. Every lease must have been released."""
+        if self._ahead is not None:
+            self._ahead.stop()
         if self.leases:
             raise RuntimeError(f"arena closed with {self.leases} leases still out")
         if self._pinned:
@@ -237,10 +261,12 @@ class Arena(Slab):
         self._space.give(offset, nbytes)
 
 
-def _sealed(nbytes: int) -> tuple[int, mmap.mmap] | None:
-    """A file in memory, mapped here and writable by nobody else; None where the system has none."""
+def _sealed(nbytes: int, flags: int = 0) -> tuple[int, mmap.mmap] | None:
+    """A file in memory, mapped here and writable by nobody else; None where the system has none.
+    `flags`: of huge pages, all of which it has then: one that a control group refuses later, when
+    it is touched, would end the process."""
     try:
-        fd = os.memfd_create("tierloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create("tierloom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     except (AttributeError, OSError):
         return None
     try:
@@ -249,7 +275,10 @@ def _sealed(nbytes: int) -> tuple[int, mmap.mmap] | None:
         # What is mapped before stays writable.
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _FUTURE_WRITE
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        whole = not flags or populate(ctypes.addressof(ctypes.c_char.from_buffer(made)), nbytes)
     except OSError:
-        os.close(fd)
-        return None
-    return fd, made
+        whole = False
+    if whole:
+        return fd, made
+    os.close(fd)
+    return None

@@ -80,9 +80,10 @@ def is_locked(address: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> 
     return bool(inside.all())
 
 
-def available(root: Path = Path("/")) -> int:
+def available(root: Path = Path("/"), *, high: bool = False) -> int:
     """Bytes that this process may still take: of the machine, and of every control group that it
-    is in (whose page cache counts as free, as in the machine's own figure)."""
+    is in (whose page cache counts as free, as in the machine's own figure). `high`: before a group
+    is slowed down."""
     found = [line.split() for line in _lines(root / "proc/meminfo")]
     left = [int(words[1]) << 10 for words in found if words[0] == "MemAvailable:"]
     for line in _lines(root / "proc/self/cgroup"):
@@ -98,6 +99,7 @@ def available(root: Path = Path("/")) -> int:
         for folder in (group, *group.parents):
             if folder.is_relative_to(base):  # in a container, only the last of them may be there
                 left += _left(folder, *names)
+                left += _left(folder, "memory.high", *names[1:]) if high else []
     return max(0, min(left, default=1 << 62))
 
 

@@ -74,6 +74,10 @@ class Decode(BatchStage):
             batch.defer(lease.release)
             chunk.plain = Object(plain, lease)
 
+    def is_quick(self, item: Batch) -> bool:
+        """Nothing is encoded."""
+        return all(chunk.plain is None for chunk in item.live)
+
     def apply(self, batch: Batch) -> None:
         for chunk in batch.live:
             if chunk.plain is None or batch.request.memory.stop[0]:

@@ -103,6 +103,10 @@ class Get(BatchStage):
             names = tuple(_source(chunk).tiers[: self._tiers_at_once])
             by_tier.setdefault(names, []).append(chunk)
         again: list[Chunk] = []
+        if len(by_tier) == 1:  # a task group costs as much as a memory tier
+            ((names, group),) = by_tier.items()
+            await self._from_tier(batch, names, group, again)
+            return again
         async with anyio.create_task_group() as tg:
             for names, group in by_tier.items():
                 tg.start_soon(self._from_tier, batch, names, group, again)

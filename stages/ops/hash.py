@@ -13,6 +13,9 @@ from tierloom.stages.kv.prefix import Span, grain_links
 from tierloom.stages.kv.text import OPENING
 from tierloom.stages.options import NoOptions
 
+_SHORT = 1024
+"""Tokens that are hashed in less time than another thread takes to begin."""
+
 
 class Hash(RequestStage):
     """Names a request's chunks, as `chunk:` and the namespace say."""
@@ -20,6 +23,9 @@ class Hash(RequestStage):
     Options = NoOptions
     takes = "tokens@host/request"
     gives = "keys@host/request"
+
+    def is_quick(self, item: Request) -> bool:
+        return item.span is None and len(item.tokens) <= _SHORT
 
     def plan(self, request: Request) -> None:
         c, span = self.ctx.chunk, request.span

@@ -115,19 +115,26 @@ class Lookup(RequestStage):
 
     async def _ask_remote(self, tiers: Tiers, chunks: list[Chunk], absent: bool) -> Answers:
         """What others have, by chunk. Of what lies in memory only a store asks: a load waits for
-        nobody whom it does not need."""
+        nobody whom it does not need. Who is asked one by one is searched for a prefix then."""
         remote = {n: t for n, t in tiers.items() if not t.local}
         here = [] if absent else [t for t in tiers.values() if t.in_arena]
-        asked = []
+        searched = set() if absent else {n for n, t in remote.items() if t.one_by_one}
+        disks = [t for t in tiers.values() if searched and t.local and not t.in_arena]
+        asked, elsewhere = [], set()
         for chunk in chunks if remote else ():
             if not any(_has(tier, chunk.key) for tier in here):
                 asked.append(chunk)
+                if any(_has(tier, chunk.key) for tier in disks):
+                    elsewhere.add(chunk.index)
             if chunk.index % _SLICE == _SLICE - 1:
                 await anyio.lowlevel.checkpoint()
         keys = [c.key for c in asked]
         known: Answers = {name: {} for name in remote}
 
         async def ask(name: str, tier: CircuitBreaker) -> None:
+            if name in searched:
+                known[name] = await _searched(tier, asked, elsewhere)
+                return
             answers = await tier.exists(keys)
             known[name] = {c.index: there for c, there in zip(asked, answers, strict=True)}
 
@@ -243,6 +250,17 @@ class Lookup(RequestStage):
             tier = self.ctx.tiers[chunk.source.tiers[0]]
             costs.append((chunk.wanted, tier.cost(g.frame_bytes(g.layers, chunk.wanted)) or 0.0))
         return plan[: worth_loading(costs, len(request.tokens), request.prefill_rate)]
+
+
+async def _searched(
+    tier: CircuitBreaker, chunks: list[Chunk], elsewhere: set[int]
+) -> dict[int, bool]:
+    """Which chunks a tier that is asked one by one has, if it has all of them from the first one on
+    that it has at all. It is not asked for what it need not have, as others do (`elsewhere`)."""
+    needed = [c for c in chunks if c.index not in elsewhere and c.key not in tier.unread]
+    count = await tier.prefix_length([c.key for c in needed]) if needed else 0
+    end = needed[count].index if count < len(needed) else 1 << 62
+    return {c.index: c.index < end for c in chunks}
 
 
 def _has(tier: CircuitBreaker, key: bytes) -> bool:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from tierloom.adapters.engine.pipeline_parts import touch_ahead
 from tierloom.adapters.engine.spans_option import trace_requests
 from tierloom.adapters.vllm.exchange.messages import (
     CacheEvent,
@@ -121,6 +122,8 @@ class WorkerSide:
         self._tickets.pipelines, self._report.info, model = opened
         for p in self.pipelines if self.conf.settings.http else ():
             p.pipeline.measure()
+        for p in self.pipelines:
+            touch_ahead(p.pipeline)
         self._end_spans = trace_requests(p.pipeline for p in self.pipelines)
         if model is not None:
             from tierloom.adapters.vllm.worker.blended_loads import BlendedLoads

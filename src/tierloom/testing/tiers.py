@@ -83,6 +83,13 @@ class TierContract(TierBench):
                 read.object.lease.release()
         assert await tier.exists([r.key for r in reads]) == [seed % 2 == 0 for seed in range(20)]
 
+    async def test_a_prompt_of_which_it_has_the_beginning(self, tier: Tier) -> None:
+        keys = [key_of(seed) for seed in range(12)]
+        for length in range(0, 13, 3):
+            assert await tier.prefix_length(keys) == length
+            await self.put(tier, *range(length, min(12, length + 3)))
+        assert await tier.prefix_length([]) == 0
+
     async def test_layer_by_layer(self, tier: Tier, arena: Arena) -> None:
         await self.put(tier, 1)
         held = await self.first_frame(tier, 1)

@@ -71,7 +71,7 @@ class Encode(BatchStage):
     async def _run(self, job: list[_FrameJob]) -> None:
         leases = [lease for piece in job for lease in piece.chunk.leases()]
         with anyio.CancelScope(shield=True):  # its memory is promised as long as it is waited for
-            await self.ctx.pool(self._encode, job, leases=leases, later=True)
+            await self.ctx.pool(self._encode, job, leases=leases, later=2)
 
     def _encode(self, job: list[_FrameJob]) -> None:
         for chunk, past, mine, i in job:

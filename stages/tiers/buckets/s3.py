@@ -23,7 +23,7 @@ from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
 from tierloom.stages.tiers.buckets.bucket import Bucket, S3Options
-from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.concurrently import map_concurrently, search_prefix
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
 from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 
@@ -37,6 +37,7 @@ class S3(ReadingTier, SharedTier):
     """Whole chunks only: inner links are found in local tiers. For asyncio."""
 
     Options = S3Options
+    one_by_one = True
 
     def __init__(self, options: S3Options, ctx: TierContext) -> None:
         super().__init__(ctx)
@@ -56,6 +57,9 @@ class S3(ReadingTier, SharedTier):
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found = await map_concurrently(self._bucket.size, [object_name(key) for key in keys], _WIDE)
         return [size is not None for size in found]  # an empty one too: the first reader deletes it
+
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        return await search_prefix(self.exists, keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         await map_concurrently(self._read, reads, self.options.depth)

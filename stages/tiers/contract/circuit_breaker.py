@@ -124,6 +124,18 @@ class CircuitBreaker(WrapperTier):
         found = await self._call(self.reading, lambda: self.tier.exists(keys))
         return [False] * len(keys) if isinstance(found, Lost) else found
 
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        """As the tier says; what did not come lately is asked for by itself."""
+
+        async def search() -> int:
+            doubted = self.unread.doubted(keys)
+            there = await self.tier.exists([keys[i] for i in doubted]) if doubted else []
+            gone = (i for i, kept in zip(doubted, there, strict=True) if not kept)
+            return await self.tier.prefix_length(keys[: next(gone, len(keys))])
+
+        found = await self._call(self.reading, search)
+        return 0 if isinstance(found, Lost) else found
+
     async def read(self, reads: Sequence[Read]) -> None:
         fresh = [read for read in reads if read.object is None]
         before = sum(r.object.arrived for r in reads if r.object)
@@ -139,6 +151,8 @@ class CircuitBreaker(WrapperTier):
             for read in reads:
                 if isinstance(read.why, Damaged):
                     self._say(read.key, read.why)
+                elif read.lost is Lost.ABSENT and self.one_by_one:
+                    self.unread.doubt(read.key)
                 elif read.lost is not None and read.lost.unreadable:
                     self.unread.note(read.key, read.lost, read.why)
             for read in fresh:

@@ -18,7 +18,7 @@ from tierloom.stages.errors import Damaged, Lost
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.concurrently import map_concurrently, search_prefix
 from tierloom.stages.tiers.contract.object_reader import ObjectReader, ReadingTier
 from tierloom.stages.tiers.contract.tier import Read, SharedTier, Tier, TierContext, require_sealed
 
@@ -43,6 +43,7 @@ class Blobs(ReadingTier, SharedTier):
         "store": "put_value",
         "remove": "delete_value",
     }
+    one_by_one = True
     width: int = 8
     """Most objects of one call in progress at once."""
 
@@ -76,6 +77,9 @@ class Blobs(ReadingTier, SharedTier):
         return [
             size > 0 for size in await map_concurrently(self.size, self._named(keys), self.width)
         ]
+
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        return await search_prefix(self.exists, keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         fresh = [read for read in reads if read.object is None]  # others came whole the first time

@@ -155,6 +155,8 @@ class Tier(ABC):
     """Its objects stay in the arena, to which its capacity is added; others can promote to it."""
     read_only: bool = False
     """Nothing can be put into it: it is others' to keep."""
+    one_by_one: bool = False
+    """Its store is asked for each key by itself: how much of a prompt it has is searched."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "has": "exists",
@@ -208,6 +210,12 @@ class Tier(ABC):
     @abstractmethod
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         """Which of these keys have a whole object."""
+
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        """How many chunks of a prompt, head first, it probably has from the first one on. One that
+        is asked one by one may ask for some of them: the reads show what is missing in between."""
+        found = await self.exists(keys)
+        return next((i for i, there in enumerate(found) if not there), len(found))
 
     @abstractmethod
     async def read(self, reads: Sequence[Read]) -> None:

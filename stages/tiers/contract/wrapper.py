@@ -23,6 +23,7 @@ class WrapperTier(Tier):
     def wrap(self, tier: Tier) -> None:
         self.tier, self.counts = tier, tier.counts
         self.local, self.in_arena, self.read_only = tier.local, tier.in_arena, tier.read_only
+        self.one_by_one = tier.one_by_one
 
     @property
     def address(self) -> str:
@@ -51,6 +52,9 @@ class WrapperTier(Tier):
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         return await self.tier.exists(keys)
+
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        return await self.tier.prefix_length(keys)
 
     async def read(self, reads: Sequence[Read]) -> None:
         await self.tier.read(reads)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.options import Size
 from tierloom.stages.tiers.contract.tier import TierContext
 from tierloom.stages.tiers.disk.direct_io import FileIO
+from tierloom.stages.tiers.disk.steady_clock import steady_time
 from tierloom.stages.tiers.files.space import FilesOptions
 from tierloom.stages.tiers.files.tier import Files
 
@@ -53,7 +53,7 @@ class Gds(Files):
     Options = GdsOptions
 
     def __init__(
-        self, options: GdsOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
+        self, options: GdsOptions, ctx: TierContext, *, clock: Callable[[], float] = steady_time
     ) -> None:
         self._kvikio = KvikioFileIO(options)
         super().__init__(options, ctx, clock=clock, file_io=self._kvikio)

@@ -4,7 +4,7 @@
 
 There is no index: the file system says whether an object exists. A file gets its name when its last
 byte is written, so two writers of one key do not conflict. Its modification time is its
-last use; `ttl` and pruning go by that.
+last use; `ttl` and pruning go by that, on a clock that nobody sets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tierloom.stages.errors import ConfigError, Damaged, Lost, TierDown, Unreada
 from tierloom.stages.kv.object import Header, Object
 from tierloom.stages.memory.allocator import PAGE
 from tierloom.stages.memory.arena import Lease
-from tierloom.stages.tiers.contract.concurrently import map_concurrently
+from tierloom.stages.tiers.contract.concurrently import PrefixSearch, map_concurrently
 from tierloom.stages.tiers.contract.object_reader import ObjectReader
 from tierloom.stages.tiers.contract.tier import Read, SharedTier, TierContext, require_sealed
 from tierloom.stages.tiers.disk.default_folder import defaults_only_down
@@ -36,19 +36,21 @@ from tierloom.stages.tiers.disk.direct_io import (
     reserve,
     want_direct,
 )  # fmt: skip
+from tierloom.stages.tiers.disk.steady_clock import steady_time
 from tierloom.stages.tiers.files.space import FilesOptions, FolderSpace
 from tierloom.stages.user_home import expanded
 
-_STALE = 3600.0  # seconds after which a file half written belongs to nobody
+_CLOCKS_APART = 60.0  # seconds, from which on the system's clock was set meanwhile
 
 
 class Files(SharedTier):
     """Whole chunks only: inner links are found in local tiers."""
 
     Options = FilesOptions
+    one_by_one = True
 
     def __init__(
-        self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time,
+        self, options: FilesOptions, ctx: TierContext, *, clock: Callable[[], float] = steady_time,
         file_io: FileIO = SYSTEM, direct: bool | Literal["auto"] = False,
     ) -> None:  # fmt: skip
         """`direct`: bypass the page cache, for a FileIO that gains by it."""
@@ -70,6 +72,9 @@ class Files(SharedTier):
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
         found: list[bool] = await self.ctx.pool(self._has, list(keys), leases=())
         return found
+
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        return int(await self.ctx.pool(self._prefix, list(keys), leases=()))
 
     async def read(self, reads: Sequence[Read]) -> None:
         await map_concurrently(self._read, reads, self.options.depth)
@@ -115,20 +120,21 @@ class Files(SharedTier):
         try:
             self._make(self._folder)
             self._device = self._folder.stat().st_dev
-            for path in self._folder.glob("*/*.tmp"):
-                with suppress(OSError):  # gone, or another user's
-                    if path.stat().st_mtime < time.time() - _STALE:
-                        path.unlink()
+            self._space.open()
         except OSError as error:
             cause = f"{self._folder}: {error.strerror}; choose a folder with write permission"
             with defaults_only_down(self.options.path):
                 raise ConfigError(cause) from error
         self._flags = os.O_DIRECT if want_direct(self._folder, self._direct) else 0
-        if self.options.capacity or self.options.ttl:
-            self._space.prune(0)
 
     def _has(self, keys: list[bytes]) -> list[bool]:
         return [self._size(self._path(key)) > 0 for key in keys]
+
+    def _prefix(self, keys: list[bytes]) -> int:
+        search = PrefixSearch(len(keys), 1)
+        while search.asks:
+            search.told(self._has([keys[i] for i in search.asks]))
+        return search.length
 
     def _size(self, path: Path) -> int:
         """Bytes to lease for a file; 0 when it is not there, or its time is over."""
@@ -157,7 +163,8 @@ class Files(SharedTier):
                 try:
                     os.utime(path, (now, now))
                 except PermissionError:  # another user's, which we may write: by the system's clock
-                    os.utime(path)
+                    if abs(time.time() - now) < _CLOCKS_APART:
+                        os.utime(path)
         except OSError as error:
             if error.errno == errno.ESTALE:
                 raise FileNotFoundError(path) from error
@@ -205,19 +212,17 @@ class Files(SharedTier):
         if self._size(path):
             return 0
         self._drop([path])  # one whose time is over
-        if not self._space.reserve(nbytes):
+        if not self._space.reserve(path, nbytes):
             return Lost.NO_ROOM
         try:
             self._write(path, obj.lease.view[:nbytes])
-        except OSError as error:
-            self._space.holdings.add(-1, -nbytes)
-            if error.errno in NO_SPACE:
+        except BaseException as error:
+            self._space.not_written(path, nbytes)
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
                 return Lost.NO_ROOM
             raise
-        else:
-            return nbytes
-        finally:
-            self._space.named(nbytes)
+        self._space.named(path, nbytes)
+        return nbytes
 
     def _write(self, path: Path, view: memoryview) -> None:
         if not path.parent.is_dir():
@@ -272,7 +277,7 @@ class Files(SharedTier):
             with suppress(FileNotFoundError):
                 nbytes = path.stat().st_size
                 path.unlink()
-                self._space.holdings.add(-1, -nbytes)
+                self._space.deleted(path, nbytes)
                 dropped += 1
         return dropped
 

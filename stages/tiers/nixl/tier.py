@@ -11,7 +11,6 @@ without hashing every byte. The arena is registered once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -21,6 +20,7 @@ from tierloom.stages.options import Seconds, Size
 from tierloom.stages.tiers.buckets.bucket import S3Options
 from tierloom.stages.tiers.contract.tier import Tier, TierContext
 from tierloom.stages.tiers.contract.wrapper import WrapperTier
+from tierloom.stages.tiers.disk.steady_clock import steady_time
 from tierloom.stages.tiers.disk.tier import Disk, DiskOptions
 from tierloom.stages.tiers.files.space import FilesOptions
 from tierloom.stages.tiers.files.tier import Files
@@ -97,7 +97,7 @@ class Nixl(WrapperTier):
     Options = NixlOptions
 
     def __init__(
-        self, options: NixlOptions, ctx: TierContext, *, clock: Callable[[], float] = time.time
+        self, options: NixlOptions, ctx: TierContext, *, clock: Callable[[], float] = steady_time
     ) -> None:
         self.options = options
         self._file_io: NixlFileIO | None = None

@@ -49,9 +49,11 @@ class SharedMemory(Slab):
             raise TierDown("the server's memory is shorter than announced")
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise TierDown("the server's memory is not sealed")
-        self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        # Whole pages, of whatever size: what is mapped in part of one cannot be unmapped.
+        whole = min(found.st_size, -(-nbytes // found.st_blksize) * found.st_blksize)
+        self._map = mmap.mmap(fd, whole, mmap.MAP_SHARED, mmap.PROT_READ)
         address = np.frombuffer(self._map, np.uint8).ctypes.data
-        super().__init__(address, memoryview(self._map))
+        super().__init__(address, memoryview(self._map)[:nbytes])
         self.nbytes = nbytes
         self.usable = True
         self._connection = connection

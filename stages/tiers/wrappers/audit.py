@@ -71,6 +71,12 @@ class Audit(WrapperTier):
             said.append(f"{sum(found)} are there")
         return found
 
+    async def prefix_length(self, keys: Sequence[bytes]) -> int:
+        with self._logged("has", len(keys)) as said:
+            length = await self.tier.prefix_length(keys)
+            said.append(f"the first {length} are there")
+        return length
+
     async def read(self, reads: Sequence[Read]) -> None:
         before = [read.object.loaded if read.object else 0 for read in reads]
         fresh = [read.object is None for read in reads]

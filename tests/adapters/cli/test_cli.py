@@ -115,7 +115,17 @@ def test_doctor_never_fails(run, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
-    for name in ("cores", "memory", "huge pages", "O_DIRECT", "disk", "GPU", "triton", "numba"):
+    for name in (
+        "cores",
+        "memory",
+        "huge pages",
+        "first touch",
+        "O_DIRECT",
+        "disk",
+        "GPU",
+        "triton",
+        "numba",
+    ):
         assert name in out
 
 

@@ -14,8 +14,11 @@ from conftest import Engine, Open, config, settle, tokens, with_disk
 from tierloom.pipeline.run.threads import Pool
 from tierloom.stages.codecs.lossless.zstd import Zstd
 from tierloom.stages.errors import Lost
+from tierloom.stages.ops.gather import Gather
+from tierloom.stages.ops.scatter import Scatter
 
 IDS = tokens(256)
+_LATER = ["copy", "gather", "encode"]
 
 
 async def unreserve(pipe: Any, nbytes: int) -> None:
@@ -29,8 +32,8 @@ def test_what_somebody_waits_for_goes_first() -> None:
         held = asyncio.create_task(pool(go.wait))
         await asyncio.sleep(0.05)
         calls = [
-            asyncio.create_task(pool(order.append, word, later=word == "encode"))
-            for word in ("encode", "copy", "encode", "copy")
+            asyncio.create_task(pool(order.append, word, later=_LATER.index(word)))
+            for word in ("encode", "gather", "copy", "encode", "gather", "copy")
         ]
         await asyncio.sleep(0.05)
         go.set()
@@ -38,7 +41,35 @@ def test_what_somebody_waits_for_goes_first() -> None:
 
     asyncio.run(life())
     pool.close()
-    assert order == ["copy", "copy", "encode", "encode"]
+    assert order == ["copy", "copy", "gather", "gather", "encode", "encode"]
+
+
+def test_loads_go_before_stores(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, and four stores that asked for it first."""
+    engine, target, go = Engine(), Engine().blank(), threading.Event()
+    order: list[str] = []
+    for cls in (Gather, Scatter):
+        apply = cls.apply
+
+        def noted(self: Any, batch: Any, apply: Any = apply) -> None:
+            order.append(batch.request.graph)
+            apply(self, batch)
+
+        monkeypatch.setattr(cls, "apply", noted)
+    pipe, at = opened(config(budget__threads=1), engine), engine.slots(256)
+    pipe.store(IDS, engine.caches, at).wait()
+    order.clear()
+    held = pipe._portal.begin(pipe._worker._work, go.wait)
+    stores = [pipe.store(IDS + n, engine.caches, at) for n in range(1, 5)]
+    time.sleep(0.2)
+    load = pipe.retrieve(IDS, target.caches, at)
+    time.sleep(0.2)
+    go.set()
+    held.result(10)
+    assert load.wait(10).tokens == 256
+    assert all(store.wait(10).tokens == 256 for store in stores)
+    assert order[0] == "retrieve"
+    assert set(order[1:]) == {"store"}
 
 
 def test_what_lies_in_memory_needs_no_promise(opened: Open) -> None:

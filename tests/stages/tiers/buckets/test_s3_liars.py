@@ -244,3 +244,45 @@ class TestLiars:
         with pytest.raises(ConfigError, match=r"s3://bucket/kv: .*another region: set `region`"):
             await tier.open()
         await tier.close()
+
+
+@pytest.mark.anyio
+class TestSearch:
+    @pytest.mark.parametrize(("chunks", "requests"), [(64, 11), (782, 20)])
+    async def test_a_long_prompt_takes_few_requests(
+        self, server, ctx, monkeypatch, chunks, requests
+    ):
+        tier = tier_at(server, ctx)
+        await tier.open()
+        keys = [key_of(seed) for seed in range(chunks)]
+        await bench.put(tier, 0)
+        ((first, body),) = server.objects.items()
+        asked = []
+        kept = Handler.kept
+
+        def noted(handler):
+            asked.append(handler.command)
+            return kept(handler)
+
+        monkeypatch.setattr(Handler, "kept", noted)
+        for length in (0, 1, chunks // 3, chunks - 1, chunks):
+            names = (first.replace(keys[0].hex(), key.hex()) for key in keys[:length])
+            server.objects = dict.fromkeys(names, body)
+            asked.clear()
+            assert await tier.prefix_length(keys) == length
+            assert set(asked) == {"HEAD"}
+            assert len(asked) <= requests
+        await tier.close()
+
+    async def test_head_says_yes_and_get_says_no(self, server, ctx):
+        tier = tier_at(server, ctx)
+        await tier.open()
+        await bench.put(tier, 1)
+        server.lie = "GET says no"
+        for _ in range(2):
+            assert key_of(1) not in tier.unread
+            assert await tier.prefix_length([key_of(1)]) == 1
+            assert await bench.get(tier, 1) is Lost.ABSENT
+        assert key_of(1) in tier.unread, "no plan has it"
+        assert await tier.exists([key_of(1)]) == [True], "and nobody puts it again"
+        await tier.close()

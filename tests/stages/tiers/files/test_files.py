@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import shutil
 import time
+from types import SimpleNamespace
 
 import anyio
 import pytest
 
 from tierloom.stages.errors import ConfigError, Lost, TierDown
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext
 from tierloom.stages.tiers.files.space import FilesOptions
 from tierloom.stages.tiers.files.tier import Files
@@ -191,7 +195,7 @@ class TestFiles(TierContract):
         """Of one group; whatever the umask is."""
         os.seteuid(0)
         os.setegid(0)
-        clock.now -= 3600
+        clock.now -= 50
         umask = os.umask(0o077)
         try:
             async with self.opened(ctx, other_user, clock, mode=mode) as tier:
@@ -208,7 +212,7 @@ class TestFiles(TierContract):
                 for seed in range(4):
                     assert await self.get(tier, seed) == self.bytes_of(arena, seed)
                 used = tier._path(key_of(1)).stat().st_mtime
-                assert used > clock.now + 60, "a use that counts, by the system's clock"
+                assert used > clock.now + 25, "a use that counts, by the system's clock"
                 assert await tier.delete([key_of(2)]) == 1
                 assert await self.put(tier, 2, *range(5, 9)) == [None] * 5
             os.seteuid(0)
@@ -228,6 +232,53 @@ class TestFiles(TierContract):
             assert await self.put(tier, 1, 2) == [None, None]
             for seed in (1, 2):
                 assert await self.get(tier, seed) == self.bytes_of(arena, seed)
+
+    @pytest.mark.anyio
+    @pytest.mark.parametrize("step", [-86400, 365 * 86400])
+    async def test_the_systems_clock_is_set(self, ctx, tmp_path, arena, monkeypatch, step):
+        """It is asked at the start only: no object is lost, or kept for longer."""
+        options = FilesOptions(path=str(tmp_path / "kv"), ttl=3600.0, capacity=8 * SIZE)
+        tier = Files(options, ctx)
+        await tier.open()
+        await self.put(tier, 1)
+        began = time.time()
+        monkeypatch.setattr(time, "time", lambda: began + step)
+        assert await self.put(tier, 2) == [None]
+        half = tier._path(key_of(1)).with_suffix(".tmp")
+        half.write_bytes(b"half")
+        tier._space.open()
+        assert half.exists()
+        for seed in (1, 2):
+            assert await self.get(tier, seed) == self.bytes_of(arena, seed)
+            assert abs(tier._path(key_of(seed)).stat().st_mtime - began) < 600
+        os.utime(tier._path(key_of(1)), (began - 3601,) * 2)
+        assert await self.get(tier, 1) is Lost.ABSENT
+
+    @pytest.mark.anyio
+    async def test_no_file_can_be_opened(self, ctx, tmp_path, clock, arena, caplog):
+        """The process has too many: misses, one line, and it goes on when it has some to spare."""
+        limits = SimpleNamespace(timeout=30.0, fails=3, probe=0.0)
+        tier = CircuitBreaker(self.make(ctx, tmp_path, clock), "cold", limits)
+        await tier.open()
+        await self.put(tier, 1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        spare = [os.open(os.devnull, os.O_RDONLY)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare[0] + 1, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    spare.append(os.open(os.devnull, os.O_RDONLY))
+            for _ in range(8):
+                assert await self.get(tier, 1) is Lost.TIER_DOWN
+                assert await self.put(tier, 2) == [Lost.TIER_DOWN]
+        finally:
+            for fd in spare:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await self.get(tier, 1) == self.bytes_of(arena, 1)
+        assert await self.put(tier, 2) == [None]
+        said = [r.getMessage() for r in caplog.records if "Too many open files" in r.getMessage()]
+        assert len(said) == 1, said
 
     @pytest.mark.anyio
     async def test_a_folder_we_may_not_write(self, ctx, tmp_path, clock):
