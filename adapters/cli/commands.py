@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tierloom import __version__
-from tierloom.adapters.cli import file_commands, handoff_commands, serve_command
+from tierloom.adapters.cli import file_commands, handoff_commands, load_commands, serve_command
 from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
 from tierloom.stages.errors import ConfigError, TierloomError
 
@@ -256,6 +256,7 @@ def sglang(
 app.command()(serve_command.serve)
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
+app.command(context_settings=load_commands.ALIKE)(load_commands.standalone)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

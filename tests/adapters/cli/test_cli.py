@@ -42,7 +42,7 @@ def test_version(run) -> None:
     "command",
     [
         "check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality",
-        "import-lmcache", "sglang",
+        "import-lmcache", "sglang", "standalone",
     ],
 )  # fmt: skip
 def test_every_command_has_help(run, command) -> None:
