@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
+PEER := .venv-peer
+PEER_READY := $(PEER)/.ready
 SGLANG := .venv-sglang
 SGLANG_READY := $(SGLANG)/.ready
 # Files side by side, as they stand: tests of one file share their servers. One more than there are
@@ -19,7 +21,7 @@ SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchm
 export HF_HUB_OFFLINE := 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo demo-vllm demo-cluster demo-pd demo-sglang test check test-vllm test-pd test-sglang test-cluster test-proxy architectures lint bench bench-remote bench-peers bench-proxy bench-vllm bench-pd bench-sglang quality vllm sglang engines clean
+.PHONY: help demo demo-vllm demo-cluster demo-pd demo-sglang test check test-vllm test-pd test-sglang test-cluster test-proxy architectures lint bench bench-remote bench-peer bench-peers bench-proxy bench-vllm bench-pd bench-sglang quality vllm sglang engines clean
 
 help:
 	@echo "make demo    a real model answers three questions, the later ones out of the cache"
@@ -36,6 +38,7 @@ help:
 	@echo "make quality   what each codec costs SmolLM2 in quality, into benchmarks/results"
 	@echo "make engines   what tiers are tested against: Redis, Valkey, buckets, NIXL, kvikio, pools (make test does this, too)"
 	@echo "make bench-remote   tiers behind a server: copies, bare clients, lookups, faults; writes bench-remote.json"
+	@echo "make bench-peer   LMCache and tierloom in turns, in an environment of their own; writes bench-peer.json"
 	@echo "make bench-peers   engines that read each other: copies beside bare sockets, stops and kills; writes bench-peers.json"
 	@echo "make bench-proxy   the proxy: overhead, CPU beside vLLM's toy proxy, memory; writes bench-proxy.json"
 	@echo "make vllm    vLLM's CPU build in an environment of its own (make test does this, too)"
@@ -150,6 +153,16 @@ bench: $(READY)
 bench-remote: engines
 	PYTHONPATH=benchmarks $(BIN)/python -m remote --json bench-remote.json
 
+# LMCache asks for other versions of much, so it has an environment of its own: a gigabyte.
+$(PEER_READY): pyproject.toml tests/adapters/engine_venv.py benchmarks/peer/install.py
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	@rm -f $@
+	$(PEER)/bin/python benchmarks/peer/install.py
+	@touch $@
+
+bench-peer: $(PEER_READY)
+	PYTHONPATH=benchmarks $(PEER)/bin/python -m peer --json bench-peer.json
+
 bench-peers: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m remote.peers --json bench-peers.json
 
@@ -159,6 +172,7 @@ bench-proxy: $(READY) $(VLLM_READY)
 bench-vllm: $(READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/vllm_engine.py
 	$(BIN)/python benchmarks/vllm_peers.py --json bench-vllm-peers.json
+	$(VLLM)/bin/python benchmarks/multi_round.py --json bench-vllm-multi-round.json
 	$(VLLM)/bin/python benchmarks/vllm_scheduler.py
 
 bench-pd: $(READY) $(VLLM_READY)
@@ -174,6 +188,6 @@ quality: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m quality
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(SGLANG) .venv-gds .venv-infinistore build dist src/*.egg-info \
-	  benchmarks/.bench-* bench.json bench-remote.json bench-peers.json bench-proxy.json bench-vllm*.json bench-pd.json bench-sglang*.json demo.json demo-vllm.json \
+	rm -rf $(VENV) $(VLLM) $(SGLANG) $(PEER) .venv-gds .venv-infinistore build dist src/*.egg-info \
+	  benchmarks/.bench-* bench.json bench-remote.json bench-peer.json bench-peers.json bench-proxy.json bench-vllm*.json bench-pd.json bench-sglang*.json demo.json demo-vllm.json \
 	  demo-cluster.json demo-pd.json demo-sglang.json

@@ -10,7 +10,13 @@ from typing import Annotated
 import typer
 
 from tierloom import __version__
-from tierloom.adapters.cli import file_commands, handoff_commands, serve_command
+from tierloom.adapters.cli import (
+    bench_commands,
+    file_commands,
+    handoff_commands,
+    load_commands,
+    serve_command,
+)
 from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
 from tierloom.adapters.server.deploy import deploy
 from tierloom.stages.errors import ConfigError, TierloomError
@@ -266,14 +272,5 @@ app.command()(serve_command.serve)
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
 app.command()(deploy)
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Measure store and retrieve on this machine.
-
-    In a checkout this runs `pytest benchmarks`, with the remaining arguments.
-    """
-    from tierloom.adapters.cli.bench import run_bench
-
-    raise typer.Exit(run_bench(list(context.args)))
+app.command(context_settings=load_commands.ALIKE)(load_commands.standalone)
+app.add_typer(bench_commands.bench, name="bench")

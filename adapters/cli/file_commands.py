@@ -1,10 +1,10 @@
-"""`tierloom check`, `explain` and `doctor`: for people, and as JSON for programs."""
+"""`tierloom check`, `explain` and `doctor`, for people and as JSON; options of other commands."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +40,20 @@ def writable(path: Path | None) -> Path | None:
 def writable_or_stdout(path: Path | None) -> Path | None:
     """As `writable`, for commands that write to stdout where no file is named, or `-`."""
     return None if path == STDOUT else writable(path)
+
+
+def set_options(settings: Sequence[str] | None) -> dict[str, Any]:
+    """KEY=VALUE, the value as JSON or else as it is. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {setting}: write KEY=VALUE, as in tiers.hot.capacity='8 GiB'")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def check(config: Config, as_json: AsJson = False) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tierloom.adapters.cli.file_commands import set_options
 from tierloom.adapters.sglang.settings import chunked, hicache_config, linker_config
 from tierloom.stages.errors import ConfigError
 
@@ -62,16 +63,7 @@ def extra_config(config: str, settings: Sequence[str]) -> dict[str, Any]:
     else as it is. Raises ConfigError."""
     if config.endswith((".yaml", ".yml")):
         config = str(Path(config).absolute())
-    extra: dict[str, Any] = {"tierloom.config": config}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {setting}: write KEY=VALUE, as in tiers.hot.capacity='8 GiB'")
-        try:
-            extra[key] = json.loads(value)
-        except ValueError:
-            extra[key] = value
-    return extra
+    return {"tierloom.config": config, **set_options(settings)}
 
 
 def refuse_mistakes(extra: Mapping[str, Any], page: int, *, linker: bool) -> None:

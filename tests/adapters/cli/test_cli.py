@@ -42,7 +42,7 @@ def test_version(run) -> None:
     "command",
     [
         "check", "explain", "schema", "inspect", "doctor", "demo", "bench", "quality",
-        "import-lmcache", "sglang",
+        "import-lmcache", "sglang", "standalone",
     ],
 )  # fmt: skip
 def test_every_command_has_help(run, command) -> None:
@@ -175,16 +175,12 @@ def test_doctor_tells_of_sglang(run, monkeypatch) -> None:
     assert "tested: 0.5.23; see tierloom sglang --check" in run("doctor")[1]
 
 
-def test_demo_and_bench_hand_over(run, monkeypatch) -> None:
+def test_demo_hands_over(run, monkeypatch) -> None:
     got = []
     demo = lambda *a: got.append(a) or 3  # noqa: E731
     monkeypatch.setattr("tierloom.adapters.demo.run.run_demo", demo)
-    monkeypatch.setattr(
-        "tierloom.adapters.cli.bench.run_bench", lambda words: got.append(words) or 4
-    )
     assert run("demo", "--json", "x.json", "--keep")[0] == 3
-    assert run("bench", "-k", "copy")[0] == 4
-    assert [got[0][1:], got[1]] == [(Path("x.json"), "tiered", True), ["-k", "copy"]]
+    assert got[0][1:] == (Path("x.json"), "tiered", True)
 
 
 def an_object() -> bytes:
