@@ -25,7 +25,7 @@ THREADS = {
     "adapters/demo/on_pd.py": "OnPd._together",  # asks a server while another is asked
     "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files
     "adapters/vllm/exchange/reset_socket.py": "ResetSocket.__init__",  # clears pipelines
-    "adapters/vllm/scheduler/worker_figures.py": "_figures",  # asks a socket
+    "adapters/vllm/scheduler/worker_figures.py": "_asked",  # asks a socket
     "adapters/door/http_door.py": "HttpDoor.start",  # reads counters, touches nothing
 }
 """Where threads are made or used at all."""

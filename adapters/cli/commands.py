@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tierloom import __version__
-from tierloom.adapters.cli import file_commands, handoff_commands, serve_command
+from tierloom.adapters.cli import file_commands, handoff_commands, serve_command, store_commands
 from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
 from tierloom.stages.errors import ConfigError, TierloomError
 
@@ -254,6 +254,7 @@ def sglang(
 
 
 app.command()(serve_command.serve)
+app.add_typer(store_commands.store, name="store")
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
 

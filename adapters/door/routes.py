@@ -17,6 +17,9 @@ from tierloom.adapters.door.readiness import Readiness, readiness
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Figures by part, as `Pipeline.stats` gives them."""
+Act = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, dict[str, Any]]]]
+"""Gives all parts an order (`BODIES`): what came of it by part, with `error` where it failed.
+Raises InputError, Closed."""
 STREAMS = 16
 """Clients of `/v1/stream`, at once."""
 
@@ -63,14 +66,14 @@ class DoorRoutes:
 
     async def ready(self, response: Response) -> Readiness:
         """The first tier works, and nothing is about to end; 503 with the reason where not."""
-        said = readiness(await self._read(), self._draining())
+        said = await self._readiness(await self._read())
         response.status_code = 503 if said.status == "unready" else 200
         return said
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
         parts = await self._read()
-        collector = FiguresCollector(lambda: parts, own=self._gauges(parts))
+        collector = FiguresCollector(lambda: parts, own=await self._gauges(parts))
         text, kind = exposition(collector, request.headers.get("accept", ""))
         return Response(text, headers={"content-type": kind})
 
@@ -98,13 +101,16 @@ class DoorRoutes:
 
     async def _stats(self) -> ProcessStats:
         parts = await self._read()
-        said = readiness(parts, self._draining())
+        said = await self._readiness(parts)
         return ProcessStats(
             __version__, said.status, said.reasons, {n: dict(p) for n, p in parts.items()}
         )
 
-    def _gauges(self, parts: Parts) -> dict[str, tuple[str, float]]:
-        status = readiness(parts, self._draining()).status
+    async def _readiness(self, parts: Parts) -> Readiness:
+        return readiness(parts, self._draining())
+
+    async def _gauges(self, parts: Parts) -> dict[str, tuple[str, float]]:
+        status = (await self._readiness(parts)).status
         return {
             "ready": ("1 while it is ready or degraded.", float(status != "unready")),
             "degraded": ("1 while a colder tier does not work.", float(status == "degraded")),

@@ -140,6 +140,11 @@ class WorkerSide:
         """A question at the reset socket, in another thread."""
         if "figures" in question:
             return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
+        if "order" in question:
+            from tierloom.pipeline.pipeline_admin import ordered_of
+
+            pipes = {str(p.group.number): p.pipeline for p in self.pipelines}
+            return ordered_of(pipes, question["order"], question["said"])
         return self._tickets.reset(question)
 
     def shutdown(self) -> None:

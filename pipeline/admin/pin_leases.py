@@ -1,0 +1,109 @@
+"""Pins that end: who wants which objects kept, and until when."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
+
+_SHARE = 0.5
+"""Of a tier's bytes that may be pinned: the rest goes on to serve everybody."""
+
+
+class Pinned(NamedTuple):
+    """What became of one call."""
+
+    objects: int
+    absent: int
+    """They are in no tier whose index is here."""
+    no_room: int
+    """Half of their tiers is pinned already."""
+
+
+class PinLeases:
+    """On the loop of the tiers. An object is protected while any owner wants it, in each tier that
+    has it when it is pinned; a tier's own `ttl` ends it all the same."""
+
+    def __init__(
+        self, tiers: Mapping[str, CircuitBreaker], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock`: monotonic, in seconds."""
+        self._tiers, self._clock = tiers, clock
+        self._until: dict[bytes, dict[str, float]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def pin(self, owner: str, keys: Sequence[bytes], seconds: float) -> Pinned:
+        """Objects that are pinned by somebody already count as pinned."""
+        until, wanted = self._clock() + seconds, dict.fromkeys(keys)
+        free = {n: self._free(tier) for n, tier in self._tiers.items() if tier.local}
+        absent = no_room = 0
+        for key in wanted:
+            found = {n: f for n in free if (f := self._tiers[n].find(key)) and f.key == key}
+            fits = [n for n, f in found.items() if key in self._until or f.nbytes <= free[n]]
+            if not fits:
+                absent, no_room = absent + (not found), no_room + bool(found)
+                continue
+            for name in fits:
+                if key not in self._until:
+                    free[name] -= found[name].nbytes
+                self._tiers[name].lease([key])
+            owners = self._until.setdefault(key, {})
+            owners[owner] = max(until, owners.get(owner, 0.0))
+        self._wake()
+        return Pinned(len(wanted) - absent - no_room, absent, no_room)
+
+    def unpin(self, owner: str, keys: Iterable[bytes] | None = None) -> int:
+        """How many objects this owner had pinned; None: all of them."""
+        chosen = list(self._until if keys is None else dict.fromkeys(keys))
+        return sum(self._end(key, owner) for key in chosen)
+
+    def owners(self) -> dict[str, dict[str, float]]:
+        """Objects of each owner, and seconds until the last of its pins ends."""
+        self.end_what_is_over()
+        now, found = self._clock(), dict[str, dict[str, float]]()
+        for owners in self._until.values():
+            for owner, until in owners.items():
+                row = found.setdefault(owner, {"objects": 0, "seconds": 0.0})
+                row["objects"] += 1
+                row["seconds"] = max(row["seconds"], until - now)
+        return found
+
+    def end_what_is_over(self) -> None:
+        """By the clock; otherwise it happens by itself."""
+        now = self._clock()
+        over = [(k, o) for k, owners in self._until.items() for o, t in owners.items() if t <= now]
+        for key, owner in over:
+            self._end(key, owner)
+
+    def _end(self, key: bytes, owner: str) -> bool:
+        owners = self._until.get(key, {})
+        if owners.pop(owner, None) is None:
+            return False
+        if not owners:
+            del self._until[key]
+            for tier in self._tiers.values():
+                if tier.local:
+                    tier.lease([key], leased=False)
+        return True
+
+    def _free(self, tier: CircuitBreaker) -> float:
+        held = sum(f.nbytes for key in self._until if (f := tier.find(key)) and f.key == key)
+        return _SHARE * tier.stat().capacity - held
+
+    def _wake(self) -> None:
+        """Come back when the first one ends."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._until:
+            first = min(min(owners.values()) for owners in self._until.values())
+            wait = max(0.0, first - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(wait, self._over)
+
+    def _over(self) -> None:
+        self._timer = None
+        self.end_what_is_over()
+        self._wake()
