@@ -10,7 +10,13 @@ from typing import Annotated
 import typer
 
 from tierloom import __version__
-from tierloom.adapters.cli import file_commands, handoff_commands, serve_command, store_commands
+from tierloom.adapters.cli import (
+    control_commands,
+    file_commands,
+    handoff_commands,
+    serve_command,
+    store_commands,
+)
 from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
 from tierloom.stages.errors import ConfigError, TierloomError
 
@@ -255,6 +261,7 @@ def sglang(
 
 app.command()(serve_command.serve)
 app.add_typer(store_commands.store, name="store")
+app.add_typer(control_commands.control, name="control")
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
 

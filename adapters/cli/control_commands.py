@@ -1,0 +1,138 @@
+"""`tierloom control`: the controller of many engines, and what it is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tierloom.adapters.cli.store_commands import AsJson, CaFile, Salt, TokenFile, Tokens, ids_in
+from tierloom.stages.errors import ConfigError
+
+control = typer.Typer(help="Which of many engines has what.", no_args_is_help=True)
+
+Url = Annotated[
+    str, typer.Option(envvar="TIERLOOM_CONTROL", metavar="URL", help="The controller's address.")
+]
+Text = Annotated[str, typer.Option(help="The prompt, where the controller has its tokenizer.")]
+Model = Annotated[str, typer.Option(help="Engines of this model alone.")]
+AT = "http://127.0.0.1:9000"
+
+
+@control.command(name="serve")
+def control_serve(
+    directory: Annotated[
+        str,
+        typer.Option(
+            envvar="TIERLOOM_DIRECTORY",
+            help="Where engines tell what they have: redis://HOST:PORT/DB, directory://HOST:PORT.",
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 9000,
+    token_file: TokenFile = "",
+    cert: Annotated[Path | None, typer.Option(metavar="PEM", help="For https://.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="For https://.")] = None,
+    ca_file: CaFile = "",
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL=FILE", help="tokenizer.json or its folder; may be repeated."),
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text or json, an object a line.")] = "text",
+) -> None:
+    """Answer over HTTP which engine has how much of a prompt, as the directory says."""
+    from tierloom.adapters.controller.run_control import ControlOptions, run_control
+
+    if (cert is None) != (key is None):
+        raise ConfigError("--cert and --key go together")
+    files = dict(_named(word) for word in tokenizer or [])
+    options = ControlOptions(
+        directory=directory, host=host, port=port, token_file=token_file, cert=cert, key=key,
+        ca_file=ca_file, tokenizers=files,
+    )  # fmt: skip
+    run_control(options, log_level=log_level, log_format=log_format, say=typer.echo)
+
+
+@control.command()
+def lookup(
+    url: Url = AT, tokens: Tokens = "", text: Text = "", model: Model = "", salt: Salt = None,
+    token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Show who has how much of a prompt. Exits with 1 where nobody has any of it."""
+    body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt or ""}
+    said = _ask(url, token_file, ca_file, "/v1/lookup", body)
+    rows = said["instances"]
+    _show(said if as_json else {n: _hit(hit) for n, hit in rows.items()}, as_json=as_json)
+    raise typer.Exit(0 if rows else 1)
+
+
+@control.command()
+def explain(
+    url: Url = AT, tokens: Tokens = "", text: Text = "", model: Model = "", salt: Salt = None,
+    token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Show why a lookup finds nothing, or so little."""
+    body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt or ""}
+    said = _ask(url, token_file, ca_file, "/v1/explain", body)
+    rows = {name: f"has {tokens} tokens" for name, tokens in said["found"].items()}
+    rows |= {name: "; ".join(why) for name, why in said["reasons"].items()}
+    _show(said if as_json else rows, as_json=as_json)
+
+
+@control.command()
+def instances(
+    url: Url = AT, token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False
+) -> None:
+    """Show the engines that live."""
+    said = _ask(url, token_file, ca_file, "/v1/instances")
+    rows = {n: f"{i['model']}, {i['workers']} workers, {' '.join(i['tiers'])}; door: "
+               f"{i['door'] or 'none'}" for n, i in said.items()}  # fmt: skip
+    _show(said if as_json else rows, as_json=as_json)
+
+
+@control.command()
+def health(
+    url: Url = AT, token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False
+) -> None:
+    """Show what each engine says of itself. Exits with 1 where one is not ready."""
+    said = _ask(url, token_file, ca_file, "/v1/health")
+    _show(said if as_json else {"": f"directory {said['status']}"} | said["instances"],
+          as_json=as_json)  # fmt: skip
+    well = {"ready", "alive"} >= {said["status"], *said["instances"].values()}
+    raise typer.Exit(0 if well else 1)
+
+
+def _ask(url: str, token_file: str, ca_file: str, path: str, body: Any = None) -> Any:
+    """Raises ConfigError, TierDown."""
+    from tierloom.adapters.door.door_client import DoorClient
+    from tierloom.stages.tiers.server.client import read_token
+
+    client = DoorClient(url, read_token(token_file), ca_file=ca_file)
+    status, answer = client.call(path, body)
+    if status != 200:
+        why = answer.get("detail", answer) if isinstance(answer, dict) else answer
+        raise ConfigError(f"{path}: {why}")
+    return answer
+
+
+def _show(said: Any, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(said, indent=2))
+    else:
+        for name, text in said.items():
+            typer.echo(f"{name}  {text}" if name else text)
+
+
+def _hit(hit: dict[str, Any]) -> str:
+    where = ", ".join(f"{n} in {tier}" for tier, n in hit["tiers"].items())
+    return f"{hit['tokens']} tokens, {hit['bytes']} bytes ({where})"
+
+
+def _named(word: str) -> tuple[str, Path]:
+    model, found, file = word.rpartition("=")
+    if not found:
+        raise ConfigError(f"--tokenizer {word}: write MODEL=FILE")
+    return model, Path(file)
