@@ -14,6 +14,8 @@ from tierloom.pipeline.pipeline import Pipeline
 from tierloom.pipeline.run.tenants import TenantLedger
 from tierloom.stages.errors import InputError
 from tierloom.stages.kv.chain_seed import chain_seed
+from tierloom.stages.kv.prefix import Chain, chunk_keys
+from tierloom.stages.kv.tokens import tokens_array
 from tierloom.stages.tiers.contract.index import Entry
 
 
@@ -31,17 +33,20 @@ def administer(pipe: Pipeline, order: str, **said: Any) -> dict[str, Any]:
     return begin_order(pipe, order, said).result(60)
 
 
-def begin_order(pipe: Pipeline, order: str, said: Mapping[str, Any]) -> Future[dict[str, Any]]:
-    """`administer` for who does not wait; any thread. Raises InputError, Closed."""
+def begin_order(
+    pipe: Pipeline, order: str, said: Mapping[str, Any], id: str = ""
+) -> Future[dict[str, Any]]:
+    """`administer` for who does not wait; any thread. `id`: by which the order `progress` knows it.
+    Raises InputError, Closed."""
     pipe._check_open()
-    return _admin_of(pipe).begin(order, said)
+    return _admin_of(pipe).begin(order, said, id)
 
 
 def ordered_of(
-    pipes: Mapping[str, Pipeline], order: str, said: Mapping[str, Any]
+    pipes: Mapping[str, Pipeline], order: str, said: Mapping[str, Any], id: str
 ) -> dict[str, Any]:
     """The same order to several, and what came of it by name."""
-    begun = {name: begin_order(pipe, order, said) for name, pipe in pipes.items()}
+    begun = {name: begin_order(pipe, order, said, id) for name, pipe in pipes.items()}
     return {name: each.result(600) for name, each in begun.items()}
 
 
@@ -52,6 +57,7 @@ def _admin_of(pipe: Pipeline) -> StoreAdmin:
             worker.admin = StoreAdmin(
                 pipe.tiers, PipelineNames(pipe), worker.portal.start_task,
                 halt=worker.halt_stores, under_way=worker.under_way,
+                object_bytes=worker.object_bytes,
             )  # fmt: skip
         return worker.admin
 
@@ -65,8 +71,18 @@ class PipelineNames:
     def keys(self, body: ChunksBody) -> tuple[list[bytes], int]:
         if not body.tokens:
             return keys_in(body.chunks), 0
-        found = self._pipe.find(body.tokens, salt=body.salt, tags=body.tags)
+        root = self._root(body.salt, body.tags, may_be_empty=True)
+        chain = Chain(root, self._pipe.spec.chunk.grain)
+        chain.extend(tokens_array(body.tokens))
+        found = self._pipe.find(chain.span(0, len(chain.links))) if chain.links else []
         return [key for key, _ in found], sum(tokens for _, tokens in found)
+
+    def all_keys(self, body: ChunksBody) -> list[bytes]:
+        if not body.tokens:
+            return keys_in(body.chunks)
+        root = self._root(body.salt, body.tags, may_be_empty=True)
+        chunk = self._pipe.spec.chunk
+        return chunk_keys(root, tokens_array(body.tokens), chunk.grain, chunk.tokens)
 
     def fits(self, body: ClearBody) -> Fits:
         names, keys = self._pipe.names, set(keys_in(body.chunks))
@@ -95,8 +111,9 @@ class PipelineNames:
         measures = self._pipe._worker.measures
         return measures.tenants if measures is not None else TenantLedger()
 
-    def _root(self, salt: str, tags: Mapping[str, str]) -> bytes:
+    def _root(self, salt: str, tags: Mapping[str, str], *, may_be_empty: bool = False) -> bytes:
         names = self._pipe.chains.of(salt=salt, adapter="", tags=tuple(sorted(tags.items())))
-        if not (root := chain_seed(names, self._pipe.spec.chunk.keys)):
+        root = chain_seed(names, self._pipe.spec.chunk.keys)
+        if not root and not may_be_empty:
             raise InputError("with chunk.keys: sglang nobody knows what has no salt: say a salt")
         return root

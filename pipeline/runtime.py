@@ -247,11 +247,11 @@ class Worker:
 
         return Handoff(
             self._spec, self.tiers, self.arena, self._names.digest, self.portal,
-            object_bytes=self._object_bytes, pool=self._work,
+            object_bytes=self.object_bytes, pool=self._work,
         )  # fmt: skip
 
     @property
-    def _object_bytes(self) -> int:
+    def object_bytes(self) -> int:
         """Of a whole chunk's object, in memory."""
         chunk = self._spec.chunk
         return object_bytes(self._geometry, chunk.tokens, chunk.grain, chunk.group)
@@ -301,7 +301,7 @@ class Worker:
         stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
         return GraphRunner(
             graph, lower(graph), stages, pool=self._work, arena=self.arena, in_arena=self._memory,
-            object_bytes=self._object_bytes,
+            object_bytes=self.object_bytes,
             frames=-(-g.layers // chunk.group), inflight=self._spec.budget.inflight,
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ THREADS = {
     "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files
     "adapters/vllm/exchange/reset_socket.py": "ResetSocket.__init__",  # clears pipelines
     "adapters/vllm/scheduler/worker_figures.py": "_asked",  # asks a socket
-    "adapters/controller/control_routes.py": "ControlRoutes.call",  # asks another process
+    "adapters/controller/control_routes.py": "ControlRoutes.__init__ ControlRoutes.call",  # asks
     "adapters/door/http_door.py": "HttpDoor.start",  # reads counters, touches nothing
 }
 """Where threads are made or used at all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -105,13 +106,68 @@ def health(
     raise typer.Exit(0 if well else 1)
 
 
-def _ask(url: str, token_file: str, ca_file: str, path: str, body: Any = None) -> Any:
+@control.command()
+def send(
+    order: Annotated[str, typer.Argument(help="clear, pin, unpin, prefetch, freeze, drain ...")],
+    to: Annotated[list[str], typer.Option(help="An engine; may be repeated. *: all.")],
+    url: Url = AT,
+    body: Annotated[str, typer.Option(metavar="JSON", help="As its own door takes it.")] = "{}",
+    key: Annotated[str, typer.Option(help="Sent again by the same, it is done once.")] = "",
+    deadline: Annotated[str, typer.Option(metavar="TIME", help="Then it is left.")] = "60 s",
+    token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Give engines an order. Exits with 1 where one did not do all of it."""
+    try:
+        said = {"instances": to, "body": json.loads(body), "deadline": deadline}
+    except ValueError as error:
+        raise ConfigError(f"--body: {error}") from None
+    _ordered(_ask(url, token_file, ca_file, f"/v1/{order}", said, key), as_json=as_json)
+
+
+@control.command()
+def move(
+    source: Annotated[str, typer.Argument(help="The engine that has it.")],
+    target: Annotated[str, typer.Argument(help="The engine that is to have it.")],
+    tokens: Tokens, url: Url = AT, salt: Salt = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Leave it at the source, too.")] = False,
+    key: Annotated[str, typer.Option(help="Sent again by the same, it goes on.")] = "",
+    token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Bring a prompt from one engine's tiers into another's memory."""
+    body = {"source": source, "target": target, "tokens": ids_in(tokens), "salt": salt or "",
+            "copy": copy}  # fmt: skip
+    said = _ask(url, token_file, ca_file, "/v1/move", body, key)
+    text = f"{said['moved']} of {said['chunks']} chunks, {said['tokens']} tokens: {said['state']}"
+    _show(said if as_json else {"": text}, as_json=as_json)
+    raise typer.Exit(0 if said["state"] == "done" and said["moved"] == said["chunks"] else 1)
+
+
+@control.command()
+def order(
+    id: Annotated[str, typer.Argument(help="As it was answered.")], url: Url = AT,
+    token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Show how far an order is, or what came of it. Exits with 1 where it is not done."""
+    _ordered(_ask(url, token_file, ca_file, f"/v1/orders/{quote(id)}"), as_json=as_json)
+
+
+def _ordered(said: Any, *, as_json: bool) -> None:
+    rows = {n: f"{i['state']}  {i.get('detail') or i.get('parts', '')}"
+            for n, i in said["instances"].items()}  # fmt: skip
+    _show(said if as_json else {"": f"{said['id']}: {said['state']}"} | rows, as_json=as_json)
+    raise typer.Exit(0 if said["state"] == "done" else 1)
+
+
+def _ask(
+    url: str, token_file: str, ca_file: str, path: str, body: Any = None, key: str = ""
+) -> Any:
     """Raises ConfigError, TierDown."""
     from tierloom.adapters.door.door_client import DoorClient
     from tierloom.stages.tiers.server.client import read_token
 
     client = DoorClient(url, read_token(token_file), ca_file=ca_file)
-    status, answer = client.call(path, body)
+    headers = {"Idempotency-Key": key} if key else {}
+    status, answer = client.call(path, body, **headers)
     if status != 200:
         why = answer.get("detail", answer) if isinstance(answer, dict) else answer
         raise ConfigError(f"{path}: {why}")

@@ -18,7 +18,7 @@ from tierloom.stages.directory.shared.described import seed_of, token_bytes_of
 from tierloom.stages.directory.shared.records import MOST_NAMES, WorkerRecord, chunk_name
 from tierloom.stages.errors import InputError
 from tierloom.stages.kv.object import LINK
-from tierloom.stages.kv.prefix import grain_links
+from tierloom.stages.kv.prefix import chunk_keys
 
 _KEEP = 1.0
 """Seconds for which it is not asked again who lives."""
@@ -64,6 +64,18 @@ class FleetView:
         found = await self.prefixes(body, tokens, members)
         return LookupAnswer(len(tokens), _by_instance(members, found))
 
+    async def kept_keys(self, body: LookupBody, instance: str) -> list[bytes]:
+        """Keys of the chunks that all of an engine's shares have. Raises InputError."""
+        members = {n: m for n, m in (await self.members()).items() if m.record.instance == instance}
+        tokens = array("i", self.tokens_of(body))
+        found = await self.prefixes(body, tokens, members)
+        by_space: dict[str, int] = {}
+        for number, member in members.items():
+            space, count = member.record.namespace, len(found.get(number, ()))
+            by_space[space] = max(count, by_space.get(space, 0))
+        keys = self._keys(body, tokens, next(iter(members.values())).record, {})
+        return keys[: min(by_space.values())]
+
     async def prefixes(
         self, body: LookupBody, tokens: array[int], members: Members
     ) -> dict[int, list[tuple[int, int]]]:
@@ -100,15 +112,9 @@ class FleetView:
             return []
         chain = seed, record.grain, record.chunk
         if chain not in known:
-            known[chain] = chunk_keys(*chain, tokens)
+            ids: Any = tokens  # it asks for no more than an array's bytes
+            known[chain] = chunk_keys(seed, ids, record.grain, record.chunk)
         return known[chain]
-
-
-def chunk_keys(seed: bytes, grain: int, chunk: int, tokens: array[int]) -> list[bytes]:
-    """Keys of a prompt's chunks, the last of which may be short."""
-    ids: Any = tokens  # it asks for no more than an array's bytes
-    links, step = grain_links(seed, ids, grain), chunk // grain
-    return [links[min(at + step, len(links)) - 1] for at in range(0, len(links), step)]
 
 
 def _groups(members: Members) -> Iterable[list[int]]:

@@ -42,8 +42,6 @@ class ControlOptions:
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
     timeout: float = 1.0
     """Seconds that the directory may take."""
-    door_timeout: float = 5.0
-    """Seconds that an engine's door may take to say how it is."""
 
 
 class ControlDoor(HttpDoor):
@@ -76,11 +74,12 @@ class ControlDoor(HttpDoor):
         from tierloom.adapters.controller.control_routes import ControlRoutes
 
         fleet = FleetView(self._directory, self._texts)
-        return ControlRoutes(fleet, self._door_at, lambda: self.draining).app
+        routes = ControlRoutes(fleet, self._door_at, lambda: self.draining)
+        return routes.app
 
-    def _door_at(self, url: str) -> DoorClient:
-        o = self._options
-        return DoorClient(url, self._entrance.token, ca_file=o.ca_file, timeout=o.door_timeout)
+    def _door_at(self, url: str, seconds: float) -> DoorClient:
+        ca_file = self._options.ca_file
+        return DoorClient(url, self._entrance.token, ca_file=ca_file, timeout=seconds)
 
 
 async def _no_figures() -> dict[str, dict[str, object]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from tierloom.adapters.door.http_socket import is_loopback
 from tierloom.adapters.engine.http_option import http_address
-from tierloom.pipeline.serve.listener import certificate
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.tiers.server.client import TOKEN, read_token
 
@@ -64,6 +63,8 @@ class Entrance:
             if cert is None or key is None:
                 raise ConfigError(f"{self.option} {self.address}: https:// needs a certificate and "
                                   "its key")  # fmt: skip
+            from tierloom.pipeline.serve.listener import certificate
+
             fresh = certificate(cert, key)
             if self.context is None:
                 self.context = fresh

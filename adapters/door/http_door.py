@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from tierloom.adapters.door.entrance import App, Entrance, Guard
 from tierloom.adapters.door.http_socket import http_socket, is_loopback
-from tierloom.pipeline.run.loop_thread import awaited
 from tierloom.stages.errors import require
 
 if TYPE_CHECKING:
@@ -134,8 +133,8 @@ def serve_http(
     async def read() -> dict[str, Any]:
         return {str(i): each.stats() for i, each in enumerate(pipes)}
 
-    async def act(order: str, said: Mapping[str, Any]) -> dict[str, Any]:
-        return await ordered(pipes, order, said)
+    async def act(order: str, said: Mapping[str, Any], id: str) -> dict[str, Any]:
+        return await ordered(pipes, order, said, id)
 
     door = HttpDoor(read, entrance, act).start()
     for each in pipes:
@@ -144,10 +143,11 @@ def serve_http(
 
 
 async def ordered(
-    pipes: Sequence[Pipeline], order: str, said: Mapping[str, Any]
+    pipes: Sequence[Pipeline], order: str, said: Mapping[str, Any], id: str
 ) -> dict[str, dict[str, Any]]:
     """The same order to each pipeline, and what came of it. Raises InputError, Closed."""
     from tierloom.pipeline.pipeline_admin import begin_order
+    from tierloom.pipeline.run.loop_thread import awaited
 
-    begun = [begin_order(pipe, order, said) for pipe in pipes]
+    begun = [begin_order(pipe, order, said, id) for pipe in pipes]
     return {str(i): await awaited(each) for i, each in enumerate(begun)}

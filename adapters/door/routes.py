@@ -17,9 +17,9 @@ from tierloom.adapters.door.readiness import Readiness, readiness
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Figures by part, as `Pipeline.stats` gives them."""
-Act = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, dict[str, Any]]]]
-"""Gives all parts an order (`BODIES`): what came of it by part, with `error` where it failed.
-Raises InputError, Closed."""
+Act = Callable[[str, Mapping[str, Any], str], Awaitable[dict[str, dict[str, Any]]]]
+"""Gives all parts an order (`BODIES`), with an id by which `progress` knows it: what came of it by
+part, with `error` where it failed. Raises InputError, Closed."""
 STREAMS = 16
 """Clients of `/v1/stream`, at once."""
 

@@ -209,7 +209,7 @@ def _door(
     async def read() -> dict[str, Any]:
         return {"store": serving.stats()}
 
-    async def act(order: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    async def act(order: str, said: Mapping[str, Any], id: str) -> dict[str, Any]:
         return {"store": await serving.order(order, said)}
 
     return HttpDoor(read, Entrance(http, token_file=token_file, cert=cert, key=key), act)

@@ -77,8 +77,8 @@ def open_rank_door(
             pipeline.measure()
         return {str(i): pipeline.stats() for i, pipeline in enumerate(pipelines)}
 
-    async def act(order: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        return await ordered([store.pipeline for store in stores()], order, body)
+    async def act(order: str, body: Mapping[str, Any], id: str) -> dict[str, Any]:
+        return await ordered([store.pipeline for store in stores()], order, body, id)
 
     stores()[0].pipeline.measure()
     door = open_engine_door(said.settings.http, stores()[0].pipeline.spec, read, act)

@@ -120,6 +120,16 @@ class UnpinBody(ChunksBody):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrefetchBody(ChunksBody):
+    """Bring chunks from colder tiers into memory: of a prompt all that is found, whoever has it."""
+
+    def __post_init__(self) -> None:
+        ChunksBody.__post_init__(self)
+        if not self.tokens and not self.chunks:
+            raise InputError("prefetch: say tokens or chunks")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FreezeBody:
     """Put nothing more into tiers, and serve what they have; or do so again."""
 
@@ -164,6 +174,13 @@ class LogLevelBody:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProgressBody:
+    """How far an order is."""
+
+    id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NoBody:
     """Nothing needs to be said."""
 
@@ -171,14 +188,14 @@ class NoBody:
 BODIES: dict[str, type[Any]] = {
     "clear": ClearBody, "pin": PinBody, "unpin": UnpinBody, "freeze": FreezeBody,
     "bypass": BypassBody, "drain": DrainBody, "log-level": LogLevelBody, "usage": NoBody,
-    "pins": NoBody,
+    "pins": NoBody, "prefetch": PrefetchBody,
 }  # fmt: skip
-"""Orders by name; the last two ask."""
+"""Orders by name; usage and pins ask."""
 
 
 def body_of(order: str, said: Mapping[str, Any]) -> Any:
     """The body of an order, from plain values. Raises InputError."""
-    made = BODIES.get(order)
+    made = BODIES.get(order) if order != "progress" else ProgressBody
     if made is None:
         raise InputError(f"order {order!r}: known: {', '.join(BODIES)}")
     known = {f.name for f in fields(made)}

@@ -21,6 +21,8 @@ class Pinned(NamedTuple):
     """They are in no tier whose index is here."""
     no_room: int
     """Half of their tiers is pinned already."""
+    held: str
+    """Of each key in the order given: 1 where it is pinned, else 0."""
 
 
 class PinLeases:
@@ -39,10 +41,11 @@ class PinLeases:
         """Objects that are pinned by somebody already count as pinned."""
         until, wanted = self._clock() + seconds, dict.fromkeys(keys)
         free = {n: self._free(tier) for n, tier in self._tiers.items() if tier.local}
-        absent = no_room = 0
+        absent, no_room, held = 0, 0, ""
         for key in wanted:
             found = {n: f for n in free if (f := self._tiers[n].find(key)) and f.key == key}
             fits = [n for n, f in found.items() if key in self._until or f.nbytes <= free[n]]
+            held += "1" if fits else "0"
             if not fits:
                 absent, no_room = absent + (not found), no_room + bool(found)
                 continue
@@ -53,7 +56,7 @@ class PinLeases:
             owners = self._until.setdefault(key, {})
             owners[owner] = max(until, owners.get(owner, 0.0))
         self._wake()
-        return Pinned(len(wanted) - absent - no_room, absent, no_room)
+        return Pinned(held.count("1"), absent, no_room, held)
 
     def unpin(self, owner: str, keys: Iterable[bytes] | None = None) -> int:
         """How many objects this owner had pinned; None: all of them."""

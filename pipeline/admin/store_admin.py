@@ -18,10 +18,13 @@ from tierloom.pipeline.admin.admin_bodies import (
     FreezeBody,
     LogLevelBody,
     PinBody,
+    PrefetchBody,
+    ProgressBody,
     UnpinBody,
     body_of,
 )
 from tierloom.pipeline.admin.pin_leases import PinLeases
+from tierloom.pipeline.admin.promotion import promote_keys
 from tierloom.pipeline.admin.whose import Whose
 from tierloom.stages.errors import InputError, Lost
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
@@ -31,7 +34,7 @@ log = logging.getLogger("tierloom.admin")
 
 _TURN = 64
 """Objects looked at or deleted between two turns of the loop."""
-_ASKS = ("usage", "pins")
+_ASKS = ("usage", "pins", "progress")
 Answer = dict[str, Any]
 
 
@@ -42,25 +45,32 @@ class StoreAdmin:
         self, tiers: Mapping[str, CircuitBreaker], whose: Whose,
         begin: Callable[[Coroutine[Any, Any, Answer]], Future[Answer]], *,
         halt: Callable[[], Awaitable[None]], under_way: Callable[[], dict[str, int]],
+        object_bytes: int = 0,
     ) -> None:  # fmt: skip
         """`begin`: starts a coroutine on the loop. `halt`: ends stores under way. `under_way`: what
-        is not done yet, by kind."""
+        is not done yet, by kind. `object_bytes`: of a chunk in memory; 0: nothing is prefetched."""
         self._tiers, self._whose, self._begin = tiers, whose, begin
         self._halt, self._under_way = halt, under_way
+        self._object_bytes = object_bytes
         self.leases = PinLeases(tiers)
+        self._progress: dict[str, tuple[int, int]] = {}
+        """Of orders under way: chunks done, and chunks in all."""
         self._frozen = set[str]()
         self.drains = False
         """It was ordered to take nothing new."""
 
-    def begin(self, order: str, said: Mapping[str, Any]) -> Future[Answer]:
-        """What came of it, as plain values. Raises InputError; so does the result, where it needs
-        the tiers to be known to be wrong."""
+    def begin(self, order: str, said: Mapping[str, Any], id: str = "") -> Future[Answer]:
+        """What came of it, as plain values. `id`: by which `progress` knows it. Raises InputError;
+        so does the result, where it needs the tiers to be known to be wrong."""
         body = body_of(order, said)
-        asked = body if isinstance(body, PinBody | UnpinBody) else None
-        keys, tokens = self._whose.keys(asked) if asked is not None else ([], 0)
-        return self._begin(self._run(order, body, keys, tokens))
+        keys, tokens = list[bytes](), 0
+        if isinstance(body, PinBody | UnpinBody):
+            keys, tokens = self._whose.keys(body)
+        elif isinstance(body, PrefetchBody):
+            keys, tokens = self._whose.all_keys(body), len(body.tokens)
+        return self._begin(self._run(order, body, keys, tokens, id))
 
-    async def _run(self, order: str, body: Any, keys: list[bytes], tokens: int) -> Answer:
+    async def _run(self, order: str, body: Any, keys: list[bytes], tokens: int, id: str) -> Answer:
         answer: Answer
         match body:
             case ClearBody():
@@ -68,6 +78,11 @@ class StoreAdmin:
             case PinBody():
                 pinned = self.leases.pin(body.owner, keys, body.seconds)
                 answer = pinned._asdict() | {"tokens": tokens, "seconds": body.seconds}
+            case PrefetchBody():
+                answer = await self._prefetch(keys, id) | {"tokens": tokens}
+            case ProgressBody():
+                done, asked = self._progress.get(body.id, (0, 0))
+                answer = {"done": done, "asked": asked}
             case UnpinBody():
                 chosen = keys if body.tokens or body.chunks else None
                 answer = {"objects": self.leases.unpin(body.owner, chosen)}
@@ -91,6 +106,16 @@ class StoreAdmin:
         if order not in _ASKS:  # a warning, so that it is there whatever is logged
             log.warning("admin: %s %s: %s", order, _told(body), answer)
         return answer
+
+    async def _prefetch(self, keys: list[bytes], id: str) -> Answer:
+        def told(done: int) -> None:
+            self._progress[id] = done, len(keys)
+
+        told(0)
+        try:
+            return await promote_keys(keys, self._tiers, self._object_bytes, told)
+        finally:
+            del self._progress[id]
 
     def _apply(self) -> Answer:
         for name, tier in self._tiers.items():

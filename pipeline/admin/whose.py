@@ -20,6 +20,9 @@ class Whose(Protocol):
         """What tiers call these chunks, and how many tokens of a prompt that is. Raises
         InputError."""
 
+    def all_keys(self, body: ChunksBody) -> list[bytes]:
+        """The same of all of a prompt's chunks, whether they are kept or not. Raises InputError."""
+
     def fits(self, body: ClearBody) -> Fits:
         """Whether an entry is one that is meant, its age aside. Raises InputError."""
 
@@ -45,6 +48,9 @@ class StoredNames:
             raise InputError("this store keeps many namespaces: say with chunks which is meant")
         space = bytes.fromhex(body.namespace)
         return [name_of(space, key) for key in keys_in(body.chunks)], 0
+
+    def all_keys(self, body: ChunksBody) -> list[bytes]:
+        raise InputError("this store brings into memory what is read: ask an engine to prefetch")
 
     def fits(self, body: ClearBody) -> Fits:
         if body.salt is not None or body.tags is not None or body.model:

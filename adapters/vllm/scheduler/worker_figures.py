@@ -30,10 +30,11 @@ def open_workers_door(vllm_config: Any, conf: Configured) -> HttpDoor | None:
         said = await asyncio.gather(*asked)
         return {name: part for parts in said for name, part in parts.items()}
 
-    async def act(order: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    async def act(order: str, said: Mapping[str, Any], id: str) -> dict[str, Any]:
         body_of(order, said)  # so that what is wrong is told as that
-        question = {"order": order, "said": dict(said)}
-        told = [_asked(i, at, question, _ORDER) for i, at in enumerate(sockets)]
+        question = {"order": order, "said": dict(said), "id": id}
+        seconds = _ORDER if order != "progress" else _WAIT
+        told = [_asked(i, at, question, seconds) for i, at in enumerate(sockets)]
         return {name: part for parts in await asyncio.gather(*told) for name, part in parts.items()}
 
     return open_engine_door(conf.settings.http, conf.pipeline(), read, act)

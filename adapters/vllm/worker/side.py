@@ -144,7 +144,7 @@ class WorkerSide:
             from tierloom.pipeline.pipeline_admin import ordered_of
 
             pipes = {str(p.group.number): p.pipeline for p in self.pipelines}
-            return ordered_of(pipes, question["order"], question["said"])
+            return ordered_of(pipes, *(question[name] for name in ("order", "said", "id")))
         return self._tickets.reset(question)
 
     def shutdown(self) -> None:

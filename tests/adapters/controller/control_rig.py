@@ -32,9 +32,14 @@ class FleetRig:
 
     def engine(
         self, name: str, *, model: str = "m", door: bool = False, tiers: Any = None,
-        layout: Any = None, **identity: Any,
+        layout: Any = None, reads: bool = False, **identity: Any,
     ) -> tierloom.Pipeline:  # fmt: skip
+        """`reads`: what others keep, too."""
         source = config(**(tiers or {"hot": HOT}))
+        if reads:
+            near = {"use": "peer", "directory": [self.directory], "timeout": "5 s"}
+            source["tiers"] = source["tiers"] | {"near": near}
+            source["graphs"]["store"]["stages"]["fresh"]["tiers"] = ["hot"]
         serve = {"tiers": list(tiers or {"hot": HOT}), "directory": self.directory}
         source["serve"] = serve | {"instance": name}
         layout = layout or tierloom.KVLayout.from_tensors(self.caches, order="2BNHD")
