@@ -41,6 +41,9 @@ def control_serve(
         list[str] | None,
         typer.Option(metavar="MODEL=FILE", help="tokenizer.json or its folder; may be repeated."),
     ] = None,
+    lmcache_routes: Annotated[
+        bool, typer.Option("--lmcache-routes", help="Answer the routes of LMCache's, too.")
+    ] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[str, typer.Option(help="text or json, an object a line.")] = "text",
 ) -> None:
@@ -52,7 +55,7 @@ def control_serve(
     files = dict(_named(word) for word in tokenizer or [])
     options = ControlOptions(
         directory=directory, host=host, port=port, token_file=token_file, cert=cert, key=key,
-        ca_file=ca_file, tokenizers=files,
+        ca_file=ca_file, tokenizers=files, lmcache_routes=lmcache_routes,
     )  # fmt: skip
     run_control(options, log_level=log_level, log_format=log_format, say=typer.echo)
 

@@ -40,6 +40,8 @@ class ControlOptions:
     key: Path | None = None
     ca_file: str = ""
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
+    lmcache_routes: bool = False
+    """Answer LMCache's routes, too."""
     timeout: float = 1.0
     """Seconds that the directory may take."""
 
@@ -75,6 +77,10 @@ class ControlDoor(HttpDoor):
 
         fleet = FleetView(self._directory, self._texts)
         routes = ControlRoutes(fleet, self._door_at, lambda: self.draining)
+        if self._options.lmcache_routes:
+            from tierloom.adapters.controller.lmcache_routes import LMCacheRoutes
+
+            LMCacheRoutes(routes)
         return routes.app
 
     def _door_at(self, url: str, seconds: float) -> DoorClient:
