@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
-from tierloom.adapters.cli.store_commands import AsJson, CaFile, Salt, TokenFile, Tokens, ids_in
+from tierloom.adapters.cli.order_options import add_order, ids_in, pairs_in
+from tierloom.adapters.cli.store_commands import ACCESS, AsJson, CaFile, TokenFile, asked
+from tierloom.pipeline.admin.admin_bodies import SENT
 from tierloom.stages.errors import ConfigError
 
 control = typer.Typer(help="Which of many engines has what.", no_args_is_help=True)
@@ -19,6 +22,11 @@ Url = Annotated[
 ]
 Text = Annotated[str, typer.Option(help="The prompt, where the controller has its tokenizer.")]
 Model = Annotated[str, typer.Option(help="Engines of this model alone.")]
+To = Annotated[list[str], typer.Option(help="An engine; may be repeated. *: all with a door.")]
+Key = Annotated[str, typer.Option(help="Sent again by the same, an order is done once.")]
+Deadline = Annotated[str, typer.Option(metavar="TIME", help="Then it is left.")]
+Tokens = Annotated[str, typer.Option(metavar="1,2,...", help="Token ids of a prompt.")]
+Salt = Annotated[str, typer.Option(help="The tenant's.")]
 AT = "http://127.0.0.1:9000"
 
 
@@ -52,7 +60,7 @@ def control_serve(
 
     if (cert is None) != (key is None):
         raise ConfigError("--cert and --key go together")
-    files = dict(_named(word) for word in tokenizer or [])
+    files = {model: Path(file) for model, file in pairs_in(tokenizer).items()}
     options = ControlOptions(
         directory=directory, host=host, port=port, token_file=token_file, cert=cert, key=key,
         ca_file=ca_file, tokenizers=files, lmcache_routes=lmcache_routes,
@@ -62,12 +70,12 @@ def control_serve(
 
 @control.command()
 def lookup(
-    url: Url = AT, tokens: Tokens = "", text: Text = "", model: Model = "", salt: Salt = None,
+    url: Url = AT, tokens: Tokens = "", text: Text = "", model: Model = "", salt: Salt = "",
     token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Show who has how much of a prompt. Exits with 1 where nobody has any of it."""
-    body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt or ""}
-    said = _ask(url, token_file, ca_file, "/v1/lookup", body)
+    body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt}
+    said = asked(url, "/v1/lookup", body, token_file, ca_file)
     rows = said["instances"]
     _show(said if as_json else {n: _hit(hit) for n, hit in rows.items()}, as_json=as_json)
     raise typer.Exit(0 if rows else 1)
@@ -75,12 +83,12 @@ def lookup(
 
 @control.command()
 def explain(
-    url: Url = AT, tokens: Tokens = "", text: Text = "", model: Model = "", salt: Salt = None,
+    url: Url = AT, tokens: Tokens = "", text: Text = "", model: Model = "", salt: Salt = "",
     token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Show why a lookup finds nothing, or so little."""
-    body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt or ""}
-    said = _ask(url, token_file, ca_file, "/v1/explain", body)
+    body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt}
+    said = asked(url, "/v1/explain", body, token_file, ca_file)
     rows = {name: f"has {tokens} tokens" for name, tokens in said["found"].items()}
     rows |= {name: "; ".join(why) for name, why in said["reasons"].items()}
     _show(said if as_json else rows, as_json=as_json)
@@ -91,7 +99,7 @@ def instances(
     url: Url = AT, token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False
 ) -> None:
     """Show the engines that live."""
-    said = _ask(url, token_file, ca_file, "/v1/instances")
+    said = asked(url, "/v1/instances", None, token_file, ca_file)
     rows = {n: f"{i['model']}, {i['workers']} workers, {' '.join(i['tiers'])}; door: "
                f"{i['door'] or 'none'}" for n, i in said.items()}  # fmt: skip
     _show(said if as_json else rows, as_json=as_json)
@@ -102,7 +110,7 @@ def health(
     url: Url = AT, token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False
 ) -> None:
     """Show what each engine says of itself. Exits with 1 where one is not ready."""
-    said = _ask(url, token_file, ca_file, "/v1/health")
+    said = asked(url, "/v1/health", None, token_file, ca_file)
     _show(said if as_json else {"": f"directory {said['status']}"} | said["instances"],
           as_json=as_json)  # fmt: skip
     well = {"ready", "alive"} >= {said["status"], *said["instances"].values()}
@@ -110,36 +118,18 @@ def health(
 
 
 @control.command()
-def send(
-    order: Annotated[str, typer.Argument(help="clear, pin, unpin, prefetch, freeze, drain ...")],
-    to: Annotated[list[str], typer.Option(help="An engine; may be repeated. *: all.")],
-    url: Url = AT,
-    body: Annotated[str, typer.Option(metavar="JSON", help="As its own door takes it.")] = "{}",
-    key: Annotated[str, typer.Option(help="Sent again by the same, it is done once.")] = "",
-    deadline: Annotated[str, typer.Option(metavar="TIME", help="Then it is left.")] = "60 s",
-    token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Give engines an order. Exits with 1 where one did not do all of it."""
-    try:
-        said = {"instances": to, "body": json.loads(body), "deadline": deadline}
-    except ValueError as error:
-        raise ConfigError(f"--body: {error}") from None
-    _ordered(_ask(url, token_file, ca_file, f"/v1/{order}", said, key), as_json=as_json)
-
-
-@control.command()
 def move(
     source: Annotated[str, typer.Argument(help="The engine that has it.")],
     target: Annotated[str, typer.Argument(help="The engine that is to have it.")],
-    tokens: Tokens, url: Url = AT, salt: Salt = None,
+    tokens: Tokens, url: Url = AT, salt: Salt = "",
     copy: Annotated[bool, typer.Option("--copy", help="Leave it at the source, too.")] = False,
-    key: Annotated[str, typer.Option(help="Sent again by the same, it goes on.")] = "",
+    key: Key = "",
     token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Bring a prompt from one engine's tiers into another's memory."""
-    body = {"source": source, "target": target, "tokens": ids_in(tokens), "salt": salt or "",
+    body = {"source": source, "target": target, "tokens": ids_in(tokens), "salt": salt,
             "copy": copy}  # fmt: skip
-    said = _ask(url, token_file, ca_file, "/v1/move", body, key)
+    said = asked(url, "/v1/move", body, token_file, ca_file, **_keyed(key))
     text = f"{said['moved']} of {said['chunks']} chunks, {said['tokens']} tokens: {said['state']}"
     _show(said if as_json else {"": text}, as_json=as_json)
     raise typer.Exit(0 if said["state"] == "done" and said["moved"] == said["chunks"] else 1)
@@ -151,7 +141,7 @@ def order(
     token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Show how far an order is, or what came of it. Exits with 1 where it is not done."""
-    _ordered(_ask(url, token_file, ca_file, f"/v1/orders/{quote(id)}"), as_json=as_json)
+    _ordered(asked(url, f"/v1/orders/{quote(id)}", None, token_file, ca_file), as_json=as_json)
 
 
 def _ordered(said: Any, *, as_json: bool) -> None:
@@ -159,22 +149,6 @@ def _ordered(said: Any, *, as_json: bool) -> None:
             for n, i in said["instances"].items()}  # fmt: skip
     _show(said if as_json else {"": f"{said['id']}: {said['state']}"} | rows, as_json=as_json)
     raise typer.Exit(0 if said["state"] == "done" else 1)
-
-
-def _ask(
-    url: str, token_file: str, ca_file: str, path: str, body: Any = None, key: str = ""
-) -> Any:
-    """Raises ConfigError, TierDown."""
-    from tierloom.adapters.door.door_client import DoorClient
-    from tierloom.stages.tiers.server.client import read_token
-
-    client = DoorClient(url, read_token(token_file), ca_file=ca_file)
-    headers = {"Idempotency-Key": key} if key else {}
-    status, answer = client.call(path, body, **headers)
-    if status != 200:
-        why = answer.get("detail", answer) if isinstance(answer, dict) else answer
-        raise ConfigError(f"{path}: {why}")
-    return answer
 
 
 def _show(said: Any, *, as_json: bool) -> None:
@@ -190,8 +164,19 @@ def _hit(hit: dict[str, Any]) -> str:
     return f"{hit['tokens']} tokens, {hit['bytes']} bytes ({where})"
 
 
-def _named(word: str) -> tuple[str, Path]:
-    model, found, file = word.rpartition("=")
-    if not found:
-        raise ConfigError(f"--tokenizer {word}: write MODEL=FILE")
-    return model, Path(file)
+def _keyed(key: str) -> dict[str, str]:
+    return {"Idempotency-Key": key} if key else {}
+
+
+def _give(order: str, body: dict[str, Any], said: dict[str, Any]) -> None:
+    sent = {"instances": said["to"], "body": body, "deadline": said["deadline"]}
+    access = said["token_file"], said["ca_file"]
+    answer = asked(said["url"], f"/v1/{order}", sent, *access, **_keyed(said["key"]))
+    _ordered(answer, as_json=said["as_json"])
+
+
+_SENDING: dict[str, tuple[Any, Any]] = {
+    "to": (To, Parameter.empty), "url": (Url, AT), "key": (Key, ""), "deadline": (Deadline, "60 s"),
+}  # fmt: skip
+for _order in SENT:
+    add_order(control, _order, _SENDING | ACCESS, _give)

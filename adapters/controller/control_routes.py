@@ -22,7 +22,6 @@ from tierloom.adapters.controller.control_bodies import (
 )
 from tierloom.adapters.controller.explained import explain_lookup
 from tierloom.adapters.controller.fleet_orders import (
-    SENT,
     FleetOrder,
     FleetOrderBody,
     FleetOrders,
@@ -34,6 +33,7 @@ from tierloom.adapters.controller.fleet_view import FleetView, require_instance
 from tierloom.adapters.door.door_client import DoorClient
 from tierloom.adapters.door.readiness import Readiness
 from tierloom.adapters.door.routes import DoorRoutes, Parts
+from tierloom.pipeline.admin.admin_bodies import SENT
 from tierloom.stages.directory.shared.records import WorkerRecord
 from tierloom.stages.errors import ConfigError, InputError, TierDown
 

@@ -24,7 +24,6 @@ LONGEST = 600.0
 """Seconds that an order may take."""
 _LOOK = 5.0
 """Seconds that a door may take to say what became of one."""
-SENT = ("clear", "pin", "unpin", "prefetch", "freeze", "bypass", "drain")
 _WATCH = 0.5
 """Heartbeats between two looks whether an engine still lives."""
 _STRICT = {"extra": "forbid"}

@@ -45,7 +45,7 @@ class AdminRoutes:
     def __init__(self, app: FastAPI, act: Act) -> None:
         self._act, self._book = act, OrderBook()
         for order, made in BODIES.items():
-            add = app.get if made is NoBody else app.post
+            add = app.get if issubclass(made, NoBody) else app.post
             add(f"/v1/{order}", response_model=OrderAnswer, summary=made.__doc__)(
                 self._route(order, made)
             )
@@ -69,7 +69,7 @@ class AdminRoutes:
             return await self._give(order, body, idempotency_key, deadline)
 
         give.__annotations__ |= {"body": made, "idempotency_key": _Key, "deadline": _Time}
-        return ask if made is NoBody else give
+        return ask if issubclass(made, NoBody) else give
 
     async def _give(self, order: str, body: Any, key: str, deadline: str) -> Response:
         id, said = key or secrets.token_hex(8), asdict(body)

@@ -20,7 +20,7 @@ _STRICT = {"extra": "forbid"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClearBody:
-    """Which objects to delete: those that fit all that is said."""
+    """Count the objects that fit all that is said, or delete them."""
 
     everything: bool = False
     """Whatever is kept; nothing of what chooses objects may be said then."""
@@ -39,7 +39,7 @@ class ClearBody:
     tiers: list[str] = field(default_factory=list)
     """In these tiers alone; default: all whose index is in this process."""
     remote: bool = False
-    """With `everything`: also what this model has in tiers that others share."""
+    """With all that is kept: also what this model has in tiers that others share."""
     pinned: bool = False
     """Also what is pinned."""
     dry_run: bool = True
@@ -74,7 +74,9 @@ class ChunksBody:
     tokens: list[int] = field(default_factory=list)
     """Token ids of a prompt: the longest prefix of it that is kept here."""
     salt: str = ""
+    """The tenant's."""
     tags: dict[str, str] = field(default_factory=dict)
+    """The tenant's, too."""
     chunks: list[str] = field(default_factory=list)
     """Keys, in hex digits."""
     namespace: str = ""
@@ -117,6 +119,7 @@ class UnpinBody(ChunksBody):
     """End an owner's pins before their time: of these chunks, or all of them."""
 
     owner: str
+    """Whose."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +147,7 @@ class BypassBody:
     """Neither read nor put into tiers, as if they were down; or do so again."""
 
     tiers: list[str]
+    """By name."""
     on: bool = True
     __pydantic_config__: ClassVar[dict[str, str]] = _STRICT
 
@@ -182,15 +186,26 @@ class ProgressBody:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoBody:
-    """Nothing needs to be said."""
+    """Of orders that only ask."""
+
+
+class UsageBody(NoBody):
+    """Show what is kept of whom, and what is pinned, frozen and bypassed."""
+
+
+class PinsBody(NoBody):
+    """Show who has pinned how many objects, and for how long."""
 
 
 BODIES: dict[str, type[Any]] = {
     "clear": ClearBody, "pin": PinBody, "unpin": UnpinBody, "freeze": FreezeBody,
-    "bypass": BypassBody, "drain": DrainBody, "log-level": LogLevelBody, "usage": NoBody,
-    "pins": NoBody, "prefetch": PrefetchBody,
+    "bypass": BypassBody, "drain": DrainBody, "log-level": LogLevelBody, "usage": UsageBody,
+    "pins": PinsBody, "prefetch": PrefetchBody,
 }  # fmt: skip
 """Orders by name; usage and pins ask."""
+
+SENT = ("clear", "pin", "unpin", "prefetch", "freeze", "bypass", "drain")
+"""Those that a controller passes on."""
 
 
 def body_of(order: str, said: Mapping[str, Any]) -> Any:

@@ -138,12 +138,11 @@ def test_by_command(rig: FleetRig) -> None:
     assert (one.lookup(ids_of(7)), two.lookup(ids_of(7))) == (0, 192)
     code, said = run("order", "two~m.pin")
     assert (code, said["instances"]["two"]["parts"]["0"]["held"]) == (0, "111")
-    body = json.dumps({"everything": True, "dry_run": False})
-    code, said = run("send", "clear", "--to", "one", "--to", "two", "--body", body)
+    code, said = run("clear", "--to", "one", "--to", "two", "--all", "--yes")
     assert [i["parts"]["0"]["objects"] for i in said["instances"].values()] == [0, 3]
     assert run("order", "one~none")[0] == 1
-    code, error = run("send", "clear", "--to", "one", "--body", "{")
-    assert (code, type(error)) == (1, tierloom.ConfigError)
+    code, error = run("clear", "--to", "one")
+    assert (code, "either everything" in str(error)) == (1, True)
 
 
 ENGINE = """
