@@ -53,6 +53,30 @@ def test_the_same_three_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         assert rig.pipe.tiers["cold"].stat().objects == 8
 
 
+def test_prefetch_verifies_what_it_brings(tmp_path: Path) -> None:
+    """Memory is trusted: what is damaged on the disk must not come there."""
+    cold = {"use": "disk", "path": str(tmp_path), "capacity": "64 MiB"}
+    with asked(config(hot=HOT, cold=cold)) as rig:
+        for seed in range(3):
+            rig.store(seed)
+        keys = [e.key for e in rig.pipe.tiers["cold"].entries()]
+        tierloom.administer(rig.pipe, "clear", everything=True, tiers=["hot"], dry_run=False)
+        place = next(e.place for e in rig.pipe.tiers["cold"].entries() if e.key == keys[1])
+        (segment,) = tmp_path.rglob("segment-00000.slab")
+        with segment.open("r+b") as file:
+            file.seek(place.pieces[0][0] + place.boundaries[0] + 100)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        said = tierloom.administer(rig.pipe, "prefetch", chunks=[k.hex() for k in keys])
+        assert said == {"there": 0, "objects": 2, "absent": 0, "refused": 1, "tokens": 0}
+        held = {n: {e.key for e in t.entries()} for n, t in rig.pipe.tiers.items()}
+        assert held == {"hot": {keys[0], keys[2]}, "cold": {keys[0], keys[2]}}
+        assert rig.pipe.tiers["cold"].counts.corrupt == 1
+        assert [rig.retrieve(seed).tokens for seed in range(3)] == [64, 0, 64]
+        assert rig.pipe.arena.promises.spare == rig.pipe.arena.promises.total
+
+
 def test_what_is_wrong_is_told_and_nothing_is_done() -> None:
     with asked(config()) as rig, tierloom.serve_http(rig.pipe) as door:
         rig.store(1)

@@ -140,6 +140,23 @@ class Orders(RuleBasedStateMachine):
             for key in goes:
                 self.where.get(key, set()).discard(name)
 
+    @rule(seeds=texts)
+    def prefetch(self, seeds: list[int]) -> None:
+        keys = {self.keys[s] for s in seeds if s in self.keys}
+        if not keys:
+            return
+        before = self.held()
+        said = self.order("prefetch", chunks=[k.hex() for k in keys])
+        there = keys & before["hot"]
+        colder = (keys - there) & before["cold"] if "cold" not in self.bypassed else set()
+        assert said["there"] == len(there)
+        assert said["absent"] == len(keys - there - colder)
+        assert said["objects"] + said["refused"] == len(colder)
+        if self.closed("hot"):
+            assert self.held()["hot"] == before["hot"]
+            assert said["objects"] == 0
+        assert self.held()["hot"] - before["hot"] <= colder
+
     @rule(names=st.sets(tier, max_size=2), on=st.booleans())
     def freeze(self, names: set[str], on: bool) -> None:
         meant = names or {"hot", "cold"}
