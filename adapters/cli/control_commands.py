@@ -129,7 +129,7 @@ def move(
     """Bring a prompt from one engine's tiers into another's memory."""
     body = {"source": source, "target": target, "tokens": ids_in(tokens), "salt": salt,
             "copy": copy}  # fmt: skip
-    said = asked(url, "/v1/move", body, token_file, ca_file, **_keyed(key))
+    said = asked(url, "/v1/move", body, token_file, ca_file, key=key)
     text = f"{said['moved']} of {said['chunks']} chunks, {said['tokens']} tokens: {said['state']}"
     _show(said if as_json else {"": text}, as_json=as_json)
     raise typer.Exit(0 if said["state"] == "done" and said["moved"] == said["chunks"] else 1)
@@ -164,14 +164,10 @@ def _hit(hit: dict[str, Any]) -> str:
     return f"{hit['tokens']} tokens, {hit['bytes']} bytes ({where})"
 
 
-def _keyed(key: str) -> dict[str, str]:
-    return {"Idempotency-Key": key} if key else {}
-
-
 def _give(order: str, body: dict[str, Any], said: dict[str, Any]) -> None:
     sent = {"instances": said["to"], "body": body, "deadline": said["deadline"]}
     access = said["token_file"], said["ca_file"]
-    answer = asked(said["url"], f"/v1/{order}", sent, *access, **_keyed(said["key"]))
+    answer = asked(said["url"], f"/v1/{order}", sent, *access, key=said["key"])
     _ordered(answer, as_json=said["as_json"])
 
 

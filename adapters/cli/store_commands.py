@@ -34,15 +34,15 @@ ACCESS: dict[str, tuple[Any, Any]] = {
 
 def asked(
     url: str, path: str, body: Mapping[str, Any] | None, token_file: str, ca_file: str,
-    also: int = 200, **headers: str,
+    *, also: int = 200, key: str = "",
 ) -> Any:  # fmt: skip
     """What a door or controller answers. `also`: a status, besides 200, whose body is an answer.
-    Raises ConfigError, TierDown."""
+    `key`: with which an order is done once. Raises ConfigError, TierDown."""
     from tierloom.adapters.door.door_client import DoorClient
     from tierloom.stages.tiers.server.client import read_token
 
     client = DoorClient(url, read_token(token_file), ca_file=ca_file)
-    status, answer = client.call(path, body, **headers)
+    status, answer = client.call(path, body, **({"Idempotency-Key": key} if key else {}))
     if status not in (200, also):
         why = answer.get("detail", answer) if isinstance(answer, dict) else answer
         raise ConfigError(f"{path}: {why}")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tierloom import __version__
@@ -51,6 +52,7 @@ class DoorRoutes:
             title="tierloom", version=__version__, openapi_url="/v1/openapi.json", docs_url=None,
             redoc_url=None,
         )  # fmt: skip
+        self.app.exception_handler(RequestValidationError)(_malformed)
         get = self.app.get
         get("/livez", summary="The process answers.")(self.alive)
         get("/readyz", responses={503: {"model": Readiness}})(self.ready)
@@ -119,3 +121,10 @@ class DoorRoutes:
                 "Parts that do not answer.", float(sum("error" in p for p in parts.values()))
             ),
         } | dict(self._own())  # fmt: skip
+
+
+async def _malformed(_: object, error: Exception) -> Response:
+    """What is wrong with a request, without repeating it: it may be no text at all."""
+    assert isinstance(error, RequestValidationError)
+    wrong = [{"loc": list(e["loc"]), "msg": e["msg"]} for e in error.errors()[:20]]
+    return Response(json.dumps({"detail": wrong}), 422, media_type="application/json")

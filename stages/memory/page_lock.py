@@ -10,12 +10,13 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from tierloom.stages.errors import LayoutError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 CHUNK = 16 << 30
 """Bytes of one call. One call for hundreds of GiB of small pages is refused by drivers from R580
@@ -68,6 +69,8 @@ def unlock(address: int) -> None:
 
 def is_locked(address: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> bool:
     """Each of these pieces of memory lies in one that is locked."""
+    import numpy as np  # not for those who have no memory of their own
+
     inside = np.zeros(len(address), bool)
     for first, (end, *_) in list(_locked.items()):
         inside |= (first <= address) & (address + nbytes <= end)

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Sequence
 
 import anyio
-import numpy as np
 
 from tierloom.stages.errors import TierDown
 from tierloom.stages.memory.arena import Lease, Slab
@@ -50,6 +49,8 @@ class SharedMemory(Slab):
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise TierDown("the server's memory is not sealed")
         self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        import numpy as np  # not for those who only ask a directory
+
         address = np.frombuffer(self._map, np.uint8).ctypes.data
         super().__init__(address, memoryview(self._map))
         self.nbytes = nbytes

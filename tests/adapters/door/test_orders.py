@@ -97,6 +97,12 @@ def test_what_is_wrong_is_told_and_nothing_is_done() -> None:
             said = post(door.url, order, body)
             assert said.status_code == 422, (order, body, said.text)
             assert why in said.text, (order, body, said.text)
+        for raw in (b'{"on": "\\ud800"}', b'{"\\ud800": 1}', b"[" * 5000, b"\xff", b"", b"null"):
+            said = httpx.post(
+                f"{door.url}/v1/freeze", content=raw, trust_env=False, timeout=20,
+                headers={"content-type": "application/json"},
+            )  # fmt: skip
+            assert said.status_code in (400, 422), (raw[:20], said.text)
         assert rig.retrieve(1).tokens == 64
         code, error = run("freeze", "--tier", "x", "--url", door.url)
         assert code == 1
