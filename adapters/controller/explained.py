@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -72,7 +71,7 @@ async def _why_absent(
         return ["other tags or adapter: it has this prompt without them"]
     if seed_of(record, tags={}) is None:
         return ["what it says of its namespace is not understood: use one release everywhere"]
-    tokens = array("i", fleet.tokens_of(body))
+    tokens = fleet.tokens_of(body)
     if tokens and len(tokens) < record.chunk:
         short = f"the prompt has {len(tokens)} tokens, a chunk {record.chunk}: it is found where "
         return [short + "exactly this prompt was stored, to its end"]

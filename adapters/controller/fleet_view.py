@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anyio
@@ -53,13 +53,17 @@ class FleetView:
             found.setdefault(member.record.instance, []).append(member.record)
         return found
 
-    def tokens_of(self, body: LookupBody) -> Sequence[int]:
+    def tokens_of(self, body: LookupBody) -> array[int]:
         """Raises InputError."""
-        return self._texts.tokens(body.model, body.text) if body.text else body.tokens
+        tokens = self._texts.tokens(body.model, body.text) if body.text else body.tokens
+        try:
+            return array("i", tokens)
+        except OverflowError:
+            raise InputError("token ids must fit in 32 bits") from None
 
     async def lookup(self, body: LookupBody) -> LookupAnswer:
         """Raises InputError."""
-        tokens = array("i", self.tokens_of(body))
+        tokens = self.tokens_of(body)
         members = {n: m for n, m in (await self.members()).items() if _may_be(body.model, m.record)}
         found = await self.prefixes(body, tokens, members)
         return LookupAnswer(len(tokens), _by_instance(members, found))
@@ -67,7 +71,7 @@ class FleetView:
     async def kept_keys(self, body: LookupBody, instance: str) -> list[bytes]:
         """Keys of the chunks that all of an engine's shares have. Raises InputError."""
         members = {n: m for n, m in (await self.members()).items() if m.record.instance == instance}
-        tokens = array("i", self.tokens_of(body))
+        tokens = self.tokens_of(body)
         found = await self.prefixes(body, tokens, members)
         by_space: dict[str, int] = {}
         for number, member in members.items():

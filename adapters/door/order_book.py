@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import anyio
 
-from tierloom.stages.errors import InputError, TierDown
+from tierloom.stages.errors import Closed, InputError, TierDown
 
 KEEP = 3600.0
 """Seconds for which it is known what came of an order."""
@@ -66,6 +66,8 @@ class OrderBook:
             )
         await asyncio.wait([taken.task])
         self._end(taken)
+        if taken.task.cancelled():
+            raise Closed(taken.detail)
         error = taken.task.exception()
         if error is not None and not isinstance(error, TimeoutError):
             raise error
@@ -83,9 +85,13 @@ class OrderBook:
             return await work()
 
     def _end(self, taken: TakenOrder) -> None:
-        if taken.ended or taken.task.cancelled():  # the process ends
+        if taken.ended:
             return
-        taken.ended, error = self._clock(), taken.task.exception()
+        taken.ended = self._clock()
+        if taken.task.cancelled():
+            taken.state, taken.detail = "failed", "what it was for was closed meanwhile"
+            return
+        error = taken.task.exception()
         if error is None:
             taken.parts = taken.task.result()
             wrong = any("error" in part for part in taken.parts.values())

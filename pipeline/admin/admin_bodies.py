@@ -173,8 +173,10 @@ class LogLevelBody:
     def __post_init__(self) -> None:
         if self.level not in ("debug", "info", "warning", "error"):
             raise InputError(f"level {self.level!r:.80}: debug, info, warning or error")
-        if self.logger.partition(".")[0] != "tierloom":
-            raise InputError(f"logger {self.logger!r:.80}: tierloom, or a part of it")
+        if self.logger.partition(".")[0] != "tierloom" or self.logger == "tierloom.admin":
+            raise InputError(
+                f"logger {self.logger!r:.80}: tierloom, or a part of it; orders are always logged"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,13 @@ class Pinned(NamedTuple):
     held: str
     """Of each key in the order given: 1 where it is pinned, else 0."""
 
+    def plus(self, other: Pinned) -> Pinned:
+        """The same of keys that follow."""
+        return Pinned(
+            self.objects + other.objects, self.absent + other.absent,
+            self.no_room + other.no_room, self.held + other.held,
+        )  # fmt: skip
+
 
 class PinLeases:
     """On the loop of the tiers. An object is protected while any owner wants it, in each tier that
@@ -35,27 +43,29 @@ class PinLeases:
         """`clock`: monotonic, in seconds."""
         self._tiers, self._clock = tiers, clock
         self._until: dict[bytes, dict[str, float]] = {}
+        self._bytes: dict[bytes, dict[str, int]] = {}
+        """Of each that is pinned, by tier; and their sums."""
+        self._sums = Counter[str]()
         self._timer: asyncio.TimerHandle | None = None
 
     def pin(self, owner: str, keys: Sequence[bytes], seconds: float) -> Pinned:
-        """Objects that are pinned by somebody already count as pinned."""
-        until, wanted = self._clock() + seconds, dict.fromkeys(keys)
-        free = {n: self._free(tier) for n, tier in self._tiers.items() if tier.local}
-        absent, no_room, held = 0, 0, ""
-        for key in wanted:
-            found = {n: f for n in free if (f := self._tiers[n].find(key)) and f.key == key}
-            fits = [n for n, f in found.items() if key in self._until or f.nbytes <= free[n]]
+        """Objects that are pinned by somebody already count as pinned. Call `wake` afterwards."""
+        until, absent, no_room, held = self._clock() + seconds, 0, 0, ""
+        for key in dict.fromkeys(keys):
+            found = {n: f for n, t in self._tiers.items() if t.local and (f := t.find(key))}
+            there = {n: f.nbytes for n, f in found.items() if f.key == key}
+            mine = self._bytes.get(key, {})
+            fits = {n: b for n, b in there.items() if n in mine or self._fits(n, b)}
             held += "1" if fits else "0"
             if not fits:
-                absent, no_room = absent + (not found), no_room + bool(found)
+                absent, no_room = absent + (not there), no_room + bool(there)
                 continue
-            for name in fits:
-                if key not in self._until:
-                    free[name] -= found[name].nbytes
+            for name, nbytes in fits.items():
+                self._sums[name] += 0 if name in mine else nbytes
                 self._tiers[name].lease([key])
+            self._bytes[key] = mine | fits
             owners = self._until.setdefault(key, {})
             owners[owner] = max(until, owners.get(owner, 0.0))
-        self._wake()
         return Pinned(held.count("1"), absent, no_room, held)
 
     def unpin(self, owner: str, keys: Iterable[bytes] | None = None) -> int:
@@ -87,17 +97,17 @@ class PinLeases:
             return False
         if not owners:
             del self._until[key]
+            self._sums.subtract(self._bytes.pop(key))
             for tier in self._tiers.values():
                 if tier.local:
                     tier.lease([key], leased=False)
         return True
 
-    def _free(self, tier: CircuitBreaker) -> float:
-        held = sum(f.nbytes for key in self._until if (f := tier.find(key)) and f.key == key)
-        return _SHARE * tier.stat().capacity - held
+    def _fits(self, tier: str, nbytes: int) -> bool:
+        return self._sums[tier] + nbytes <= _SHARE * self._tiers[tier].stat().capacity
 
-    def _wake(self) -> None:
-        """Come back when the first one ends."""
+    def wake(self) -> None:
+        """See to it that each ends in time."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -109,4 +119,4 @@ class PinLeases:
     def _over(self) -> None:
         self._timer = None
         self.end_what_is_over()
-        self._wake()
+        self.wake()

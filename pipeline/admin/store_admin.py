@@ -23,7 +23,7 @@ from tierloom.pipeline.admin.admin_bodies import (
     UnpinBody,
     body_of,
 )
-from tierloom.pipeline.admin.pin_leases import PinLeases
+from tierloom.pipeline.admin.pin_leases import PinLeases, Pinned
 from tierloom.pipeline.admin.promotion import promote_keys
 from tierloom.pipeline.admin.whose import Whose
 from tierloom.stages.errors import InputError, Lost
@@ -31,6 +31,7 @@ from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.index import Entry
 
 log = logging.getLogger("tierloom.admin")
+log.setLevel(logging.INFO)  # its own, whatever an order makes of the others
 
 _TURN = 64
 """Objects looked at or deleted between two turns of the loop."""
@@ -76,8 +77,7 @@ class StoreAdmin:
             case ClearBody():
                 answer = await self._clear(body)
             case PinBody():
-                pinned = self.leases.pin(body.owner, keys, body.seconds)
-                answer = pinned._asdict() | {"tokens": tokens, "seconds": body.seconds}
+                answer = await self._pin(body, keys) | {"tokens": tokens, "seconds": body.seconds}
             case PrefetchBody():
                 answer = await self._prefetch(keys, id) | {"tokens": tokens}
             case ProgressBody():
@@ -106,6 +106,15 @@ class StoreAdmin:
         if order not in _ASKS:  # a warning, so that it is there whatever is logged
             log.warning("admin: %s %s: %s", order, _told(body), answer)
         return answer
+
+    async def _pin(self, body: PinBody, keys: list[bytes]) -> Answer:
+        total, keys = Pinned(0, 0, 0, ""), list(dict.fromkeys(keys))
+        for at in range(0, len(keys), _TURN):
+            some = self.leases.pin(body.owner, keys[at : at + _TURN], body.seconds)
+            total = total.plus(some)
+            await checkpoint()
+        self.leases.wake()
+        return total._asdict()
 
     async def _prefetch(self, keys: list[bytes], id: str) -> Answer:
         def told(done: int) -> None:

@@ -75,6 +75,8 @@ def test_what_is_wrong_is_refused_before_it_is_sent(rig: FleetRig) -> None:
         ("pin", {"instances": ["one"], "body": {"owner": "o"}}, "ttl"),
         ("freeze", {"instances": ["one"], "deadline": "9"}, "deadline"),
         ("move", {"source": "one", "target": "one", "tokens": [1]}, "are one"),
+        ("lookup", {"tokens": [1 << 31]}, "32 bits"),
+        ("lookup", {"tokens": [1], "text": "a"}, "one of"),
     ]:
         said = rig.raw(f"/v1/{order}", body)
         assert (said.status_code, why in said.text) == (422, True), said.text

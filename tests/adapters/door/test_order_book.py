@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tierloom.adapters.door.order_book import KEEP, OrderBook
-from tierloom.stages.errors import InputError, TierDown
+from tierloom.stages.errors import Closed, InputError, TierDown
 from tierloom.testing import Clock
 
 pytestmark = pytest.mark.anyio
@@ -65,6 +65,16 @@ async def test_late_failed_and_wrong() -> None:
         with pytest.raises(InputError, match="no such tier"):
             await book.once("wrong", "pin", {}, 9, wrong)
     assert (wrong.count, book.find("wrong").detail) == (1, "no such tier")
+
+
+async def test_what_is_closed_meanwhile() -> None:
+    book, work = OrderBook(), Work()
+    asked = asyncio.create_task(book.once("k", "clear", {}, 9, work))
+    await asyncio.sleep(0.01)
+    book.find("k").task.cancel()
+    with pytest.raises(Closed, match="closed meanwhile"):
+        await asked
+    assert book.find("k").state == "failed"
 
 
 async def test_as_many_as_are_remembered() -> None:

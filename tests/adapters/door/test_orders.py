@@ -92,6 +92,7 @@ def test_what_is_wrong_is_told_and_nothing_is_done() -> None:
             ("pin", {"owner": "o", "ttl": "1", "tokens": [1]}, "ttl"),
             ("log-level", {"level": "loud"}, "debug, info"),
             ("log-level", {"level": "info", "logger": "root"}, "logger"),
+            ("log-level", {"level": "error", "logger": "tierloom.admin"}, "always logged"),
             ("bypass", {}, "tiers"),
         ]:
             said = post(door.url, order, body)
