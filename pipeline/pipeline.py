@@ -36,29 +36,19 @@ class Pipeline(Shown):
     """
 
     def __init__(
-        self,
-        spec: PipelineSpec,
-        layout: KVLayout,
-        *,
-        model: str,
-        weights: str = "",
-        rope: str = "",
-        layers: tuple[int, int] | None = None,
-        heads: tuple[int, int] | None = None,
-        part: str = "",
-        backend: str = "",
-        facts: ModelFacts | None = None,
-        replica: bool = False,
-        watch: bool | Callable[[Change], None] = False,
-        rotation: Rotation | None = None,
-    ) -> None:
+        self, spec: PipelineSpec, layout: KVLayout, *, model: str, weights: str = "",
+        rope: str = "", layers: tuple[int, int] | None = None,
+        heads: tuple[int, int] | None = None, part: str = "", backend: str = "",
+        facts: ModelFacts | None = None, replica: bool = False,
+        watch: bool | Callable[[Change], None] = False, rotation: Rotation | None = None,
+    ) -> None:  # fmt: skip
         """`layers`, `heads`, `part`: which share of the model's KV `layout` holds. `backend`: whose
         native blocks these are, where the layout alone does not say it. `replica`: another process
         has the same KV. `watch`: `changes()` will be called; or a function that is told of each,
         on whatever thread it happens. `rotation`: how K turns, from a table of the engine's own;
-        default: as `rope` says, if it is one of the kinds known. A layout that fails its self-test
-        turns caching `off`. Raises ConfigError, TierDown; LayoutError where a GPU cannot be given
-        the arena."""
+        default: as `rope` says, if its kind is known. A layout that fails its self-test turns
+        caching `off`. Raises ConfigError, TierDown; LayoutError where a GPU cannot have the arena.
+        """
         self.spec, self.layout = spec, layout
         self.native = native_order(spec, layout)
         self.geometry = layout.geometry(native=self.native)
@@ -69,9 +59,9 @@ class Pipeline(Shown):
             layout=bound if self.native else b"",
             chunk=(spec.chunk.tokens, spec.chunk.grain),
         )  # fmt: skip
+        self.chains = self._base  # see `seeded_by`
         self._requests = Requests(spec, layout, self._base, native=self.native)
-        self.event = self._requests.event
-        """For `after=` of a retrieve: its copies wait for what is launched by now. Any thread."""
+        self.event = self._requests.event  # for `after=`: behind all that is launched by now
         self._worker = Worker(
             spec, self.geometry, layout.device, self._base, facts, replica=replica, watch=watch,
             rotation=rotation or rotation_of(rope, layout.dim, layout.layers),
@@ -84,15 +74,10 @@ class Pipeline(Shown):
         """Why nothing is cached any more; None: all is well."""
 
     def lookup(
-        self,
-        tokens: Any,
-        *,
-        salt: str = "",
-        adapter: str = "",
+        self, tokens: Any, *, salt: str = "", adapter: str = "",
         tags: Mapping[str, str] | None = None,
-    ) -> int:
-        """Tokens of the longest kept prefix, rounded down to the grain, by indexes in this process;
-        remote tiers are asked by `alookup` and `retrieve`."""
+    ) -> int:  # fmt: skip
+        """Tokens of the longest prefix that indexes in this process know, in whole grains."""
         self._check_open()
         if self.off or "retrieve" not in self._runners:
             return 0
@@ -187,6 +172,7 @@ class Pipeline(Shown):
             "tiers": {name: tier.figures() for name, tier in self.tiers.items()},
             "arena": self.arena.figures(),
             "off": "the pipeline is closed" if self._closed else self.off,
+            **({"draining": True} if (a := self._worker.admin) and a.drains else {}),
             **({"serve": serving.figures()} if serving is not None else {}),
             **({"handoff": self.handoff.figures()} if self.handoff is not None else {}),
             **({"measured": measured.read()} if (measured := self._worker.measures) else {}),
@@ -228,20 +214,34 @@ class Pipeline(Shown):
         shares = {"layers": (0, layers), "heads": (0, heads), "part": ""}
         return replace(self._base, geometry=str(g), **shares)  # type: ignore[arg-type]
 
+    def seeded_by(self, names: Namespace) -> None:
+        """Chains begin with another namespace's digest than this pipeline's own."""
+        self.chains = names
+        self.introduce(names)
+
+    def introduce(self, names: Namespace | None = None, *, door: str = "") -> None:
+        """Tell a directory that, or at which URL this process takes orders."""
+        if self._worker.announced is not None:
+            self._worker.announced.describe(names, door=door)
+
     def pin(self, tokens: Any, *, pinned: bool = True, **names: Any) -> int:
         """Keep the chunks of `tokens` from eviction in local tiers, or let them go; how many."""
-        self._check_open()
-        if "retrieve" not in self._runners:
-            return 0
-        request = self._requests.question(tokens, **names)
-        self._runners["retrieve"].peek(request)
-        keys = [c.source.key for c in request.chunks if c.source is not None]
+        keys = [key for key, _ in self.find(tokens, **names)]
 
         async def all_tiers() -> int:
             return sum(t.pin(keys, pinned=pinned) for t in self.tiers.values() if t.local)
 
         count: int = self._portal.call(all_tiers)
         return count
+
+    def find(self, tokens: Any, **names: Any) -> list[tuple[bytes, int]]:
+        """Keys of the longest kept prefix, and how many tokens each is good for; as `lookup`."""
+        self._check_open()
+        if "retrieve" not in self._runners:
+            return []
+        request = self._requests.question(tokens, **names)
+        self._runners["retrieve"].peek(request)
+        return [(c.source.key, c.wanted) for c in request.chunks if c.source is not None]
 
     @property
     def serves_at(self) -> str:

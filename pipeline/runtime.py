@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -33,6 +34,7 @@ from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import TierContext
 
 if TYPE_CHECKING:
+    from tierloom.pipeline.admin.store_admin import StoreAdmin
     from tierloom.pipeline.handoff.handoff import Handoff
     from tierloom.pipeline.run.measures import Measures
     from tierloom.pipeline.serve.announced import AnnouncedTiers
@@ -96,13 +98,16 @@ class Worker:
         warm_up(device, geometry.dtype if turning else "")
         self.runners: dict[str, GraphRunner] = {}
         self.measures: Measures | None = None
+        self.admin: StoreAdmin | None = None
+        """What gives orders to the tiers, once somebody did."""
+        self.making_admin = threading.Lock()
         # Two pools: a disk that hangs must not take the threads that copy. One core stays the
         # engine's: copies are bound by memory, and a second thread on two cores adds half to the
         # CPU time of each byte.
         copying = min(spec.budget.threads, max(1, len(os.sched_getaffinity(0)) - 1))
         self._work = Pool(copying, "work")
         self._io = Pool(spec.budget.threads, "io")
-        self._announced, self._events = self._new_announced(), self._new_events()
+        self.announced, self._events = self._new_announced(), self._new_events()
         self._lent: CircuitBreaker | None = None
         self.portal = Portal(self._live)
         self.handoff: Handoff | None = None
@@ -127,10 +132,7 @@ class Worker:
     async def clear(self, local: bool) -> tuple[int, list[str]]:
         """Cancel stores under way, then empty the tiers, or the local ones: how many objects
         there were, and the tiers that refused, with their reasons."""
-        if self.handoff is not None:
-            self.handoff.clear()
-        if (stores := self.runners.get("store")) is not None:
-            await _cancel(stores)
+        await self.halt_stores()
         count, refused = 0, []
         for name, tier in self.tiers.items():
             if tier.local or not local:
@@ -140,6 +142,17 @@ class Worker:
                 else:
                     count += cleared
         return count, refused
+
+    async def halt_stores(self) -> None:
+        """Cancel stores under way, and what is promised to other engines."""
+        if self.handoff is not None:
+            self.handoff.clear()
+        if (stores := self.runners.get("store")) is not None:
+            await _cancel(stores)
+
+    def under_way(self) -> dict[str, int]:
+        """Requests that are not answered yet, by graph."""
+        return {graph: len(runner.open) for graph, runner in self.runners.items()}
 
     def close(self) -> None:
         """End every request, close the tiers, free the arena."""
@@ -155,9 +168,7 @@ class Worker:
     async def _live(self, stop: asyncio.Event, ready: Callable[[], None]) -> None:
         """The portal's main. Behind it, however it ends, no request is left unanswered."""
         async with AsyncExitStack() as home:
-            noted = (
-                self._watch or self._texts or self._announced or self._events or self._spec.serve
-            )
+            noted = self._watch or self._texts or self.announced or self._events or self._spec.serve
             note = self._note if noted else None
             await open_tiers(
                 self._spec, self.arena, self._io, self.tiers, home,
@@ -185,7 +196,7 @@ class Worker:
     def _note(self, tier: str, kept: bool, links: bytes, text: Text | None = None) -> None:
         if self._texts is not None:
             self._texts.note(tier, kept, links, text)
-        if (announced := self._announced) is not None:
+        if (announced := self.announced) is not None:
             announced.note(tier, kept, links)
         if self._events is not None:
             self._events.note(tier, kept, links)
@@ -214,12 +225,12 @@ class Worker:
         served = [self.tiers[name] for name in options.tiers]
         store = OwnTiers(served, self.arena, self._names.digest, self.portal, self._lent)
         store.handoff = self.handoff
-        self.serving = EngineListener(options, store, self._epoch, self._announced)
+        self.serving = EngineListener(options, store, self._epoch, self.announced)
         self.serving.start()
         if self.handoff is not None and self.serving.address:
             self.handoff.listens_at(self.serving.address)
         if not self.serving.address:  # nobody can be told of it
-            self._announced = None
+            self.announced = None
 
     async def _open_lent(self, home: AsyncExitStack) -> None:
         """Room for what other engines put here, where the file lends it."""
@@ -227,7 +238,7 @@ class Worker:
             return
         from tierloom.stages.tiers.memory.lent import LENT, Lent
 
-        note = partial(self._announced.note, LENT) if self._announced is not None else None
+        note = partial(self.announced.note, LENT) if self.announced is not None else None
         ctx = TierContext(self.arena, self._names.digest, self._io, note)
         self._lent = CircuitBreaker(Lent(options.lend, ctx), LENT, Breaker())
         home.push_async_callback(self._lent.close)
@@ -241,7 +252,7 @@ class Worker:
         return Handoff(self._spec, self.tiers, self.arena, own, self.portal, pool=self._work)
 
     @property
-    def _object_bytes(self) -> int:
+    def object_bytes(self) -> int:
         """Of a whole chunk's object, in memory."""
         chunk = self._spec.chunk
         return object_bytes(self._geometry, chunk.tokens, chunk.grain, chunk.group)
@@ -253,7 +264,8 @@ class Worker:
             return None
         from tierloom.pipeline.serve.announced import AnnouncedTiers
 
-        return AnnouncedTiers(options, self._spec, self._names, self._epoch.hex())
+        who = self._names, self._geometry, self._epoch.hex()
+        return AnnouncedTiers(options, self._spec, *who)
 
     def _new_events(self) -> PageEvents | None:
         """What tells routers what comes and goes; None: nothing does, and nothing is imported."""
@@ -290,7 +302,7 @@ class Worker:
         stages: dict[str, Stage] = {n.id: n.cls(n.options, ctx) for n in graph.nodes}
         return GraphRunner(
             graph, lower(graph), stages, pool=self._work, arena=self.arena, in_arena=self._memory,
-            object_bytes=self._object_bytes,
+            object_bytes=self.object_bytes,
             frames=-(-g.layers // chunk.group), inflight=self._spec.budget.inflight,
         )  # fmt: skip
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import ast
 import errno
 import inspect
+import itertools
 import os
 import re
+import sys
 import textwrap
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 from typing import Annotated, Any
 
 _UNITS = {
@@ -121,13 +125,31 @@ def _without_value(found: re.Match[str]) -> str:
     return f"{found[1]}{found[2]}***"
 
 
+def _source_of(cls: type[Any]) -> list[ast.stmt]:
+    """What a class's body has: of one in a module's own level out of the module, parsed once."""
+    module = sys.modules[cls.__module__]
+    found = _classes(module).get(cls.__qualname__)
+    if found is None:
+        found = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(found, ast.ClassDef)
+    return found.body
+
+
+@lru_cache(64)
+def _classes(module: ModuleType) -> dict[str, ast.stmt]:
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError):  # it has no file
+        return {}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
 def field_docs(options: type[Any]) -> dict[str, str]:
     """The doc line under each field of an options class, read from its source."""
     docs: dict[str, str] = {}
     for cls in reversed(options.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for node, after in zip(body.body, body.body[1:], strict=False):
+        body = _source_of(cls)
+        for node, after in itertools.pairwise(body):
             if (
                 isinstance(node, ast.AnnAssign)
                 and isinstance(node.target, ast.Name)

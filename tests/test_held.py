@@ -27,7 +27,8 @@ THREADS = {
     "adapters/demo/on_pd.py": "OnPd._together",  # asks a server while another is asked
     "adapters/vllm/scheduler/lora.py": "LoraAdapters.__init__ LoraAdapters.name",  # reads files
     "adapters/vllm/exchange/reset_socket.py": "ResetSocket.__init__",  # clears pipelines
-    "adapters/vllm/scheduler/worker_figures.py": "_figures",  # asks a socket
+    "adapters/vllm/scheduler/worker_figures.py": "_asked",  # asks a socket
+    "adapters/controller/control_routes.py": "ControlRoutes.__init__ ControlRoutes.call",  # asks
     "adapters/door/http_door.py": "HttpDoor.start",  # reads counters, touches nothing
     "adapters/engine/otlp_spans.py": "OtlpSpans.__init__",  # is told of calls, touches nothing
 }

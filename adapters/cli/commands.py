@@ -12,10 +12,12 @@ import typer
 from tierloom import __version__
 from tierloom.adapters.cli import (
     bench_commands,
+    control_commands,
     file_commands,
     handoff_commands,
     load_commands,
     serve_command,
+    store_commands,
 )
 from tierloom.adapters.cli.file_commands import writable, writable_or_stdout
 from tierloom.adapters.server.deploy import deploy
@@ -269,6 +271,8 @@ def sglang(
 
 
 app.command()(serve_command.serve)
+app.add_typer(store_commands.store, name="store")
+app.add_typer(control_commands.control, name="control")
 app.command()(handoff_commands.proxy)
 app.command()(handoff_commands.pd)
 app.command()(deploy)

@@ -14,7 +14,7 @@ from tierloom.stages.errors import ConfigError
 from tierloom.stages.user_home import expanded
 
 if TYPE_CHECKING:
-    from tierloom.adapters.door.routes import Parts
+    from tierloom.adapters.door.routes import Act, Parts
 
 log = logging.getLogger("tierloom.http")
 
@@ -22,14 +22,14 @@ OPTION = "tierloom.http"
 
 
 def open_engine_door(
-    at: str, spec: PipelineSpec, read: Callable[[], Awaitable[Parts]]
+    at: str, spec: PipelineSpec, read: Callable[[], Awaitable[Parts]], act: Act | None = None
 ) -> HttpDoor | None:
     """Token and certificate are those of the pipeline's `serve`. None, and the log says why, where
     its port is another's: the engine goes on without. Raises ConfigError for what the user can
     mend."""
     files = [getattr(spec.serve, name, "") for name in ("token_file", "cert_file", "key_file")]
     cert, key = (Path(expanded(file)) if file else None for file in files[1:])
-    door = HttpDoor(read, Entrance(at, option=OPTION, token_file=files[0], cert=cert, key=key))
+    door = HttpDoor(read, Entrance(at, option=OPTION, token_file=files[0], cert=cert, key=key), act)
     try:
         door.start()
     except ConfigError as error:

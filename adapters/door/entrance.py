@@ -14,12 +14,13 @@ from typing import Any
 
 from tierloom.adapters.door.http_socket import is_loopback
 from tierloom.adapters.engine.http_option import http_address
-from tierloom.pipeline.serve.listener import certificate
 from tierloom.stages.errors import ConfigError
 from tierloom.stages.tiers.server.client import TOKEN, read_token
 
 PROBES = ("/livez", "/readyz", "/healthz", "/health")
 """What whoever starts and stops processes asks without a token; it tells no address."""
+MOST_BODY = 8 << 20
+"""Bytes of a request's body, at most."""
 _VALID = re.compile(
     rb"0[\x1e\x20\x22](?:\x17\x0d\d{12}|\x18\x0f\d{14})Z(?:\x17\x0d(\d{12})|\x18\x0f\d\d(\d{12}))Z"
 )
@@ -62,6 +63,8 @@ class Entrance:
             if cert is None or key is None:
                 raise ConfigError(f"{self.option} {self.address}: https:// needs a certificate and "
                                   "its key")  # fmt: skip
+            from tierloom.pipeline.serve.listener import certificate
+
             fresh = certificate(cert, key)
             if self.context is None:
                 self.context = fresh
@@ -70,8 +73,12 @@ class Entrance:
             self.ends = valid_until(cert)
         self.token = token
 
-    def refusal(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+    def refusal(
+        self, path: str, headers: dict[bytes, bytes], method: str = "GET"
+    ) -> tuple[int, str] | None:
         """Status and reason for who may not come in; None: it may."""
+        if method not in ("GET", "HEAD") and b"origin" in headers:  # pages may send, and not read
+            return 403, f"{path}: orders are taken from programs, not from pages in a browser"
         if not self.token:  # or a page that a browser shows could read it, by a name of its own
             host = headers.get(b"host", b"").decode("latin-1").rpartition("@")[2]
             name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
@@ -93,16 +100,20 @@ class Guard:
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        refused = self._entrance.refusal(scope["path"], dict(scope["headers"]))
+        headers = dict(scope["headers"])
+        refused = self._entrance.refusal(scope["path"], headers, scope["method"])
         if refused is None:
-            await self._app(scope, receive, send)
-            return
+            length = headers.get(b"content-length", b"0")
+            if b"transfer-encoding" not in headers and int(length) <= MOST_BODY:
+                await self._app(scope, receive, send)
+                return
+            refused = 413, f"a body has a length, and {MOST_BODY >> 20} MiB at most"
         status, why = refused
-        headers = [(b"content-type", b"application/json")]
-        headers += [(b"www-authenticate", b"Bearer")] * (status == 401)
+        told = [(b"content-type", b"application/json")]
+        told += [(b"www-authenticate", b"Bearer")] * (status == 401)
         body = json.dumps({"detail": why}).encode()
-        headers.append((b"content-length", str(len(body)).encode()))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        told.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": status, "headers": told})
         await send({"type": "http.response.body", "body": body})
 
 

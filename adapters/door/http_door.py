@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tierloom.adapters.door.entrance import Entrance, Guard
+from tierloom.adapters.door.entrance import App, Entrance, Guard
 from tierloom.adapters.door.http_socket import http_socket, is_loopback
 from tierloom.stages.errors import require
 
 if TYPE_CHECKING:
     from uvicorn import Server
 
-    from tierloom.adapters.door.routes import Parts
+    from tierloom.adapters.door.routes import Act, Parts
     from tierloom.pipeline.pipeline import Pipeline
 
 log = logging.getLogger("tierloom.http")
@@ -32,10 +32,12 @@ _AT_ONCE = 64
 class HttpDoor:
     """From `start` to `close`; also a context manager. Thread-safe."""
 
-    def __init__(self, read: Callable[[], Awaitable[Parts]], entrance: Entrance) -> None:
-        """`read`: the figures, see `DoorRoutes`. Raises MissingPackage."""
+    def __init__(
+        self, read: Callable[[], Awaitable[Parts]], entrance: Entrance, act: Act | None = None
+    ) -> None:
+        """`read`: the figures, `act`: gives orders, see `DoorRoutes`. Raises MissingPackage."""
         require("http", "fastapi", "uvicorn", "prometheus_client")
-        self._read, self._entrance = read, entrance
+        self._read, self._entrance, self._act = read, entrance, act
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
         self.draining = ""
@@ -46,13 +48,11 @@ class HttpDoor:
         """Listen. Raises ConfigError where that is not possible."""
         import uvicorn
 
-        from tierloom.adapters.door.routes import DoorRoutes
-
         address = self._entrance.address
-        routes = DoorRoutes(self._read, lambda: self.draining, self._own)
+        app = self._app()
         listener = http_socket(address.host, address.port, f"{self._entrance.option} {address}")
         config = uvicorn.Config(
-            Guard(routes.app, self._entrance), loop="asyncio", http="h11", ws="none",
+            Guard(app, self._entrance), loop="asyncio", http="h11", ws="none",
             lifespan="off", log_config=None, log_level="critical", access_log=False,
             server_header=False, date_header=False, limit_concurrency=_AT_ONCE,
             timeout_graceful_shutdown=1,
@@ -76,6 +76,17 @@ class HttpDoor:
         self._thread = threading.Thread(target=run, name="tierloom-http", daemon=True)
         self._thread.start()
         return self
+
+    def _app(self) -> App:
+        """What is answered, to those who may come in."""
+        from tierloom.adapters.door.routes import DoorRoutes
+
+        routes = DoorRoutes(self._read, lambda: self.draining, self._own)
+        if self._act is not None:
+            from tierloom.adapters.door.admin_routes import AdminRoutes
+
+            AdminRoutes(routes.app, self._act)
+        return routes.app
 
     def renew(self) -> None:
         """Read token and certificate anew. Raises ConfigError, and all stays as it was."""
@@ -105,8 +116,8 @@ def serve_http(
     pipe: Pipeline | Sequence[Pipeline], at: str = "127.0.0.1:0", *, token_file: str = "",
     cert: str | Path | None = None, key: str | Path | None = None,
 ) -> HttpDoor:  # fmt: skip
-    """Health, metrics and figures of pipelines over HTTP, from a thread of its own, until the door
-    that is returned is closed; it begins to `measure` them.
+    """Health, metrics, figures and orders of pipelines over HTTP, from a thread of its own, until
+    the door that is returned is closed; it begins to `measure` them.
 
     `at`: `HOST:PORT` or `https://HOST:PORT`, port 0: one that is free, which `HttpDoor.url` then
     says. Other hosts are let in only with a token: of `token_file`, or of the environment variable
@@ -122,4 +133,21 @@ def serve_http(
     async def read() -> dict[str, Any]:
         return {str(i): each.stats() for i, each in enumerate(pipes)}
 
-    return HttpDoor(read, entrance).start()
+    async def act(order: str, said: Mapping[str, Any], id: str) -> dict[str, Any]:
+        return await ordered(pipes, order, said, id)
+
+    door = HttpDoor(read, entrance, act).start()
+    for each in pipes:
+        each.introduce(door=door.url)
+    return door
+
+
+async def ordered(
+    pipes: Sequence[Pipeline], order: str, said: Mapping[str, Any], id: str
+) -> dict[str, dict[str, Any]]:
+    """The same order to each pipeline, and what came of it. Raises InputError, Closed."""
+    from tierloom.pipeline.pipeline_admin import begin_order
+    from tierloom.pipeline.run.loop_thread import awaited
+
+    begun = [begin_order(pipe, order, said, id) for pipe in pipes]
+    return {str(i): await awaited(each) for i, each in enumerate(begun)}

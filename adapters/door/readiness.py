@@ -37,6 +37,8 @@ def _troubles(part: Mapping[str, Any]) -> list[tuple[str, bool]]:
     if "error" in part:
         return [(str(part["error"]), True)]
     found = [("caching is off", True)] if part["off"] is not None else []
+    if part.get("draining"):
+        found.append(("it was ordered to drain", True))
     if not part["tiers"]:
         found.append(("its tiers are not open yet", True))
     for i, (tier, figures) in enumerate(part["tiers"].items()):

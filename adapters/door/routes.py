@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tierloom import __version__
@@ -17,6 +18,9 @@ from tierloom.adapters.door.readiness import Readiness, readiness
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Figures by part, as `Pipeline.stats` gives them."""
+Act = Callable[[str, Mapping[str, Any], str], Awaitable[dict[str, dict[str, Any]]]]
+"""Gives all parts an order (`BODIES`), with an id by which `progress` knows it: what came of it by
+part, with `error` where it failed. Raises InputError, Closed."""
 STREAMS = 16
 """Clients of `/v1/stream`, at once."""
 
@@ -48,6 +52,7 @@ class DoorRoutes:
             title="tierloom", version=__version__, openapi_url="/v1/openapi.json", docs_url=None,
             redoc_url=None,
         )  # fmt: skip
+        self.app.exception_handler(RequestValidationError)(_malformed)
         get = self.app.get
         get("/livez", summary="The process answers.")(self.alive)
         get("/readyz", responses={503: {"model": Readiness}})(self.ready)
@@ -63,14 +68,14 @@ class DoorRoutes:
 
     async def ready(self, response: Response) -> Readiness:
         """The first tier works, and nothing is about to end; 503 with the reason where not."""
-        said = readiness(await self._read(), self._draining())
+        said = await self._readiness(await self._read())
         response.status_code = 503 if said.status == "unready" else 200
         return said
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
         parts = await self._read()
-        collector = FiguresCollector(lambda: parts, own=self._gauges(parts))
+        collector = FiguresCollector(lambda: parts, own=await self._gauges(parts))
         text, kind = exposition(collector, request.headers.get("accept", ""))
         return Response(text, headers={"content-type": kind})
 
@@ -98,13 +103,16 @@ class DoorRoutes:
 
     async def _stats(self) -> ProcessStats:
         parts = await self._read()
-        said = readiness(parts, self._draining())
+        said = await self._readiness(parts)
         return ProcessStats(
             __version__, said.status, said.reasons, {n: dict(p) for n, p in parts.items()}
         )
 
-    def _gauges(self, parts: Parts) -> dict[str, tuple[str, float]]:
-        status = readiness(parts, self._draining()).status
+    async def _readiness(self, parts: Parts) -> Readiness:
+        return readiness(parts, self._draining())
+
+    async def _gauges(self, parts: Parts) -> dict[str, tuple[str, float]]:
+        status = (await self._readiness(parts)).status
         return {
             "ready": ("1 while it is ready or degraded.", float(status != "unready")),
             "degraded": ("1 while a colder tier does not work.", float(status == "degraded")),
@@ -113,3 +121,10 @@ class DoorRoutes:
                 "Parts that do not answer.", float(sum("error" in p for p in parts.values()))
             ),
         } | dict(self._own())  # fmt: skip
+
+
+async def _malformed(_: object, error: Exception) -> Response:
+    """What is wrong with a request, without repeating it: it may be no text at all."""
+    assert isinstance(error, RequestValidationError)
+    wrong = [{"loc": list(e["loc"]), "msg": e["msg"]} for e in error.errors()[:20]]
+    return Response(json.dumps({"detail": wrong}), 422, media_type="application/json")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
 import signal
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +19,17 @@ from tierloom.adapters.server.log_format import write_log
 from tierloom.adapters.server.service_notice import ServiceNotice
 from tierloom.adapters.server.start_report import say_what_is_kept, warn_of_access
 from tierloom.pipeline.config.spec import PipelineSpec
+from tierloom.pipeline.run.loop_thread import awaited
 from tierloom.pipeline.serve.listener import Listen, Listener, certificate
 from tierloom.pipeline.serve.object_store import ObjectStore
 from tierloom.pipeline.serve.terms import Terms
-from tierloom.stages.errors import ConfigError
+from tierloom.stages.errors import Closed, ConfigError
 from tierloom.stages.options import masked
 from tierloom.stages.tiers.server.client import TOKEN, read_token
 
 if TYPE_CHECKING:
     from tierloom.adapters.door.http_door import HttpDoor
+    from tierloom.pipeline.admin.store_admin import StoreAdmin
     from tierloom.stages.directory.shared.hosted import DirectoryHost
 
 log = logging.getLogger("tierloom.serve")
@@ -53,10 +57,14 @@ class Serving:
             host=host,
         )  # fmt: skip
         self.listener = Listener(self.store, listens, terms, context=context, clients=clients)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._admin: StoreAdmin | None = None
 
     def stats(self) -> dict[str, Any]:
         """Counters, as `ObjectStore.stats`; and how many clients there are."""
-        return self.store.stats() | {"serve": {"clients": len(self.listener.sessions)}}
+        serve = {"serve": {"clients": len(self.listener.sessions)}}
+        drains = self._admin is not None and self._admin.drains
+        return self.store.stats() | serve | ({"draining": True} if drains else {})
 
     async def run(self, started: Callable[[list[str]], None], stop: anyio.Event) -> None:
         """Serve until `stop`, then shut down in order. `started` is called with the addresses."""
@@ -64,6 +72,7 @@ class Serving:
             where = self.listener.bind()
             try:
                 await self.store.open()
+                self._loop = asyncio.get_running_loop()
                 async with anyio.create_task_group() as tasks:
                     self.store.start(tasks)
                     started(where)
@@ -75,6 +84,31 @@ class Serving:
             finally:
                 with anyio.CancelScope(shield=True):
                     await self.store.close()
+
+    async def order(self, name: str, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the tiers an order, from the door's loop. Raises InputError, Closed."""
+        if self._loop is None:
+            raise Closed("its tiers are not open yet")
+        if self._admin is None:
+            self._admin = self._new_admin(self._loop)
+        answer: dict[str, Any] = await awaited(self._admin.begin(name, said))
+        return answer
+
+    def _new_admin(self, loop: asyncio.AbstractEventLoop) -> StoreAdmin:
+        from tierloom.pipeline.admin.store_admin import StoreAdmin
+        from tierloom.pipeline.admin.whose import StoredNames
+
+        async def halt() -> None:
+            with anyio.move_on_after(self._drain):
+                await self.store.settled()
+
+        def under_way() -> dict[str, int]:
+            writing = self.store.stats()["store"]["writing"]
+            return {"clients": len(self.listener.sessions), "writing": writing}
+
+        begin = partial(asyncio.run_coroutine_threadsafe, loop=loop)
+        tiers = {tier.name: tier for tier in self.store.tiers}
+        return StoreAdmin(tiers, StoredNames(), begin, halt=halt, under_way=under_way)
 
 
 def run_serve(
@@ -182,7 +216,10 @@ def _door(
     async def read() -> dict[str, Any]:
         return {"store": serving.stats()}
 
-    return HttpDoor(read, Entrance(http, token_file=token_file, cert=cert, key=key))
+    async def act(order: str, said: Mapping[str, Any], id: str) -> dict[str, Any]:
+        return {"store": await serving.order(order, said)}
+
+    return HttpDoor(read, Entrance(http, token_file=token_file, cert=cert, key=key), act)
 
 
 def _host(directory: str) -> DirectoryHost:

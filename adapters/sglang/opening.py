@@ -71,6 +71,7 @@ def open_rank_door(
 ) -> HttpDoor | None:
     """Where `tierloom.http` says; None: its port is another's. Raises ConfigError."""
     from tierloom.adapters.door.engine_door import open_engine_door
+    from tierloom.adapters.door.http_door import ordered
 
     async def read() -> dict[str, Any]:
         pipelines = [store.pipeline for store in stores()]
@@ -78,8 +79,15 @@ def open_rank_door(
             pipeline.measure()
         return {str(i): pipeline.stats() for i, pipeline in enumerate(pipelines)}
 
+    async def act(order: str, body: Mapping[str, Any], id: str) -> dict[str, Any]:
+        return await ordered([store.pipeline for store in stores()], order, body, id)
+
     stores()[0].pipeline.measure()
-    return open_engine_door(said.settings.http, stores()[0].pipeline.spec, read)
+    door = open_engine_door(said.settings.http, stores()[0].pipeline.spec, read, act)
+    if door is not None:
+        for store in stores():
+            store.pipeline.introduce(door=door.url)
+    return door
 
 
 def sglang_rank() -> Rank:

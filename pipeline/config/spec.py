@@ -27,8 +27,7 @@ class Budget:
     threads: int = 4
     """Threads for copies, codecs and disk I/O."""
     touch: bool = True
-    """Servers and engines have memory made ready ahead of its first use, a little at a time. False:
-    they take it as they need it."""
+    """Servers and engines have memory made ready ahead of its first use, a little at a time."""
 
     def __post_init__(self) -> None:
         if self.arena < 1 << 20:
@@ -255,8 +254,7 @@ class HandoffOptions:
     """Engines that may be asked: `HOST`, or `HOST:PORT`; one may be several, with commas between.
     None: those that prove to have the token."""
     token_file: str = ""
-    """File with the token they ask for. Default: the environment variable TIERLOOM_TOKEN, if
-    set."""
+    """File with the token they ask for. Default: the environment variable TIERLOOM_TOKEN."""
     tls: bool = False
     """They listen at `tls://`."""
     ca_file: str = ""
@@ -266,11 +264,11 @@ class HandoffOptions:
     connections: int = 32
     """Most requests for which one engine is asked at once."""
     offers: bool = False
-    """Engines that compute may say when there is something to fetch: for LMCache's proxy, which
-    tells this engine of nothing. Needs `serve`: that is where they say it."""
+    """Engines that compute may say, at `serve`, when there is something to fetch: for LMCache's
+    proxy, which tells this engine of nothing."""
     proxy: str = ""
-    """`HOST:PORT` at which LMCache's proxy waits to hear that a prompt has come to its decoder, for
-    engines that compute; the decoders that they may dial are `peers`. Needs pyzmq."""
+    """`HOST:PORT` at which LMCache's proxy waits to hear that a prompt has come; for engines that
+    compute, whose decoders are `peers`. Needs pyzmq."""
 
     def __post_init__(self) -> None:
         if self.connections < 1 or self.wait < 0:

@@ -53,7 +53,11 @@ class Portal:
 
     def begin(self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Future[Any]:
         """Start a coroutine on the loop."""
-        return asyncio.run_coroutine_threadsafe(fn(*args), self._loop)
+        return self.start_task(fn(*args))
+
+    def start_task(self, task: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """The same, of one that is made already."""
+        return asyncio.run_coroutine_threadsafe(task, self._loop)
 
     def call(
         self, fn: Callable[..., Coroutine[Any, Any, Any]], *args: Any, timeout: float = 30.0

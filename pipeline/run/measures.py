@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tierloom.pipeline.run.tenants import TenantLedger
 from tierloom.stages.contract.request import Request
 from tierloom.stages.errors import Lost
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
@@ -142,6 +143,7 @@ class Measures:
         """From now on the tiers tell of their calls, and of what they keep."""
         self._tallies = {graph: RequestTally() for graph in ("store", "retrieve")}
         self._lost = dict.fromkeys(Lost, 0)
+        self.tenants = TenantLedger()
         self._hit_tokens: dict[str, int] = {}
         self._calls = {name: CallMeter() for name in tiers}
         self._lives = {name: SampledLives() for name, tier in tiers.items() if tier.local}
@@ -152,6 +154,7 @@ class Measures:
 
     def answer(self, request: Request) -> None:
         """Finish a request, and count what became of it; on the loop."""
+        self.tenants.note(request)
         request.finish()
         receipt, tally = request.future.result(), self._tallies[request.graph]
         span, counts = request.span, tally.counts

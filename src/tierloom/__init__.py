@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tierloom.pipeline.config.presets import presets
     from tierloom.pipeline.graph_in_python import Graph
     from tierloom.pipeline.pipeline import Pipeline
+    from tierloom.pipeline.pipeline_admin import administer
     from tierloom.pipeline.playing import play
     from tierloom.stages.contract.request import Receipt
     from tierloom.stages.contract.ticket import Ticket
@@ -52,6 +53,7 @@ _HOME = {
     "Pipeline": "pipeline.pipeline",
     "Receipt": "stages.contract.request",
     "Ticket": "stages.contract.ticket",
+    "administer": "pipeline.pipeline_admin",
     "serve_http": "adapters.door.http_door",
     "play": "pipeline.playing",
     "presets": "pipeline.config.presets",
@@ -74,6 +76,7 @@ __all__ = [
     "Ticket",
     "TierDown",
     "TierloomError",
+    "administer",
     "codecs",
     "graphs",
     "open",

@@ -58,6 +58,12 @@ def grain_links(seed: bytes, tokens: npt.NDArray[np.int32], grain: int) -> list[
     return links
 
 
+def chunk_keys(seed: bytes, tokens: npt.NDArray[np.int32], grain: int, chunk: int) -> list[bytes]:
+    """Keys of a prompt's chunks, the last of which may be short."""
+    links, step = grain_links(seed, tokens, grain), chunk // grain
+    return [links[min(at + step, len(links)) - 1] for at in range(0, len(links), step)]
+
+
 class Chain:
     """The links of one prompt's whole grains, grown as the prompt grows: nothing is hashed twice.
 

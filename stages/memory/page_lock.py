@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from tierloom.stages.errors import LayoutError
 from tierloom.stages.memory.cuda_driver import cuda_context, driver_call
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 CHUNK = 16 << 30
 """Bytes of one call. One call for hundreds of GiB of small pages is refused by drivers from R580
@@ -74,6 +76,8 @@ def unlock(address: int) -> None:
 
 def is_locked(address: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> bool:
     """Each of these pieces of memory lies in one that is locked."""
+    import numpy as np  # not for those who have no memory of their own
+
     inside = np.zeros(len(address), bool)
     for first, (end, *_) in list(_locked.items()):
         inside |= (first <= address) & (address + nbytes <= end)

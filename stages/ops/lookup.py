@@ -146,7 +146,7 @@ class Lookup(RequestStage):
 
     async def _absent(self, request: Request, tiers: Tiers, known: Answers) -> None:
         if not tiers and not self.ctx.replica:
-            refusals = (self.ctx.tiers[n].writing.refusal for n in self.names)
+            refusals = (self.ctx.tiers[n].refusal for n in self.names)
             why = next(filter(None, refusals), Lost.TIER_DOWN)
             request.tally(why, len(request.chunks))
             request.chunks = []

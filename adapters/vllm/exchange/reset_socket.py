@@ -24,7 +24,7 @@ log = logging.getLogger("tierloom.vllm")
 
 _RESET = 10.0
 """Seconds that a worker may take to delete what it stores."""
-_LINE = 1 << 20
+_LINE = 8 << 20
 """Bytes of a question or an answer, at most."""
 
 
@@ -114,13 +114,13 @@ def _forgot(address: str, worker: int, epoch: int, *, local: bool) -> bool:
 
 
 def _line(peer: socket.socket) -> bytes:
-    got = b""
+    got = bytearray()
     while not got.endswith(b"\n"):
-        more = peer.recv(4096)
+        more = peer.recv(1 << 16)
         if not more or len(got) > _LINE:
             raise ValueError("incomplete line")
         got += more
-    return got
+    return bytes(got)
 
 
 def _private(folder: Path) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tierloom.adapters.engine.http_option import http_url
 from tierloom.adapters.engine.pipeline_parts import (
     asked_tiers,
     keeps_content,
@@ -105,6 +106,9 @@ def open_pipelines(
         raise
     layers = pipelines[0].group.layout.layers if alone else model.get_total_num_hidden_layers()
     info = _info(pipelines, layers, _heads(groups[0], model))
+    for each in pipelines:
+        each.pipeline.seeded_by(info.namespace)
+        each.pipeline.introduce(door=http_url(conf.settings.http))
     return pipelines, info._replace(exactly=exactly), engine
 
 

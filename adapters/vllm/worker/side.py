@@ -77,10 +77,8 @@ class WorkerSide:
         self._last: list[int] = []  # the last layer of each group
         self._asked: dict[str, list[Any]] = {}
         self._bad: set[int] = set()
-        self._layer: dict[str, tuple[int, int]] = {}
-        """A layer's name to its group and its index there."""
-        self._costs_at = 0.0
-        self._many = MANY
+        self._layer: dict[str, tuple[int, int]] = {}  # a name to its group and its index there
+        self._costs_at, self._many = 0.0, MANY
 
     @property
     def pipelines(self) -> list[GroupPipeline]:
@@ -105,16 +103,16 @@ class WorkerSide:
     def register_kv_caches(self, caches: Mapping[str, Any]) -> None:
         """Open the pipelines over the KV tensors, or log why not. Raises ConfigError."""
         rank = vllm_rank(self._vllm.parallel_config)
-        self._rank, self.transfer_log = rank.index, TransferLog(rank.index, self._figures)
+        self._rank, self.transfer_log = rank.index, TransferLog(rank.index, self._tickets.figures)
         try:
-            self._reset_socket = ResetSocket(address(self._vllm, rank.index), self._answer)
+            self._reset_socket = ResetSocket(address(self._vllm, rank.index), self._tickets.answer)
         except OSError as error:
             log.warning("the scheduler cannot reset what this worker stores: %s", error)
         try:
             opened = open_pipelines(self._vllm, self._kv, self.conf, caches, rank)
-        except ConfigError:
-            raise
         except Exception as error:  # no memory, no driver, no tier: vLLM can do without any of them
+            if isinstance(error, ConfigError):
+                raise
             known = isinstance(error, TierloomError)
             log.error("caching is off: %s", error, exc_info=not known)  # noqa: TRY400
             self._report.info = _off(str(error) or repr(error))
@@ -141,13 +139,6 @@ class WorkerSide:
             "native" if first.native else "canonical", groups[0].backend,
             sum(g.layout.layers for g in groups), first.spec.chunk.tokens,
         )  # fmt: skip
-
-    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """A question at the reset socket, in another thread."""
-        return self._figures() if "figures" in question else self._tickets.reset(question)
-
-    def _figures(self) -> dict[str, Any]:
-        return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
 
     def shutdown(self) -> None:
         if self._reset_socket is not None:

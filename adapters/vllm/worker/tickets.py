@@ -18,7 +18,7 @@ log = logging.getLogger("tierloom.vllm")
 
 
 class Tickets:
-    """Used by the worker's one thread, but for `reset`."""
+    """Used by the worker's one thread, but for `answer`."""
 
     def __init__(self, ended: Callable[[Any], None]) -> None:
         """`ended`: called with each future that is done, in any thread."""
@@ -32,8 +32,22 @@ class Tickets:
         self._epoch, self._epoch_lock = 0, threading.Lock()
         """Cache resets so far; what was planned before the last is not saved."""
 
-    def reset(self, question: dict[str, Any]) -> dict[str, Any]:
-        """A request at the reset socket, in another thread."""
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """A question at the reset socket, in another thread."""
+        if "figures" in question:
+            return self.figures()
+        if "order" in question:
+            from tierloom.pipeline.pipeline_admin import ordered_of
+
+            pipes = {str(p.group.number): p.pipeline for p in self.pipelines}
+            return ordered_of(pipes, *(question[name] for name in ("order", "said", "id")))
+        return self._reset(question)
+
+    def figures(self) -> dict[str, Any]:
+        """Of each group."""
+        return {str(p.group.number): p.pipeline.stats() for p in self.pipelines}
+
+    def _reset(self, question: dict[str, Any]) -> dict[str, Any]:
         with self._epoch_lock:
             self._epoch = int(question["reset"])
         said = [_cleared(p, local=bool(question["local"])) for p in self.pipelines]

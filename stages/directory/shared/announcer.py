@@ -51,6 +51,7 @@ class Announcer:
         self.snapshots = 0
         """How often all that is held was told."""
         self._directory, self._worker, self._clock, self._pace = directory, worker, clock, pace
+        self._anew = False
         self._lock = threading.Lock()
         self._held: dict[bytes, int] = {}  # chunk: a bit for each tier
         self._changed = OrderedDict[bytes, None]()  # in the order in which it is to be told
@@ -81,6 +82,10 @@ class Announcer:
                     self._loop.call_soon_threadsafe(self._doze[0].set)
                 self._doze = None
             self._again.pop(name, None)
+
+    def introduce(self, worker: WorkerRecord) -> None:
+        """Another record of the same worker, with the same tiers: it joins anew. Any thread."""
+        self._worker, self._anew = worker, True
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -135,7 +140,8 @@ class Announcer:
 
     async def _step(self) -> float:
         """Do what is due; the seconds until something may be."""
-        if not self.epoch:
+        if self._anew or not self.epoch:
+            self._anew = False
             await self._join()
         began, taken, pause = self._clock(), True, _PAUSE
         if began - self._beat_at >= self._worker.heartbeat / 2:  # a full server still takes it

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from tierloom.stages.directory.shared.contract import Directory
-from tierloom.stages.directory.shared.embedded import EmbeddedDirectory
 from tierloom.stages.directory.shared.hosted import HostedDirectory
 from tierloom.stages.directory.shared.redis_directory import RedisDirectory
 from tierloom.stages.errors import ConfigError
@@ -26,7 +25,9 @@ def named_directory(
     """The directory at a URL: as the tier `redis` takes it, or `directory://HOST:PORT` of one that
     is hosted, whose token is in `token_file`; or one in this process. `ca_file`: whom to trust with
     TLS. Raises ConfigError."""
-    if url == EMBEDDED:
+    if url == EMBEDDED:  # whose table is compiled: not for those who only ask
+        from tierloom.stages.directory.shared.embedded import EmbeddedDirectory
+
         return EmbeddedDirectory.warm()
     scheme = url.partition("://")[0]
     if scheme.startswith("directory"):

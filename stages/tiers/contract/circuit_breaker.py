@@ -64,17 +64,26 @@ class CircuitBreaker(WrapperTier):
         asks."""
         self.unread = UnreadableObjects(name, self.counts, clock)
         """Objects that exist, but cannot be read here."""
+        self.frozen = self.bypassed = False
+        """Somebody wants nothing to be put; and nothing to be read either."""
 
     @property
     def available(self) -> bool:
         """A read would be let through: its breaker is closed, or a probe is due."""
-        return self.reading.open_to_calls
+        return self.reading.open_to_calls and not self.bypassed
 
     @property
     def takes(self) -> bool:
         """A put would be let through. Where reads fail it is one of the probes: what it puts is
         read back."""
+        if self.frozen or self.bypassed:
+            return False
         return self.writing.open_to_calls and (self.reading.open_to_calls or not self._opened)
+
+    @property
+    def refusal(self) -> Lost | None:
+        """Why nothing is put now, though the tier works."""
+        return Lost.REFUSED if self.frozen or self.bypassed else self.writing.refusal
 
     def cost(self, nbytes: int) -> float | None:
         """Seconds that reading `nbytes` of plain KV should take, encoded as this tier has it; None
@@ -121,6 +130,8 @@ class CircuitBreaker(WrapperTier):
         self.writing.trip(error)
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        if self.bypassed:
+            return [False] * len(keys)
         found = await self._call(self.reading, lambda: self.tier.exists(keys))
         return [False] * len(keys) if isinstance(found, Lost) else found
 
@@ -140,7 +151,9 @@ class CircuitBreaker(WrapperTier):
         fresh = [read for read in reads if read.object is None]
         before = sum(r.object.arrived for r in reads if r.object)
         began = self._clock()
-        failed = await self._call(self.reading, lambda: self.tier.read(reads), cargo=True)
+        failed: Lost | None = Lost.TIER_DOWN
+        if not self.bypassed:
+            failed = await self._call(self.reading, lambda: self.tier.read(reads), cargo=True)
         if failed is None:
             nbytes = sum(r.object.arrived for r in reads if r.object) - before
             if nbytes:
@@ -168,7 +181,7 @@ class CircuitBreaker(WrapperTier):
 
     async def put(self, objects: Sequence[Object]) -> list[Lost | None]:
         if not self.takes:
-            return [self.writing.refusal or Lost.TIER_DOWN] * len(objects)
+            return [self.refusal or Lost.TIER_DOWN] * len(objects)
         timed = self.timed
         began = self._clock() if timed is not None else 0.0
         reads_fail = self._opened and not self.reading.closed

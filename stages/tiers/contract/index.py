@@ -69,6 +69,10 @@ class Entry(Generic[P]):
     expires: float
     """In the clock of the index; see `Index.expiry`."""
     pinned: bool = False
+    leased: bool = False
+    """Protected from eviction for a while: nothing of it is written down."""
+    came: float = 0.0
+    """When this process had it first, in the clock of the index."""
 
 
 def split(links: bytes) -> list[bytes]:
@@ -147,6 +151,7 @@ class Index(Generic[P]):
 
     def add(self, entry: Entry[P], text: Text | None = None) -> None:
         """Show an entry whose key is not here. `text`: what its header has, for who watches."""
+        entry.came = self._clock()
         with self.lock:
             self._entries[entry.key] = entry
             for link in split(entry.links)[:-1]:
@@ -202,18 +207,28 @@ class Index(Generic[P]):
             for key in reversed(keys):
                 self._policy.order_for_eviction(key)
 
-    def pin(self, key: bytes, *, pinned: bool) -> bool:
-        """Protect an entry from eviction, or make it evictable, as if new; False if absent."""
+    def pin(self, key: bytes, *, pinned: bool, lease: bool = False) -> bool:
+        """Protect an entry from eviction, or make it evictable, as if new, unless it is protected
+        in the other way as well; False if absent. `lease`: for a while."""
         with self.lock:
             entry = self.get(key)
             if entry is None:
                 return False
-            if pinned and not entry.pinned:
+            was = entry.pinned or entry.leased
+            if lease:
+                entry.leased = pinned
+            else:
+                entry.pinned = pinned
+            now = entry.pinned or entry.leased
+            if now and not was:
                 self._policy.remove(key)
-            elif entry.pinned and not pinned:
+            elif was and not now:
                 self._policy.add(key, entry.nbytes)
-            entry.pinned = pinned
             return True
+
+    def age(self, entry: Entry[P]) -> float:
+        """Seconds since this process had an entry first."""
+        return self._clock() - entry.came
 
     def _skip(self, key: bytes) -> bool:
         return self._in_use(self._entries[key].place)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from tierloom.stages.tiers.contract.index import Index, LifeWatch
+from tierloom.stages.tiers.contract.index import Entry, Index, LifeWatch
 from tierloom.stages.tiers.contract.tier import Found, Tier, TierStat
 
 P = TypeVar("P")
@@ -41,3 +41,13 @@ class IndexedTier(Tier, Generic[P]):
 
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         return sum(self._index.pin(key, pinned=pinned) for key in keys)
+
+    def lease(self, keys: Sequence[bytes], *, leased: bool = True) -> int:
+        return sum(self._index.pin(key, pinned=leased, lease=True) for key in keys)
+
+    def entries(self) -> list[Entry[Any]]:
+        with self._index.lock:
+            return list(self._index)
+
+    def age(self, entry: Entry[Any]) -> float:
+        return self._index.age(entry)

@@ -22,7 +22,7 @@ from tierloom.stages.memory.arena import Arena
 from tierloom.stages.renamed import bridge_renamed
 
 if TYPE_CHECKING:
-    from tierloom.stages.tiers.contract.index import LifeWatch
+    from tierloom.stages.tiers.contract.index import Entry, LifeWatch
 
 
 class TierWatch(Protocol):
@@ -240,6 +240,18 @@ class Tier(ABC):
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         """Protect objects from eviction, or stop that; how many were found (local tiers only)."""
         raise NotImplementedError(f"{type(self).__name__} cannot pin")
+
+    def lease(self, keys: Sequence[bytes], *, leased: bool = True) -> int:
+        """As `pin`, apart from it, and until this process ends at most."""
+        raise NotImplementedError(f"{type(self).__name__} cannot pin")
+
+    def entries(self) -> list[Entry[Any]]:
+        """What the index of a local tier has, in the order in which it came; any thread."""
+        return []
+
+    def age(self, entry: Entry[Any]) -> float:
+        """Seconds since this process had one of `entries` first."""
+        return 0.0
 
 
 class SharedTier(Tier):

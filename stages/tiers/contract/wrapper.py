@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tierloom.stages.errors import Lost
 from tierloom.stages.kv.object import Object
 from tierloom.stages.tiers.contract.tier import Found, Read, Tier, TierStat
 
 if TYPE_CHECKING:
-    from tierloom.stages.tiers.contract.index import LifeWatch
+    from tierloom.stages.tiers.contract.index import Entry, LifeWatch
 
 
 class WrapperTier(Tier):
@@ -73,3 +73,12 @@ class WrapperTier(Tier):
 
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         return self.tier.pin(keys, pinned=pinned)
+
+    def lease(self, keys: Sequence[bytes], *, leased: bool = True) -> int:
+        return self.tier.lease(keys, leased=leased)
+
+    def entries(self) -> list[Entry[Any]]:
+        return self.tier.entries()
+
+    def age(self, entry: Entry[Any]) -> float:
+        return self.tier.age(entry)

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Sequence
 
 import anyio
-import numpy as np
 
 from tierloom.stages.errors import TierDown
 from tierloom.stages.memory.arena import Lease, Slab
@@ -52,6 +51,8 @@ class SharedMemory(Slab):
         # Whole pages, of whatever size: what is mapped in part of one cannot be unmapped.
         whole = min(found.st_size, -(-nbytes // found.st_blksize) * found.st_blksize)
         self._map = mmap.mmap(fd, whole, mmap.MAP_SHARED, mmap.PROT_READ)
+        import numpy as np  # not for those who only ask a directory
+
         address = np.frombuffer(self._map, np.uint8).ctypes.data
         super().__init__(address, memoryview(self._map)[:nbytes])
         self.nbytes = nbytes

@@ -65,3 +65,6 @@ class Blackhole(Tier):
 
     def pin(self, keys: Sequence[bytes], *, pinned: bool = True) -> int:
         return 0
+
+    def lease(self, keys: Sequence[bytes], *, leased: bool = True) -> int:
+        return 0

@@ -176,7 +176,7 @@ def test_who_cannot_listen_tells_nothing(opened: Open) -> None:
     serve = {"tiers": ["hot"], "directory": "embedded", "listen": listen}
     second = opened(config(serve=serve), engine)
     assert second.store(IDS, engine.caches, engine.slots(192)).wait(10).tokens == 192
-    assert second._worker._announced is None
+    assert second._worker.announced is None
 
 
 def test_a_wrong_password_costs_what_others_have(

@@ -67,6 +67,34 @@ def test_the_engine_s_own_door(server: Server, reference: Reference) -> None:
     assert f"tierloom_load_tokens_total {measured['retrieve']['tokens']:.1f}" in text
 
 
+def test_orders_by_the_engine_s_door(server: Server, reference: Reference) -> None:
+    """They reach the workers, by the tokens that the engine was asked."""
+    tokens = prompt(900, seed=484)
+    right = reference(tokens)
+    kept(server, tokens, right)
+
+    def order(name: str, body: dict[str, object]) -> dict[str, int]:
+        said = httpx.post(f"{server.door}/v1/{name}", json=body, trust_env=False, timeout=60)
+        assert said.status_code == 200, said.text
+        part: dict[str, int] = said.json()["parts"]["0"]
+        return part
+
+    pinned = order("pin", {"tokens": tokens, "owner": "me", "ttl": "1 h"})
+    assert (pinned["absent"], pinned["no_room"]) == (0, 0)
+    assert pinned["tokens"] >= 768
+    left = order("clear", {"everything": True, "dry_run": False})
+    assert left["pinned"] >= pinned["objects"] > 0
+    assert json.loads(server.post("/reset_prefix_cache")) == {"success": True}
+    assert server.complete(tokens)["cached"] > 0  # what is pinned is left
+    tenants = httpx.get(f"{server.door}/v1/usage", trust_env=False).json()["parts"]["0"]["tenants"]
+    assert set(tenants) - {""}
+    order("unpin", {"owner": "me"})
+    assert order("clear", {"salt": "", "dry_run": False})["objects"] > 0
+    assert json.loads(server.post("/reset_prefix_cache")) == {"success": True}
+    said = server.complete(tokens)
+    assert (said["ids"], said["cached"]) == (right, 0)
+
+
 def test_a_reset_of_the_engine_alone_leaves_it(server: Server, reference: Reference) -> None:
     tokens = prompt(900, seed=481)
     right = reference(tokens)

@@ -72,6 +72,16 @@ def test_busy_and_pinned_entries_stay(index):
     assert index.evict().key == key_of(2)
 
 
+def test_a_lease_and_a_pin_are_apart(index):
+    """What is protected both ways stays until neither does it."""
+    index.add(entry(1))
+    for leased, pinned, stays in [(1, 0, 1), (1, 1, 1), (0, 1, 1), (1, 1, 1), (1, 0, 1), (0, 0, 0)]:
+        assert index.pin(key_of(1), pinned=bool(leased), lease=True)
+        assert index.pin(key_of(1), pinned=bool(pinned))
+        gone = index.evict()
+        assert (gone is None) == bool(stays)
+
+
 def test_what_is_over_is_not_there(clock):
     index = Index("lru", 100, ttl=60.0, clock=clock, in_use=lambda busy: False)
     for seed in (1, 2):
