@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tierloom.pipeline.config.resolve import installed_by
 from tierloom.stages import catalog
 
 KNOWN = f"known: {', '.join(sorted(catalog.STAGES))}"
@@ -43,7 +44,7 @@ STAGES = {
     "a module that is not there": (
         "x: {use: 'nowhere_at_all:X'}", "7:16", "graphs.store.stages.x",
         "stage 'nowhere_at_all:X' cannot be loaded: No module named 'nowhere_at_all'",
-        "pip install nowhere_at_all",
+        "install the package that has the Python module 'nowhere_at_all'",
     ),
     "a class that is not there": (
         "x: {use: 'standins:X'}", "7:16", "graphs.store.stages.x",
@@ -185,3 +186,10 @@ def test_a_problem_of_a_stage(checker, case) -> None:
     assert (f"./p.yaml:{place}", path, message, hint) in {
         (f"./{p.file}:{p.line}:{p.col}", p.path, p.message, p.hint) for p in problems
     }, "\n".join(map(str, problems))
+
+
+@pytest.mark.parametrize(
+    ("module", "hint"), [("yaml", "pip install pyyaml"), ("obstore", "pip install 'tierloom[s3]'")]
+)
+def test_a_missing_module_is_told_by_its_package(module: str, hint: str) -> None:
+    assert installed_by(module) == hint

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-import typer
 import yaml
 
-from tierloom.adapters.cli.commands import app
 from tierloom.adapters.vllm.exchange.settings import configured
 from tierloom.pipeline.config import load as check
 from tierloom.pipeline.config.load import warnings
@@ -64,22 +61,6 @@ def test_the_decoder_may_dial_what_the_prefiller_says_of_itself(
     assert (serve.advertise, 0) in handoff.named
     secret = f"/run/secrets/{services['prefiller']['secrets'][0]}"
     assert serve.token_file == handoff.token_file == secret
-
-
-def test_the_proxy_asks_both(services: dict[str, Any]) -> None:
-    proxy = services["proxy"]
-    program, name = proxy["entrypoint"]
-    command: Any = typer.main.get_command(app)
-    assert program == "tierloom"
-    flags = {flag for option in command.commands[name].params for flag in option.opts}
-    assert {word.partition("=")[0] for word in proxy["command"]} <= flags
-    for flag, engine in (("--prefill", "prefiller"), ("--decode", "decoder")):
-        url = urlsplit(value_of(proxy["command"], flag))
-        assert url.hostname == engine
-        assert str(url.port) == value_of(services[engine]["command"], "--port")
-    assert proxy["depends_on"].keys() == ROLES.keys()
-    published = [port for service in services.values() for port in service.get("ports", ())]
-    assert published == [f"127.0.0.1:8000:{value_of(proxy['command'], '--port')}"]
 
 
 def test_each_engine_has_a_gpu_and_a_disk_of_its_own(
