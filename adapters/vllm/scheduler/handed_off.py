@@ -132,8 +132,9 @@ class HandoffSide(SchedulerSide):
             self._block = blocks
 
     def build_connector_meta(self, output: Any) -> Plan:
-        for name in list(self._given):
-            self._promise(name)
+        for name, given in list(self._given.items()):  # a decoder waits from its offer on
+            if given.receiver is None or name in output.num_scheduled_tokens:
+                self._promise(name)
         plan = super().build_connector_meta(output)
         for ticket, keys in list(self._ended.items()):
             if self.saves is None or not self.saves.under_way(keys):
