@@ -198,7 +198,7 @@ def warm(
     token_file: Annotated[Path | None, typer.Option(metavar="FILE", help="API key.")] = None,
 ) -> None:
     """Have a server compute a corpus, several passages to a prompt, so that it is kept."""
-    from tierloom.adapters.cli.warm import run_warm
+    from tierloom.adapters.workload.warm import run_warm
 
     raise typer.Exit(
         run_warm(

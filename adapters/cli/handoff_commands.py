@@ -110,7 +110,7 @@ def pd(
 
     tierloom pd --prefill 2 --decode 2 MODEL -- --max-model-len 8192
     """
-    from tierloom.adapters.cli.pd_launch import parsed_devices, planned, run_pd
+    from tierloom.adapters.proxy.pd_launch import parsed_devices, planned, run_pd
 
     counts = {"prefill": prefill, "decode": decode}
     engines = planned(model, counts, port, parsed_devices(devices), arguments or [])

@@ -32,7 +32,7 @@ ACCESS: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
-def asked(
+def door_answer(
     url: str, path: str, body: Mapping[str, Any] | None, token_file: str, ca_file: str,
     *, also: int = 200, key: str = "",
 ) -> Any:  # fmt: skip
@@ -52,7 +52,7 @@ def asked(
 def _give(order: str, body: dict[str, Any], said: dict[str, Any]) -> None:
     """Exits with 1 where something of it was not done. Raises ConfigError, TierDown."""
     access = said["token_file"], said["ca_file"]
-    answer = asked(said["url"], f"/v1/{order}", body or None, *access, also=502)
+    answer = door_answer(said["url"], f"/v1/{order}", body or None, *access, also=502)
     parts: dict[str, dict[str, Any]] = answer["parts"]
     if said["as_json"]:
         typer.echo(json.dumps(answer, indent=2))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, strategies as st
 
-from tierloom.adapters.cli.warm import packs, passages_of, run_warm
+from tierloom.adapters.workload.warm import packs, passages_of, run_warm
 from tierloom.stages.errors import ConfigError
 
 if TYPE_CHECKING:
