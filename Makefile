@@ -130,7 +130,8 @@ test-sglang: $(READY) $(SGLANG_READY)
 	$(BIN)/python -m pytest tests/adapters/sglang -m "campaign or not campaign"
 
 test-cluster: $(READY) $(VLLM_READY)
-	$(BIN)/python -m pytest tests/pipeline/remote/test_peer_restarts.py tests/adapters/demo/test_demo_cluster.py -s \
+	$(BIN)/python -m pytest tests/pipeline/remote/test_peer_restarts.py tests/adapters/demo/test_demo_cluster.py \
+	  tests/adapters/controller tests/adapters/door/test_orders_model.py -s \
 	  -m "campaign or not campaign"
 
 # Engines that are killed and stopped under load, thousands of malformed bodies, real engines under the proxy: ten minutes.

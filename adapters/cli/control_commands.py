@@ -10,8 +10,16 @@ from urllib.parse import quote
 
 import typer
 
-from tierloom.adapters.cli.order_options import add_order, ids_in, pairs_in
-from tierloom.adapters.cli.store_commands import ACCESS, AsJson, CaFile, TokenFile, door_answer
+from tierloom.adapters.cli.store_commands import (
+    ACCESS,
+    AsJson,
+    CaFile,
+    TokenFile,
+    add_order,
+    ask_door,
+    ids_in,
+    pairs_in,
+)
 from tierloom.pipeline.admin.admin_bodies import SENT
 from tierloom.stages.errors import ConfigError
 
@@ -75,7 +83,7 @@ def lookup(
 ) -> None:  # fmt: skip
     """Show who has how much of a prompt. Exits with 1 where nobody has any of it."""
     body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt}
-    said = door_answer(url, "/v1/lookup", body, token_file, ca_file)
+    said = ask_door(url, "/v1/lookup", body, token_file, ca_file)
     rows = said["instances"]
     _show(said if as_json else {n: _hit(hit) for n, hit in rows.items()}, as_json=as_json)
     raise typer.Exit(0 if rows else 1)
@@ -88,7 +96,7 @@ def explain(
 ) -> None:  # fmt: skip
     """Show why a lookup finds nothing, or so little."""
     body = {"tokens": ids_in(tokens), "text": text, "model": model, "salt": salt}
-    said = door_answer(url, "/v1/explain", body, token_file, ca_file)
+    said = ask_door(url, "/v1/explain", body, token_file, ca_file)
     rows = {name: f"has {tokens} tokens" for name, tokens in said["found"].items()}
     rows |= {name: "; ".join(why) for name, why in said["reasons"].items()}
     _show(said if as_json else rows, as_json=as_json)
@@ -99,7 +107,7 @@ def instances(
     url: Url = AT, token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False
 ) -> None:
     """Show the engines that live."""
-    said = door_answer(url, "/v1/instances", None, token_file, ca_file)
+    said = ask_door(url, "/v1/instances", None, token_file, ca_file)
     rows = {n: f"{i['model']}, {i['workers']} workers, {' '.join(i['tiers'])}; door: "
                f"{i['door'] or 'none'}" for n, i in said.items()}  # fmt: skip
     _show(said if as_json else rows, as_json=as_json)
@@ -110,7 +118,7 @@ def health(
     url: Url = AT, token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False
 ) -> None:
     """Show what each engine says of itself. Exits with 1 where one is not ready."""
-    said = door_answer(url, "/v1/health", None, token_file, ca_file)
+    said = ask_door(url, "/v1/health", None, token_file, ca_file)
     _show(said if as_json else {"": f"directory {said['status']}"} | said["instances"],
           as_json=as_json)  # fmt: skip
     well = {"ready", "alive"} >= {said["status"], *said["instances"].values()}
@@ -129,7 +137,7 @@ def move(
     """Bring a prompt from one engine's tiers into another's memory."""
     body = {"source": source, "target": target, "tokens": ids_in(tokens), "salt": salt,
             "copy": copy}  # fmt: skip
-    said = door_answer(url, "/v1/move", body, token_file, ca_file, key=key)
+    said = ask_door(url, "/v1/move", body, token_file, ca_file, key=key)
     text = f"{said['moved']} of {said['chunks']} chunks, {said['tokens']} tokens: {said['state']}"
     _show(said if as_json else {"": text}, as_json=as_json)
     raise typer.Exit(0 if said["state"] == "done" and said["moved"] == said["chunks"] else 1)
@@ -141,9 +149,7 @@ def order(
     token_file: TokenFile = "", ca_file: CaFile = "", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Show how far an order is, or what came of it. Exits with 1 where it is not done."""
-    _ordered(
-        door_answer(url, f"/v1/orders/{quote(id)}", None, token_file, ca_file), as_json=as_json
-    )
+    _ordered(ask_door(url, f"/v1/orders/{quote(id)}", None, token_file, ca_file), as_json=as_json)
 
 
 def _ordered(said: Any, *, as_json: bool) -> None:
@@ -169,7 +175,7 @@ def _hit(hit: dict[str, Any]) -> str:
 def _give(order: str, body: dict[str, Any], said: dict[str, Any]) -> None:
     sent = {"instances": said["to"], "body": body, "deadline": said["deadline"]}
     access = said["token_file"], said["ca_file"]
-    answer = door_answer(said["url"], f"/v1/{order}", sent, *access, key=said["key"])
+    answer = ask_door(said["url"], f"/v1/{order}", sent, *access, key=said["key"])
     _ordered(answer, as_json=said["as_json"])
 
 

@@ -89,7 +89,7 @@ class LMCacheRoutes:
         """The engine that is reached at an address; null: none."""
         known = await self._fleet.instances()
         found = (name for name, some in known.items() if body.ip in _hosts(some))
-        return {"event_id": body.event_id or _event(), "res": next(found, None)}
+        return {"event_id": _event(body.event_id), "res": next(found, None)}
 
     async def lookup(self, body: LookupRequest) -> Answer:
         """Each engine's location and tokens, most first."""
@@ -99,7 +99,7 @@ class LMCacheRoutes:
             for name, hit in found.instances.items():
                 best = max(hit.tiers, key=lambda tier: hit.tiers[tier], default="")
                 layout[name] = [_location(known.get(name, []), best), hit.tokens]
-        return {"event_id": body.event_id or _event(), "layout_info": layout}
+        return {"event_id": _event(body.event_id), "layout_info": layout}
 
     async def clear(self, body: InstanceRequest) -> Answer:
         """All of an engine, or of one location of it; in chunks of whole size."""
@@ -117,7 +117,7 @@ class LMCacheRoutes:
     async def compress(self, body: InstanceRequest) -> Answer:
         """Nothing: how a tier encodes what it keeps, its engine's file says."""
         require_instance(await self._fleet.instances(), body.instance_id)
-        return {"event_id": body.event_id or _event(), "num_tokens": 0}
+        return {"event_id": _event(body.event_id), "num_tokens": 0}
 
     async def decompress(self, body: InstanceRequest) -> Answer:
         """As `compress`: what is read is decoded then."""
@@ -140,7 +140,7 @@ class LMCacheRoutes:
         said = await self._control.health()
         well = said.instances.get(body.instance_id) in ("ready", "degraded", "alive")
         codes = dict.fromkeys(range(len(known[body.instance_id])), int(not well))
-        return {"event_id": body.event_id or _event(), "error_codes": codes}
+        return {"event_id": _event(body.event_id), "error_codes": codes}
 
     async def check_finish(self, body: EventRequest) -> Answer:
         """done, running, failed, late or lost. What only asks is done."""
@@ -157,7 +157,7 @@ class LMCacheRoutes:
             for i, record in enumerate(known[body.instance_id])
             if not body.worker_ids or i in body.worker_ids
         ]
-        return {"event_id": body.event_id or _event(), "worker_infos": infos}
+        return {"event_id": _event(body.event_id), "worker_infos": infos}
 
     async def _send(self, order: str, instance: str, said: Mapping[str, Any]) -> FleetOrder:
         return await self._orders.send(order, FleetOrderBody(instances=[instance], body=dict(said)))
@@ -172,8 +172,10 @@ class LMCacheRoutes:
         return [body.location] if body.location else []
 
 
-def _event() -> str:
-    return secrets.token_hex(8)
+def _event(said: str) -> str:
+    """As it was said, else a new one. Raises UnicodeError for what cannot be answered."""
+    said.encode()
+    return said or secrets.token_hex(8)
 
 
 def _hosts(records: list[WorkerRecord]) -> set[str | None]:

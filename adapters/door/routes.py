@@ -53,6 +53,7 @@ class DoorRoutes:
             redoc_url=None,
         )  # fmt: skip
         self.app.exception_handler(RequestValidationError)(_malformed)
+        self.app.exception_handler(UnicodeError)(_no_text)
         get = self.app.get
         get("/livez", summary="The process answers.")(self.alive)
         get("/readyz", responses={503: {"model": Readiness}})(self.ready)
@@ -128,3 +129,7 @@ async def _malformed(_: object, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     wrong = [{"loc": list(e["loc"]), "msg": e["msg"]} for e in error.errors()[:20]]
     return Response(json.dumps({"detail": wrong}), 422, media_type="application/json")
+
+
+async def _no_text(_: object, error: Exception) -> Response:
+    return JSONResponse({"detail": "text with half of a character: a lone surrogate"}, 422)

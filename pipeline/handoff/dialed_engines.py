@@ -6,6 +6,7 @@ Only engines that the file names are dialed, or such as prove to have the token.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ DIAL = 1.0
 """Seconds within which an engine lets us in."""
 _ASIDE, _LONGEST = 1.0, 30.0
 """Seconds for which an engine that failed is not asked, the first time and at most."""
+_LOOK = 1.0
+"""Seconds between two looks for connections whose other side has gone."""
 _MANY = 64
 """Engines that are remembered."""
 
@@ -101,8 +104,11 @@ class DialedEngines:
         self._guarded = bool(read_token(options.token_file))
         self._engines: dict[tuple[str, int, bytes], DialedEngine] = {}
         self._refused: set[str] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for engine in self._engines.values():
             engine.client.close()
 
@@ -130,6 +136,7 @@ class DialedEngines:
             known = self._engines[host, port, space] = DialedEngine(client, host, port)
             made.append(known)
             self._forget_some()
+        self._look_later()
         return known if known.healthy else None
 
     def refuse(self, why: str) -> None:
@@ -137,6 +144,16 @@ class DialedEngines:
         if why not in self._refused and len(self._refused) < _MANY:
             self._refused.add(why)
             log.warning("KV is not handed over: %s", why)
+
+    def _look_later(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        """An engine that died leaves no connection open here."""
+        self._timer = None
+        if sum(engine.client.drop_dead() + engine.busy for engine in self._engines.values()):
+            self._look_later()
 
     def _forget_some(self) -> None:
         for at, engine in list(self._engines.items())[:-1]:

@@ -49,9 +49,10 @@ class FirstTouch:
 
     def _run(self) -> None:
         room, rest = 0, 0.0
+        leave = max(LEFT, available(high=True) // 4)  # others start later, engines among them
         while self.touched < self._nbytes and not self._stopped.wait(rest):
             if room < STEP:
-                room = min(_BATCH, available(high=True) - LEFT)
+                room = min(_BATCH, available(high=True) - leave)
                 rest = _AGAIN if room < STEP else 0.0
                 continue
             began = time.monotonic()

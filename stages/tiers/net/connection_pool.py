@@ -66,6 +66,16 @@ class ConnectionPool(Generic[C]):
         while self._idle:
             self._idle.pop().close()
 
+    def drop_dead(self) -> int:
+        """Close idle connections whose other side has gone; how many are left."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            if connection.usable:
+                self._idle.append(connection)
+            else:
+                connection.close()
+        return len(self._idle)
+
     def close(self) -> None:
         """Close the idle connections now, those in use when they are given back."""
         self._closed = True

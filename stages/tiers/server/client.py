@@ -182,6 +182,10 @@ class Client:
         if self._pool is not None:
             self._pool.close()
 
+    def drop_dead(self) -> int:
+        """Close idle connections whose server has gone; how many are left."""
+        return self._pool.drop_dead() if self._pool is not None else 0
+
     def connection(self) -> AbstractAsyncContextManager[Connection]:
         """A connection for one question; closed unless that was answered to its end."""
         assert self._pool is not None

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,27 @@ def child(rig: FleetRig) -> Iterator[subprocess.Popen[str]]:
             made.stdout.close()
 
 
-@pytest.mark.slow
+def test_an_engine_that_leaves_while_it_is_at_it(rig: FleetRig) -> None:
+    """The order does not wait for its deadline."""
+    (one,) = with_doors(rig, "one")
+    go, told = threading.Event(), []
+    one._portal.post(go.wait)
+    body = {"everything": True}
+    asking = threading.Thread(
+        target=lambda: told.append(send(rig, "clear", ["one"], body, "k", deadline="500 s"))
+    )
+    asking.start()
+    try:
+        until(lambda: rig.raw("/v1/orders/one~k").json().get("state") in ("running", "lost"))
+        one._worker.serving.close()
+        asking.join(20)
+        assert not asking.is_alive()
+    finally:
+        go.set()
+    assert (told[0]["state"], told[0]["instances"]["one"]["detail"]) == ("lost", "it has ended")
+
+
+@pytest.mark.campaign
 def test_an_engine_that_stops_or_dies(rig: FleetRig, child: subprocess.Popen[str]) -> None:
     """What it was told it may have done: the order says so, and does not wait for its deadline."""
     assert send(rig, "freeze", ["child"], {}, "k")["state"] == "done"

@@ -104,6 +104,12 @@ def test_what_is_wrong_is_told_and_nothing_is_done() -> None:
                 headers={"content-type": "application/json"},
             )  # fmt: skip
             assert said.status_code in (400, 422), (raw[:20], said.text)
+        said = httpx.post(
+            f"{door.url}/v1/pin", trust_env=False, timeout=20,
+            content=b'{"owner": "o", "ttl": "1 s", "tokens": [1], "salt": "\\ud800"}',
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        assert (said.status_code, "lone surrogate" in said.text) == (422, True)
         assert rig.retrieve(1).tokens == 64
         code, error = run("freeze", "--tier", "x", "--url", door.url)
         assert code == 1

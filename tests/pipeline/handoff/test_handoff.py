@@ -375,6 +375,18 @@ def test_one_that_was_restarted_knows_no_ticket_and_is_asked_again(opened: Open)
     assert get(d, engine, at).tokens == 192
 
 
+def test_one_that_has_gone_leaves_no_connection_open(opened: Open) -> None:
+    engine = Engine()
+    p, d = opened(prefiller(), engine), opened(decoder(), engine)
+    p.store(IDS, engine.caches, engine.slots(192)).wait()
+    assert land(d, p) == 3
+    (known,) = d.handoff._engines._engines.values()
+    assert known.client._pool._idle
+    p.close()
+    until(lambda: not known.client._pool._idle)
+    until(lambda: d.handoff._engines._timer is None)
+
+
 @pytest.mark.parametrize("how", ["clear", "close"])
 def test_what_is_under_way_ends_with_a_reset_and_with_the_pipeline(opened: Open, how: str) -> None:
     engine = Engine()

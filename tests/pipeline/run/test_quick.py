@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,16 +55,21 @@ def test_where_stages_run(
 
 def test_gates_open_for_all_who_wait() -> None:
     """Whenever they come: before the first gate opens, in between, or afterwards."""
-    for _ in range(50):
+    for turn in range(50):
         gates, passed = LayerGates(6), []
         gates.expect(2)
 
         def wait(group: int, gates: LayerGates = gates, passed: list[bool] = passed) -> None:
-            passed.append(gates.wait(group, 30) if group >= 0 else gates.wait_all(30))
+            passed.append(gates.wait(group, 99) if group >= 0 else gates.wait_all(99))
 
-        waiting = [threading.Thread(target=wait, args=(group,)) for group in (*range(6), -1, -1)]
+        waiting = [
+            threading.Thread(target=wait, args=(group,), daemon=True)
+            for group in (*range(6), -1, -1)
+        ]
         for thread in waiting:
             thread.start()
+        while turn % 2 and len(gates._changed._waiters) < 8:  # type: ignore[attr-defined]
+            time.sleep(0.001)
         for _ in range(2):
             for group in range(6):
                 gates.passed([group])

@@ -79,25 +79,29 @@ def test_no_byte_is_changed():
     arena.close()
 
 
-@pytest.mark.parametrize("free", [LEFT + 3 * STEP, LEFT, 0])
-def test_no_more_than_is_available(monkeypatch, free):
-    """It looks again later, and goes on when there is more."""
-    looks = threading.Semaphore(0)
+@pytest.mark.parametrize(
+    ("free", "least"), [(LEFT + 3 * STEP, LEFT), (LEFT, LEFT), (0, LEFT), (16 * STEP, 0)]
+)
+def test_no_more_than_is_available(monkeypatch, free, least):
+    """Nor a quarter of that. It looks again later, and goes on when there is more."""
+    looks, made = threading.Semaphore(0), threading.Event()
     there = [free, 1 << 40]
 
     def left(high):
         assert high
+        assert made.wait(30)
         looks.release()
-        return there[0] - touching.touched if touching is not None else 0
+        return there[0] - touching.touched
 
-    touching = None
     monkeypatch.setattr(first_touch, "available", left)
     monkeypatch.setattr(first_touch, "_AGAIN", 0.01)
+    monkeypatch.setattr(first_touch, "LEFT", least)
     arena = Arena(SIZE, huge_pages=False)
     touching = FirstTouch(arena.address, arena.total)
+    made.set()
     for _ in range(5):
         assert looks.acquire(timeout=30)
-    assert touching.touched == max(0, free - LEFT)
+    assert touching.touched == max(0, free - max(least, free // 4))
     del there[0]
     touching._thread.join(60)
     assert touching.touched == arena.total

@@ -145,6 +145,9 @@ def main(model: str, kills: str, seed: str = "0") -> None:
         made.run(2)
         files = made.files()
         made.run(int(kills) - 2)
+        end = time.monotonic() + 2
+        while made.files() > files and time.monotonic() < end:
+            time.sleep(0.1)
         if (more := made.files() - files) > 2:
             wrong.append(f"{more} files more are open than after two kills")
     except Exception as error:

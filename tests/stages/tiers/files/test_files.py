@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import time
+from inspect import signature
 from types import SimpleNamespace
 
 import anyio
@@ -15,8 +16,12 @@ import pytest
 from tierloom.stages.errors import ConfigError, Lost, TierDown
 from tierloom.stages.tiers.contract.circuit_breaker import CircuitBreaker
 from tierloom.stages.tiers.contract.tier import Read, TierContext
+from tierloom.stages.tiers.disk.steady_clock import steady_time
+from tierloom.stages.tiers.disk.tier import Disk
+from tierloom.stages.tiers.files.gds import Gds
 from tierloom.stages.tiers.files.space import FilesOptions
 from tierloom.stages.tiers.files.tier import Files
+from tierloom.stages.tiers.nixl.tier import Nixl
 from tierloom.testing import ALL, SIZE, TierContract, encrypted_anew, key_of
 
 
@@ -285,6 +290,11 @@ class TestFiles(TierContract):
         (tmp_path / "kv").write_text("a file")
         with pytest.raises(ConfigError, match="choose a folder with write permission"):
             await self.make(ctx, tmp_path, clock).open()
+
+
+@pytest.mark.parametrize("tier", [Files, Gds, Nixl, Disk])
+def test_ages_go_by_a_clock_that_nobody_sets(tier):
+    assert signature(tier).parameters["clock"].default is steady_time
 
 
 @pytest.mark.parametrize("options", [{"path": ""}, {"capacity": -1}, {"ttl": -1.0}, {"depth": 0}])

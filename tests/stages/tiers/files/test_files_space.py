@@ -198,6 +198,24 @@ def test_nobody_waits_for_who_looks(tmp_path):
     assert folder.counted[0] == len(folder.there) == 111
 
 
+def test_what_comes_during_a_look_is_counted(tmp_path):
+    """It may have been seen or not: what was counted before stays."""
+    folder = Folder(tmp_path / "kv", 50, capacity=10_000)
+    folder.space.open()
+    folder.space._look_at = float("inf")
+    files, beside = folder.space._files, folder.files[0].with_name("late.tlm")
+
+    def late(name):
+        yield from files(name)
+        assert folder.space.reserve(beside, 10)
+        folder.write(path=beside)
+        folder.space.named(beside, 10)
+
+    folder.space._files = late
+    folder.space._look(beside.parent.name)
+    assert folder.counted == (51, 510)
+
+
 @pytest.mark.parametrize("capacity", [3000, 300])
 def test_sums_are_right_whatever_threads_do(tmp_path, monkeypatch, capacity):
     monkeypatch.setattr(space, "_EVERY", 0.0)
