@@ -20,7 +20,10 @@ import os
 import sys
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 DEFAULTS: dict[str, Any] = {
     "enforce_eager": True,
@@ -233,8 +236,14 @@ class Driver:
 
     # ---- for benchmarks
 
-    def decode(self, tokens: list[int], steps: int) -> dict[str, Any]:
-        """Wall and CPU seconds of so many decode steps, and of the connector's hooks in them."""
+    def decode(
+        self, tokens: list[int], steps: int, more: Sequence[list[int]] = ()
+    ) -> dict[str, Any]:
+        """Wall and CPU seconds of so many decode steps, and of the connector's hooks in them.
+        `more`: prompts that get a token in each of them as well."""
+        others = [self.add(ids, max_tokens=steps + 64) for ids in more]
+        while not all(self._open[other].ids for other in others):
+            self._step()
         name = self.add(tokens, max_tokens=steps + 2)
         while not self._open[name].ids:
             self._step()
@@ -247,6 +256,8 @@ class Driver:
             cpus.append(time.process_time() - cpu)
         hooks = self.hooks()
         self.finish([name])
+        self.abort(others)
+        self.finish(others)
         return {"wall_s": walls, "cpu_s": cpus, "hooks": hooks}
 
     def beside(self, decodes: list[list[int]], tokens: list[int], kv: Any) -> dict[str, Any]:
