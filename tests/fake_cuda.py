@@ -60,7 +60,8 @@ class Stream:
     def __init__(self, cuda: Cuda, index: int) -> None:
         self.cuda, self.index = cuda, index
         self.work: deque[Callable[[], None]] = deque()
-        self._running = threading.RLock()
+        self._runs: int | None = None
+        """The thread that does its work now."""
 
     def record_event(self) -> Event:
         event = Event(self)
@@ -72,15 +73,28 @@ class Stream:
         self.work.append(partial(event.stream.run_to, event))
 
     def run_to(self, event: Event) -> None:
-        while not event.done:
-            with self._running:
-                if not event.done:
-                    self.work.popleft()()
+        self._run(lambda: not event.done)
 
     def synchronize(self) -> None:
-        with self._running:
-            while self.work:
-                self.work.popleft()()
+        self._run(lambda: bool(self.work))
+
+    def _run(self, wanted: Callable[[], bool]) -> None:
+        """Do its work in order while that is `wanted`. One thread at a time does; others wait for
+        what it does, and hold nothing: the work of one stream may be to wait for another."""
+        me, changed = threading.get_ident(), self.cuda.changed
+        while wanted():
+            with changed:
+                if self._runs not in (None, me):
+                    changed.wait(0.05)
+                    continue
+                before, self._runs = self._runs, me
+            try:
+                if wanted():
+                    self.work.popleft()()
+            finally:
+                with changed:
+                    self._runs = before
+                    changed.notify_all()
 
 
 class Cuda:
@@ -90,6 +104,7 @@ class Cuda:
 
     def __init__(self) -> None:
         self._thread = threading.local()
+        self.changed = threading.Condition()
         self.locked: dict[int, int] = {}
         self.contexts: set[int] = set()
         """Devices that were made current: each has then cost half a GiB."""

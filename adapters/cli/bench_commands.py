@@ -69,7 +69,12 @@ def engine(
         str, typer.Argument(help="multi-round-qa, long-doc-qa, rag, agentic or random.")
     ],
     base_url: Annotated[
-        str, typer.Option(metavar="URL", help="Of an OpenAI-compatible server.")
+        str,
+        typer.Option(
+            show_default="port 8000 of this host",
+            metavar="URL",
+            help="Of an OpenAI-compatible server.",
+        ),
     ] = "http://localhost:8000/v1",
     model: Annotated[str, typer.Option(help="By default the first that the server has.")] = "",
     num_users: Annotated[int, typer.Option(min=1, help="Sessions at once.")] = 10,

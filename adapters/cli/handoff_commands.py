@@ -47,7 +47,8 @@ def proxy(
         Urls,
         typer.Option(
             metavar="INIT/ALLOC",
-            help="With --lmcache: pd_peer_init_port/pd_peer_alloc_port of each decoder, or of all.",
+            help="With --lmcache: ports of each decoder, or of all: pd_peer_init_port and "
+            "pd_peer_alloc_port.",
         ),
     ] = None,
     lmcache_wait: Annotated[

@@ -35,7 +35,7 @@ Shape = Annotated[
     str,
     typer.Option(
         "--kvcache-shape-spec", metavar="SPEC",
-        help="(2,BLOCKS,TOKENS,HEADS,DIM):DTYPE:LAYERS, 1 in place of 2 for a latent; "
+        help="(2, BLOCKS, TOKENS, HEADS, DIM):DTYPE:LAYERS, 1 in place of 2 for a latent; "
         "more groups after a semicolon.",
     ),
 ]  # fmt: skip

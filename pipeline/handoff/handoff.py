@@ -170,7 +170,7 @@ class Handoff:
         self, host: str, port: int, ticket: bytes, chunks: Sequence[bytes]
     ) -> int:
         assert self.landing is not None
-        await self.landing.land(host, port, ticket, chunks, later=False)
+        await self.landing.land(host, port, ticket, chunks, later=True)
         return self.landing.here(chunks)
 
     def _give_up(self, ticket: bytes) -> None:

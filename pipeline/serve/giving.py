@@ -77,6 +77,8 @@ class Giving:
         """Send an object, or what is there of it; its code, or None where more is to come."""
         if index in self._begun:
             return await self._give_frames(take, index, key)
+        # Before the look: what is stored between the two was coming.
+        coming = self._promises.expects(take.ticket, key, later=take.later)
         with self._store.reservation() as reservation:
             obj = await self._store.read(self._space, reservation, key, room=True)
             if obj is Lost.ABSENT and (other := self._promises.kept_as(key)):
@@ -84,7 +86,7 @@ class Giving:
             if obj is Lost.ABSENT and (begun := self._promises.arriving(key)) is not None:
                 self._begun[index] = begun, 0
                 return await self._give_frames(take, index, key)
-            if obj is Lost.ABSENT and self._promises.expects(take.ticket, key, later=take.later):
+            if obj is Lost.ABSENT and coming:
                 return None
             if not isinstance(obj, Lost) and not await self._limit.wait(obj.header.nbytes):
                 obj = Lost.NO_ROOM

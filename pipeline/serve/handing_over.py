@@ -29,7 +29,7 @@ async def hand_over(
         await Giving(connection, number, store, space, limit).answer(Take.unpack(body))
     elif message.kind is wire.Kind.RANKS:
         await connection.send(wire.message(wire.Kind.RANKED, number, pack_ranks(store.ranks)))
-    elif store.takes_offers and store.handoff is not None and space == store.namespace:
+    elif store.takes_offers and store.handoff is not None:
         await _take_offer(connection, number, store.handoff, HandoffOffer.unpack(body))
     else:
         raise wire.BadMessage("no offers are taken here")

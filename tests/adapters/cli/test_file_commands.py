@@ -227,7 +227,10 @@ for words in (["check", bad], ["explain", bad], ["check", lm], ["import-lmcache"
 def test_nothing_is_cut_where_it_goes_to_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     group: Any = typer.main.get_command(app)
-    for words in (["doctor"], *([name, "--help"] for name in group.commands)):
+    commands = [[name] for name in group.commands]
+    for name, command in group.commands.items():
+        commands += [[name, inner] for inner in getattr(command, "commands", ())]
+    for words in (["doctor"], *([*words, "--help"] for words in commands)):
         assert "\u2026" not in run(*words)[1], words
 
 

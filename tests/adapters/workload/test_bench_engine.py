@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import itertools
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import httpx
@@ -173,11 +175,17 @@ def test_an_engine_that_is_killed_under_way(bench, engine, monkeypatch) -> None:
             assert child.stdout is not None
             port = int(child.stdout.readline())
             monkeypatch.setattr(engine, "port", port)
-            killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {child.pid}"])
+            asks, asked = OpenAIStream.ask, itertools.count()
+
+            async def ask(self: Any, *args: Any, **named: Any) -> Any:
+                if next(asked) == LEARNT + 8:
+                    child.kill()
+                return await asks(self, *args, **named)
+
+            monkeypatch.setattr(OpenAIStream, "ask", ask)
             code, said, err = bench(
                 "random", "--qps", "40", "--answer-len", "9", "--time", "1.5", "--num-users", "4"
             )
-            killer.wait()
         finally:
             child.kill()
     assert code == 1

@@ -20,7 +20,7 @@ def spec(monkeypatch):
 def test_words_say_units_lanes_segments_and_wires(spec) -> None:
     lines = [re.sub(" +", " ", line.strip()) for line in explain(spec).splitlines()]
     for line in (
-        "budget: arena 512 MiB, inflight 512, threads 4",
+        "budget: arena 512 MiB, inflight 512, threads 4, touch yes",
         "hot: memory capacity 2 GiB, evict s3-fifo",
         "breaker: timeout 150 ms",
         "graph retrieve: pace (by request, window 2, idle 60 s), deadline 800 ms, on_error partial",
