@@ -131,7 +131,7 @@ def beside(p: harness.Engine, d: harness.Engine, tokens: int) -> dict[str, Any]:
             thread = threading.Thread(target=p.one, args=(mine,), kwargs={"kv": given})
             thread.start()
             if lands:
-                found = d.ask("beside", decodes=others, tokens=ids, kv=asked)
+                found = d.ask("beside", decodes=others, tokens=ids, kv=asked, most=6000)
                 assert found["cached"] >= tokens - 64, found["cached"]
                 steps["alone"] += found["alone_s"]
                 steps[name] += found["gaps_s"][1:-1]  # those of its arrival and its own first token

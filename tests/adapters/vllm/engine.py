@@ -260,10 +260,13 @@ class Driver:
         self.finish(others)
         return {"wall_s": walls, "cpu_s": cpus, "hooks": hooks}
 
-    def beside(self, decodes: list[list[int]], tokens: list[int], kv: Any) -> dict[str, Any]:
+    def beside(
+        self, decodes: list[list[int]], tokens: list[int], kv: Any, most: int = 512
+    ) -> dict[str, Any]:
         """CPU seconds of each step from a request's arrival to its first token, while prompts
-        beside it get a token in every step; and of as many steps before it."""
-        names = [self.add(ids, max_tokens=512) for ids in decodes]
+        beside it get a token in every step; and of as many steps before it. `most`: tokens of
+        theirs, within which it must come."""
+        names = [self.add(ids, max_tokens=most) for ids in decodes]
         while not all(self._open[name].ids for name in names):
             self._step()
         alone, gaps = ([self._timed_step() for _ in range(8)], [])
